@@ -1,0 +1,30 @@
+"""rsb_ffcv: ImageNet-scale image classifiers from `.beton` files, with the ResNet-Strikes-Back recipes.
+
+Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning` -> `training` -> `reporting`.
+`beton` holds the file format, which `dataset` writes and `loading` reads; `config` is the only reader of flags and YAML.
+"""
+import sys
+
+__version__ = "0.1.0"
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: the thing, its value, and the mend.
+
+    Programs print it without a traceback and exit with status 2; every other exception is a defect and keeps its
+    traceback.
+    """
+
+
+def exit_status(program, *arguments) -> int:
+    """Runs `program(*arguments)`: 0 where it returns, 2 and one line on stderr where it raises InputError, 130 where
+    the user interrupts it."""
+    try:
+        program(*arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,44 @@
+"""The two losses of the recipes, on labels or on the soft targets of a mixed batch.
+
+Source matched, timm 1.0.31: `timm/loss/binary_cross_entropy.py`,
+`timm/loss/cross_entropy.py`, and `mixup_target` of `timm/data/mixup.py`.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+def soft_targets(labels: torch.Tensor, num_classes: int, lam: float | None = None, smoothing: float = 0.0):
+    """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 - smoothing + off); with
+    `lam`, that share of it and 1 - lam of the partner's, image n - 1 - i."""
+    off = smoothing / num_classes
+    own = torch.full((len(labels), num_classes), off, device=labels.device)
+    own.scatter_(1, labels[:, None], 1 - smoothing + off)
+    return own if lam is None else own * lam + own.flip(0) * (1 - lam)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Scalar loss of logits (n, K), labels int64 (n,) and the mix's lam (None: not mixed).
+
+    kind: "bce" and "ce" smooth labels and mixed targets alike; "auto" is bce on unsmoothed targets while mixing, and
+    smoothed cross-entropy where nothing is mixed. threshold (bce): targets above it become 1, the others 0; 0 leaves
+    them soft. sum_classes (bce): sum over K and mean over n, instead of the mean over both.
+    """
+    kind: str
+    smoothing: float = 0.0
+    threshold: float = 0.0
+    sum_classes: bool = False
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, lam: float | None = None) -> torch.Tensor:
+        logits = logits.float()
+        mixed = lam is not None
+        smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing
+        targets = soft_targets(labels, logits.shape[1], lam, smoothing)
+        if self.kind == "ce" or self.kind == "auto" and not mixed:
+            return F.cross_entropy(logits, targets)
+        if self.threshold:
+            targets = (targets > self.threshold).float()
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return loss.sum(1).mean() if self.sum_classes else loss.mean()

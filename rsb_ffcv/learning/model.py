@@ -1,0 +1,58 @@
+"""The network: any of timm's, by name, with ffcv-imagenet's BlurPool on request."""
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rsb_ffcv import InputError
+
+
+def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_path: float = 0.0,
+                zero_init_last: bool = True, blurpool: bool = False) -> nn.Module:
+    """A float32 module (n, 3, H, W) -> (n, num_classes).
+
+    drop_path: stochastic depth rate. zero_init_last: gamma of each residual block's last batch norm starts at 0
+    (ResNets; timm's own default for them). Raises InputError for a name timm lacks or weights that cannot be had.
+    """
+    if not timm.is_model(arch):
+        near = timm.list_models(f"*{arch[:4]}*")[:5]
+        raise InputError(f"model.arch={arch} is not a model of timm {timm.__version__}"
+                         + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them"))
+    options = {"drop_path_rate": drop_path} if drop_path else {}
+    if not zero_init_last:
+        options["zero_init_last"] = False
+    try:
+        model = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise InputError(f"model.arch={arch} does not take {', '.join(options)}; remove that option") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise InputError(f"model.pretrained=1: the weights of {arch} could not be had "
+                         f"({str(error).splitlines()[0]}); connect to the network or use 0") from error
+    if blurpool:
+        add_blurpool(model)
+    return model
+
+
+class BlurPoolConv2d(nn.Module):
+    """A strided convolution after a fixed 3 x 3 binomial blur (Zhang, "Making convolutional networks
+    shift-invariant again", ICML 2019; as libffcv/ffcv-imagenet applies it)."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+        self.conv = conv
+        self.register_buffer("blur_filter", kernel.repeat(conv.in_channels, 1, 1, 1))
+
+    def forward(self, x):
+        return self.conv(F.conv2d(x, self.blur_filter, padding=1, groups=self.conv.in_channels))
+
+
+def add_blurpool(module: nn.Module):
+    """Wraps every strided convolution of 16 or more input channels below `module`, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
+            setattr(module, name, BlurPoolConv2d(child))
+        else:
+            add_blurpool(child)

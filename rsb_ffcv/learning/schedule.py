@@ -1,0 +1,55 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to step past the end."""
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """lr(step) for step 0 .. total_steps - 1; beyond the end it stays at the last value.
+
+    kind:
+      cosine           linear warm-up from warmup_lr, then a cosine from peak to min_lr over the remaining steps
+      cosine_spanning  timm's CosineLRScheduler: the cosine spans all steps and the warm-up hides its beginning
+      constant         linear warm-up, then peak
+      cyclic           ffcv-imagenet's: linear from 1e-4 x peak to peak at peak_epoch, then linear to 0
+      step             ffcv-imagenet's: peak x step_ratio ** (epoch // step_length) at each epoch's start, 0 at the
+                       end, and linear in between
+    warmup_epochs may be fractional; it is rounded to whole steps.
+    """
+    kind: str
+    peak: float
+    epochs: int
+    steps_per_epoch: int
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    peak_epoch: int = 2
+    step_ratio: float = 0.1
+    step_length: int = 30
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def lr(self, step: int) -> float:
+        step = min(step, self.total_steps - 1)
+        if self.kind in ("cyclic", "step"):
+            at_epoch = self._cyclic if self.kind == "cyclic" else self._step
+            epoch, fraction = step // self.steps_per_epoch, step % self.steps_per_epoch / self.steps_per_epoch
+            return at_epoch(epoch) + (at_epoch(epoch + 1) - at_epoch(epoch)) * fraction
+        warmup = round(self.warmup_epochs * self.steps_per_epoch)
+        if step < warmup:
+            return self.warmup_lr + (self.peak - self.warmup_lr) * step / warmup
+        if self.kind == "constant":
+            return self.peak
+        start = warmup if self.kind == "cosine" else 0
+        progress = (step - start) / max(1, self.total_steps - start)
+        return self.min_lr + 0.5 * (self.peak - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+    def _cyclic(self, epoch: int) -> float:
+        if epoch <= self.peak_epoch and self.peak_epoch > 0:
+            return self.peak * (1e-4 + (1 - 1e-4) * epoch / self.peak_epoch)
+        return self.peak * max(0.0, (self.epochs - epoch) / max(1, self.epochs - self.peak_epoch))
+
+    def _step(self, epoch: int) -> float:
+        return 0.0 if epoch >= self.epochs else self.peak * self.step_ratio ** (epoch // self.step_length)

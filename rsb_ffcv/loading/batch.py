@@ -1,0 +1,143 @@
+"""What happens to a whole batch on the device: normalize, random erasing, mixup or cutmix.
+
+In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) in channels_last layout, and the share that
+each image kept of itself, from which the loss makes the targets. The random numbers are drawn on the host from the
+group's address, so no step waits for the device.
+
+Sources matched, timm 1.0.31: `timm/data/mixup.py` (batch mode: one lambda a group, partner = flipped group, clipped box
+and corrected lambda) and `timm/data/random_erasing.py` (one box an image).
+"""
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import njit
+
+from rsb_ffcv.ops import draws as d
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0 .. 1
+
+
+def normalize(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
+    """uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last: (x / 255 - mean) / std."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device)
+    return (images.float() * scale + shift).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One draw for one group. lam: share of an image's own label, 0 .. 1. box: (top, bottom, left, right) in pixels
+    that cutmix takes from the partner; None for mixup."""
+    lam: float = 1.0
+    box: tuple[int, int, int, int] | None = None
+
+
+def draw_mix(seed: int, epoch: int, slot: int, height: int, width: int, mixup_alpha: float, cutmix_alpha: float,
+             prob: float = 1.0, switch_prob: float = 0.5) -> Mix:
+    """timm's batch-mode draw at one address. alpha 0 switches that kind off; both on: cutmix with switch_prob."""
+    def uniform(k):
+        return d.uniform(seed, epoch, slot, d.MIX, k)
+
+    if not (mixup_alpha or cutmix_alpha) or uniform(0) >= prob:
+        return Mix()
+    cutmix = cutmix_alpha > 0 and (mixup_alpha == 0 or uniform(1) < switch_prob)
+    lam, _ = d.beta(seed, epoch, slot, d.MIX, 8, float(cutmix_alpha if cutmix else mixup_alpha))
+    if not cutmix:
+        return Mix(lam)
+    return cutmix_box(lam, height, width, int(uniform(2) * height), int(uniform(3) * width))
+
+
+def cutmix_box(lam: float, height: int, width: int, centre_y: int, centre_x: int) -> Mix:
+    """A box of sides int(height x sqrt(1 - lam)), int(width x ...) around a centre, clipped to the image; lam again from
+    the clipped area. Odd sides stay odd, as in timm 1.0.31; before, timm cut them short by one pixel."""
+    ratio = math.sqrt(1 - lam)
+    cut_height, cut_width = int(height * ratio), int(width * ratio)
+    top, bottom = (min(max(y, 0), height) for y in (centre_y - cut_height // 2, centre_y + (cut_height + 1) // 2))
+    left, right = (min(max(x, 0), width) for x in (centre_x - cut_width // 2, centre_x + (cut_width + 1) // 2))
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def mix_images(images: torch.Tensor, mix: Mix) -> torch.Tensor:
+    """images: float (n, C, H, W). Image i is mixed with image n - 1 - i. Changes `images` in place and returns it."""
+    if mix.box is not None:
+        top, bottom, left, right = mix.box
+        images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
+    elif mix.lam != 1.0:
+        images.copy_(images * mix.lam + images.flip(0) * (1 - mix.lam))
+    return images
+
+
+@njit(cache=True, nogil=True)
+def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect):
+    """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros for none.
+
+    Area uniform in [min_area, max_area] of the image's, aspect (height / width) log-uniform, 10 tries.
+    """
+    boxes = np.zeros((len(slots), 4), np.int64)
+    log_lo, log_hi = math.log(min_aspect), math.log(max_aspect)
+    for i in range(len(slots)):
+        if d.uniform(seed, epoch, slots[i], d.ERASE, 0) >= prob:
+            continue
+        for attempt in range(10):
+            k = 4 + 4 * attempt
+            area = height * width * (min_area + (max_area - min_area) * d.uniform(seed, epoch, slots[i], d.ERASE, k))
+            aspect = math.exp(log_lo + (log_hi - log_lo) * d.uniform(seed, epoch, slots[i], d.ERASE, k + 1))
+            h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
+            if h < height and w < width:
+                top = d.below(seed, epoch, slots[i], d.ERASE, k + 2, height - h + 1)
+                left = d.below(seed, epoch, slots[i], d.ERASE, k + 3, width - w + 1)
+                boxes[i] = (top, top + h, left, left + w)
+                break
+    return boxes
+
+
+def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -> torch.Tensor:
+    """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0), "rand" (one
+    normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with `noise_seed`."""
+    n, channels, height, width = images.shape
+    box = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None]
+    y, x = (torch.arange(side, device=images.device)[None] for side in (height, width))
+    rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    if mode == "const":
+        return images.masked_fill_(inside, 0)
+    shape = (n, height, width, channels) if mode == "pixel" else (n, 1, 1, channels)
+    generator = torch.Generator(images.device).manual_seed(noise_seed)
+    noise = torch.randn(shape, generator=generator, device=images.device).permute(0, 3, 1, 2)
+    return images.copy_(torch.where(inside, noise, images))
+
+
+@dataclass(frozen=True)
+class BatchTransform:
+    """Everything between the loader's uint8 images and the model, with a recipe's settings."""
+    seed: int
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+    erase_prob: float = 0.0
+    erase_mode: str = "const"
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup_alpha or self.cutmix_alpha)
+
+    def __call__(self, images, epoch: int, slots: np.ndarray, mixing: bool = True):
+        """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W), lam). lam: None where
+        nothing mixes (`mixing` off, or no alpha set), else the share image i kept; the rest is image n - 1 - i's."""
+        images = normalize(images)
+        height, width = images.shape[2:]
+        first = int(slots[0])
+        if self.erase_prob:
+            boxes = erase_boxes(self.seed, epoch, slots, height, width, self.erase_prob, *self.erase_area,
+                                *self.erase_aspect)
+            erase(images, boxes, self.erase_mode, d.torch_seed(self.seed, epoch, first, d.NOISE))
+        if not (mixing and self.mixes):
+            return images, None
+        mix = draw_mix(self.seed, epoch, first, height, width, self.mixup_alpha, self.cutmix_alpha, self.mix_prob,
+                       self.switch_prob)
+        return mix_images(images, mix), mix.lam

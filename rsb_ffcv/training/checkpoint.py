@@ -1,0 +1,50 @@
+"""A run's state on disk: written whole or not at all, and refused where it belongs to another run."""
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from rsb_ffcv import InputError
+
+NAME = "checkpoint.pt"
+
+
+def save_atomically(state: dict, path: Path):
+    """Writes beside `path`, flushes to disk, renames: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free space or choose another "
+                         f"logging.folder. What was there before is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> dict | None:
+    """The checkpoint of `folder` on the CPU, or None where it has none. Reads tensors and plain values only."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); remove it to start "
+                         f"anew or choose another logging.folder") from error
+
+
+def check_recipe(saved: dict, current: dict, folder: Path):
+    """Raises InputError naming the options that differ between the run in `folder` and this one."""
+    differing = sorted(f"{section}.{key}: {saved.get(section, {}).get(key)} there, {value} now"
+                       for section, options in current.items() for key, value in options.items()
+                       if saved.get(section, {}).get(key) != value)
+    if differing:
+        raise InputError(f"{folder} holds a run of another recipe ({'; '.join(differing)}); use its options or another "
+                         f"logging.folder")

@@ -1,0 +1,48 @@
+#!/bin/sh
+# Makes .venv with the tested versions of constraints.txt; called by make, which calls it again only where
+# constraints.txt or this file has changed. Installs system packages with apt when root, else names what is missing.
+set -eu
+cd "$(dirname "$0")"
+python=${PYTHON:-python3}
+venv=.venv
+
+# ffcv builds against libturbojpeg and OpenCV. Of OpenCV it calls cv::resize alone: two small packages hold that,
+# where libopencv-dev would bring 249 packages and 841 MB.
+packages="build-essential pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev"
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then
+    echo "error: $python is $("$python" --version 2>&1); rsb_ffcv needs Python 3.11 or 3.12 (set PYTHON=...)" >&2; exit 2
+fi
+"$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
+header=$("$python" -c 'import os, sysconfig; print(os.path.join(sysconfig.get_path("include"), "Python.h"))')
+[ -f "$header" ] || packages="$packages python3-dev"
+missing=
+for package in $packages; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+    if ! command -v apt-get >/dev/null; then
+        echo "error: missing here:$missing (Debian names); install them, or use conda with environment.yml" >&2; exit 2
+    elif [ "$(id -u)" != 0 ]; then
+        echo "error: missing here:$missing; install them with" >&2
+        echo "  sudo apt-get install --no-install-recommends$missing" >&2; exit 2
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip="$venv/bin/python -m pip --disable-pip-version-check"
+# ffcv comes last and without its dependencies: it asks for opencv-python, which needs display libraries;
+# constraints.txt has the headless build of the same module, and the rest of what ffcv imports.
+grep -v '^ffcv==' constraints.txt > "$venv/requirements.txt"
+$pip install -q -r "$venv/requirements.txt"
+
+# What pkg-config says of OpenCV on Debian is in libopencv-dev, and names every module. This says what ffcv uses.
+shim=$(pwd)/$venv/opencv
+mkdir -p "$shim/opencv2"
+printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' > "$shim/opencv2/opencv.hpp"
+printf 'Name: opencv4\nDescription: core and imgproc\nVersion: 4\nCflags: -I%s -I/usr/include/opencv4\nLibs: -lopencv_imgproc -lopencv_core\n' \
+    "$shim" > "$shim/opencv4.pc"
+PKG_CONFIG_PATH="$shim" $pip install -q --no-deps "$(grep '^ffcv==' constraints.txt)"
+"$venv/bin/python" -c 'import ffcv, torchvision, timm, fastargs'
+touch "$venv/.ready"

@@ -1,0 +1,136 @@
+"""Stock ffcv reads what this project writes, and this project reads what stock ffcv writes."""
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
+
+from rsb_ffcv.beton import JPG, RAW, read_beton
+from rsb_ffcv.dataset.picture import load_rgb
+from rsb_ffcv.loading import EvalLoader
+from rsb_ffcv.ops import crop, draws
+
+
+def run_stock(code: str) -> str:
+    """Runs code against stock ffcv in a process of its own: its compiler settings are global."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_stock_loader_gives_the_same_evaluation_images(betons, tmp_path):
+    run_stock(f"""
+        import numpy as np, torch
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+        from ffcv.transforms import ToTensor
+        loader = Loader({str(betons / "val.beton")!r}, batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL,
+                        drop_last=False, pipelines={{"image": [CenterCropRGBImageDecoder((32, 32), 0.9), ToTensor()],
+                                                    "label": [IntDecoder(), ToTensor()]}})
+        images, labels = zip(*[(i.clone(), l.clone()) for i, l in loader])
+        torch.save((torch.cat(images), torch.cat(labels)[:, 0]), {str(tmp_path / "stock.pt")!r})
+    """)
+    images, labels = torch.load(tmp_path / "stock.pt", weights_only=True)
+    ours = EvalLoader(betons / "val.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9)
+    our_images, our_labels = (torch.cat(parts) for parts in zip(*ours))
+    assert torch.equal(our_images, images) and torch.equal(our_labels, labels)
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg", "proportion"])
+def test_files_of_the_stock_writer_are_read(pictures, tmp_path, mode):
+    path = tmp_path / "stock.beton"
+    run_stock(f"""
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+        from torchvision.datasets import ImageFolder
+        writer = DatasetWriter({str(path)!r}, {{"image": RGBImageField(write_mode={mode!r}), "label": IntField()}},
+                               num_workers=2)
+        writer.from_indexed_dataset(ImageFolder({str(pictures / "val")!r}))
+    """)
+    file = read_beton(path)
+    assert len(file) == 27 and np.bincount(file.labels).tolist() == [9, 9, 9]
+    assert set(file.modes) == {"raw": {RAW}, "jpg": {JPG}, "proportion": {JPG, RAW}}[mode]
+    images = torch.cat([images for images, _ in EvalLoader(path, batch_size=8, resolution=32, num_workers=2,
+                                                           crop_ratio=1.0)])
+    assert torch.equal(images.float().mean((1, 2)).argmax(1), torch.from_numpy(file.labels))
+
+
+def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
+    """torchvision's get_params, fed with the draws of each address, in double precision: a try takes words 4t .. 4t + 3
+    (area, aspect, top, left), also where it does not fit and leaves the last two unused."""
+    log = torch.log
+    for slot in range(500):
+        height, width = (int(side) for side in np.random.default_rng(slot).integers(20, 600, 2))
+        used = []
+
+        def next_word(first_of_try: bool):
+            if first_of_try and len(used) % 2 == 0:
+                used[:] = range(-(-len(used) // 4) * 4)
+            used.append(None)
+            return len(used) - 1
+
+        class Uniform:
+            def uniform_(self, low, high):
+                share = draws.uniform(0, 0, slot, draws.CROP, next_word(True))
+                return torch.tensor(float(low) + (float(high) - float(low)) * share, dtype=torch.float64)
+
+        def randint(low, high, size):
+            return torch.tensor([draws.below(0, 0, slot, draws.CROP, next_word(False), high)])
+
+        picture = torch.zeros(3, height, width)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", lambda *_, **__: Uniform())
+            patched.setattr(torch, "randint", randint)
+            patched.setattr(torch, "log", lambda x: log(x.double()))
+            theirs = TorchvisionCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3])
+        ours = crop.random_resized_crop_box(0, 0, slot, height, width, 0.08, 1.0, 3 / 4, 4 / 3)
+        assert tuple(ours) == tuple(theirs), slot
+
+
+def test_crops_lie_in_the_image_and_have_torchvisions_distribution():
+    from scipy import stats
+
+    height, width = 75, 130
+    ours = np.array([crop.random_resized_crop_box(0, 0, slot, height, width, 0.08, 1.0, 3 / 4, 4 / 3)
+                     for slot in range(6000)])
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    torch.manual_seed(0)
+    picture = torch.zeros(3, height, width)
+    theirs = np.array([TorchvisionCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.001
+
+
+def test_a_crop_that_never_fits_falls_back_as_torchvisions_does():
+    for height, width in ((10, 1000), (1000, 10), (3, 3000)):
+        box = crop.random_resized_crop_box(0, 0, 0, height, width, 1.0, 1.0, 3 / 4, 4 / 3)
+        assert tuple(box) == tuple(TorchvisionCrop.get_params(torch.zeros(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3]))
+
+
+def test_flip_mirrors_the_same_crop(betons):
+    from rsb_ffcv.ops.operation import Address
+
+    file = read_beton(betons / "train.beton")
+    data, indices = file.map(), np.arange(4)
+    out = np.empty((2, 4, 32, 32, 3), np.uint8)
+    for flip in (0, 1):
+        op = crop.RandomResizedCrop(32, flip_prob=float(flip))
+        drawn = op.draw(Address(0, 0, indices), file.heights[indices], file.widths[indices])
+        assert op.generate_code()(indices, out[flip], file, data, 0, 4, drawn) == -1
+    assert np.array_equal(out[0], out[1][:, :, ::-1]) and not np.array_equal(out[0], out[1])
+
+
+def test_decoded_pixels_are_the_pictures(betons, pictures):
+    """The whole image at its own size: libjpeg-turbo's fast DCT against Pillow's exact one, after one re-encoding."""
+    file = read_beton(betons / "train.beton")
+    side = int(min(file.heights[0], file.widths[0]))
+    box = np.array([[0, 0, side, side]])
+    out = np.empty((1, side, side, 3), np.uint8)
+    code = crop.CenterCrop(side, 1.0).generate_code()
+    assert code(np.array([0]), out, file, file.map(), 0, 1, (box, np.zeros(1, bool))) == -1
+    reference = load_rgb(pictures / "train" / "amber" / "0.jpg", "")[:side, :side].astype(int)
+    assert np.abs(out[0] - reference).mean() < 12

@@ -1,0 +1,197 @@
+"""Equal to timm on the same draws."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from timm.data import auto_augment as timm_aa
+from timm.data import mixup as timm_mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+
+from rsb_ffcv import InputError
+from rsb_ffcv.learning.average import Ema
+from rsb_ffcv.learning.loss import Loss, soft_targets
+from rsb_ffcv.loading.batch import Mix, cutmix_box, draw_mix, erase, erase_boxes, mix_images
+from rsb_ffcv.ops.operation import Address
+from rsb_ffcv.ops.rand_augment import INCREASING_OPS, OPS, RandAugment, level_to_arg, parse_spec
+
+SLOTS = np.arange(4000)
+
+
+def logits_and_labels(seed, n=32, classes=11):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, classes, generator=generator) * 3, torch.randint(0, classes, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_losses(seed):
+    logits, labels = logits_and_labels(seed)
+    lam = float(np.random.default_rng(seed).beta(0.2, 0.2))
+    smoothing = (0.0, 0.1)[seed % 2]
+    soft = timm_mixup.mixup_target(labels, 11, lam, smoothing)
+    torch.testing.assert_close(soft_targets(labels, 11, lam, smoothing), soft, rtol=0, atol=0)
+    for threshold, summed in ((0.0, False), (0.2, False), (0.0, True), (0.2, True)):
+        reference = BinaryCrossEntropy(smoothing, threshold or None, sum_classes=summed)
+        ours = Loss("bce", smoothing, threshold, summed)
+        torch.testing.assert_close(ours(logits, labels, lam), reference(logits, soft), rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours(logits, labels), reference(logits, labels), rtol=1e-6, atol=0)
+    torch.testing.assert_close(Loss("ce", smoothing)(logits, labels, lam), SoftTargetCrossEntropy()(logits, soft))
+    torch.testing.assert_close(Loss("ce", smoothing)(logits, labels), LabelSmoothingCrossEntropy(smoothing)(logits, labels))
+
+
+def test_auto_loss_is_bce_while_mixing_and_smoothed_cross_entropy_otherwise():
+    logits, labels = logits_and_labels(0)
+    auto = Loss("auto", 0.1)
+    torch.testing.assert_close(auto(logits, labels, 0.3),
+                               BinaryCrossEntropy(0)(logits, timm_mixup.mixup_target(labels, 11, 0.3, 0.0)))
+    torch.testing.assert_close(auto(logits, labels), LabelSmoothingCrossEntropy(0.1)(logits, labels))
+
+
+class Scripted:
+    """numpy.random for timm's Mixup, giving out stated draws."""
+
+    def __init__(self, **draws):
+        for name, values in draws.items():
+            setattr(self, name, lambda *_, remaining=list(values), **__: remaining.pop(0))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_mixing_a_batch(seed, cutmix, monkeypatch):
+    rng = np.random.default_rng(seed)
+    height, width = (int(side) for side in rng.integers(20, 60, 2))
+    lam, centre = float(rng.beta(1, 1)), (int(rng.integers(height)), int(rng.integers(width)))
+    images, labels = torch.from_numpy(rng.normal(size=(8, 3, height, width)).astype(np.float32)), torch.arange(8)
+    script = Scripted(rand=[0.0, 0.0 if cutmix else 0.9], beta=[lam], randint=centre)
+    monkeypatch.setattr(timm_mixup.np, "random", script)
+    theirs, their_targets = timm_mixup.Mixup(0.2, 1.0, num_classes=8, label_smoothing=0.0)(images.clone(), labels)
+    mix = cutmix_box(lam, height, width, *centre) if cutmix else Mix(lam)
+    torch.testing.assert_close(mix_images(images.clone(), mix), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(soft_targets(labels, 8, mix.lam), their_targets, rtol=1e-6, atol=1e-6)
+
+
+def test_the_mixs_draws_have_timms_distribution():
+    drawn = [draw_mix(0, 0, slot, 224, 224, 0.2, 1.0) for slot in range(6000)]
+    mixups = [mix.lam for mix in drawn if mix.box is None]
+    assert abs(len(mixups) / 6000 - 0.5) < 0.03
+    assert stats.kstest(mixups, stats.beta(0.2, 0.2).cdf).pvalue > 0.01
+    np.random.seed(0)
+    boxes = [timm_mixup.cutmix_bbox_and_lam((3, 224, 224), np.random.beta(1, 1)) for _ in range(3000)]
+    ours = [mix for mix in drawn if mix.box is not None]
+    assert stats.ks_2samp([mix.lam for mix in ours], [lam for _, lam in boxes]).pvalue > 0.01
+    for edge in range(4):
+        assert stats.ks_2samp([mix.box[edge] for mix in ours], [box[edge] for box, _ in boxes]).pvalue > 0.001
+    assert all(draw_mix(0, 0, slot, 32, 32, 0.2, 1.0, prob=0.0) == Mix() for slot in range(50))
+    assert all(draw_mix(0, 0, slot, 32, 32, 0.2, 0.0).box is None for slot in range(50))
+    assert all(draw_mix(0, 0, slot, 32, 32, 0.0, 1.0).box is not None for slot in range(50))
+
+
+def test_erasing_has_timms_distribution():
+    boxes = erase_boxes(0, 0, SLOTS, 96, 64, 0.25, 0.02, 1 / 3, 0.3, 1 / 0.3)
+    erased = boxes[boxes[:, 1] > 0]
+    assert abs(len(erased) / 4000 - 0.25) < 0.02
+    import random
+
+    random.seed(0)
+    reference = RandomErasing(1.0, mode="const", device="cpu")
+    theirs = []
+    for _ in range(1000):
+        hit = torch.nonzero(reference(torch.ones(1, 96, 64))[0] == 0)
+        theirs.append([*hit.min(0).values, *hit.max(0).values + 1])
+    theirs = np.array(theirs)[:, [0, 2, 1, 3]]
+    areas = [(b[:, 1] - b[:, 0]) * (b[:, 3] - b[:, 2]) for b in (erased, theirs)]
+    assert stats.ks_2samp(*areas).pvalue > 0.01
+    for edge in range(4):
+        assert stats.ks_2samp(erased[:, edge], theirs[:, edge]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_erasing_fills_its_box_and_nothing_else(mode):
+    images = torch.full((3, 3, 20, 30), 5.0).contiguous(memory_format=torch.channels_last)
+    boxes = np.array([[2, 9, 4, 25], [0, 0, 0, 0], [0, 20, 0, 30]])
+    out = erase(images.clone(), boxes, mode, 7)
+    assert (out[1] == 5).all() and (out[0, :, 9:] == 5).all() and (out[0, :, 2:9, 25:] == 5).all()
+    inside = out[0, :, 2:9, 4:25]
+    if mode == "const":
+        assert (inside == 0).all() and (out[2] == 0).all()
+    elif mode == "rand":
+        assert (inside == inside[:, :1, :1]).all() and len(inside[:, 0, 0].unique()) == 3
+        assert not torch.equal(inside[:, 0, 0], out[2, :, 0, 0])
+    else:
+        assert abs(out[2].mean()) < 0.1 and abs(out[2].std() - 1) < 0.1
+    assert torch.equal(out, erase(images.clone(), boxes, mode, 7))
+    assert mode == "const" or not torch.equal(out, erase(images.clone(), boxes, mode, 8))
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_average_is_timms(warmup):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    theirs, ours = ModelEmaV3(model, 0.95, use_warmup=warmup), Ema(model, 0.95, warmup)
+    for step in range(1, 30):
+        with torch.no_grad():
+            model[0].weight.normal_()
+        model(torch.randn(8, 4))
+        theirs.update(model, step=step)
+        ours.update()
+        for a, b in zip(theirs.module.state_dict().values(), ours.module.state_dict().values()):
+            assert torch.equal(a, b)
+
+
+def test_rand_augment_spec_reads_as_timms():
+    spec = parse_spec("rand-m9-n3-mstd0.5-inc1-p0.7-mmax15")
+    theirs = timm_aa.rand_augment_transform("rand-m9-n3-mstd0.5-inc1-p0.7-mmax15", {})
+    op = theirs.ops[0]
+    assert (spec.layers, spec.prob, spec.magnitude, spec.magnitude_std, spec.magnitude_max) == (
+        theirs.num_layers, op.prob, op.magnitude, op.magnitude_std, op.magnitude_max)
+    assert [op.name for op in theirs.ops] == INCREASING_OPS == timm_aa._RAND_INCREASING_TRANSFORMS
+    assert OPS == timm_aa._RAND_TRANSFORMS
+    assert not parse_spec("rand-inc0").increasing
+    assert parse_spec("rand-mstd101").magnitude_std == math.inf
+    for wrong in ("rand-m", "rand-9", "rand-m7.5", "random-m7", "", "rand-n0", "rand-p2"):
+        with pytest.raises(InputError, match="RandAugment"):
+            parse_spec(wrong)
+
+
+@pytest.mark.parametrize("name", sorted({*OPS, *INCREASING_OPS}))
+def test_rand_augment_arguments_are_timms(name, monkeypatch):
+    for coin, sign in ((0.2, 1.0), (0.8, -1.0)):
+        monkeypatch.setattr(timm_aa.random, "random", lambda: coin)
+        for level in np.linspace(0, 10, 41):
+            level_fn = timm_aa.LEVEL_TO_ARG[name]
+            theirs = level_fn(level, {}) if level_fn else ()
+            assert level_to_arg(name, float(level), sign) == pytest.approx(tuple(theirs), rel=1e-12)
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_rand_augment_pixels_are_timms(number):
+    rng = np.random.default_rng(number)
+    image = np.asarray(Image.fromarray(rng.integers(40, 180, (9, 9, 3), np.uint8)).resize((64, 48), Image.Resampling.BICUBIC))
+    ours = RandAugment("rand-m7-inc1")
+    name = INCREASING_OPS[number]
+    for sign, cubic in ((1.0, 0), (-1.0, 1)):
+        theirs = timm_aa.NAME_TO_OP[name](
+            Image.fromarray(image), *level_to_arg(name, 7.0, sign), fillcolor=(124, 116, 104),
+            resample=Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR)
+        result = ours.apply(image, [number, -1], [7.0, 7.0], [sign, 1.0], [cubic, 0])
+        assert np.array_equal(result, np.asarray(theirs))
+        assert not np.array_equal(result, image)
+
+
+def test_rand_augment_draws_have_timms_distribution():
+    ops, levels, signs, cubic = RandAugment("rand-m7-mstd0.5-inc1").draw(Address(0, 0, SLOTS), None, None)
+    applied = ops[ops >= 0]
+    assert abs((ops >= 0).mean() - 0.5) < 0.02
+    assert stats.chisquare(np.bincount(applied, minlength=15)).pvalue > 0.01
+    assert stats.kstest(levels.ravel(), stats.norm(7, 0.5).cdf).pvalue > 0.01
+    assert abs(signs.mean()) < 0.05 and abs(cubic.mean() - 0.5) < 0.03
+    assert np.corrcoef(ops[:, 0], ops[:, 1])[0, 1] < 0.05
+    clipped = RandAugment("rand-m9-mstd3").draw(Address(0, 0, SLOTS), None, None)[1]
+    assert clipped.max() == 10 and clipped.min() >= 0 and 0.3 < (clipped == 10).mean() < 0.45
+    uniform = RandAugment("rand-m8-mstd101").draw(Address(0, 0, SLOTS), None, None)[1]
+    assert stats.kstest(uniform.ravel() / 8, "uniform").pvalue > 0.01
+    assert RandAugment("rand-m7", interpolation="bilinear").draw(Address(0, 0, SLOTS), None, None)[3].max() == 0

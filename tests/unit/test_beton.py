@@ -1,0 +1,64 @@
+"""The reader refuses, in one line, every file that is not whole."""
+import numpy as np
+import pytest
+
+from rsb_ffcv import InputError, beton
+
+
+def test_layout_is_ffcvs():
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+    assert (beton.HEADER, beton.FIELD, beton.ALLOCATION) == (HeaderType, FieldDescType, ALLOC_TABLE_TYPE)
+    assert beton.VERSION == CURRENT_VERSION
+    assert beton.SAMPLE_METADATA == get_metadata_type([RGBImageField(), IntField()])
+
+
+def test_reads_every_sample(betons):
+    file = beton.read_beton(betons / "train.beton")
+    assert len(file) == 96 and file.num_classes == 3
+    assert np.bincount(file.labels).tolist() == [32, 32, 32]
+    data = file.map()
+    for pointer, size in zip(file.pointers, file.sizes):
+        assert data[pointer:pointer + 2].tobytes() == b"\xff\xd8" and data[pointer + size - 2] == 0xFF
+
+
+def test_a_file_cut_anywhere_is_refused(betons, tmp_path):
+    whole = (betons / "val.beton").read_bytes()
+    cut = tmp_path / "cut.beton"
+    for length in [*range(0, 60), 1000, 2000, 2100, 2600, len(whole) // 2, len(whole) - 700, len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="cut.beton"):
+            beton.read_beton(cut)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(10000)])
+def test_what_is_no_beton_is_refused(tmp_path, content):
+    path = tmp_path / "x.beton"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="x.beton"):
+        beton.read_beton(path)
+    with pytest.raises(InputError, match="no such|cannot be read"):
+        beton.read_beton(tmp_path / "absent.beton")
+
+
+def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
+    whole = np.frombuffer((betons / "val.beton").read_bytes(), np.uint8)
+    header_end = 24 + 2 * beton.FIELD.itemsize + 27 * beton.SAMPLE_METADATA.itemsize
+    rng = np.random.default_rng(0)
+    path = tmp_path / "flipped.beton"
+    refused = 0
+    for _ in range(300):
+        damaged = whole.copy()
+        region = int(rng.integers(0, 3))
+        low, high = ((0, 24), (2100, header_end), (len(whole) - 27 * 24, len(whole)))[region]
+        damaged[rng.integers(low, high)] ^= 1 << rng.integers(0, 8)
+        damaged.tofile(path)
+        try:
+            file = beton.read_beton(path)
+        except InputError:
+            refused += 1
+            continue
+        ends = [int(pointer) + int(size) for pointer, size in zip(file.pointers, file.sizes)]
+        assert max(ends) <= len(whole) and file.labels.min() >= 0
+    assert refused > 100

@@ -1,0 +1,116 @@
+"""Every wrong option ends the program with its name, value, place and the nearest right one."""
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from rsb_ffcv import InputError
+from rsb_ffcv.config import TrainConfig, WriteConfig, as_dict, read_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def given(betons, tmp_path):
+    """The options that have no default."""
+    return [f"--data.train_dataset={betons}/train.beton", f"--data.val_dataset={betons}/val.beton",
+            "--data.num_workers=2", "--data.in_memory=0", f"--logging.folder={tmp_path}/run"]
+
+
+def read(given, *more):
+    return read_config(TrainConfig, "", [*given, *more])
+
+
+def test_defaults_of_shared_options_are_ffcv_imagenets(given):
+    c = read(given)
+    assert (c.lr.lr, c.lr.lr_schedule_type, c.lr.lr_peak_epoch, c.lr.step_ratio, c.lr.step_length) == (
+        0.5, "cyclic", 2, 0.1, 30)
+    assert (c.training.batch_size, c.training.optimizer, c.training.momentum, c.training.weight_decay,
+            c.training.epochs, c.training.label_smoothing) == (512, "sgd", 0.9, 4e-5, 30, 0.1)
+    assert (c.validation.batch_size, c.validation.resolution, c.validation.lr_tta) == (512, 224, True)
+    assert (c.resolution.min_res, c.resolution.max_res) == (160, 160) and c.model.arch == "resnet50"
+
+
+def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
+    for name, lr in (("a", "1e-3"), ("b", "2e-3")):
+        (tmp_path / f"{name}.yaml").write_text(f"lr:\n  lr: {lr}\ntraining:\n  epochs: 7\n")
+    files = [f"--config-file={tmp_path}/a.yaml", f"--config-file={tmp_path}/b.yaml"]
+    assert read(given, *files).lr.lr == 2e-3
+    c = read(given, *files, "--lr.lr=3e-3")
+    assert (c.lr.lr, c.training.epochs) == (3e-3, 7)
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("training:\n  epocs: 3\n", ["training.epocs", "training.epochs"]),
+    ("trainig:\n  epochs: 3\n", ["trainig.epochs", "training.epochs"]),
+    ("training:\n  epochs: many\n", ["training.epochs='many'", "whole number"]),
+    ("training:\n  epochs: 2.5\n", ["training.epochs=2.5"]),
+    ("training:\n  epochs: -1\n", ["training.epochs=-1", "1 or more"]),
+    ("training:\n  epochs: [3]\n", ["training.epochs=[3]"]),
+    ("lr:\n  lr: .nan\n", ["lr.lr=nan"]),
+    ("lr:\n  lr_schedule_type: cosin\n", ["lr.lr_schedule_type='cosin'", "cosine"]),
+    ("mix:\n  prob: 1.5\n", ["mix.prob=1.5", "from 0 to 1"]),
+    ("ema:\n  warmup: yes please\n", ["ema.warmup='yes please'", "0 or 1"]),
+    ("data:\n  num_workers: 0\n", ["data.num_workers=0", "1"]),
+    ("training: 3\n", ["section 'training'"]),
+    ("just text\n", ["holds no sections"]),
+    ("a: [\n", ["not YAML"]),
+    ("x: !!python/object/apply:os.system [ls]\n", ["not YAML"])])
+def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read(given, f"--config-file={recipe}")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in [*parts, "wrong.yaml"]:
+        assert part in message
+
+
+@pytest.mark.parametrize("flag, parts", [
+    ("--training.batchsize=3", ["training.batchsize", "training.batch_size"]),
+    ("--epochs=3", ["epochs", "training.epochs"]), ("--xyz", ["xyz"]),
+    ("--data.in_memory=maybe", ["data.in_memory='maybe'"]), ("--config-file=nowhere.yaml", ["nowhere.yaml"]),
+    ("--data.train_dataset=nowhere.beton", ["data.train_dataset=nowhere.beton"]),
+    ("--augment.scale_min=0.9 --augment.scale_max=0.5", ["augment.scale_min=0.9", "augment.scale_max=0.5"]),
+    ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
+    ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"])])
+def test_a_wrong_flag_is_named(given, flag, parts):
+    with pytest.raises(InputError) as caught:
+        read(given, *flag.split())
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_missing_option_is_named():
+    with pytest.raises(InputError, match="data.train_dataset is missing"):
+        read([])
+
+
+@pytest.mark.parametrize("program", [TrainConfig, WriteConfig])
+def test_help_shows_every_option_with_its_default(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_config(program, "A program.", ["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    for section in fields(program):
+        for item in fields(section.type):
+            assert f"--{section.name}.{item.name}  [" in shown and item.metadata["text"] in shown
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "rsb_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid(recipe, given):
+    c = read([f"--config-file={recipe}", *given])
+    assert as_dict(c)["data"]["num_workers"] == 2
+
+
+def test_the_a2_recipe_says_what_it_must(given):
+    for name, epochs in (("a2_300", 300), ("a2_600", 600)):
+        c = read([f"--config-file={ROOT}/rsb_configs/{name}.yaml", *given])
+        t = c.training
+        assert (t.optimizer, t.weight_decay, t.epochs, t.batch_size, t.global_batch) == ("lamb", 0.02, epochs, 256, 2048)
+        assert (c.lr.lr, c.lr.lr_schedule_type, c.lr.warmup_epochs, c.lr.warmup_lr, c.lr.min_lr) == (
+            5e-3, "cosine", 5, 5e-5, 0)
+        assert (c.mix.mixup, c.mix.cutmix, t.loss, t.label_smoothing, c.ema.decay) == (0.2, 1.0, "auto", 0.1, 0.9999)
+        assert c.augment.rand_augment.startswith("rand-m7-") and c.augment.erase_prob == 0.25
+        assert c.compute.precision == "auto" and c.model.arch == "resnet50"

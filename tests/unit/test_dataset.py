@@ -1,0 +1,240 @@
+"""Raw pictures to .beton: right colours, same bytes each time, and nothing left behind where it fails."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from rsb_ffcv import InputError
+from rsb_ffcv.beton import JPG, RAW, read_beton
+from rsb_ffcv.dataset import write_splits
+from rsb_ffcv.dataset.picture import load_rgb
+from rsb_ffcv.dataset.synthetic import CLASSES, draw_picture, make_demo_images
+
+COLOUR = (200, 120, 40)
+
+
+def stored(mode: str, path):
+    """A file of each kind whose right RGB reading is known: (path, RGB of every pixel, tolerance)."""
+    picture = Image.new("RGB", (32, 24), COLOUR)
+    grey = round(0.299 * COLOUR[0] + 0.587 * COLOUR[1] + 0.114 * COLOUR[2])
+    if mode == "grey":
+        picture.convert("L").save(path / "x.png")
+        return path / "x.png", (grey,) * 3, 1
+    if mode == "cmyk":
+        picture.convert("CMYK").save(path / "x.jpg", quality=98)
+        return path / "x.jpg", COLOUR, 4
+    if mode == "palette":
+        picture.convert("P", palette=Image.Palette.ADAPTIVE).save(path / "x.png")
+        return path / "x.png", COLOUR, 1
+    if mode == "palette with transparency":
+        picture.convert("P", palette=Image.Palette.ADAPTIVE).save(path / "x.png", transparency=0)
+        return path / "x.png", (255, 255, 255), 1
+    if mode == "alpha":
+        Image.new("RGBA", (32, 24), (*COLOUR, 128)).save(path / "x.png")
+        return path / "x.png", tuple(round((c * 128 + 255 * 127) / 255) for c in COLOUR), 1
+    if mode == "16 bit":
+        Image.fromarray(np.full((24, 32), 40000, np.uint16)).save(path / "x.png")
+        return path / "x.png", (round(40000 / 257),) * 3, 1
+    if mode == "1 bit":
+        Image.new("1", (32, 24), 1).save(path / "x.png")
+        return path / "x.png", (255, 255, 255), 0
+    raise AssertionError(mode)
+
+
+@pytest.mark.parametrize("mode", ["grey", "cmyk", "palette", "palette with transparency", "alpha", "16 bit", "1 bit"])
+def test_every_kind_of_picture_comes_out_as_right_rgb(mode, tmp_path):
+    path, colour, tolerance = stored(mode, tmp_path)
+    pixels = load_rgb(path, str(path))
+    assert pixels.shape == (24, 32, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - colour).max() <= tolerance
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation, tmp_path):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = 255  # a white quarter, top left
+    turn = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+            5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, 1), 7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+            8: lambda x: np.rot90(x, 3)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(turn(upright))).save(tmp_path / "x.jpg", quality=100, exif=exif)
+    pixels = load_rgb(tmp_path / "x.jpg", "x")
+    assert pixels.shape == upright.shape and np.abs(pixels.astype(int) - upright).mean() < 3
+
+
+def write(pictures, target, **options):
+    write_splits("imagenet", str(pictures), str(target), **{"num_workers": 2, **options})
+    return read_beton(target / "train.beton")
+
+
+def test_bytes_do_not_depend_on_the_number_of_threads(pictures, tmp_path):
+    for workers in (1, 4):
+        write(pictures, tmp_path / str(workers), num_workers=workers, chunk_size=3, mode="proportion")
+    for name in ("train.beton", "val.beton"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
+def test_modes_store_what_they_say(pictures, tmp_path):
+    assert (write(pictures, tmp_path / "jpg", mode="jpg").modes == JPG).all()
+    assert (write(pictures, tmp_path / "raw", mode="raw").modes == RAW).all()
+    smart = write(pictures, tmp_path / "smart", mode="smart", smart_threshold=12000)
+    raw_bytes = smart.heights.astype(int) * smart.widths * 3
+    assert ((smart.modes == RAW) == (raw_bytes <= 12000)).all() and 0 < (smart.modes == RAW).sum() < 96
+    share = (write(pictures, tmp_path / "p", mode="proportion", compress_probability=0.25).modes == JPG).mean()
+    assert 0.1 < share < 0.4
+
+
+def test_raw_pixels_are_the_pictures(pictures, tmp_path):
+    file = write(pictures, tmp_path, mode="raw")
+    data = file.map()
+    first = data[file.pointers[0]:file.pointers[0] + file.sizes[0]].reshape(file.heights[0], file.widths[0], 3)
+    assert np.array_equal(first, load_rgb(pictures / "train" / "amber" / "0.jpg", ""))
+
+
+def test_the_longer_side_is_shrunk_and_small_pictures_stay(pictures, tmp_path):
+    file = write(pictures, tmp_path, max_resolution=60)
+    longer = np.maximum(file.heights, file.widths)
+    whole = write(pictures, tmp_path / "whole")
+    assert longer.max() == 60 and (longer == np.minimum(60, np.maximum(whole.heights, whole.widths))).all()
+
+
+def test_a_subset_takes_the_first_pictures(pictures, tmp_path):
+    assert len(write(pictures, tmp_path, subset=10)) == 10
+
+
+def test_images_lie_within_pages_as_ffcv_reads_them(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number in range(12):  # 1.2 MB each: seven fit a page of 8 MiB
+            Image.fromarray(rng.integers(0, 256, (500, 800, 3), np.uint8)).save(tmp_path / split / "a" / f"{number}.png")
+    file = write(tmp_path, tmp_path / "out", mode="raw")
+    page = 1 << 23
+    assert (file.pointers // page == (file.pointers + file.sizes - np.uint64(1)) // page).all()
+    assert file.pointers[-1] // page > file.pointers[0] // page
+
+
+def make(tmp_path, *, skip=()):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "in" / split / name).mkdir(parents=True)
+            if f"{split}/{name}" not in skip:
+                Image.new("RGB", (40, 40), COLOUR).save(tmp_path / "in" / split / name / "1.jpg")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("nothing there", "in is not a folder"), ("empty folder", "has no folder 'train'"),
+    ("no classes", "has no class folder"), ("class without images", "class 'b' has no image"),
+    ("missing split", "has no folder 'val'"), ("unreadable picture", "2.jpg: not a readable picture"),
+    ("truncated picture", "2.jpg: not a readable picture"), ("empty file", "2.jpg: not a readable picture"),
+    ("other classes in val", "do not have the same classes")])
+def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
+    source = make(tmp_path, skip=("train/b",) if damage == "class without images" else ())
+    picture = source / "val" / "b" / "2.jpg"
+    if damage == "nothing there":
+        source = source.with_name("absent") / "in"
+    elif damage == "empty folder":
+        source = tmp_path / "other" / "in"
+        source.mkdir(parents=True)
+    elif damage == "no classes":
+        source = tmp_path / "other" / "in"
+        (source / "train").mkdir(parents=True)
+    elif damage == "missing split":
+        (source / "val").rename(tmp_path / "moved")
+    elif damage == "unreadable picture":
+        picture.write_text("not a picture")
+    elif damage == "truncated picture":
+        whole = (source / "val" / "b" / "1.jpg").read_bytes()
+        picture.write_bytes(whole[:len(whole) // 2])
+    elif damage == "empty file":
+        picture.touch()
+    elif damage == "other classes in val":
+        (source / "val" / "b").rename(source / "val" / "c")
+    with pytest.raises(InputError, match=message):
+        write_splits("imagenet", str(source), str(tmp_path / "out"), num_workers=2)
+    left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert set(left) <= {"train.beton"}
+
+
+def test_a_target_that_cannot_be_written_is_named(pictures, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cfg.write_path=.*file"):
+        write_splits("imagenet", str(pictures), str(tmp_path / "file" / "out"), num_workers=1)
+
+
+def test_an_image_too_large_for_a_page_is_named(tmp_path):
+    source = make(tmp_path)
+    Image.new("RGB", (2000, 2000)).save(source / "train" / "a" / "huge.png")
+    with pytest.raises(InputError, match="huge.png: 12000000 bytes"):
+        write_splits("imagenet", str(source), str(tmp_path / "out"), num_workers=1, mode="raw")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_tiny_imagenets_own_layout(tmp_path):
+    (tmp_path / "wnids.txt").write_text("n2\nn1\n")
+    for name in ("n1", "n2"):
+        (tmp_path / "train" / name / "images").mkdir(parents=True)
+        Image.new("RGB", (64, 64), COLOUR).save(tmp_path / "train" / name / "images" / f"{name}_0.JPEG")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (64, 64), COLOUR).save(tmp_path / "val" / "images" / f"val_{number}.JPEG")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\nval_2.JPEG\tn2\t0\t0\t1\t1\n")
+    write_splits("tiny_imagenet", str(tmp_path), str(tmp_path / "out"), num_workers=1)
+    assert read_beton(tmp_path / "out" / "train.beton").labels.tolist() == [0, 1]
+    assert read_beton(tmp_path / "out" / "val.beton").labels.tolist() == [1, 0, 1]
+    annotations.write_text("../../secret.JPEG\tn2\t0\t0\t1\t1\n")
+    with pytest.raises(InputError, match="val_annotations.txt:1"):
+        write_splits("tiny_imagenet", str(tmp_path), str(tmp_path / "out2"), num_workers=1)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenette"])
+def test_a_download_that_fails_is_one_clear_error(dataset, tmp_path, monkeypatch):
+    import socket
+
+    def offline(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    with pytest.raises(InputError, match=f"{dataset} is neither in"):
+        write_splits(dataset, str(tmp_path), str(tmp_path / "out"), num_workers=1)
+
+
+def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
+    """CIFAR-10's own file layout, with torchvision's checksums replaced by those of the small files made here."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+
+    def save(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    def part():
+        return {"data": rng.integers(0, 256, (4, 3072), np.uint8), "labels": [0, 1, 2, 9]}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [save(f"data_batch_{i}", part()) for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [save("test_batch", part())])
+    name, digest = save("batches.meta", {"label_names": [str(i) for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": digest})
+    write_splits("cifar10", str(tmp_path), str(tmp_path / "out"), num_workers=1, mode="raw")
+    train = read_beton(tmp_path / "out" / "train.beton")
+    assert len(train) == 20 and train.labels.tolist() == [0, 1, 2, 9] * 5 and (train.heights == 32).all()
+
+
+def test_the_demo_set_is_a_function_of_its_seed(tmp_path):
+    make_demo_images(tmp_path / "a", {"train": 2, "val": 1})
+    make_demo_images(tmp_path / "b", {"train": 2, "val": 1})
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.jpg"))
+    assert len(files) == 30
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    pictures = {name: np.asarray(draw_picture(name, np.random.default_rng(0)).resize((64, 64))) for name in CLASSES}
+    means = np.array([picture.mean((0, 1)) for picture in pictures.values()])
+    assert means.std(0).max() < 40  # the class is not told by the mean colour

@@ -1,0 +1,60 @@
+"""The shape of the house: who may import whom, and that two lists of versions say the same."""
+import ast
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "rsb_ffcv"
+MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": set(), "loading": {"ops", "beton"},
+              "dataset": {"ops", "beton"}, "training": {"ops", "loading", "learning", "reporting", "config"},
+              "beton": set(), "config": set()}
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of rsb_ffcv that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("rsb_ffcv.")}
+    return found & set(MAY_IMPORT)
+
+
+def test_each_part_imports_only_the_parts_below_it():
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part != "__init__":
+            extra = imported_parts(path) - MAY_IMPORT[part] - {part}
+            assert not extra, f"{path} imports {extra}"
+
+
+def test_no_part_is_left_out_of_the_rules():
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__"} == set(MAY_IMPORT)
+
+
+def test_conda_and_pip_users_get_the_same_versions():
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = dict(line.split("==") for line in environment["dependencies"][-1]["pip"])
+    # conda resolves ffcv's own requirement; set_up.sh puts the headless build of the same module in its place
+    conda["opencv-python-headless"] = conda.pop("opencv-python")
+    assert conda == pinned
+
+
+def test_pinned_versions_lie_within_the_ranges_of_pyproject():
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"] + project["optional-dependencies"]["test"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[requirement.name]), text
+    torch = next(Requirement(text) for text in project["dependencies"] if text.startswith("torch>"))
+    assert not torch.specifier.contains("2.13.0")
