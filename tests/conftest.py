@@ -45,3 +45,22 @@ def run_program():
                               timeout=timeout, env={**os.environ, **(env or {})}, **options)
         return done.returncode, done.stdout, done.stderr
     return run
+
+
+@pytest.fixture
+def call_program(capfd):
+    """An entry script's main() in this process, which has paid for its imports: (exit status, stdout, stderr)."""
+    def call(script, *arguments):
+        import importlib
+
+        from rsb_ffcv import exit_status
+
+        capfd.readouterr()
+        main = importlib.import_module(script.removesuffix(".py")).main
+        saved, sys.argv = sys.argv, [script, *map(str, arguments)]
+        try:
+            status = exit_status(main)
+        finally:
+            sys.argv = saved
+        return status, *capfd.readouterr()
+    return call

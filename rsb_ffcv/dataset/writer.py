@@ -5,7 +5,6 @@ file's bytes depend on which worker was faster. Here threads decode and encode (
 interpreter lock), one thread lays the results into pages in dataset order, and the file stands under a temporary name
 until it is complete, flushed and checked. The bytes are a function of the pictures and the settings alone.
 """
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import numpy as np
 from ffcv.fields import RGBImageField
 from tqdm import tqdm
 
-from rsb_ffcv import InputError
-from rsb_ffcv import beton
+from rsb_ffcv import InputError, beton
+from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.dataset.picture import load_rgb
 from rsb_ffcv.dataset.sources import Source
 from rsb_ffcv.ops import draws
@@ -69,19 +68,10 @@ def write_beton(path, source: Source, encoding: Encoding, num_workers: int, chun
     InputError where a picture cannot be read or stored, or the file cannot be written; then nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            _write_file(file, source, encoding, num_workers, chunk_size, path.name)
-            file.flush()
-            os.fsync(file.fileno())
-        checked = beton.read_beton(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another "
-                         f"cfg.write_path") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path, "free space or choose another cfg.write_path") as file:
+        _write_file(file, source, encoding, num_workers, chunk_size, path.name)
+        file.flush()
+        checked = beton.read_beton(file.name)
     return {"path": str(path), "samples": len(checked), "classes": len(source.classes), "bytes": checked.num_bytes}
 
 

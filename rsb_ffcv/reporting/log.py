@@ -1,40 +1,30 @@
 """What a run leaves behind for people and programs: one JSON line an epoch, curves, and a closing table."""
+import io
 import json
-import os
 from pathlib import Path
 
+from rsb_ffcv.atomic import atomic_file
+
 METRICS = "metrics.jsonl"
+MEND = "free space or choose another logging.folder"
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The epochs logged so far. A last line that a kill cut short is left out."""
+    """The epochs logged so far."""
     path = folder / METRICS
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def append_metrics(folder: Path, row: dict):
-    """Adds one line, flushed to disk."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def keep_epochs_before(folder: Path, epoch: int):
-    """Drops the lines of `epoch` and later ones: a resumed run writes those again."""
-    rows = [row for row in read_metrics(folder) if row["epoch"] < epoch]
-    temporary = folder / f".{METRICS}.part"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, folder / METRICS)
+def write_metrics(folder: Path, rows: list[dict]):
+    """Replaces the log by `rows`, one JSON line each. At most some hundred lines: rewriting them keeps the file whole
+    whenever a run is killed."""
+    with atomic_file(folder / METRICS, MEND) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_json(path: Path, content):
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path, MEND) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -65,5 +55,8 @@ def draw_curves(rows: list[dict], path: Path):
     rate.set(xlabel="epoch", title="learning rate at the epoch's end")
     for axis in (accuracy, loss, rate):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png")
     plt.close(figure)
+    with atomic_file(path, MEND) as file:
+        file.write(picture.getbuffer())

@@ -1,31 +1,22 @@
 """A run's state on disk: written whole or not at all, and refused where it belongs to another run."""
-import os
+import io
 import pickle
 from pathlib import Path
 
 import torch
 
 from rsb_ffcv import InputError
+from rsb_ffcv.atomic import atomic_file
 
 NAME = "checkpoint.pt"
 
 
-def save_atomically(state: dict, path: Path):
-    """Writes beside `path`, flushes to disk, renames: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-            raise
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free space or choose another "
-                         f"logging.folder. What was there before is intact") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def save(state: dict, path: Path):
+    """Writes `state` with torch.save: a reader sees the old file or the new one, never a part."""
+    serialized = io.BytesIO()  # torch reports a full disk as a RuntimeError; a plain write says what it is
+    torch.save(state, serialized)
+    with atomic_file(path, "free space or choose another logging.folder; what was there before is intact") as file:
+        file.write(serialized.getbuffer())
 
 
 def load(folder: Path) -> dict | None:

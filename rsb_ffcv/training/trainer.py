@@ -105,8 +105,8 @@ class Trainer:
                     self.best = {"top1": top1, "epoch": epoch}
             self.next_epoch = epoch + 1
             if self.compute.is_main:
-                log.append_metrics(self.folder, row)
-                checkpoint.save_atomically(self._state(), self.folder / checkpoint.NAME)
+                log.write_metrics(self.folder, log.read_metrics(self.folder) + [row])
+                checkpoint.save(self._state(), self.folder / checkpoint.NAME)
                 print(json.dumps(row), flush=True)
         if self.compute.is_main:
             self._finish()
@@ -241,19 +241,20 @@ class Trainer:
     def _open_folder(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            log.keep_epochs_before(self.folder, self.next_epoch)
-            log.write_json(self.folder / "config.json", as_dict(self.config))
         except OSError as error:
-            raise InputError(f"logging.folder={self.folder}: cannot be written ({error.strerror}); choose another") from error
+            raise InputError(f"logging.folder={self.folder}: cannot be made ({error.strerror}); choose another") from error
+        # A run killed between its log and its checkpoint logs that epoch again
+        log.write_metrics(self.folder, [row for row in log.read_metrics(self.folder) if row["epoch"] < self.next_epoch])
+        log.write_json(self.folder / "config.json", as_dict(self.config))
 
     def _finish(self):
         rows = log.read_metrics(self.folder)
         log.draw_curves(rows, self.folder / "training_curves.png")
-        checkpoint.save_atomically(self.model.state_dict(), self.folder / "final_weights.pt")
+        checkpoint.save(self.model.state_dict(), self.folder / "final_weights.pt")
         last = rows[-1]
         lines = [("top-1 (top-5), raw weights", f"{last['top1']:.2f} % ({last['top5']:.2f} %)")]
         if self.ema is not None:
-            checkpoint.save_atomically(self.ema.module.state_dict(), self.folder / "final_weights_ema.pt")
+            checkpoint.save(self.ema.module.state_dict(), self.folder / "final_weights_ema.pt")
             lines.append(("top-1 (top-5), EMA weights", f"{last['ema_top1']:.2f} % ({last['ema_top5']:.2f} %)"))
         wait = 100 * sum(row["data_wait_s"] for row in rows) / sum(row["seconds"] for row in rows)
         lines += [("best top-1", f"{self.best['top1']:.2f} % after epoch {self.best['epoch'] + 1}"),

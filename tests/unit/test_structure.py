@@ -7,9 +7,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rsb_ffcv"
-MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": set(), "loading": {"ops", "beton"},
-              "dataset": {"ops", "beton"}, "training": {"ops", "loading", "learning", "reporting", "config"},
-              "beton": set(), "config": set()}
+MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": {"atomic"}, "loading": {"ops", "beton"},
+              "dataset": {"ops", "beton", "atomic"}, "beton": set(), "config": set(), "atomic": set(),
+              "training": {"ops", "loading", "learning", "reporting", "config", "atomic"}}
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -1,0 +1,28 @@
+"""Files that appear under their name whole or not at all."""
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rsb_ffcv import InputError
+
+
+@contextmanager
+def atomic_file(path, mend: str):
+    """A binary file to write that takes the name `path` when the block ends: flushed to disk, then renamed.
+
+    Where the block raises, what stood under `path` before stays and the unfinished file is removed. Raises InputError
+    naming `path` and `mend` where the system refuses to write (no such folder, no permission, full disk).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); {mend}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
