@@ -5,7 +5,10 @@ blur, picture size and JPEG quality vary independently of the class, so a networ
 augmentations such as crops and mixing behave as they do on photographs.
 """
 import math
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +30,19 @@ def make_demo_images(root: Path, images_per_class=IMAGES_PER_CLASS, seed: int = 
             continue
         unfinished = root / f".{split}.part"
         shutil.rmtree(unfinished, ignore_errors=True)
-        for label, name in enumerate(tqdm(CLASSES, desc=f"demo pictures, {split}", unit="class")):
-            (unfinished / name).mkdir(parents=True)
-            for number in range(count):
-                rng = np.random.default_rng([seed, split_number, label, number])
-                draw_picture(name, rng).save(unfinished / name / f"{name}_{number:04d}.jpg",
-                                             quality=int(rng.integers(75, 96)))
+        draw = partial(_draw_class, unfinished, count, seed, split_number)
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for _ in tqdm(pool.map(draw, CLASSES), total=len(CLASSES), desc=f"demo pictures, {split}", unit="class"):
+                pass
         unfinished.rename(target)
+
+
+def _draw_class(folder: Path, count: int, seed: int, split_number: int, name: str):
+    (folder / name).mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng([seed, split_number, CLASSES.index(name), number])
+        picture = draw_picture(name, rng)
+        picture.save(folder / name / f"{name}_{number:04d}.jpg", quality=int(rng.integers(75, 96)))
 
 
 def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
