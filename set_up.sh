@@ -30,7 +30,7 @@ if [ -n "$missing" ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
 fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || { rm -rf "$venv"; "$python" -m venv "$venv"; }
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 # ffcv comes last and without its dependencies: it asks for opencv-python, which needs display libraries;
 # constraints.txt has the headless build of the same module, and the rest of what ffcv imports.
@@ -38,7 +38,8 @@ grep -v '^ffcv==' constraints.txt > "$venv/requirements.txt"
 $pip install -q -r "$venv/requirements.txt"
 
 # What pkg-config says of OpenCV on Debian is in libopencv-dev, and names every module. This says what ffcv uses.
-shim=$(pwd)/$venv/opencv
+shim=$(mktemp -d)  # outside the checkout: ffcv's set-up splits paths at spaces
+trap 'rm -rf "$shim"' EXIT
 mkdir -p "$shim/opencv2"
 printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' > "$shim/opencv2/opencv.hpp"
 printf 'Name: opencv4\nDescription: core and imgproc\nVersion: 4\nCflags: -I%s -I/usr/include/opencv4\nLibs: -lopencv_imgproc -lopencv_core\n' \

@@ -16,6 +16,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's own words on one line, for a message that people read."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def exit_status(program, *arguments) -> int:
     """Runs `program(*arguments)`: 0 where it returns, 2 and one line on stderr where it raises InputError, 130 where
     the user interrupts it."""

@@ -3,8 +3,8 @@
 The layout is FFCV's, version 2 (libffcv/ffcv `ffcv/types.py`): a header, one descriptor a field, one metadata row a
 sample, pages of sample data, and at the end a table of (sample, pointer, size). FFCV reads such a file without a
 check, so a truncated one surfaces as "negative dimensions are not allowed" or as a read past the mapping. Here the
-header, the descriptors, the table and each image's pointer, size and shape are held against the file's length first;
-whoever holds a `Beton` may hand its pointers to native code.
+header, the descriptors, the table and each image's pointer and size are held against the file's length first, and a raw
+image's size against its shape; whoever holds a `Beton` may hand its pointers to native code.
 """
 import os
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ LABEL_METADATA = np.dtype("<i8")
 SAMPLE_METADATA = np.dtype([("f0", IMAGE_METADATA), ("f1", LABEL_METADATA)], align=True)
 INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
 JPG, RAW = 0, 1
+MAX_CLASSES = 1 << 20  # beyond any labelled set: a larger label is damage, and would size the model's last layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ def read_beton(path) -> Beton:
     for bad, what in ((outside, "points outside the file"), ((heights == 0) | (widths == 0), "has no pixels"),
                       (modes > RAW, "has an unknown storage mode"), (sizes == 0, "has no data"),
                       ((modes == RAW) & (sizes != raw_bytes), "has a size that is not height x width x 3"),
-                      (labels < 0, "has a negative label")):
+                      ((labels < 0) | (labels >= MAX_CLASSES), f"has a label outside 0 .. {MAX_CLASSES - 1}")):
         if bad.any():
             refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
     return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels))

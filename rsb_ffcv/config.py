@@ -9,6 +9,7 @@ Sections and names of libffcv/ffcv-imagenet keep their names, meaning and defaul
 """
 import difflib
 import math
+import os
 import sys
 from argparse import ArgumentParser
 from dataclasses import MISSING, dataclass, field, fields
@@ -27,8 +28,8 @@ REQUIRED = object()
 class _Value(Checker):
     """A fastargs checker that reads one option: type, range and choices."""
 
-    def __init__(self, kind, low, high, choices):
-        self.kind, self.low, self.high, self.choices = kind, low, high, choices
+    def __init__(self, kind, low, high, choices, needed=False):
+        self.kind, self.low, self.high, self.choices, self.needed = kind, low, high, choices, needed
 
     def check(self, value):
         if self.kind is bool:
@@ -37,20 +38,34 @@ class _Value(Checker):
                 raise ValueError(self.help())
             value = text in ("1", "true")
         elif self.kind is str:
-            if not isinstance(value, str):
+            if isinstance(value, bool):
+                value = int(value)  # YAML reads on and off as these
+            if not isinstance(value, (str, int)) or self.needed and not str(value):
                 raise ValueError(self.help())
+            value = str(value)
         else:
-            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-                raise ValueError(self.help())
-            number = float(value)
-            if not math.isfinite(number) or self.kind is int and not number.is_integer():
-                raise ValueError(self.help())
-            value = int(number) if self.kind is int else number
+            value = self._number(value)
             if value < self.low or value > self.high:
                 raise ValueError(self.help())
         if self.choices and value not in self.choices:
             raise ValueError(self.help())
         return value
+
+    def _number(self, value):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError(self.help())
+        if self.kind is int and isinstance(value, (int, str)):
+            try:
+                return int(value)
+            except ValueError:
+                pass  # a text such as 1e3, read below
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or self.kind is int and not number.is_integer():
+            raise ValueError(self.help())
+        return int(number) if self.kind is int else number
 
     def help(self):
         if self.choices:
@@ -58,9 +73,9 @@ class _Value(Checker):
         if self.kind is bool:
             return "0 or 1"
         if self.kind is str:
-            return "text"
+            return "text, not empty" if self.needed else "text"
         name = "whole number" if self.kind is int else "number"
-        low, high = (f"{x:g}" if abs(x) < 2 ** 31 else None for x in (self.low, self.high))
+        low, high = (f"{x:g}" if abs(x) < 2 ** 31 else str(x) if math.isfinite(x) else None for x in (self.low, self.high))
         return (f"{name} from {low} to {high}" if low and high else f"{name}, {low} or more" if low
                 else f"{name}, at most {high}" if high else name)
 
@@ -68,7 +83,7 @@ class _Value(Checker):
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=()):
     """One option. text: meaning and unit, shown by --help."""
     extra = {} if default is REQUIRED else {"default": default}
-    return field(metadata={"checker": _Value(kind, low, high, choices), "text": text}, **extra)
+    return field(metadata={"checker": _Value(kind, low, high, choices, default is REQUIRED), "text": text}, **extra)
 
 
 def flag(default, text):
@@ -77,7 +92,7 @@ def flag(default, text):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """model"""
+    """the network"""
     arch: str = option(str, "resnet50", "a model of timm, by its name there")
     pretrained: bool = flag(False, "start from timm's published weights (downloaded)")
     num_classes: int = option(int, 0, "outputs; 0: as many as the training file has classes", 0)
@@ -90,13 +105,13 @@ class Resolution:
     """resolution of the training images, in pixels a side"""
     min_res: int = option(int, 160, "up to epoch start_ramp", 8, 4096)
     max_res: int = option(int, 160, "from epoch end_ramp on; in between, interpolated to multiples of 32", 8, 4096)
-    start_ramp: int = option(int, 0, "epoch", 0)
-    end_ramp: int = option(int, 0, "epoch", 0)
+    start_ramp: int = option(int, 0, "last epoch (counted from 0) at min_res", 0)
+    end_ramp: int = option(int, 0, "first epoch (counted from 0) at max_res", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """data"""
+    """files and how they are read"""
     train_dataset: str = option(str, REQUIRED, ".beton file to train on")
     val_dataset: str = option(str, REQUIRED, ".beton file to evaluate on")
     num_workers: int = option(int, REQUIRED, "loader threads of each process", 1, 1024)
@@ -146,7 +161,7 @@ class Lr:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """training"""
+    """the optimizer's side of training"""
     epochs: int = option(int, 30, "epochs in all", 1)
     batch_size: int = option(int, 512, "images a process takes at once: also the mix and batch-norm group", 1)
     global_batch: int = option(int, 0, "images an optimizer step takes, by accumulation where the processes take fewer; "
@@ -176,7 +191,7 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """validation"""
+    """evaluation after each epoch"""
     batch_size: int = option(int, 512, "images a process takes at once", 1)
     resolution: int = option(int, 224, "pixels a side", 8, 4096)
     crop_ratio: float = option(float, 224 / 256, "side of the central crop over the shorter side", 0.01, 1)
@@ -192,7 +207,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """logging"""
+    """what a run leaves behind"""
     folder: str = option(str, REQUIRED, "where checkpoints, metrics.jsonl, config.json and curves go")
     log_level: int = option(int, 1, "0: evaluate after the last epoch only; 1: after each", 0, 1)
 
@@ -213,7 +228,8 @@ class Compute:
                             choices=("auto", "fp32", "fp16", "bf16"))
     compile: str = option(str, "auto", "torch.compile; auto: on cuda only", choices=("auto", "0", "1"))
     channels_last: bool = flag(True, "memory layout of weights and images")
-    threads: int = option(int, 0, "CPU threads of the model in each process; 0: the cores, shared among processes", 0, 1024)
+    threads: int = option(int, 0, "CPU threads of the model in each process; 0: OMP_NUM_THREADS, else the cores shared "
+                         "among processes", 0, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +253,8 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class Write:
     """writing .beton files"""
-    dataset: str = option(str, "imagenet", "imagenet: a folder <split>/<class>/<image>; the others by their layout",
-                          choices=("imagenet", "tiny_imagenet", "cifar10", "cifar100", "imagenette", "demo"))
+    dataset: str = option(str, "imagenet", "imagenet: folders <split>/<class>/<image>; cifar: cifar10; the others by their layout",
+                          choices=("imagenet", "tiny_imagenet", "cifar", "cifar10", "cifar100", "imagenette", "demo"))
     split: str = option(str, "", "train or val; empty: both", choices=("", "train", "val"))
     data_dir: str = option(str, REQUIRED, "folder of the images (cifar, imagenette and demo are put there)")
     write_path: str = option(str, REQUIRED, "the .beton file, or a folder for train.beton and val.beton")
@@ -273,13 +289,16 @@ def read_config(program: type, description: str, arguments=None):
             item.name: Param(item.metadata["checker"], item.metadata["text"],
                              default=None if item.default is MISSING else _shown(item.default),
                              required=item.default is MISSING) for item in fields(section)})
-    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False)
     _check_flags(arguments, sections)
-    saved, sys.argv = sys.argv, sys.argv[:1]  # fastargs would read the files named there, without a check
+    # fastargs would read the files named in sys.argv and the variables of the environment, without a check
+    saved, sys.argv = (sys.argv, dict(os.environ)), sys.argv[:1]
+    os.environ.clear()
     try:
         config.augment_argparse(parser)
     finally:
-        sys.argv = saved
+        sys.argv = saved[0]
+        os.environ.update(saved[1])
     parser.epilog = _options_text(sections)  # fastargs' own is drawn for a VT100 and speaks of environment variables
     given = parser.parse_args(arguments)
 
@@ -305,7 +324,7 @@ def _check_together(c: TrainConfig):
     """What no option can be checked for by itself."""
     for name in ("train_dataset", "val_dataset"):
         path = getattr(c.data, name)
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise InputError(f"data.{name}={path}: no such file; write it with write_ffcv.py or correct the path")
     for low, high in (("augment.scale_min", "augment.scale_max"), ("augment.erase_min", "augment.erase_max"),
                       ("resolution.min_res", "resolution.max_res"), ("resolution.start_ramp", "resolution.end_ramp"),
@@ -321,6 +340,23 @@ def as_dict(config) -> dict:
     """{section: {option: value}} of a config: plain values, ready for JSON."""
     return {section.name: {item.name: getattr(getattr(config, section.name), item.name)
                            for item in fields(section.type)} for section in fields(config)}
+
+
+class _Parser(ArgumentParser):
+    def error(self, message):
+        raise InputError(f"command line: {message}; options are --section.name=value, see --help")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which by itself keeps the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = [key for key in keys if keys.count(key) > 1]
+        if repeated:
+            raise yaml.constructor.ConstructorError(problem=f"'{repeated[0]}' stands there twice",
+                                                    problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _options_text(sections):
@@ -343,20 +379,20 @@ def _shown(default):
 def _check_flags(arguments, sections):
     """argparse would say "unrecognized arguments"; this names the nearest flag."""
     for argument in arguments:
-        name = argument[2:].split("=")[0]
+        name, _, value = argument[2:].partition("=")
         if argument.startswith("--") and name not in ("config-file", "help"):
             section, _, key = name.partition(".")
-            _find(sections, section, key, "on the command line")
+            _find(sections, section, key, f"(value {value!r}) on the command line")
 
 
 def _read_yaml(path):
     """(section, key, value) of each line of a recipe."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(f"--config-file={path}: cannot be read ({error.strerror}); recipes are in rsb_configs/") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config-file={path}: not YAML ({' '.join(str(error).split())[:120]})") from error
+        raise InputError(f"--config-file={path}: not a recipe in YAML ({' '.join(str(error).split())[:160]}); correct it") from error
     if not isinstance(content, dict):
         raise InputError(f"--config-file={path}: holds no sections; write 'section:' and below it '  key: value'")
     for name, section in content.items():
@@ -380,7 +416,7 @@ def _find(sections, name, key, where):
 
 
 def _set(values, sections, name, key, value, where):
-    item = _find(sections, name, key, where)
+    item = _find(sections, name, key, f"(value {value!r}) {where}")
     try:
         values[name][key] = item.metadata["checker"].check(value)
     except ValueError as error:

@@ -4,12 +4,16 @@ Class numbers are positions in the sorted list of class names (wnids for ImageNe
 and every published checkpoint use.
 """
 import os
+import sys
+import tarfile
+import zlib
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 from PIL import Image
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
 from rsb_ffcv.dataset import synthetic
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
@@ -39,10 +43,14 @@ def open_source(dataset: str, data_dir: str, split: str) -> Source:
     """The `split` ("train" or "val") of a dataset. Raises InputError naming what is missing and how to mend it."""
     root = Path(data_dir)
     if dataset == "demo":
-        synthetic.make_demo_images(root)
-    if dataset in ("cifar10", "cifar100", "imagenette"):
+        try:
+            synthetic.make_demo_images(root)
+        except OSError as error:
+            raise InputError(f"cfg.data_dir={root}: the demo pictures cannot be put there ({error.strerror}); "
+                             f"choose another") from error
+    if dataset in ("cifar", "cifar10", "cifar100", "imagenette"):
         return _torchvision(dataset, root, split)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"cfg.data_dir: {root} is not a folder; give the folder that holds the images")
     if dataset == "tiny_imagenet":
         return _tiny_imagenet(root, split)
@@ -55,8 +63,14 @@ def _image_folder(root: Path, split: str) -> Source:
     if not folder.is_dir():
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())[:5]
         raise InputError(f"cfg.split: {root} has no folder '{split}' (it has {', '.join(found) or 'no folder'}); "
-                         f"images belong in {root}/train/<class>/ and {root}/val/<class>/")
-    return _class_folders(folder, _subfolders(folder))
+                         f"give the folder above train/<class>/ and val/<class>/")
+    classes = _subfolders(folder)
+    other = root / ("val" if split == "train" else "train")
+    if other.is_dir() and (differing := set(classes) ^ set(_subfolders(other))):
+        # A class more or less in one split would shift the numbers of all that follow
+        raise InputError(f"{root}: train and val do not have the same classes ({', '.join(sorted(differing)[:5])} "
+                         f"in one only); add or remove class folders")
+    return _class_folders(folder, classes)
 
 
 def _tiny_imagenet(root: Path, split: str) -> Source:
@@ -91,11 +105,11 @@ def _torchvision(dataset: str, root: Path, split: str) -> Source:
             data = datasets.Imagenette(str(root), split=split, size="full", download=not there)
             return _labelled(list(data.wnids), [path for path, _ in data._samples], [label for _, label in data._samples],
                              root)
-        kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
+        kind = datasets.CIFAR100 if dataset == "cifar100" else datasets.CIFAR10
         data = kind(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error) as error:
         raise InputError(f"cfg.dataset: {dataset} is neither in {root} nor could it be downloaded "
-                         f"({str(error).splitlines()[0]}); connect to the network or put the archive there") from error
+                         f"({first_line(error)}); connect to the network or put the archive there") from error
     return Source(list(data.classes), [Image.fromarray(pixels) for pixels in data.data], list(data.targets))
 
 
@@ -107,18 +121,23 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _class_folders(folder: Path, classes: list[str], inner: str = "") -> Source:
-    paths, labels = [], []
+    paths, labels, skipped = [], [], 0
     for label, name in enumerate(classes):
         inside = folder / name / inner
         if not inside.is_dir():
             raise InputError(f"class '{name}' has no folder {inside}; add its images or take the class out of the list")
-        files = sorted(str(Path(where) / file) for where, _, files in os.walk(inside, followlinks=True)
-                       for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(str(Path(where) / file) for where, _, files in os.walk(inside, followlinks=True)
+                       for file in files)
+        files = [file for file in found if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+        skipped += len(found) - len(files)
         if not files:
             raise InputError(f"class '{name}' has no image in {inside} ({', '.join(sorted(IMAGE_SUFFIXES))}); "
                              f"add images or remove the folder")
         paths += files
         labels += [label] * len(files)
+    if skipped:
+        print(f"{folder}: {skipped} files left out, whose names do not end in {', '.join(sorted(IMAGE_SUFFIXES))}",
+              file=sys.stderr)
     return _labelled(classes, paths, labels, folder)
 
 

@@ -31,10 +31,13 @@ def make_demo_images(root: Path, images_per_class=IMAGES_PER_CLASS, seed: int = 
         unfinished = root / f".{split}.part"
         shutil.rmtree(unfinished, ignore_errors=True)
         draw = partial(_draw_class, unfinished, count, seed, split_number)
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for _ in tqdm(pool.map(draw, CLASSES), total=len(CLASSES), desc=f"demo pictures, {split}", unit="class"):
-                pass
-        unfinished.rename(target)
+        try:
+            with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                for _ in tqdm(pool.map(draw, CLASSES), total=len(CLASSES), desc=f"demo pictures, {split}", unit="class"):
+                    pass
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _draw_class(folder: Path, count: int, seed: int, split_number: int, name: str):

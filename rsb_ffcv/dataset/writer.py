@@ -15,7 +15,7 @@ import numpy as np
 from ffcv.fields import RGBImageField
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, beton
+from rsb_ffcv import InputError, beton, first_line
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.dataset.picture import load_rgb
 from rsb_ffcv.dataset.sources import Source
@@ -64,7 +64,7 @@ class Encoding:
 def write_beton(path, source: Source, encoding: Encoding, num_workers: int, chunk_size: int = 100) -> dict:
     """Writes `source` to `path` and returns a summary: samples, classes, bytes.
 
-    num_workers: threads, 1 or more. chunk_size: how many pictures a worker may run ahead of the writing. Raises
+    num_workers: threads, 1 or more. chunk_size: how many pictures may be encoded ahead of the writing. Raises
     InputError where a picture cannot be read or stored, or the file cannot be written; then nothing is left behind.
     """
     path = Path(path)
@@ -115,7 +115,7 @@ def _write_file(file, source, encoding, num_workers, chunk_size, title):
 
 
 def _encoded(source, encoding, num_workers, chunk_size, title):
-    """Encoded images in dataset order, at most num_workers x chunk_size of them ahead of the consumer."""
+    """Encoded images in dataset order, at most chunk_size of them (two a worker at least) ahead of the consumer."""
     def encode(index):
         pixels = load_rgb(source.pictures[index], source.name(index))
         if max(pixels.shape) > 65535:
@@ -125,7 +125,7 @@ def _encoded(source, encoding, num_workers, chunk_size, title):
             return encoding.encode(index, pixels)
         except (cv2.error, ValueError) as error:
             raise InputError(f"{source.name(index)}: {pixels.shape[1]} x {pixels.shape[0]} pixels cannot be stored "
-                             f"({str(error).splitlines()[0]}); replace or remove it") from error
+                             f"({first_line(error)}); replace or remove it") from error
 
     cv2.setNumThreads(1)  # one thread a picture: the pool is the parallelism
     pool = ThreadPoolExecutor(num_workers)
@@ -133,7 +133,7 @@ def _encoded(source, encoding, num_workers, chunk_size, title):
         pending = deque()
         indices = iter(range(len(source)))
         for done in tqdm(range(len(source)), desc=title, unit="img", smoothing=0.05):
-            while len(pending) < num_workers * chunk_size and (index := next(indices, None)) is not None:
+            while len(pending) < max(chunk_size, 2 * num_workers) and (index := next(indices, None)) is not None:
                 pending.append(pool.submit(encode, index))
             yield pending.popleft().result()
     finally:

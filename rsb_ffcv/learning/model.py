@@ -4,7 +4,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's: what images are normalized with before they reach the model
+
+
+def check_arch(arch: str):
+    """Raises InputError, with neighbours, for a name that timm does not have."""
+    if not timm.is_model(arch):
+        near = timm.list_models(f"*{arch[:4]}*")[:5]
+        raise InputError(f"model.arch={arch} is not a model of timm {timm.__version__}"
+                         + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them"))
 
 
 def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_path: float = 0.0,
@@ -14,10 +24,7 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_p
     drop_path: stochastic depth rate. zero_init_last: gamma of each residual block's last batch norm starts at 0
     (ResNets; timm's own default for them). Raises InputError for a name timm lacks or weights that cannot be had.
     """
-    if not timm.is_model(arch):
-        near = timm.list_models(f"*{arch[:4]}*")[:5]
-        raise InputError(f"model.arch={arch} is not a model of timm {timm.__version__}"
-                         + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them"))
+    check_arch(arch)
     options = {"drop_path_rate": drop_path} if drop_path else {}
     if not zero_init_last:
         options["zero_init_last"] = False
@@ -26,13 +33,29 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_p
     except TypeError as error:
         raise InputError(f"model.arch={arch} does not take {', '.join(options)}; remove that option") from error
     except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise InputError(f"model.pretrained=1: the weights of {arch} could not be had "
-                         f"({str(error).splitlines()[0]}); connect to the network or use 0") from error
+        what = "the weights could not be had" if pretrained else "cannot be built"
+        raise InputError(f"model.arch={arch}, model.pretrained={int(pretrained)}: {what} ({first_line(error)}); "
+                         f"connect to the network, or choose another model") from error
+    mean = model.pretrained_cfg.get("mean", MEAN)
+    if pretrained and tuple(mean) != MEAN:
+        raise InputError(f"model.arch={arch}: its published weights expect images normalized with mean {mean}, and images "
+                         f"here are with {MEAN}; choose another model or use model.pretrained=0")
     if blurpool:
         add_blurpool(model)
     return model
+
+
+@torch.no_grad()
+def check_input_size(model: nn.Module, arch: str, option: str, side: int):
+    """Raises InputError naming `option` where `model` cannot take images of `side` pixels a side."""
+    was_training = model.training
+    try:
+        model.eval()(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"{option}={side}: {arch} cannot take such images ({first_line(error)}); choose another "
+                         f"resolution or model") from error
+    finally:
+        model.train(was_training)
 
 
 class BlurPoolConv2d(nn.Module):

@@ -9,6 +9,7 @@ and corrected lambda) and `timm/data/random_erasing.py` (one box an image).
 """
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,9 +22,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB i
 
 def normalize(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
     """uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last: (x / 255 - mean) / std."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device)
+    scale, shift = _normalization(mean, std, images.device)
     return (images.float() * scale + shift).permute(0, 3, 1, 2)
+
+
+@cache
+def _normalization(mean, std, device):
+    """Put on the device once: a copy in each step would wait for it."""
+    return (torch.tensor([1 / (255 * s) for s in std], device=device),
+            torch.tensor([-m / s for m, s in zip(mean, std)], device=device))
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -
     """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0), "rand" (one
     normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with `noise_seed`."""
     n, channels, height, width = images.shape
-    box = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None]
+    box = torch.from_numpy(boxes)
+    box = (box.pin_memory() if images.is_cuda else box).to(images.device, non_blocking=True)[:, :, None]
     y, x = (torch.arange(side, device=images.device)[None] for side in (height, width))
     rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]

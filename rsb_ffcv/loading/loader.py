@@ -13,6 +13,7 @@ from contextlib import closing
 import numpy as np
 import psutil
 import torch
+from ffcv.pipeline.graph import INITIAL_STATE
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import Beton, read_beton
@@ -28,27 +29,36 @@ ROWS_PER_TASK = 8  # small enough that a slow image does not leave the other thr
 class _Loader:
     """A file, a pool of threads, and a list of Operations: a decoder first, then ops that change the batch in place."""
 
-    def __init__(self, path, batch_size: int, num_workers: int, device, in_memory: bool):
+    def __init__(self, path, batch_size: int, num_workers: int, device):
         if num_workers < 1:
             raise InputError(f"data.num_workers={num_workers}: at least one thread has to load; give 1 or more")
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._data = self.beton.map()
-        if in_memory:
-            _preload(self.beton, self._data)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="rsb-loader")
 
     def close(self):
         """Ends the threads. Iterators that are still open end with an error."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def preload(self):
+        """Reads the file once, in order, so that its pages are in memory before the first epoch. Raises InputError
+        where it does not fit."""
+        available = psutil.virtual_memory().available
+        if self.beton.num_bytes > 0.9 * available:
+            raise InputError(f"data.in_memory=1: {self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
+                             f"{available / 1e9:.1f} GB of memory are free; use data.in_memory=0")
+        for start in range(0, len(self._data), 1 << 24):
+            self._data[start:start + (1 << 24):4096].max()  # one byte a page brings the page in
+
     def _load(self, ops, address: Address, indices: np.ndarray):
         """One batch: (images uint8 (n, H, W, 3), labels int64 (n,)) in memory of its own."""
         heights, widths = self.beton.heights[indices], self.beton.widths[indices]
         drawn = [op.draw(address, heights, widths) for op in ops]
-        side = ops[0].resolution
-        images = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        _, memory = ops[0].declare_state_and_memory(INITIAL_STATE)
+        pin = self.device.type == "cuda"
+        images = torch.empty((len(indices), *memory.shape), dtype=torch.uint8, pin_memory=pin)
         out = images.numpy()
         codes = [op.generate_code() for op in ops]
 
@@ -63,7 +73,8 @@ class _Loader:
 
         for _ in self._pool.map(work, range(0, len(indices), ROWS_PER_TASK)):
             pass
-        return images, torch.from_numpy(self.beton.labels[indices])
+        labels = torch.from_numpy(self.beton.labels[indices])
+        return images, labels.pin_memory() if pin else labels
 
     def _iterate(self, ops, batches):
         """Yields the batches of `batches` (an iterable of (Address, indices)), prepared by a thread of its own."""
@@ -78,17 +89,15 @@ class TrainLoader(_Loader):
     batch_size: images a batch. global_batch: slots a step takes over all processes, a multiple of batch_size x
     world_size (default: just that); what does not fill a step is left out of the epoch. resolution: pixels a side,
     may be set between epochs. scale, ratio: of torchvision's RandomResizedCrop. rand_augment: timm's spec, or "".
-    interpolation: of RandAugment's geometric ops. num_workers: threads. in_memory: the file is read into the page
-    cache first, after a check that it fits.
+    interpolation: of RandAugment's geometric ops. num_workers: threads.
 
     Raises InputError where the file is damaged or holds fewer images than a step takes.
     """
 
     def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, seed: int = 0, global_batch: int = 0,
                  scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5, rand_augment: str = "",
-                 interpolation: str = "random", rank: int = 0, world_size: int = 1, device="cpu",
-                 in_memory: bool = False):
-        super().__init__(path, batch_size, num_workers, device, in_memory)
+                 interpolation: str = "random", rank: int = 0, world_size: int = 1, device="cpu"):
+        super().__init__(path, batch_size, num_workers, device)
         global_batch = global_batch or batch_size * world_size
         if global_batch % (batch_size * world_size):
             raise InputError(f"training.global_batch={global_batch} is not a multiple of training.batch_size="
@@ -97,6 +106,7 @@ class TrainLoader(_Loader):
             raise InputError(f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
                              f"training.batch_size (or training.global_batch) or write more images")
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
+        self.global_batch = global_batch
         self.steps_per_epoch = len(self.beton) // global_batch
         self.batches_per_step = global_batch // (batch_size * world_size)
         self._crop = {"scale": scale, "ratio": ratio, "flip_prob": flip_prob}
@@ -127,8 +137,8 @@ class EvalLoader(_Loader):
     """
 
     def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, crop_ratio: float,
-                 rank: int = 0, world_size: int = 1, device="cpu", in_memory: bool = False):
-        super().__init__(path, batch_size, num_workers, device, in_memory)
+                 rank: int = 0, world_size: int = 1, device="cpu"):
+        super().__init__(path, batch_size, num_workers, device)
         self._decoder = CenterCrop(resolution, crop_ratio)
         self._indices = np.arange(rank, len(self.beton), world_size)
 
@@ -171,7 +181,12 @@ class _Ahead:
 
     def __iter__(self):
         while True:
-            item, error = self._queue.get()
+            try:
+                item, error = self._queue.get(timeout=1)
+            except queue.Empty:
+                if self._thread.is_alive() or not self._queue.empty():
+                    continue
+                raise RuntimeError("the loader's thread ended before its epoch did") from None
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -182,13 +197,3 @@ class _Ahead:
         """Ends the thread, after the batch it is working on."""
         self._stop.set()
         self._thread.join()
-
-
-def _preload(beton: Beton, data: np.ndarray):
-    """Reads the file once, in order, so that its pages are in memory before the first epoch."""
-    available = psutil.virtual_memory().available
-    if beton.num_bytes > 0.9 * available:
-        raise InputError(f"data.in_memory=1: {beton.path} has {beton.num_bytes / 1e9:.1f} GB and {available / 1e9:.1f} "
-                         f"GB of memory are free; use data.in_memory=0")
-    for start in range(0, len(data), 1 << 24):
-        data[start:start + (1 << 24):4096].max()  # one byte a page brings the page in

@@ -2,8 +2,9 @@
 
 FFCV gives an op the dataset indices of a batch but neither epoch nor slot, and lets it draw from a generator whose
 state belongs to a thread. Here an op's randomness is computed first, from addresses, and handed to its code as one
-more argument. `declare_state_and_memory` and `generate_code` keep FFCV's meaning; the code that `generate_code`
-returns takes `lo, hi` (the rows of the batch to work on, so that several threads may share a batch) and `draws` last.
+more argument. `declare_state_and_memory` is FFCV's. The code that `generate_code` returns is called by this project's
+loader, not by FFCV's compiler: it also takes `lo, hi` (the rows of the batch to work on, so that several threads may
+share a batch) and `draws`.
 """
 from abc import abstractmethod
 from typing import NamedTuple

@@ -44,16 +44,17 @@ def parse_spec(text: str) -> Spec:
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
         if not match or match[1] not in names or (names[match[1]][1] is not float and "." in match[2]):
-            raise InputError(f"RandAugment spec '{text}': part '{part}' is not one of m7 n2 p0.5 mstd0.5 mmax10 inc1")
+            raise InputError(f"augment.rand_augment={text!r}: part '{part}' is not one of m7 n2 p0.5 mstd0.5 mmax10 inc1")
         key, read = names[match[1]]
         found[key] = read(match[2])
     if head != "rand":
-        raise InputError(f"RandAugment spec '{text}' does not start with 'rand'; write for example rand-m7-mstd0.5-inc1")
+        raise InputError(f"augment.rand_augment={text!r} does not start with 'rand'; write for example "
+                         f"rand-m7-mstd0.5-inc1")
     if found.get("magnitude_std", 0) > 100:
         found["magnitude_std"] = float("inf")
     spec = Spec(**found)
     if spec.layers < 1 or not 0 <= spec.prob <= 1:
-        raise InputError(f"RandAugment spec '{text}': n must be 1 or more and p between 0 and 1")
+        raise InputError(f"augment.rand_augment={text!r}: n must be 1 or more and p between 0 and 1")
     return spec
 
 

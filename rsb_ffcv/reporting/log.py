@@ -3,6 +3,7 @@ import io
 import json
 from pathlib import Path
 
+from rsb_ffcv import InputError
 from rsb_ffcv.atomic import atomic_file
 
 METRICS = "metrics.jsonl"
@@ -12,7 +13,12 @@ MEND = "free space or choose another logging.folder"
 def read_metrics(folder: Path) -> list[dict]:
     """The epochs logged so far."""
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path}: a line is not JSON ({error}); correct it or choose another logging.folder") from error
 
 
 def write_metrics(folder: Path, rows: list[dict]):

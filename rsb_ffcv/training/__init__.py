@@ -28,7 +28,7 @@ def _spawn(config: TrainConfig):
 
 def _child(rank: int, config: TrainConfig):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.dist.world_size),
-                      MASTER_ADDR=config.dist.address, MASTER_PORT=config.dist.port)
+                      LOCAL_WORLD_SIZE=str(config.dist.world_size), MASTER_ADDR=config.dist.address, MASTER_PORT=config.dist.port)
     status = exit_status(run, config)
     if status:
         raise SystemExit(status)

@@ -1,14 +1,14 @@
 """A run's state on disk: written whole or not at all, and refused where it belongs to another run."""
 import io
-import pickle
 from pathlib import Path
 
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
 
 NAME = "checkpoint.pt"
+KEYS = {"recipe", "next_epoch", "best", "model", "optimizer", "scaler", "ema"}
 
 
 def save(state: dict, path: Path):
@@ -24,11 +24,14 @@ def load(folder: Path) -> dict | None:
     path = folder / NAME
     if not path.exists():
         return None
+    mend = "remove it to start anew or choose another logging.folder"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); remove it to start "
-                         f"anew or choose another logging.folder") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch's reader raise nearly any kind
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); {mend}") from error
+    if not isinstance(state, dict) or not KEYS <= state.keys():
+        raise InputError(f"{path}: not a checkpoint of this program; {mend}")
+    return state
 
 
 def check_recipe(saved: dict, current: dict, folder: Path):

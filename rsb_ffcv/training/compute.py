@@ -31,6 +31,10 @@ class Compute:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \
             f"CPU, {torch.get_num_threads()} threads"
@@ -58,8 +62,9 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
     # ffcv sets torch to one thread when it is imported, so "torch's choice" has to be made again here.
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0))
-                          or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # torchrun sets it to 1 unless the user did
+    torch.set_num_threads(threads or (int(asked) if asked.isdigit() and asked != "0" else
+                          max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     if precision == "auto":
         precision = "fp16" if kind == "cuda" else "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     if precision == "fp16" and kind == "cpu":
@@ -68,6 +73,19 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Compute(chosen, precision, {"0": False, "1": True}.get(compile, kind == "cuda"), channels_last,
                    rank, world_size)
+
+
+def copy_from_first_process(tensors):
+    """Overwrites `tensors` on every process with the first one's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def leave():
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,8 @@ from rsb_ffcv import InputError
 from rsb_ffcv.config import TrainConfig, as_dict
 from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss
-from rsb_ffcv.learning.model import build_model
-from rsb_ffcv.learning.optimizer import build_optimizer
+from rsb_ffcv.learning.model import build_model, check_arch, check_input_size
+from rsb_ffcv.learning.optimizer import build_optimizer, check_optimizer
 from rsb_ffcv.learning.schedule import Schedule
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.batch import BatchTransform
@@ -46,9 +46,11 @@ class Trainer:
                                       c.compute.threads)
         self.folder = Path(c.logging.folder)
         self._say(self.compute.describe())
+        check_arch(c.model.arch)
+        check_optimizer(c.training.optimizer)
 
         common = {"num_workers": c.data.num_workers, "rank": self.compute.rank, "world_size": self.compute.world_size,
-                  "device": self.compute.device, "in_memory": c.data.in_memory}
+                  "device": self.compute.device}
         a = c.augment
         self.train_loader = TrainLoader(
             c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
@@ -68,8 +70,10 @@ class Trainer:
         torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
         model = build_model(c.model.arch, self.num_classes, pretrained=c.model.pretrained, drop_path=c.model.drop_path,
                             zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool)
-        layout = torch.channels_last if c.compute.channels_last else torch.contiguous_format
-        self.model = model.to(self.compute.device, memory_format=layout)
+        for option, side in (("resolution.min_res", c.resolution.min_res), ("resolution.max_res", c.resolution.max_res),
+                             ("validation.resolution", c.validation.resolution)):
+            check_input_size(model, c.model.arch, option, side)
+        self.model = model.to(self.compute.device, memory_format=self.compute.memory_format)
         self.ema = Ema(self.model, c.ema.decay, c.ema.warmup, c.ema.warmup_power) if c.ema.decay else None
         self.optimizer = build_optimizer(c.training.optimizer, self.model, self.schedule.lr(0), c.training.weight_decay,
                                          c.training.momentum)
@@ -79,6 +83,9 @@ class Trainer:
         self.next_epoch = 0
         self.best = {"top1": -1.0, "epoch": -1}
         self._resume()
+        if c.data.in_memory:
+            self.train_loader.preload()
+            self.val_loader.preload()
         wrapped = torch.compile(self.model) if self.compute.compile else self.model
         self.wrapped = wrapped if self.compute.world_size == 1 else DistributedDataParallel(wrapped)
 
@@ -88,6 +95,7 @@ class Trainer:
     def __exit__(self, *_):
         self.train_loader.close()
         self.val_loader.close()
+        compute.leave()
 
     # ---------------------------------------------------------------- the run
 
@@ -113,8 +121,9 @@ class Trainer:
 
     def evaluate_only(self):
         """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON line."""
-        if self.next_epoch == 0:
-            raise InputError(f"training.eval_only=1: {self.folder} has no checkpoint; train first or name its folder")
+        if self.next_epoch == 0 and not self.config.model.pretrained:
+            raise InputError(f"training.eval_only=1: {self.folder} has no checkpoint; train first, name its folder, or "
+                             f"use model.pretrained=1")
         self._say(json.dumps({"epoch": self.next_epoch - 1, **self._evaluate()}))
 
     # ---------------------------------------------------------------- an epoch
@@ -154,6 +163,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             slots = self.train_loader.slots(step * groups + group)
             images, lam = self.transform(images, epoch, slots, mixing)
+            images = images.contiguous(memory_format=self.compute.memory_format)
             torch.manual_seed(draws.torch_seed(self.config.training.seed, epoch, int(slots[0]), draws.DROP))
             last = group == groups - 1
             with nullcontext() if last or self.compute.world_size == 1 else self.wrapped.no_sync():
@@ -175,6 +185,8 @@ class Trainer:
     def _evaluate(self) -> dict:
         """Raw and, where there is one, averaged weights on the validation file."""
         row, started = {}, time.perf_counter()
+        if self.compute.world_size > 1:  # batch-norm statistics are each process's own; the first one's are saved
+            compute.copy_from_first_process([*self.model.buffers(), *(self.ema.module.buffers() if self.ema else ())])
         models = {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
         for prefix, model in models.items():
             with self._bar("validation" + (" EMA" if prefix else ""), len(self.val_loader)) as bar:
@@ -201,7 +213,8 @@ class Trainer:
         kept["model"]["num_classes"] = self.num_classes
         for name in ("eval_only", "distributed"):
             del kept["training"][name]
-        kept["data"] = {"train_images": len(self.train_loader.beton), "val_images": len(self.val_loader.beton)}
+        kept["training"]["global_batch"] = self.train_loader.global_batch
+        kept["data"] = {"train_images": len(self.train_loader.beton)}
         return kept
 
     def _state(self) -> dict:
@@ -219,7 +232,8 @@ class Trainer:
         checkpoint.check_recipe(state["recipe"], self._recipe(), self.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run so far needed no scaler
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.next_epoch, self.best = state["next_epoch"], state["best"]
@@ -244,17 +258,21 @@ class Trainer:
         except OSError as error:
             raise InputError(f"logging.folder={self.folder}: cannot be made ({error.strerror}); choose another") from error
         # A run killed between its log and its checkpoint logs that epoch again
-        log.write_metrics(self.folder, [row for row in log.read_metrics(self.folder) if row["epoch"] < self.next_epoch])
+        rows = [row for row in log.read_metrics(self.folder) if row["epoch"] < self.next_epoch]
+        if len(rows) != self.next_epoch:
+            raise InputError(f"{self.folder}: {log.METRICS} has {len(rows)} of the {self.next_epoch} epochs that the "
+                             f"checkpoint has; restore it or remove {checkpoint.NAME} to start anew")
+        log.write_metrics(self.folder, rows)
         log.write_json(self.folder / "config.json", as_dict(self.config))
 
     def _finish(self):
         rows = log.read_metrics(self.folder)
         log.draw_curves(rows, self.folder / "training_curves.png")
-        checkpoint.save(self.model.state_dict(), self.folder / "final_weights.pt")
+        self._save_weights(self.model, "final_weights.pt")
         last = rows[-1]
         lines = [("top-1 (top-5), raw weights", f"{last['top1']:.2f} % ({last['top5']:.2f} %)")]
         if self.ema is not None:
-            checkpoint.save(self.ema.module.state_dict(), self.folder / "final_weights_ema.pt")
+            self._save_weights(self.ema.module, "final_weights_ema.pt")
             lines.append(("top-1 (top-5), EMA weights", f"{last['ema_top1']:.2f} % ({last['ema_top5']:.2f} %)"))
         wait = 100 * sum(row["data_wait_s"] for row in rows) / sum(row["seconds"] for row in rows)
         lines += [("best top-1", f"{self.best['top1']:.2f} % after epoch {self.best['epoch'] + 1}"),
@@ -263,6 +281,10 @@ class Trainer:
                   ("waiting for data", f"{wait:.1f} % of training time"),
                   ("weights, metrics, curves", f"{self.folder}/")]
         print(log.table(lines), flush=True)
+
+    def _save_weights(self, model: nn.Module, name: str):
+        """A state_dict that loads on any machine."""
+        checkpoint.save({key: tensor.cpu() for key, tensor in model.state_dict().items()}, self.folder / name)
 
     def _peak_memory_mb(self) -> float:
         """Of the device on CUDA, else of this process."""

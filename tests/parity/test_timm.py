@@ -153,7 +153,7 @@ def test_rand_augment_spec_reads_as_timms():
     assert not parse_spec("rand-inc0").increasing
     assert parse_spec("rand-mstd101").magnitude_std == math.inf
     for wrong in ("rand-m", "rand-9", "rand-m7.5", "random-m7", "", "rand-n0", "rand-p2"):
-        with pytest.raises(InputError, match="RandAugment"):
+        with pytest.raises(InputError, match="augment.rand_augment="):
             parse_spec(wrong)
 
 

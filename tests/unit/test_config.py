@@ -54,8 +54,13 @@ def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
     ("data:\n  num_workers: 0\n", ["data.num_workers=0", "1"]),
     ("training: 3\n", ["section 'training'"]),
     ("just text\n", ["holds no sections"]),
-    ("a: [\n", ["not YAML"]),
-    ("x: !!python/object/apply:os.system [ls]\n", ["not YAML"])])
+    ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["'lr' stands there twice"]),
+    ("lr:\n  lr: 0.1\n  lr: 0.2\n", ["'lr' stands there twice"]),
+    ("logging:\n  folder: ''\n", ["logging.folder=''", "not empty"]),
+    ("training:\n  seed: " + "9" * 400 + "\n", ["training.seed="]),
+    ("data:\n  num_workers:\n", ["data.num_workers=None"]),
+    ("a: [\n", ["not a recipe in YAML"]),
+    ("x: !!python/object/apply:os.system [ls]\n", ["not a recipe in YAML"])])
 def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text(text)
@@ -69,7 +74,8 @@ def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
 
 @pytest.mark.parametrize("flag, parts", [
     ("--training.batchsize=3", ["training.batchsize", "training.batch_size"]),
-    ("--epochs=3", ["epochs", "training.epochs"]), ("--xyz", ["xyz"]),
+    ("--epochs=3", ["epochs", "training.epochs"]), ("--xyz", ["xyz"]), ("-training.epochs=3", ["-training.epochs=3"]),
+    ("stray", ["stray"]), ("--training.eval_only", ["--training.eval_only"]), ("--data.train_dataset=" + "x" * 300, ["xxx"]),
     ("--data.in_memory=maybe", ["data.in_memory='maybe'"]), ("--config-file=nowhere.yaml", ["nowhere.yaml"]),
     ("--data.train_dataset=nowhere.beton", ["data.train_dataset=nowhere.beton"]),
     ("--augment.scale_min=0.9 --augment.scale_max=0.5", ["augment.scale_min=0.9", "augment.scale_max=0.5"]),
@@ -80,6 +86,19 @@ def test_a_wrong_flag_is_named(given, flag, parts):
         read(given, *flag.split())
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_large_whole_numbers_and_texts_that_yaml_reads_as_numbers_stay_exact(given, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("compute:\n  compile: 1\ndist:\n  port: 12355\ntraining:\n  epochs: 1e3\n")
+    c = read(given, f"--config-file={recipe}", f"--training.seed={2 ** 63 - 1}")
+    assert (c.compute.compile, c.dist.port, c.training.epochs, c.training.seed) == ("1", "12355", 1000, 2 ** 63 - 1)
+
+
+def test_the_environment_is_not_an_option(given, monkeypatch):
+    monkeypatch.setenv("training.epochs", "99")
+    monkeypatch.setenv("training", "99")
+    assert read(given).training.epochs == 30
 
 
 def test_a_missing_option_is_named():

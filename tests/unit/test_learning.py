@@ -102,3 +102,15 @@ def test_blurpool_blurs_before_strided_convolutions_only():
 def test_an_unknown_model_is_named_with_its_neighbours():
     with pytest.raises(InputError, match="model.arch=resnet5 .*resnet50"):
         build_model("resnet5", 10)
+
+
+def test_a_model_that_cannot_take_the_resolution_is_named():
+    from rsb_ffcv.learning.model import check_input_size
+
+    model = build_model("vit_tiny_patch16_224", 10)
+    check_input_size(model, "vit_tiny_patch16_224", "validation.resolution", 224)
+    assert model.training
+    with pytest.raises(InputError, match="validation.resolution=64: vit_tiny_patch16_224 cannot take"):
+        check_input_size(model, "vit_tiny_patch16_224", "validation.resolution", 64)
+    with pytest.raises(InputError, match="resnet50.nonsense"):
+        build_model("resnet50.nonsense", 10)

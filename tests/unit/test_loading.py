@@ -126,4 +126,4 @@ def test_a_file_that_does_not_fit_in_memory_is_refused_before_it_is_read(betons,
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
     with pytest.raises(InputError, match="data.in_memory=1"):
-        loader(betons, in_memory=True)
+        loader(betons).preload()

@@ -55,6 +55,7 @@ def test_pinned_versions_lie_within_the_ranges_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for text in project["dependencies"] + project["optional-dependencies"]["test"]:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pinned[requirement.name]), text
+        name = {"opencv-python": "opencv-python-headless"}.get(requirement.name, requirement.name)
+        assert requirement.specifier.contains(pinned[name]), text
     torch = next(Requirement(text) for text in project["dependencies"] if text.startswith("torch>"))
     assert not torch.specifier.contains("2.13.0")
