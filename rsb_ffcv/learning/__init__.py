@@ -1,0 +1,1 @@
+"""The model, its loss, optimizer, learning rate and average: pure parts that a trainer puts together."""

@@ -31,12 +31,16 @@ class Loss:
     threshold: float = 0.0
     sum_classes: bool = False
 
+    def name(self, mixed: bool) -> str:
+        """"bce" or "ce": the loss of a batch that is, or is not, mixed."""
+        return self.kind if self.kind != "auto" else "bce" if mixed else "ce"
+
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, lam: float | None = None) -> torch.Tensor:
         logits = logits.float()
         mixed = lam is not None
         smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing
         targets = soft_targets(labels, logits.shape[1], lam, smoothing)
-        if self.kind == "ce" or self.kind == "auto" and not mixed:
+        if self.name(mixed) == "ce":
             return F.cross_entropy(logits, targets)
         if self.threshold:
             targets = (targets > self.threshold).float()

@@ -78,7 +78,8 @@ class _Loader:
 
     def _iterate(self, ops, batches):
         """Yields the batches of `batches` (an iterable of (Address, indices)), prepared by a thread of its own."""
-        with closing(_Ahead(self._load(ops, address, indices) for address, indices in batches)) as ahead:
+        loaded = (self._load(ops, address, indices) for address, indices in batches)
+        with closing(_Ahead(loaded, self.device)) as ahead:
             for images, labels in ahead:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
@@ -155,13 +156,16 @@ class EvalLoader(_Loader):
 class _Ahead:
     """Iterates over `items` in a thread, BATCHES_AHEAD of them in advance. An exception there is raised here."""
 
-    def __init__(self, items):
-        self._items, self._queue, self._stop = items, queue.Queue(BATCHES_AHEAD), threading.Event()
+    def __init__(self, items, device: torch.device):
+        self._items, self._device = items, device
+        self._queue, self._stop = queue.Queue(BATCHES_AHEAD), threading.Event()
         self._thread = threading.Thread(target=self._run, name="rsb-loader-ahead")
         self._thread.start()
 
     def _run(self):
         try:
+            if self._device.type == "cuda":  # a new thread's device is 0: pinning there would open a context on GPU 0
+                torch.cuda.set_device(self._device)
             for item in self._items:
                 if not self._put((item, None)):
                     return

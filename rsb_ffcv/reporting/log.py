@@ -55,8 +55,11 @@ def draw_curves(rows: list[dict], path: Path):
             accuracy.plot(*zip(*points), marker=".", label=label)
     accuracy.set(xlabel="epoch", ylabel="top-1, %", title="validation accuracy")
     accuracy.legend()
-    loss.plot(epochs, [row["train_loss"] for row in rows], marker=".")
+    for kind in dict.fromkeys(row["loss"] for row in rows):  # values of two losses do not belong on one line
+        loss.plot(*zip(*[(row["epoch"] + 1, row["train_loss"]) for row in rows if row["loss"] == kind]), marker=".",
+                  label={"bce": "binary cross-entropy", "ce": "cross-entropy"}[kind])
     loss.set(xlabel="epoch", title="training loss")
+    loss.legend()
     rate.plot(epochs, [row["lr"] for row in rows], marker=".")
     rate.set(xlabel="epoch", title="learning rate at the epoch's end")
     for axis in (accuracy, loss, rate):

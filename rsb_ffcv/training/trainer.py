@@ -148,14 +148,15 @@ class Trainer:
                                     img_s=f"{rate:.0f}")
         seconds = time.perf_counter() - started
         loss, correct, images = compute.sum_over_processes(totals).tolist()
-        return {"steps": steps, "train_loss": loss / images, "train_top1": 100 * correct / images, "lr": lr,
+        return {"steps": steps, "loss": self.loss.name(self._mixing(epoch) and self.transform.mixes),
+                "train_loss": loss / images, "train_top1": 100 * correct / images, "lr": lr,
                 "resolution": self.train_loader.resolution, "images_per_s": images / seconds, "seconds": seconds,
                 "data_wait_s": waited, "peak_memory_mb": self._peak_memory_mb()}
 
     def _train_step(self, epoch: int, step: int, batches, totals) -> float:
         """One optimizer step over the groups of this process; adds to `totals`; returns the seconds it waited for data."""
         groups = self.train_loader.batches_per_step
-        mixing = epoch < self.config.training.epochs - self.config.mix.off_epochs
+        mixing = self._mixing(epoch)
         waited = 0.0
         for group in range(groups):
             asked = time.perf_counter()
@@ -194,6 +195,9 @@ class Trainer:
             row |= {f"{prefix}top1": result["top1"], f"{prefix}top5": result["top5"], f"{prefix}val_loss": result["loss"],
                     "val_images": result["images"]}
         return row | {"val_seconds": time.perf_counter() - started}
+
+    def _mixing(self, epoch: int) -> bool:
+        return epoch < self.config.training.epochs - self.config.mix.off_epochs
 
     def _resolution(self, epoch: int) -> int:
         """ffcv-imagenet's progressive resizing."""

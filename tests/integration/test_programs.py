@@ -153,6 +153,15 @@ def test_two_processes_train_as_one_does(betons, tmp_path, run_program, call_pro
         assert result[key] == pytest.approx(last[key], rel=1e-5), key
 
 
+def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(betons, finished, tmp_path, run_program):
+    status, out, err = run_program("train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.compile": 1}),
+                                   timeout=500)
+    assert status == 0, err
+    assert "compile on" in out.splitlines()[0]
+    assert state(tmp_path / "run")["model"].keys() == state(finished[0])["model"].keys()
+    assert rows(tmp_path / "run")[0]["train_loss"] == pytest.approx(rows(finished[0])[0]["train_loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("more, message", [
     ({"lr.lr": 0.004}, "lr.lr: 0.005 there, 0.004 now"), ({"checkpoint.resume": "never"}, "checkpoint.resume=never")])
 def test_a_folder_with_another_run_is_refused(betons, finished, call_program, more, message):
