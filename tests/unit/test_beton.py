@@ -62,3 +62,19 @@ def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
         ends = [int(pointer) + int(size) for pointer, size in zip(file.pointers, file.sizes)]
         assert max(ends) <= len(whole) and file.labels.min() >= 0
     assert refused > 100
+
+
+@pytest.mark.parametrize("field, value, refused", [
+    ("size", lambda row, length: length - int(row["ptr"]), False), ("size", lambda row, length: length - int(row["ptr"]) + 1, True),
+    ("size", lambda row, length: 2 ** 64 - int(row["ptr"]), True), ("size", lambda row, length: 0, True),
+    ("ptr", lambda row, length: int(row["ptr"]) + 1, True)])
+def test_the_allocation_tables_bounds_are_exact(betons, tmp_path, field, value, refused):
+    whole = bytearray((betons / "val.beton").read_bytes())
+    table = np.frombuffer(whole, beton.ALLOCATION, 27, len(whole) - 27 * 24)
+    table[5][field] = value(table[5], len(whole))
+    (tmp_path / "x.beton").write_bytes(whole)
+    if refused:
+        with pytest.raises(InputError, match="damaged: sample 5 "):
+            beton.read_beton(tmp_path / "x.beton")
+    else:
+        beton.read_beton(tmp_path / "x.beton")

@@ -64,6 +64,22 @@ def test_two_ranks_together_see_what_one_sees(betons):
     assert equal(alone, [batch for pair in zip(*ranks) for batch in pair])
 
 
+def test_draws_belong_to_slots_not_to_places_in_a_batch():
+    from rsb_ffcv.loading.batch import erase_boxes
+    from rsb_ffcv.ops.crop import RandomResizedCrop
+    from rsb_ffcv.ops.operation import Address
+    from rsb_ffcv.ops.rand_augment import RandAugment
+
+    slots, sides = np.arange(100, 164), np.full(64, 300, np.uint16)
+    for op in (RandomResizedCrop(32), RandAugment(SPEC)):
+        whole = op.draw(Address(1, 2, slots), sides, sides)
+        part = op.draw(Address(1, 2, slots[20:]), sides[20:], sides[20:])
+        for all_of_it, tail in zip(whole, part):
+            assert np.array_equal(all_of_it[20:], tail) and not np.array_equal(all_of_it[:44], tail)
+    boxes = [erase_boxes(1, 2, chosen, 32, 32, 0.5, 0.02, 0.3, 0.3, 3.0) for chosen in (slots, slots[20:])]
+    assert np.array_equal(boxes[0][20:], boxes[1]) and not np.array_equal(boxes[0][:44], boxes[1])
+
+
 def test_labels_belong_to_their_images(betons):
     for images, labels in batches(loader(betons, rand_augment=""), 0):
         assert torch.equal(images.float().mean((1, 2)).argmax(1), labels)
