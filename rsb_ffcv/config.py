@@ -262,7 +262,7 @@ class Write:
                              choices=("jpg", "raw", "smart", "proportion"))
     max_resolution: int = option(int, 0, "longer side in pixels that larger images are shrunk to; 0: keep", 0, 65535)
     num_workers: int = option(int, 16, "threads that read and encode", 1, 1024)
-    chunk_size: int = option(int, 100, "images a thread may be ahead of the writing", 1, 100000)
+    chunk_size: int = option(int, 100, "images that may be encoded ahead of the writing", 1, 100000)
     jpeg_quality: int = option(int, 90, "of images stored as JPEG", 1, 100)
     subset: int = option(int, -1, "first images of each split to use; -1: all", -1)
     compress_probability: float = option(float, 0.5, "proportion: share of images stored as JPEG", 0, 1)

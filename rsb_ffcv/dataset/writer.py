@@ -132,7 +132,7 @@ def _encoded(source, encoding, num_workers, chunk_size, title):
     try:
         pending = deque()
         indices = iter(range(len(source)))
-        for done in tqdm(range(len(source)), desc=title, unit="img", smoothing=0.05):
+        for _ in tqdm(range(len(source)), desc=title, unit="img", smoothing=0.05):
             while len(pending) < max(chunk_size, 2 * num_workers) and (index := next(indices, None)) is not None:
                 pending.append(pool.submit(encode, index))
             yield pending.popleft().result()

@@ -6,8 +6,6 @@ from torch.nn import functional as F
 
 from rsb_ffcv import InputError, first_line
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's: what images are normalized with before they reach the model
-
 
 def check_arch(arch: str):
     """Raises InputError, with neighbours, for a name that timm does not have."""
@@ -18,11 +16,12 @@ def check_arch(arch: str):
 
 
 def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_path: float = 0.0,
-                zero_init_last: bool = True, blurpool: bool = False) -> nn.Module:
+                zero_init_last: bool = True, blurpool: bool = False, mean: tuple | None = None) -> nn.Module:
     """A float32 module (n, 3, H, W) -> (n, num_classes).
 
     drop_path: stochastic depth rate. zero_init_last: gamma of each residual block's last batch norm starts at 0
-    (ResNets; timm's own default for them). Raises InputError for a name timm lacks or weights that cannot be had.
+    (ResNets; timm's own default for them). mean: what images are normalized with; published weights must agree.
+    Raises InputError for a name timm lacks, or weights that cannot be had or were trained with another mean.
     """
     check_arch(arch)
     options = {"drop_path_rate": drop_path} if drop_path else {}
@@ -36,10 +35,10 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_p
         what = "the weights could not be had" if pretrained else "cannot be built"
         raise InputError(f"model.arch={arch}, model.pretrained={int(pretrained)}: {what} ({first_line(error)}); "
                          f"connect to the network, or choose another model") from error
-    mean = model.pretrained_cfg.get("mean", MEAN)
-    if pretrained and tuple(mean) != MEAN:
-        raise InputError(f"model.arch={arch}: its published weights expect images normalized with mean {mean}, and images "
-                         f"here are with {MEAN}; choose another model or use model.pretrained=0")
+    expected = model.pretrained_cfg.get("mean", mean)
+    if pretrained and mean is not None and tuple(expected) != tuple(mean):
+        raise InputError(f"model.arch={arch}: its published weights expect images normalized with mean {expected}, and "
+                         f"images here are with {mean}; choose another model or use model.pretrained=0")
     if blurpool:
         add_blurpool(model)
     return model

@@ -25,7 +25,7 @@ from rsb_ffcv.learning.model import build_model, check_arch, check_input_size
 from rsb_ffcv.learning.optimizer import build_optimizer, check_optimizer
 from rsb_ffcv.learning.schedule import Schedule
 from rsb_ffcv.loading import EvalLoader, TrainLoader
-from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.loading.batch import MEAN, BatchTransform
 from rsb_ffcv.ops import draws
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training import checkpoint, compute
@@ -69,9 +69,12 @@ class Trainer:
 
         torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
         model = build_model(c.model.arch, self.num_classes, pretrained=c.model.pretrained, drop_path=c.model.drop_path,
-                            zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool)
+                            zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool, mean=MEAN)
+        sizes = {}
         for option, side in (("resolution.min_res", c.resolution.min_res), ("resolution.max_res", c.resolution.max_res),
                              ("validation.resolution", c.validation.resolution)):
+            sizes.setdefault(side, option)
+        for side, option in sizes.items():
             check_input_size(model, c.model.arch, option, side)
         self.model = model.to(self.compute.device, memory_format=self.compute.memory_format)
         self.ema = Ema(self.model, c.ema.decay, c.ema.warmup, c.ema.warmup_power) if c.ema.decay else None
