@@ -1,7 +1,8 @@
 """rsb_ffcv: ImageNet-scale image classifiers from `.beton` files, with the ResNet-Strikes-Back recipes.
 
 Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning` -> `training` -> `reporting`.
-`beton` holds the file format, which `dataset` writes and `loading` reads; `config` is the only reader of flags and YAML.
+`beton` holds the file format, which `dataset` writes and `loading` reads; `config` declares the
+programs' options and `options` reads them from flags and YAML.
 """
 import sys
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rsb_ffcv import InputError
-from rsb_ffcv.config import TrainConfig, as_dict
+from rsb_ffcv.config import TrainConfig
 from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model, check_arch, check_input_size
@@ -27,6 +27,7 @@ from rsb_ffcv.learning.schedule import Schedule
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.batch import MEAN, BatchTransform
 from rsb_ffcv.ops import draws
+from rsb_ffcv.options import as_dict
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training import checkpoint, compute
 from rsb_ffcv.training.evaluate import evaluate

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from rsb_ffcv import InputError
-from rsb_ffcv.config import TrainConfig, WriteConfig, as_dict, read_config
+from rsb_ffcv.config import TrainConfig, WriteConfig, read_config
+from rsb_ffcv.options import as_dict
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rsb_ffcv"
 MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": {"atomic"}, "loading": {"ops", "beton"},
-              "dataset": {"ops", "beton", "atomic"}, "beton": set(), "config": set(), "atomic": set(),
-              "training": {"ops", "loading", "learning", "reporting", "config", "atomic"}}
+              "dataset": {"ops", "beton", "atomic"}, "beton": set(), "config": {"options"}, "atomic": set(), "options": set(),
+              "training": {"ops", "loading", "learning", "reporting", "config", "options", "atomic"}}
 
 
 def imported_parts(path: Path) -> set[str]:
