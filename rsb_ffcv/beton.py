@@ -5,6 +5,10 @@ sample, pages of sample data, and at the end a table of (sample, pointer, size).
 check, so a truncated one surfaces as "negative dimensions are not allowed" or as a read past the mapping. Here the
 header, the descriptors, the table and each image's pointer and size are held against the file's length first, and a raw
 image's size against its shape; whoever holds a `Beton` may hand its pointers to native code.
+
+Files that this project writes also carry checksums (XXH64), in a place that FFCV does not look at: between the last page
+and the table stand one uint64 for each sample's stored bytes, in dataset order, and a `TRAILER`. FFCV's own files have
+none; theirs end pages and begin tables at a multiple of the page size, so that a trailer that is gone is noticed.
 """
 import os
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rsb_ffcv import InputError
+from rsb_ffcv.ops.native import checksum
 
 # Declared here rather than imported: ffcv.types pulls in torch, numba and every field, and a check of a file's
 # header must not cost seconds. tests/unit/test_beton.py holds them equal to ffcv's own.
@@ -24,6 +29,9 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE_METADATA = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL_METADATA = np.dtype("<i8")
 SAMPLE_METADATA = np.dtype([("f0", IMAGE_METADATA), ("f1", LABEL_METADATA)], align=True)
+# samples: of the samples' checksums; structure: of header, descriptors, metadata and table; trailer: of the bytes before it
+TRAILER = np.dtype([("magic", "S8"), ("version", "<u8"), ("samples", "<u8"), ("structure", "<u8"), ("trailer", "<u8")])
+MAGIC, TRAILER_VERSION = b"rsb_ffcv", 1
 INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
 JPG, RAW = 0, 1
 MAX_CLASSES = 1 << 20  # beyond any labelled set: a larger label is damage, and would size the model's last layer
@@ -35,6 +43,7 @@ class Beton:
 
     pointers, sizes: uint64, bytes from the file's start / bytes of the stored image.
     modes: uint8, `JPG` or `RAW`. heights, widths: uint16, pixels. labels: int64, 0 or more.
+    checksums: uint64, XXH64 of each stored image; None in a file without them.
     """
     path: Path
     num_bytes: int
@@ -44,6 +53,7 @@ class Beton:
     heights: np.ndarray
     widths: np.ndarray
     labels: np.ndarray
+    checksums: np.ndarray | None
 
     def __len__(self):
         return len(self.labels)
@@ -52,10 +62,6 @@ class Beton:
     def num_classes(self) -> int:
         """Largest label + 1."""
         return int(self.labels.max()) + 1
-
-    def map(self) -> np.ndarray:
-        """The file's bytes as a read-only uint8 array of `num_bytes`, backed by the page cache."""
-        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
 
 
 def read_beton(path) -> Beton:
@@ -96,6 +102,9 @@ def read_beton(path) -> Beton:
                 refuse(f"truncated: {num_bytes} bytes do not hold the allocation table that starts at {table_start}")
             file.seek(table_start)
             table = np.fromfile(file, ALLOCATION)
+            file.seek(0)
+            structure = structure_checksum(file.read(metadata_end), table)
+            checksums = _read_checksums(file, header, table_start, metadata_end, structure, refuse)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a .beton file") from error
 
@@ -115,7 +124,41 @@ def read_beton(path) -> Beton:
                       ((labels < 0) | (labels >= MAX_CLASSES), f"has a label outside 0 .. {MAX_CLASSES - 1}")):
         if bad.any():
             refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
-    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels))
+    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels), checksums)
+
+
+def structure_checksum(front: bytes, table: np.ndarray) -> int:
+    """Of everything that is not image data. front: header, descriptors and metadata."""
+    return checksum(np.frombuffer(front + table.tobytes(), np.uint8))
+
+
+def make_trailer(checksums: np.ndarray, structure: int) -> np.ndarray:
+    """The TRAILER that follows the uint64 `checksums`."""
+    trailer = np.array([(MAGIC, TRAILER_VERSION, checksum(checksums), structure, 0)], TRAILER)
+    trailer["trailer"] = checksum(trailer.view(np.uint8)[:-8])
+    return trailer
+
+
+def _read_checksums(file, header, table_start, metadata_end, structure, refuse):
+    """The samples' checksums, or None where the file is one of FFCV's."""
+    count = int(header["num_samples"])
+    start = table_start - TRAILER.itemsize - 8 * count
+    trailer = np.zeros(1, TRAILER)
+    if start >= metadata_end:
+        file.seek(table_start - TRAILER.itemsize)
+        trailer = np.fromfile(file, TRAILER, 1)
+    if trailer["magic"][0] != MAGIC:
+        if header["page_size"] == 0 or table_start % int(header["page_size"]):
+            refuse("damaged: its checksums are not where they should be")
+        return None
+    if trailer["version"][0] != TRAILER_VERSION:
+        refuse(f"has checksums of version {trailer['version'][0]}, and this program knows {TRAILER_VERSION}",
+               "read it with a newer rsb_ffcv")
+    file.seek(start)
+    checksums = np.fromfile(file, np.uint64, count)
+    if (make_trailer(checksums, structure) != trailer).any():
+        refuse("damaged: header, metadata, table or checksums are not as they were written")
+    return checksums
 
 
 def _metadata_type(fields, refuse):

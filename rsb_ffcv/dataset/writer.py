@@ -19,7 +19,7 @@ from rsb_ffcv import InputError, beton, first_line
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.dataset.picture import load_rgb
 from rsb_ffcv.dataset.sources import Source
-from rsb_ffcv.ops import draws
+from rsb_ffcv.ops import draws, native
 
 PAGE_BYTES = 1 << 23  # FFCV's default: 8 MiB
 
@@ -93,6 +93,7 @@ def _write_file(file, source, encoding, num_workers, chunk_size, title):
     end += -end % PAGE_BYTES
     file.truncate(end)
     file.seek(end)
+    checksums = np.zeros(count, np.uint64)
     for index, (stored, mode, height, width) in enumerate(_encoded(source, encoding, num_workers, chunk_size, title)):
         if len(stored) > PAGE_BYTES:
             raise InputError(f"{source.name(index)}: {len(stored)} bytes do not fit a page of {PAGE_BYTES}; "
@@ -103,15 +104,17 @@ def _write_file(file, source, encoding, num_workers, chunk_size, title):
             end += left_in_page
         metadata["f0"][index] = (mode, width, height, end)
         table[index] = (index, end, len(stored))
+        checksums[index] = native.checksum(stored)
         file.write(stored)
         end += len(stored)
     padding = -end % PAGE_BYTES
     file.write(bytes(padding))
-    header["alloc_table_ptr"] = end + padding
-    file.write(table)
-    file.seek(0)
-    for part in (header, fields, metadata):
+    header["alloc_table_ptr"] = end + padding + checksums.nbytes + beton.TRAILER.itemsize
+    front = b"".join(part.tobytes() for part in (header, fields, metadata))
+    for part in (checksums, beton.make_trailer(checksums, beton.structure_checksum(front, table)), table):
         file.write(part)
+    file.seek(0)
+    file.write(front)
 
 
 def _encoded(source, encoding, num_workers, chunk_size, title):

@@ -1,14 +1,13 @@
 """From a checked `.beton` file to batches of uint8 images and int64 labels.
 
-FFCV's loader decodes in compiled loops that are built anew in each process, hands out views of ring buffers that it
-overwrites later, and waits for ever where a worker dies. This one runs the same Operations over a pool of threads
-(their kernels release the interpreter lock and are cached on disk), gives each batch memory of its own, and carries
-any exception to whoever asked for the batch. What a batch holds depends on (seed, epoch, batch number) alone.
+FFCV's loader compiles its loops anew in each process, hands out views of ring buffers that it overwrites later, and waits
+for ever where a worker dies. This one draws a batch's random numbers from addresses, hands the rest to threads that need
+no interpreter (`pool`), gives each batch memory of its own, and names the sample that cannot be read. What a batch holds
+depends on (seed, epoch, slots) alone.
 """
-import queue
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+import os
+from collections import deque
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -16,31 +15,36 @@ import torch
 from ffcv.pipeline.graph import INITIAL_STATE
 
 from rsb_ffcv import InputError
-from rsb_ffcv.beton import Beton, read_beton
+from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.loading.order import epoch_order, group_slots
+from rsb_ffcv.loading.pool import Batch, Pool
+from rsb_ffcv.ops.augment import ColorJitter, RandAugment
 from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
+from rsb_ffcv.ops.native import SAMPLE, STATUS
 from rsb_ffcv.ops.operation import Address
-from rsb_ffcv.ops.rand_augment import RandAugment
 
-BATCHES_AHEAD = 3
-ROWS_PER_TASK = 8  # small enough that a slow image does not leave the other threads idle, large enough to amortise
+IMAGES_AHEAD, BATCHES_AHEAD = 512, 3  # how far the threads may run ahead of the caller: both, whichever is more
+MOST_REPLACEMENTS = 1000  # a file where this many neighbours are bad is no dataset
 
 
 class _Loader:
-    """A file, a pool of threads, and a list of Operations: a decoder first, then ops that change the batch in place."""
+    """A file, threads, and a list of Operations: a decoder first, then ops that change each image in place."""
 
     def __init__(self, path, batch_size: int, num_workers: int, device):
         if num_workers < 1:
             raise InputError(f"data.num_workers={num_workers}: at least one thread has to load; give 1 or more")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: give 1 or more")
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self._data = self.beton.map()
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="rsb-loader")
+        self._file = open(path, "rb", buffering=0)
+        self._pool = Pool(num_workers)
 
     def close(self):
-        """Ends the threads. Iterators that are still open end with an error."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ends the threads. Iterators that are still open end with an error. Garbage collection closes as well."""
+        self._pool.close()
+        self._file.close()
 
     def preload(self):
         """Reads the file once, in order, so that its pages are in memory before the first epoch. Raises InputError
@@ -49,55 +53,91 @@ class _Loader:
         if self.beton.num_bytes > 0.9 * available:
             raise InputError(f"data.in_memory=1: {self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
                              f"{available / 1e9:.1f} GB of memory are free; use data.in_memory=0")
-        for start in range(0, len(self._data), 1 << 24):
-            self._data[start:start + (1 << 24):4096].max()  # one byte a page brings the page in
+        block, at = bytearray(1 << 24), 0
+        while read := os.preadv(self._file.fileno(), [block], at):
+            at += read
 
-    def _load(self, ops, address: Address, indices: np.ndarray):
-        """One batch: (images uint8 (n, H, W, 3), labels int64 (n,)) in memory of its own."""
-        heights, widths = self.beton.heights[indices], self.beton.widths[indices]
-        drawn = [op.draw(address, heights, widths) for op in ops]
-        _, memory = ops[0].declare_state_and_memory(INITIAL_STATE)
-        pin = self.device.type == "cuda"
-        images = torch.empty((len(indices), *memory.shape), dtype=torch.uint8, pin_memory=pin)
-        out = images.numpy()
-        codes = [op.generate_code() for op in ops]
+    def _submit(self, ops, address: Address, indices: np.ndarray) -> tuple:
+        """Draws a batch's random numbers and begins with it."""
+        self._pool.check()
+        b = self.beton
+        samples = np.zeros(len(indices), SAMPLE)
+        for name in ("height", "width", "pointer", "size"):
+            samples[name] = getattr(b, f"{name}s")[indices]
+        samples["raw"] = b.modes[indices] == RAW
+        if b.checksums is not None:
+            samples["verify"], samples["checksum"] = 1, b.checksums[indices]
+        decoder, *others = ops
+        crops = decoder.draw(address, samples["height"], samples["width"])
+        for name in crops.dtype.names:
+            samples[name] = crops[name]
+        state, memory = decoder.declare_state_and_memory(INITIAL_STATE)
+        heights, widths = (np.full(len(indices), side) for side in state.shape[:2])
+        operations = [(op.generate_code(), np.ascontiguousarray(op.draw(address, heights, widths)), op.passes)
+                      for op in others if op.passes]
+        images = self._pool.memory((len(indices), *memory.shape), self.device.type == "cuda")
+        batch = Batch(images, self._file.fileno(), decoder.generate_code(), samples, operations)
+        self._pool.submit(batch)
+        return batch, address, indices
 
-        def work(lo):
-            hi = min(lo + ROWS_PER_TASK, len(indices))
-            failed = codes[0](indices, out, self.beton, self._data, lo, hi, drawn[0])
-            if failed >= 0:
-                raise InputError(f"{self.beton.path}: sample {indices[failed]} is not a decodable JPEG; "
-                                 f"write the file again with write_ffcv.py")
-            for code, draw in zip(codes[1:], drawn[1:]):
-                code(out, lo, hi, draw)
-
-        for _ in self._pool.map(work, range(0, len(indices), ROWS_PER_TASK)):
-            pass
+    def _finish(self, ops, order, batch: Batch, address: Address, indices: np.ndarray):
+        """Waits for a batch: (images, labels) on the device."""
+        self._pool.wait(batch, lambda row: f"sample {indices[row]}")
+        for row in np.flatnonzero(batch.status):
+            indices = self._replace(ops, order, batch, address, indices, int(row))
         labels = torch.from_numpy(self.beton.labels[indices])
-        return images, labels.pin_memory() if pin else labels
+        if self.device.type == "cuda":
+            labels = labels.pin_memory()
+        return batch.images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-    def _iterate(self, ops, batches):
-        """Yields the batches of `batches` (an iterable of (Address, indices)), prepared by a thread of its own."""
-        loaded = (self._load(ops, address, indices) for address, indices in batches)
-        with closing(_Ahead(loaded, self.device)) as ahead:
-            for images, labels in ahead:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _replace(self, ops, order, batch, address, indices, row: int):
+        raise InputError(self._complaint(indices[row], batch.status[row]))
+
+    def _complaint(self, index: int, status: int) -> str:
+        return (f"{self.beton.path}: sample {index} {STATUS[int(status)]}; write the file again with write_ffcv.py"
+                f"{', or train with data.on_bad_sample=skip' if isinstance(self, TrainLoader) else ''}")
+
+    def _iterate(self, ops, batches, order=None):
+        """Yields the batches of `batches` (an iterable of (Address, indices)), some of them begun ahead."""
+        ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
+        begun = deque()
+        try:
+            for address, indices in batches:
+                begun.append(self._submit(ops, address, indices))
+                if len(begun) > ahead:
+                    yield self._finish(ops, order, *begun[0])
+                    begun.popleft()
+            while begun:
+                yield self._finish(ops, order, *begun[0])
+                begun.popleft()
+        finally:
+            self._pool.cancel([batch for batch, *_ in begun])
 
 
 class TrainLoader(_Loader):
-    """Random-resized crops, flips and RandAugment of a training file, in an order that `seed` and epoch decide.
+    """Random-resized crops, flips and augmentations of a training file, in an order that `seed` and epoch decide.
 
-    batch_size: images a batch. global_batch: slots a step takes over all processes, a multiple of batch_size x
-    world_size (default: just that); what does not fill a step is left out of the epoch. resolution: pixels a side,
-    may be set between epochs. scale, ratio: of torchvision's RandomResizedCrop. rand_augment: timm's spec, or "".
-    interpolation: of RandAugment's geometric ops. num_workers: threads.
+    path: a .beton file. batch_size: images a batch. resolution: pixels a side; may be set between epochs. num_workers:
+    threads. global_batch: slots a step takes over all processes, a multiple of batch_size x world_size (default: just
+    that); what does not fill a step is left out of the epoch.
+    scale, ratio: area and aspect of torchvision's RandomResizedCrop. flip_prob: of mirroring. interpolation: of the crop
+    and of geometric ops: "bilinear", "bicubic", or "random", one of both each time, as timm. rand_augment: timm's spec
+    (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none. color_jitter: brightness, contrast, saturation, hue (see
+    ops.augment.ColorJitter), after it. ops: further DrawnOperations, after those.
+    repeats: repeated augmentation: copies of an image in an epoch, each drawn anew, dealt to different groups of the step;
+    the number of steps stays. order: "random", "sequential" or "quasi_random", which reads the file in runs of 1 MiB and
+    mixes `window_bytes` of it at a time, for files larger than memory. on_bad_sample: "raise", or "skip": an image that
+    cannot be read is replaced by that of the next readable slot, and listed in `skipped`.
+    rank, world_size: this process among those that share each step. device: where batches are put.
 
-    Raises InputError where the file is damaged or holds fewer images than a step takes.
+    Raises InputError where the file is damaged, holds fewer images than a step takes, or a setting is out of range.
     """
 
     def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, seed: int = 0, global_batch: int = 0,
                  scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5, rand_augment: str = "",
-                 interpolation: str = "random", rank: int = 0, world_size: int = 1, device="cpu"):
+                 color_jitter=(0.0, 0.0, 0.0, 0.0), interpolation: str = "random", ops=(), repeats: int = 1,
+                 order: str = "random", window_bytes: int = 1 << 30, on_bad_sample: str = "raise", rank: int = 0,
+                 world_size: int = 1, device="cpu"):
         super().__init__(path, batch_size, num_workers, device)
         global_batch = global_batch or batch_size * world_size
         if global_batch % (batch_size * world_size):
@@ -106,12 +146,23 @@ class TrainLoader(_Loader):
         if global_batch > len(self.beton):
             raise InputError(f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
                              f"training.batch_size (or training.global_batch) or write more images")
+        for name, value, choices in (("order", order, ("random", "sequential", "quasi_random")),
+                                     ("on_bad_sample", on_bad_sample, ("raise", "skip"))):
+            if value not in choices:
+                raise InputError(f"data.{name}={value!r} is not one of {', '.join(choices)}")
+        if repeats < 1 or window_bytes < 1 or not 0 <= rank < world_size or resolution < 1:
+            raise InputError(f"repeats={repeats}, window_bytes={window_bytes} and resolution={resolution} must be 1 or more, "
+                             f"and rank={rank} one of {world_size}")
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
-        self.global_batch = global_batch
+        self.global_batch, self.repeats, self.order = global_batch, repeats, order
+        self.window_bytes, self.on_bad_sample = window_bytes, on_bad_sample
         self.steps_per_epoch = len(self.beton) // global_batch
         self.batches_per_step = global_batch // (batch_size * world_size)
-        self._crop = {"scale": scale, "ratio": ratio, "flip_prob": flip_prob}
-        self._augment = [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
+        self.skipped: list[tuple[int, str]] = []  # of the newest epoch: sample, what is wrong with it
+        self._crop = {"scale": scale, "ratio": ratio, "flip_prob": flip_prob, "interpolation": interpolation}
+        self._ops = [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
+        self._ops += [ColorJitter(*color_jitter), *ops]
+        RandomResizedCrop(resolution, **self._crop)  # settings that it refuses are refused now
 
     def __len__(self):
         """Batches an epoch gives this process."""
@@ -119,28 +170,67 @@ class TrainLoader(_Loader):
 
     def slots(self, batch: int) -> np.ndarray:
         """The slots (int64) of this process's batch number `batch`."""
-        return group_slots(batch, self.batch_size, self.rank, self.world_size)
+        return group_slots(batch, self.batch_size, self.rank, self.world_size, self.global_batch // self.batch_size,
+                           self.repeats)
 
     def epoch(self, epoch: int, start_step: int = 0):
         """Yields (images uint8 (batch_size, resolution, resolution, 3), labels int64 (batch_size,)) on `device`, from
-        step `start_step` on, without decoding what comes before it. Closing the generator ends its thread."""
-        order = epoch_order(self.seed, epoch, len(self.beton))
-        batches = ((Address(self.seed, epoch, slots), order[slots]) for slots in
-                   map(self.slots, range(start_step * self.batches_per_step, len(self))))
-        return self._iterate([RandomResizedCrop(self.resolution, **self._crop), *self._augment], batches)
+        step `start_step` on, without decoding what comes before it. The batches are the caller's to keep. Closing the
+        generator gives up what was begun ahead."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step={start_step} lies outside of 0 .. {self.steps_per_epoch}")
+        self.skipped = []
+        order = epoch_order(self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes)
+        ops = [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
+        return self._iterate(ops, self._batches(order, epoch, start_step), order.indices)
+
+    def _batches(self, order, epoch: int, start_step: int):
+        advised = 0
+        for batch in range(start_step * self.batches_per_step, len(self)):
+            slots = self.slots(batch)
+            places = slots // self.repeats
+            current = int(np.searchsorted(order.starts, places[0], "right")) - 1
+            while advised < len(order.extents) and advised <= current + 1:  # this window and the next
+                self._advise(order.extents[advised], os.POSIX_FADV_WILLNEED if advised >= current else None)
+                if advised >= 2:
+                    self._advise(order.extents[advised - 2], os.POSIX_FADV_DONTNEED)
+                advised += 1
+            yield Address(self.seed, epoch, slots), order.indices[places]
+
+    def _advise(self, extents, advice):
+        with suppress(OSError):  # a hint, which some file systems refuse
+            for offset, length in extents if advice is not None else ():
+                os.posix_fadvise(self._file.fileno(), int(offset), int(length), advice)
+
+    def _replace(self, ops, order, batch, address, indices, row: int):
+        if self.on_bad_sample == "raise":
+            return super()._replace(ops, order, batch, address, indices, row)
+        self.skipped.append((int(indices[row]), STATUS[int(batch.status[row])]))
+        slot = address.slots[row:row + 1]
+        for further in range(1, MOST_REPLACEMENTS):
+            index = order[(slot // self.repeats + further) % len(order)]
+            single, *_ = self._submit(ops, address._replace(slots=slot), index)
+            self._pool.wait(single)
+            if not single.status[0]:
+                batch.images[row] = single.images[0]
+                return np.concatenate([indices[:row], index, indices[row + 1:]])
+        raise InputError(f"{self._complaint(indices[row], batch.status[row])}; so are the {MOST_REPLACEMENTS} after it")
 
 
 class EvalLoader(_Loader):
-    """Central crops of an evaluation file, each image once over all processes: process r takes every
-    world_size-th image from the r-th on, in file order. Batches as TrainLoader's; the last may be smaller.
+    """Central crops of an evaluation file as timm makes them (see ops.crop.CenterCrop), each image once over all
+    processes: process r takes every world_size-th image from the r-th on, in file order. Batches as TrainLoader's; the
+    last may be smaller. An image that cannot be read is an error: an accuracy over fewer images would be another one.
 
-    crop_ratio: side of the crop over the image's shorter side.
+    crop_ratio: side of the crop over the resized image's shorter side, 0 .. 1. interpolation: "bilinear" or "bicubic".
     """
 
     def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, crop_ratio: float,
-                 rank: int = 0, world_size: int = 1, device="cpu"):
+                 interpolation: str = "bicubic", rank: int = 0, world_size: int = 1, device="cpu"):
         super().__init__(path, batch_size, num_workers, device)
-        self._decoder = CenterCrop(resolution, crop_ratio)
+        if not 0 < crop_ratio <= 1:
+            raise InputError(f"validation.crop_ratio={crop_ratio}: give a number above 0, at most 1")
+        self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self._indices = np.arange(rank, len(self.beton), world_size)
 
     def __len__(self):
@@ -151,53 +241,3 @@ class EvalLoader(_Loader):
         chunks = (self._indices[start:start + self.batch_size]
                   for start in range(0, len(self._indices), self.batch_size))
         return self._iterate([self._decoder], ((Address(0, 0, chunk), chunk) for chunk in chunks))
-
-
-class _Ahead:
-    """Iterates over `items` in a thread, BATCHES_AHEAD of them in advance. An exception there is raised here."""
-
-    def __init__(self, items, device: torch.device):
-        self._items, self._device = items, device
-        self._queue, self._stop = queue.Queue(BATCHES_AHEAD), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rsb-loader-ahead")
-        self._thread.start()
-
-    def _run(self):
-        try:
-            if self._device.type == "cuda":  # a new thread's device is 0: pinning there would open a context on GPU 0
-                torch.cuda.set_device(self._device)
-            for item in self._items:
-                if not self._put((item, None)):
-                    return
-            self._put((None, StopIteration()))
-        except BaseException as error:  # whatever ends this thread has to reach the one that waits for it
-            self._put((None, error))
-
-    def _put(self, entry) -> bool:
-        # A thread killed inside native code at interpreter exit would abort the process: it ends by itself instead.
-        while not self._stop.is_set() and threading.main_thread().is_alive():
-            try:
-                self._queue.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self):
-        while True:
-            try:
-                item, error = self._queue.get(timeout=1)
-            except queue.Empty:
-                if self._thread.is_alive() or not self._queue.empty():
-                    continue
-                raise RuntimeError("the loader's thread ended before its epoch did") from None
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-
-    def close(self):
-        """Ends the thread, after the batch it is working on."""
-        self._stop.set()
-        self._thread.join()

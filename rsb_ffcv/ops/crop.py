@@ -1,8 +1,7 @@
 """Decode, crop, resize and flip: from a stored image to an H x W x 3 uint8 one.
 
-Decoding and resizing are libffcv's (libjpeg-turbo with its fast DCT; OpenCV INTER_AREA). Unlike FFCV's own decoders
-these take their crops from addressed draws, report the decoder's status for each sample, and keep one scratch image a
-thread instead of one a sample.
+The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image, within one grey level
+(`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes: which part of which image, by which filter, mirrored or not.
 """
 import math
 from dataclasses import replace
@@ -11,11 +10,28 @@ import numpy as np
 from ffcv.pipeline.allocation_query import AllocationQuery
 from numba import int64, njit
 
+from rsb_ffcv import InputError
 from rsb_ffcv.ops import draws as d
-from rsb_ffcv.ops.native import imdecode, resize
+from rsb_ffcv.ops.native import BICUBIC, BILINEAR, DECODE
 from rsb_ffcv.ops.operation import Address, DrawnOperation
 
-JPG = 0  # the storage mode of a .beton sample; any other one that a checked file holds is raw
+# box: top, left, height, width in pixels
+CROP = np.dtype([("box", "<f8", 4), ("filter", "u1"), ("flip", "u1"), ("rows_first", "u1")])
+FILTERS = {"bilinear": BILINEAR, "bicubic": BICUBIC, "random": -1}
+
+
+def filter_number(interpolation: str) -> int:
+    """The filter's number in the compiled core; -1: one of both, drawn for each use."""
+    if interpolation not in FILTERS:
+        raise InputError(f"interpolation={interpolation!r} is not one of {', '.join(FILTERS)}")
+    return FILTERS[interpolation]
+
+
+def rows_first(heights, widths, out_heights, out_widths):
+    """Whether Pillow resizes down the columns first. Since Pillow 13 it does where the height shrinks by more than twice
+    what the width does; before, never. The order decides how overshoots of the bicubic are clipped."""
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    return (heights > out_heights) & (2 * (widths - out_widths) < heights - out_heights)
 
 
 @njit(cache=True, nogil=True)
@@ -46,59 +62,23 @@ def random_resized_crop_box(seed, epoch, slot, height, width, scale_lo, scale_hi
 
 @njit(cache=True, nogil=True)
 def _random_boxes(seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio_lo, ratio_hi, flip_prob):
-    boxes = np.empty((len(slots), 4), np.int64)
-    flips = np.empty(len(slots), np.bool_)
+    boxes = np.empty((len(slots), 4))
+    flips = np.empty(len(slots), np.uint8)
+    filters = np.empty(len(slots), np.uint8)
     for i in range(len(slots)):
         boxes[i] = random_resized_crop_box(seed, epoch, slots[i], int64(heights[i]), int64(widths[i]),
                                            scale_lo, scale_hi, ratio_lo, ratio_hi)
         flips[i] = d.uniform(seed, epoch, slots[i], d.FLIP, 0) < flip_prob
-    return boxes, flips
-
-
-@njit(cache=True, nogil=True)
-def flip_rows(image):
-    """Mirrors an (H, W, C) image left to right, in place."""
-    height, width, channels = image.shape
-    for y in range(height):
-        for x in range(width // 2):
-            for c in range(channels):
-                image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
-
-
-@njit(cache=True, nogil=True)
-def _decode_crop_resize(data, indices, pointers, sizes, modes, heights, widths, boxes, flips, out, lo, hi):
-    """Rows lo .. hi of the batch, from the file's bytes into `out` (n, H, W, 3). Returns -1, or the first row of
-    the batch whose JPEG the decoder refuses."""
-    most = 1
-    for row in range(lo, hi):
-        i = indices[row]
-        if modes[i] == JPG:
-            most = max(most, int64(heights[i]) * int64(widths[i]) * 3)
-    scratch = np.empty(most, np.uint8)
-    for row in range(lo, hi):
-        i = indices[row]
-        height, width, start = int64(heights[i]), int64(widths[i]), int64(pointers[i])
-        source = data.ctypes.data + start
-        if modes[i] == JPG:
-            jpeg = data[start:start + int64(sizes[i])]
-            if imdecode(jpeg.ctypes, sizes[i], height, width, scratch.ctypes, height, width, 0, 0, 1, 1, 0, 0) != 0:
-                return row
-            source = scratch.ctypes.data
-        top, left, h, w = boxes[row]
-        target = out[row]
-        resize(0, source, height, width, top, top + h, left, left + w,
-               target.ctypes.data, target.shape[0], target.shape[1])
-        if flips[row]:
-            flip_rows(target)
-    return -1
+        filters[i] = d.below(seed, epoch, slots[i], d.CROP, 40, 2)
+    return boxes, filters, flips
 
 
 class _CropDecoder(DrawnOperation):
-    """Decodes a batch and resizes one box of each image. `draw` gives (boxes (n, 4) int64, flips (n,) bool)."""
+    """Reads a batch and resizes one box of each image. Draws: (n,) records of `CROP`."""
 
-    def __init__(self, resolution: int):
+    def __init__(self, resolution: int, interpolation: str):
         super().__init__()
-        self.resolution = resolution
+        self.resolution, self.filter = resolution, filter_number(interpolation)
 
     def declare_state_and_memory(self, previous_state):
         shape = (self.resolution, self.resolution, 3)
@@ -106,35 +86,44 @@ class _CropDecoder(DrawnOperation):
                 AllocationQuery(shape, np.dtype("u1")))
 
     def generate_code(self):
-        def decode(indices, out, beton, data, lo, hi, draws):
-            boxes, flips = draws
-            return _decode_crop_resize(data, indices, beton.pointers, beton.sizes, beton.modes, beton.heights,
-                                       beton.widths, boxes, flips, out, lo, hi)
-        return decode
+        return DECODE
 
 
 class RandomResizedCrop(_CropDecoder):
-    """A random crop of `scale` of the area and `ratio` aspect, resized to resolution x resolution and mirrored with
-    probability `flip_prob` (torchvision's RandomResizedCrop, then RandomHorizontalFlip)."""
+    """A random crop of `scale` of the area and `ratio` aspect (torchvision's RandomResizedCrop), resized by
+    `interpolation` ("random": bilinear or bicubic for each image, as timm) and mirrored with probability `flip_prob`."""
 
-    def __init__(self, resolution: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5):
-        super().__init__(resolution)
-        self.scale, self.ratio, self.flip_prob = scale, ratio, flip_prob
+    def __init__(self, resolution: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5,
+                 interpolation: str = "random"):
+        super().__init__(resolution, interpolation)
+        self.numbers = tuple(map(float, (*scale, *ratio, flip_prob)))
 
     def draw(self, address: Address, heights, widths):
-        return _random_boxes(address.seed, address.epoch, address.slots, heights, widths,
-                             *map(float, (*self.scale, *self.ratio, self.flip_prob)))
+        crops = np.empty(len(heights), CROP)
+        crops["box"], crops["filter"], crops["flip"] = _random_boxes(
+            address.seed, address.epoch, address.slots, heights, widths, *self.numbers)
+        crops["rows_first"] = rows_first(heights, widths, self.resolution, self.resolution)
+        if self.filter >= 0:
+            crops["filter"] = self.filter
+        return crops
 
 
 class CenterCrop(_CropDecoder):
-    """The central square of side int(ratio x shorter side), resized to resolution x resolution, as FFCV's
-    CenterCropRGBImageDecoder. No draws."""
+    """timm's evaluation: the shorter side resized to floor(resolution / ratio), then the central square; both as one box
+    of the stored image. ratio: 0 .. 1. No draws."""
 
-    def __init__(self, resolution: int, ratio: float):
-        super().__init__(resolution)
+    def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic"):
+        super().__init__(resolution, interpolation)
+        if self.filter < 0:
+            raise InputError("interpolation='random' has no place in an evaluation; use bilinear or bicubic")
         self.ratio = ratio
 
     def draw(self, address: Address, heights, widths):
-        heights, widths = heights.astype(np.int64), widths.astype(np.int64)
-        side = np.maximum(1, (np.minimum(heights, widths) * self.ratio).astype(np.int64))
-        return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1), np.zeros(len(side), bool)
+        sides = np.stack([heights, widths], 1).astype(np.int64)
+        shorter, target = sides.min(1, keepdims=True), math.floor(self.resolution / self.ratio)
+        scaled = np.where(sides == shorter, target, (target * sides / shorter).astype(np.int64))
+        first = np.round((scaled - self.resolution) / 2)  # half to even, as Python's round in torchvision's center_crop
+        crops = np.zeros(len(sides), CROP)
+        crops["box"] = np.concatenate([first * sides / scaled, self.resolution * sides / scaled], 1)
+        crops["filter"], crops["rows_first"] = self.filter, rows_first(heights, widths, *scaled.T)
+        return crops

@@ -13,7 +13,7 @@ import numpy as np
 from numba import int64, njit, uint32, uint64
 
 # The op of an address. A number is never reused for another purpose: that would change every recorded run.
-ORDER, CROP, FLIP, RAND_AUGMENT, MIX, ERASE, NOISE, STORE, INIT, DROP = range(10)
+ORDER, CROP, FLIP, RAND_AUGMENT, MIX, ERASE, NOISE, STORE, INIT, DROP, JITTER, WINDOW = range(12)
 
 
 @njit(cache=True, nogil=True)

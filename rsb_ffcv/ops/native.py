@@ -1,25 +1,86 @@
-"""libffcv's C functions as symbols that numba kernels may call and still be cached on disk.
+"""The compiled core (`csrc/`): its data structures as numpy dtypes, its functions through ctypes.
 
-A kernel that holds a ctypes pointer cannot be cached (the address is baked in), and FFCV therefore compiles its
-pipelines anew in every process. Registered by name with LLVM instead, the address is looked up at load time.
+`setup.py` builds it into one shared library beside this file, without a line of Python's C interface in it. A call
+releases the interpreter lock. `csrc/rsb.h` says what each structure and function means.
 """
 import ctypes
+from pathlib import Path
 
-import ffcv._libffcv
-import llvmlite.binding as llvm
-from numba import types
+import numpy as np
 
-_library = ctypes.CDLL(ffcv._libffcv.__file__)
-for _name in ("imdecode", "resize"):
-    llvm.add_symbol(f"rsb_ffcv_{_name}", ctypes.cast(getattr(_library, _name), ctypes.c_void_p).value)
+from rsb_ffcv import InputError
 
-_pointer, _u32, _i64 = types.voidptr, types.uint32, types.int64
+SAMPLE = np.dtype([("pointer", "<u8"), ("size", "<u8"), ("checksum", "<u8"), ("box", "<f8", 4), ("height", "<i4"),
+                   ("width", "<i4"), ("raw", "u1"), ("verify", "u1"), ("filter", "u1"), ("flip", "u1"),
+                   ("rows_first", "u1")], align=True)
+LAYER = np.dtype([("op", "<i4"), ("filter", "u1"), ("fill", "u1", 3), ("argument", "<f8", 6)], align=True)
+STEP = np.dtype([("kernel", "<u8"), ("draws", "<u8"), ("stride", "<i8")], align=True)
 
-# int imdecode(input, input_size, source_height, source_width, output, crop_height, crop_width, offset_x, offset_y,
-#              scale_num, scale_denom, enable_crop, hflip): 0, or -1 where libjpeg-turbo reports an error or a warning
-imdecode = types.ExternalFunction("rsb_ffcv_imdecode", types.int32(
-    _pointer, types.uint64, _u32, _u32, _pointer, _u32, _u32, _u32, _u32, _u32, _u32, types.int32, types.int32))
+# ops of `augment`, numbered as in csrc/rsb.h
+(IDENTITY, AUTOCONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, BLUR,
+ HUE, AFFINE) = range(14)
+BILINEAR, BICUBIC = 0, 1
 
-# void resize(0, source, height, width, start_row, end_row, start_col, end_col, destination, out_height, out_width):
-#              OpenCV INTER_AREA of the crop
-resize = types.ExternalFunction("rsb_ffcv_resize", types.void(*[_i64] * 11))
+RUNNING = -2
+STATUS = {1: "is not a decodable JPEG", 2: "has other sides than the file's metadata says",
+          3: "is damaged: its bytes do not match their checksum", 4: "cannot be read: the file ends or fails there",
+          5: "has colours that are neither grey nor RGB", 6: "has more than 2 ** 28 pixels", 7: "needs more memory than there is",
+          8: "was given parameters outside its range"}
+
+
+class Job(ctypes.Structure):
+    """One batch for the pool; every pointer must outlive its work."""
+    _fields_ = [(name, ctypes.c_int32) for name in ("file", "rows", "height", "width", "num_steps")] + [
+        ("decoder", ctypes.c_void_p), ("samples", ctypes.c_void_p), ("steps", ctypes.c_void_p), ("out", ctypes.c_void_p), ("status", ctypes.c_void_p),
+        ("next", ctypes.c_int32), ("done", ctypes.c_int32), ("after", ctypes.c_void_p)]
+
+
+def _load():
+    folder = Path(__file__).parent
+    paths = sorted(folder.glob("_native*.so"))
+    if not paths:
+        raise InputError(f"{folder}: the compiled core is missing; build it with `make set-up` or `pip install .`")
+    library = ctypes.CDLL(paths[0])
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for name, result, *arguments in (
+            ("rsb_pool_new", pointer, integer), ("rsb_pool_free", None, pointer),
+            ("rsb_pool_submit", None, pointer, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
+            ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
+            ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
+            ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
+            ("rsb_augment", integer, pointer, integer, integer, pointer, pointer)):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+library = _load()
+DECODE, AUGMENT = (ctypes.cast(function, ctypes.c_void_p).value for function in (library.rsb_load, library.rsb_augment))
+
+
+def checksum(data) -> int:
+    """XXH64 (seed 0) of a contiguous array's bytes."""
+    return library.rsb_checksum(data.ctypes.data, data.nbytes)
+
+
+def load(file: int, sample, height: int, width: int) -> np.ndarray:
+    """The image of one SAMPLE record of an open file, (height, width, 3) uint8. Raises ValueError with the reason where
+    it cannot be read. What the loader's threads do for each row of a batch."""
+    image, sample = np.empty((height, width, 3), np.uint8), np.array(sample, SAMPLE)
+    _run(library.rsb_load, file, sample.ctypes.data, image.ctypes.data, height, width)
+    return image
+
+
+def augment(image: np.ndarray, layer) -> np.ndarray:
+    """One (H, W, 3) uint8 image through one LAYER record: a new array. What the loader's threads do in place."""
+    image, layer = np.array(image, np.uint8, order="C"), np.array(layer, LAYER)
+    _run(library.rsb_augment, image.ctypes.data, *image.shape[:2], layer.ctypes.data)
+    return image
+
+
+def _run(function, *arguments):
+    scratch = library.rsb_scratch_new()
+    status = function(*arguments, scratch)
+    library.rsb_scratch_free(scratch)
+    if status:
+        raise ValueError(f"the image {STATUS[status]}")

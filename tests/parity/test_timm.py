@@ -1,23 +1,16 @@
 """Equal to timm on the same draws."""
-import math
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
-from timm.data import auto_augment as timm_aa
 from timm.data import mixup as timm_mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
-from rsb_ffcv import InputError
 from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss, soft_targets
 from rsb_ffcv.loading.batch import Mix, cutmix_box, draw_mix, erase, erase_boxes, mix_images
-from rsb_ffcv.ops.operation import Address
-from rsb_ffcv.ops.rand_augment import INCREASING_OPS, OPS, RandAugment, level_to_arg, parse_spec
 
 SLOTS = np.arange(4000)
 
@@ -140,58 +133,3 @@ def test_average_is_timms(warmup):
         ours.update()
         for a, b in zip(theirs.module.state_dict().values(), ours.module.state_dict().values()):
             assert torch.equal(a, b)
-
-
-def test_rand_augment_spec_reads_as_timms():
-    spec = parse_spec("rand-m9-n3-mstd0.5-inc1-p0.7-mmax15")
-    theirs = timm_aa.rand_augment_transform("rand-m9-n3-mstd0.5-inc1-p0.7-mmax15", {})
-    op = theirs.ops[0]
-    assert (spec.layers, spec.prob, spec.magnitude, spec.magnitude_std, spec.magnitude_max) == (
-        theirs.num_layers, op.prob, op.magnitude, op.magnitude_std, op.magnitude_max)
-    assert [op.name for op in theirs.ops] == INCREASING_OPS == timm_aa._RAND_INCREASING_TRANSFORMS
-    assert OPS == timm_aa._RAND_TRANSFORMS
-    assert not parse_spec("rand-inc0").increasing
-    assert parse_spec("rand-mstd101").magnitude_std == math.inf
-    for wrong in ("rand-m", "rand-9", "rand-m7.5", "random-m7", "", "rand-n0", "rand-p2"):
-        with pytest.raises(InputError, match="augment.rand_augment="):
-            parse_spec(wrong)
-
-
-@pytest.mark.parametrize("name", sorted({*OPS, *INCREASING_OPS}))
-def test_rand_augment_arguments_are_timms(name, monkeypatch):
-    for coin, sign in ((0.2, 1.0), (0.8, -1.0)):
-        monkeypatch.setattr(timm_aa.random, "random", lambda: coin)
-        for level in np.linspace(0, 10, 41):
-            level_fn = timm_aa.LEVEL_TO_ARG[name]
-            theirs = level_fn(level, {}) if level_fn else ()
-            assert level_to_arg(name, float(level), sign) == pytest.approx(tuple(theirs), rel=1e-12)
-
-
-@pytest.mark.parametrize("number", range(15))
-def test_rand_augment_pixels_are_timms(number):
-    rng = np.random.default_rng(number)
-    image = np.asarray(Image.fromarray(rng.integers(40, 180, (9, 9, 3), np.uint8)).resize((64, 48), Image.Resampling.BICUBIC))
-    ours = RandAugment("rand-m7-inc1")
-    name = INCREASING_OPS[number]
-    for sign, cubic in ((1.0, 0), (-1.0, 1)):
-        theirs = timm_aa.NAME_TO_OP[name](
-            Image.fromarray(image), *level_to_arg(name, 7.0, sign), fillcolor=(124, 116, 104),
-            resample=Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR)
-        result = ours.apply(image, [number, -1], [7.0, 7.0], [sign, 1.0], [cubic, 0])
-        assert np.array_equal(result, np.asarray(theirs))
-        assert not np.array_equal(result, image)
-
-
-def test_rand_augment_draws_have_timms_distribution():
-    ops, levels, signs, cubic = RandAugment("rand-m7-mstd0.5-inc1").draw(Address(0, 0, SLOTS), None, None)
-    applied = ops[ops >= 0]
-    assert abs((ops >= 0).mean() - 0.5) < 0.02
-    assert stats.chisquare(np.bincount(applied, minlength=15)).pvalue > 0.01
-    assert stats.kstest(levels.ravel(), stats.norm(7, 0.5).cdf).pvalue > 0.01
-    assert abs(signs.mean()) < 0.05 and abs(cubic.mean() - 0.5) < 0.03
-    assert np.corrcoef(ops[:, 0], ops[:, 1])[0, 1] < 0.05
-    clipped = RandAugment("rand-m9-mstd3").draw(Address(0, 0, SLOTS), None, None)[1]
-    assert clipped.max() == 10 and clipped.min() >= 0 and 0.3 < (clipped == 10).mean() < 0.45
-    uniform = RandAugment("rand-m8-mstd101").draw(Address(0, 0, SLOTS), None, None)[1]
-    assert stats.kstest(uniform.ravel() / 8, "uniform").pvalue > 0.01
-    assert RandAugment("rand-m7", interpolation="bilinear").draw(Address(0, 0, SLOTS), None, None)[3].max() == 0

@@ -1,13 +1,22 @@
 """What a batch holds is a function of (seed, epoch, batch): not of threads, ranks or what was read before."""
-import threading
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import time
 
+import numba
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from rsb_ffcv import InputError
+from rsb_ffcv.beton import read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader
-from rsb_ffcv.loading.order import epoch_order, group_slots
+from rsb_ffcv.ops.operation import DrawnOperation
+from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
 
 SPEC = "rand-m7-mstd0.5-inc1"
 
@@ -27,12 +36,58 @@ def equal(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) and torch.equal(p, q) for (x, p), (y, q) in zip(a, b))
 
 
+def order(kind="random", seed=0, epoch=0, count=1000, window_bytes=1 << 40, size=50_000):
+    sizes = np.full(count, size, np.uint64)
+    return epoch_order(kind, seed, epoch, 8192 + np.cumsum(sizes) - sizes, sizes, window_bytes)
+
+
 def test_the_order_is_a_new_permutation_each_epoch():
-    orders = [epoch_order(0, epoch, 1000) for epoch in range(2)] + [epoch_order(1, 0, 1000)]
-    for order in orders:
-        assert sorted(order) == list(range(1000))
-    assert not (orders[0] == orders[1]).all() and not (orders[0] == orders[2]).all()
-    assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.1
+    for kind, window_bytes in (("random", 1), ("quasi_random", 4 << 20)):
+        orders = [order(kind, *which, window_bytes=window_bytes).indices for which in ((0, 0), (0, 1), (1, 0))]
+        for one in orders:
+            assert sorted(one) == list(range(1000))
+        assert not (orders[0] == orders[1]).all() and not (orders[0] == orders[2]).all()
+        assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < (0.1 if kind == "random" else 0.6)
+    assert (order("sequential").indices == np.arange(1000)).all()
+
+
+def test_quasi_random_keeps_to_its_windows():
+    """Between two starts, only samples of the window's extents; every byte in one window; windows no larger than asked."""
+    made = order("quasi_random", count=3000, window_bytes=10 << 20, size=60_000)
+    assert 15 < len(made.starts) < 25 and made.starts[0] == 0
+    first = 8192 + 60_000 * made.indices
+    for window, (start, end) in enumerate(zip(made.starts, [*made.starts[1:], 3000])):
+        extents = made.extents[window]
+        inside = (first[start:end, None] >= extents[:, 0]) & (first[start:end, None] + 60_000 <= extents.sum(1))
+        assert (inside.sum(1) == 1).all()
+        assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * RUN_BYTES
+        assert extents[:, 1].max() <= RUN_BYTES + 60_000
+        assert abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3  # mixed within the window
+    assert (order("quasi_random", window_bytes=1 << 40).indices == order("random").indices).all()
+
+
+def test_quasi_random_mixes_the_classes_of_a_sorted_file():
+    """1000 classes of 1300 images of 60 kB, class after class: what a batch of 256 holds (random order: 226)."""
+    labels = np.repeat(np.arange(1000), 130)  # a tenth of ImageNet, windows a tenth of the default
+    made = order("quasi_random", count=len(labels), window_bytes=(1 << 30) // 10, size=60_000)
+    batches = labels[made.indices][:len(labels) // 256 * 256].reshape(-1, 256)
+    classes = [len(set(batch)) for batch in batches]
+    assert np.mean(classes) > 75 and min(classes) > 50
+
+
+def test_repeated_augmentation_is_dealt_as_timms_sampler_does(monkeypatch):
+    """timm's RepeatAugSampler over 8 processes of 16 images, fed with our permutation."""
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    permutation = order(count=1024).indices
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.from_numpy(permutation))
+    theirs = [list(RepeatAugSampler(range(1024), num_replicas=8, rank=rank, num_repeats=3)) for rank in range(8)]
+    for world_size in (8, 2, 1):  # the same groups, whoever takes them
+        for rank in range(world_size):
+            for batch in range(8 // world_size * 4):
+                slots = group_slots(batch, 16, rank, world_size, 8, 3)
+                step, group = divmod(batch * world_size + rank, 8)
+                assert (permutation[slots // 3] == theirs[group][16 * step:16 * step + 16]).all()
 
 
 def test_any_number_of_processes_covers_the_same_slots_of_a_step():
@@ -43,9 +98,30 @@ def test_any_number_of_processes_covers_the_same_slots_of_a_step():
         assert sorted(slots) == list(range(64, 96))
 
 
-def test_bytes_do_not_depend_on_the_number_of_threads(betons):
-    one = batches(loader(betons, num_workers=1), 3)
-    assert len(one) == 6 and equal(one, batches(loader(betons, num_workers=4), 3))
+EVERYTHING = {"rand_augment": SPEC, "color_jitter": (0.3, 0.3, 0.3, 0.1), "repeats": 3, "global_batch": 48}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"rand_augment": "3a"}, {"order": "quasi_random", "window_bytes": 100_000}])
+def test_bytes_do_not_depend_on_the_number_of_threads(betons, options):
+    one = batches(loader(betons, num_workers=1, **options), 3)
+    assert len(one) == 6
+    for threads in (2, 4, 16):
+        assert equal(one, batches(loader(betons, num_workers=threads, **options), 3))
+
+
+def test_copies_of_an_image_differ_and_count_for_others(betons):
+    """Repeats of 3: as many steps, a third of the images, each three times with three faces."""
+    made = loader(betons, repeats=3, global_batch=48, rand_augment="", interpolation="bilinear")
+    order = epoch_order("random", 0, 0, made.beton.pointers, made.beton.sizes, 1).indices
+    faces = {}
+    for number, (images, labels) in enumerate(made.epoch(0)):
+        indices = order[made.slots(number) // 3]
+        assert (made.beton.labels[indices] == labels.numpy()).all()
+        for index, image in zip(indices, images):
+            faces.setdefault(index, []).append(image)
+    made.close()
+    assert len(faces) == 32 and all(len(copies) == 3 for copies in faces.values())
+    assert all(not torch.equal(copies[i], copies[j]) for copies in faces.values() for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_epochs_and_seeds_differ(betons):
@@ -54,28 +130,35 @@ def test_epochs_and_seeds_differ(betons):
 
 
 def test_an_epoch_from_step_k_is_the_tail_of_the_epoch(betons):
-    whole = batches(loader(betons, global_batch=32), 2)
-    assert equal(whole[4:], batches(loader(betons, global_batch=32), 2, start_step=2))
+    for options in ({"global_batch": 32}, EVERYTHING, {"order": "quasi_random", "window_bytes": 100_000, "global_batch": 32}):
+        made = loader(betons, **options)
+        groups, steps = made.batches_per_step, made.steps_per_epoch
+        whole = batches(made, 2)
+        for step in range(steps + 1):
+            assert equal(whole[groups * step:], batches(loader(betons, **options), 2, start_step=step))
 
 
-def test_two_ranks_together_see_what_one_sees(betons):
-    alone = batches(loader(betons, global_batch=32), 0)
-    ranks = [batches(loader(betons, global_batch=32, rank=rank, world_size=2), 0) for rank in range(2)]
-    assert equal(alone, [batch for pair in zip(*ranks) for batch in pair])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"order": "quasi_random", "window_bytes": 100_000}, {"order": "sequential"}])
+def test_ranks_together_see_what_one_sees(betons, options):
+    options = {"batch_size": 8, "global_batch": 48, **options}
+    alone = batches(loader(betons, **options), 0)
+    for world_size in (2, 3):
+        ranks = [batches(loader(betons, rank=rank, world_size=world_size, **options), 0) for rank in range(world_size)]
+        assert equal(alone, [batch for together in zip(*ranks) for batch in together])
 
 
 def test_draws_belong_to_slots_not_to_places_in_a_batch():
     from rsb_ffcv.loading.batch import erase_boxes
+    from rsb_ffcv.ops.augment import ColorJitter, RandAugment
     from rsb_ffcv.ops.crop import RandomResizedCrop
     from rsb_ffcv.ops.operation import Address
-    from rsb_ffcv.ops.rand_augment import RandAugment
 
     slots, sides = np.arange(100, 164), np.full(64, 300, np.uint16)
-    for op in (RandomResizedCrop(32), RandAugment(SPEC)):
+    for op in (RandomResizedCrop(32), RandAugment(SPEC), RandAugment("rand-n2-t3aw"), RandAugment("3a"), RandAugment("ta_wide"),
+               ColorJitter(0.4, 0.4, 0.4, 0.1)):
         whole = op.draw(Address(1, 2, slots), sides, sides)
         part = op.draw(Address(1, 2, slots[20:]), sides[20:], sides[20:])
-        for all_of_it, tail in zip(whole, part):
-            assert np.array_equal(all_of_it[20:], tail) and not np.array_equal(all_of_it[:44], tail)
+        assert np.array_equal(whole[20:], part) and not np.array_equal(whole[:44], part)
     boxes = [erase_boxes(1, 2, chosen, 32, 32, 0.5, 0.02, 0.3, 0.3, 3.0) for chosen in (slots, slots[20:])]
     assert np.array_equal(boxes[0][20:], boxes[1]) and not np.array_equal(boxes[0][:44], boxes[1])
 
@@ -106,32 +189,195 @@ def test_evaluation_counts_every_image_once_over_any_number_of_ranks(betons):
     assert torch.equal(seen, expected)
 
 
-def test_an_undecodable_image_reaches_the_caller_with_its_number(betons, tmp_path):
+def damage(betons, tmp_path, samples) -> None:
+    """tmp_path/train.beton with the middle of some samples overwritten."""
     data = bytearray((betons / "train.beton").read_bytes())
-    from rsb_ffcv.beton import read_beton
-
     file = read_beton(betons / "train.beton")
-    start, size = int(file.pointers[17]), int(file.sizes[17])
-    data[start + 2:start + size // 2] = bytes(size // 2 - 2)
+    for sample in samples:
+        start, size = int(file.pointers[sample]), int(file.sizes[sample])
+        data[start + size // 2:start + size // 2 + 20] = bytes(range(20))
     (tmp_path / "train.beton").write_bytes(data)
+
+
+def test_a_damaged_image_reaches_the_caller_with_its_number(betons, tmp_path):
+    damage(betons, tmp_path, [17])
+    made = loader(tmp_path)
+    with pytest.raises(InputError, match="sample 17 is damaged: its bytes do not match their checksum"):
+        list(made.epoch(0))
+    with pytest.raises(InputError, match="sample 17 "):  # and the loader lives on
+        list(made.epoch(1))
+    evaluation = EvalLoader(tmp_path / "train.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9)
     with pytest.raises(InputError, match="sample 17 "):
-        list(loader(tmp_path).epoch(0))
+        list(evaluation)
 
 
-def test_closing_an_epoch_early_ends_its_thread(betons):
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"global_batch": 32, "rank": 1, "world_size": 2}])
+def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons, tmp_path, options):
+    bad = [3, 17, 40, 41, 77]
+    damage(betons, tmp_path, bad)
+    whole, made = loader(betons, **options), loader(tmp_path, on_bad_sample="skip", **options)
+    order = epoch_order("random", 0, 1, made.beton.pointers, made.beton.sizes, 1).indices
+    named = set()
+    for number, (sound, mended) in enumerate(zip(whole.epoch(1), made.epoch(1), strict=True)):
+        for row, slot in enumerate(made.slots(number)):
+            same = torch.equal(sound[0][row], mended[0][row])
+            assert same == (order[slot] not in bad)
+            if not same:
+                named.add(int(order[slot]))
+                heir = next(order[(slot + k) % 96] for k in range(1, 96) if order[(slot + k) % 96] not in bad)
+                assert mended[1][row] == made.beton.labels[heir]
+    assert {index for index, reason in made.skipped} == named and all("checksum" in reason for _, reason in made.skipped)
+    list(made.epoch(0))
+    assert len(made.skipped) <= 5  # each epoch counts its own
+    whole.close(), made.close()
+
+
+def test_a_file_of_damaged_images_ends_even_where_bad_ones_are_skipped(betons, tmp_path):
+    damage(betons, tmp_path, range(96))
+    with pytest.raises(InputError, match="so are"):
+        list(loader(tmp_path, on_bad_sample="skip").epoch(0))
+
+
+def test_a_file_that_shrinks_while_it_is_read_gives_an_error(betons, tmp_path):
+    (tmp_path / "train.beton").write_bytes((betons / "train.beton").read_bytes())
+    made = loader(tmp_path)
+    with open(tmp_path / "train.beton", "r+b") as file:
+        file.truncate(int(made.beton.pointers[40]))
+    with pytest.raises(InputError, match="cannot be read: the file ends"):
+        list(made.epoch(0))
+
+
+def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
     made = loader(betons)
-    before = threading.active_count()
     epoch = made.epoch(0)
     next(epoch)
     epoch.close()
+    assert equal(batches(loader(betons), 1), [(i.clone(), l.clone()) for i, l in made.epoch(1)])
     made.close()
-    assert threading.active_count() < before + 1
+    with pytest.raises(RuntimeError, match="closed"):
+        next(made.epoch(0))
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_close_and_garbage_collection_end_every_thread(betons):
+    list(loader(betons).epoch(0))
+    gc.collect()
+    before = threads()
+    made = loader(betons, num_workers=5)
+    assert threads() == before + 5
+    epoch = made.epoch(0)
+    next(epoch)
+    made.close()
+    assert threads() == before
+    made = loader(betons, num_workers=5)
+    epoch = made.epoch(0)
+    next(epoch)
+    del made, epoch
+    gc.collect()
+    assert threads() == before
+
+
+def test_memory_is_flat_over_many_epochs(betons):
+    made = loader(betons, batch_size=32, resolution=96)
+    resident = []
+    for epoch in range(100):
+        for _ in made.epoch(epoch):
+            pass
+        resident.append(psutil.Process().memory_info().rss)
+    made.close()
+    assert np.mean(resident[80:]) - np.mean(resident[20:40]) < 2e6
+
+
+def test_the_resolution_may_change_between_epochs_at_once(betons):
+    made = loader(betons)
+    list(made.epoch(0))
+    for resolution in (40, 24, 48):
+        made.resolution = resolution
+        started = time.perf_counter()
+        assert next(made.epoch(1))[0].shape == (16, resolution, resolution, 3)
+        assert time.perf_counter() - started < 0.5
+    made.close()
+
+
+@numba.cfunc(numba.int32(numba.types.CPointer(numba.uint8), numba.int32, numba.int32, numba.types.CPointer(numba.int64),
+                         numba.types.voidptr))
+def paint(image, height, width, draw, scratch):
+    if draw[0] == 13:
+        return 8
+    for i in range(height * width * 3):
+        image[i] = draw[0] % 256
+    return 0
+
+
+class Paint(DrawnOperation):
+    """An op of a user, in numba: the whole image takes the slot's number as its colour; slot 13 is refused."""
+
+    def draw(self, address, heights, widths):
+        return address.slots
+
+    def generate_code(self):
+        return paint.address
+
+
+def test_an_op_of_ones_own_takes_part(betons):
+    made = loader(betons, ops=[Paint()])
+    epoch = made.epoch(0, start_step=1)
+    for number, (images, _) in enumerate(epoch, 1):
+        assert (images == torch.from_numpy(made.slots(number) % 256)[:, None, None, None]).all()
+    with pytest.raises(InputError, match="parameters outside"):
+        next(made.epoch(0))
+    made.close()
+
+
+def test_a_loader_that_stands_still_says_so(betons):
+    """In a process of its own: a stuck thread cannot be ended."""
+    code = textwrap.dedent(f"""
+        import ctypes, threading
+        from rsb_ffcv.loading import TrainLoader, pool
+        from rsb_ffcv.ops.operation import DrawnOperation
+        kernel = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(lambda *_: threading.Event().wait())
+        class Stuck(DrawnOperation):
+            def draw(self, address, heights, widths):
+                return address.slots
+            def generate_code(self):
+                return ctypes.cast(kernel, ctypes.c_void_p).value
+        pool.STALL_SECONDS = 1.0
+        made = TrainLoader({str(betons / "train.beton")!r}, batch_size=16, resolution=32, num_workers=2, ops=[Stuck()])
+        try:
+            next(made.epoch(0))
+        except RuntimeError as error:
+            print("said:", error, flush=True)
+        import os
+        os._exit(0)  # the interpreter itself would wait for the two stuck calls into it
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "said: the loader stands still: no image has been finished for 1 s; in progress: sample " in done.stdout, done.stderr
+    assert "Current thread" in done.stderr
+
+
+def test_a_forked_process_is_told_that_it_has_no_threads(betons):
+    made = loader(betons)
+    child = os.fork()
+    if child == 0:
+        try:
+            next(made.epoch(0))
+        except RuntimeError as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    made.close()
 
 
 @pytest.mark.parametrize("options, message", [
     ({"batch_size": 128}, "holds 96"), ({"num_workers": 0}, "data.num_workers=0"),
     ({"global_batch": 24}, "training.global_batch=24"), ({"rand_augment": "rand-x9"}, "x9"),
-    ({"rand_augment": "augmix"}, "augmix")])
+    ({"rand_augment": "augmix"}, "augmix"), ({"order": "shuffled"}, "data.order='shuffled'"),
+    ({"on_bad_sample": "ignore"}, "data.on_bad_sample='ignore'"), ({"repeats": 0}, "repeats=0"), ({"rank": 2}, "rank=2"),
+    ({"interpolation": "nearest"}, "interpolation='nearest'"), ({"color_jitter": (0, 0, 0, 1)}, "color_jitter="),
+    ({"batch_size": 0}, "batch_size=0")])
 def test_wrong_settings_are_named(betons, options, message):
     with pytest.raises(InputError, match=message):
         loader(betons, **options)

@@ -8,7 +8,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rsb_ffcv"
 MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": {"atomic"}, "loading": {"ops", "beton"},
-              "dataset": {"ops", "beton", "atomic"}, "beton": set(), "config": {"options"}, "atomic": set(), "options": set(),
+              "dataset": {"ops", "beton", "atomic"}, "beton": {"ops"}, "config": {"options"}, "atomic": set(), "options": set(),
               "training": {"ops", "loading", "learning", "reporting", "config", "options", "atomic"}}
 
 

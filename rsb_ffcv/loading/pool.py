@@ -1,0 +1,100 @@
+"""The threads of `csrc/pool.c`, the batches they work on, and the memory of those batches."""
+import ctypes
+import faulthandler
+import os
+import sys
+import weakref
+
+import numpy as np
+import torch
+
+from rsb_ffcv import InputError
+from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
+
+STALL_SECONDS = 300.0  # no image takes nearly as long: a disk that does not answer, or a defect
+_abandoned = []  # what a stuck thread may still write to
+
+
+class Batch:
+    """Images in the making: (n, H, W, 3) uint8 `images`, and each row's `status` (see csrc/rsb.h)."""
+
+    def __init__(self, images: torch.Tensor, file: int, decoder: int, samples, operations):
+        """operations: pairs of a kernel's address and its draws, (n, ...) or (n, k, ...) with k passes."""
+        self.images = images
+        rows, height, width, _ = images.shape
+        self.status = np.empty(rows, np.int32)
+        steps = [(kernel, draws[:, i].ctypes.data if passes > 1 else draws.ctypes.data, draws.strides[0])
+                 for kernel, draws, passes in operations for i in range(passes)]
+        self._kept = samples, operations, np.array(steps, STEP)  # the job points into them
+        self.job = Job(file, rows, height, width, len(steps), decoder, samples.ctypes.data, self._kept[2].ctypes.data,
+                       images.data_ptr(), self.status.ctypes.data)
+
+
+class Pool:
+    """A fixed number of threads that decode and augment, without the interpreter."""
+
+    def __init__(self, threads: int):
+        self._handle = library.rsb_pool_new(threads)
+        if not self._handle:
+            raise InputError(f"data.num_workers={threads}: the system refuses as many threads; lower it")
+        self._process, self._stuck = os.getpid(), []
+        self._free: dict[int, list] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
+        self.close = weakref.finalize(self, Pool._close, self._handle, self._process, self._stuck)
+
+    @staticmethod
+    def _close(handle, process, stuck):
+        if os.getpid() == process and not stuck:  # a forked child has no such threads; a stuck one cannot be joined
+            library.rsb_pool_free(handle)
+
+    def memory(self, shape, pin: bool) -> torch.Tensor:
+        """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once nobody holds it."""
+        if pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch's pinned allocator reuses by itself
+        size = int(np.prod(shape))
+        free = self._free.setdefault(size, [])
+        if len(self._free) > 4:  # resolutions that have passed
+            self._free = {size: free}
+        block = free.pop() if free else np.empty(size, np.uint8)
+        view = block[:]
+        weakref.finalize(view, lambda: len(free) < 8 and free.append(block)).atexit = False
+        return torch.from_numpy(view).view(shape)
+
+    def submit(self, batch: Batch):
+        """Begins with `batch` after those submitted before it."""
+        library.rsb_pool_submit(self._handle, ctypes.byref(batch.job))
+
+    def wait(self, batch: Batch, name=str):
+        """Returns when `batch` is done. Where no image gets done for STALL_SECONDS, writes all threads' stacks to stderr
+        and raises RuntimeError, naming the rows in progress by `name(row)`."""
+        self.check()
+        waited, left = 0.0, None
+        while now := library.rsb_pool_wait(self._handle, ctypes.byref(batch.job), 200):
+            self.check()
+            waited, left = (waited + 0.2, left) if now == left else (0.0, now)
+            if waited > STALL_SECONDS:
+                self._stuck.append(True)
+                _abandoned.append(batch)
+                faulthandler.dump_traceback(sys.stderr)
+                rows = ", ".join(name(row) for row in np.flatnonzero(batch.status == RUNNING))
+                raise RuntimeError(f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} s; "
+                                   f"in progress: {rows or 'none'}")
+
+    def cancel(self, batches):
+        """Gives up `batches`; returns when no thread works on them any more."""
+        if not self.close.alive or os.getpid() != self._process:
+            return
+        for batch in batches:
+            library.rsb_pool_cancel(self._handle, ctypes.byref(batch.job))
+        for batch in batches:
+            if self._stuck:
+                _abandoned.append(batch)
+            else:
+                self.wait(batch)
+
+    def check(self):
+        """Raises RuntimeError where the threads are gone."""
+        if not self.close.alive:
+            raise RuntimeError("the loader is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError("this process was forked from the loader's and does not have its threads; make a loader "
+                               "here, or start processes by spawn")

@@ -1,0 +1,173 @@
+/* The pixel loops of augment.c, which includes this file once for every instruction set. `n` counts bytes or, where
+ * the name says so, RGB pixels. Built without contraction of products and sums: Pillow's arithmetic is reproduced to
+ * the bit. */
+
+static void HOT(invert)(uint8_t *p, int n) {
+    for (int i = 0; i < n; i++) p[i] = (uint8_t)(255 - p[i]);
+}
+
+static void HOT(mask)(uint8_t *p, int n, int mask) {
+    for (int i = 0; i < n; i++) p[i] = (uint8_t)(p[i] & mask);
+}
+
+static void HOT(solarize)(uint8_t *p, int n, int threshold) {
+    for (int i = 0; i < n; i++) p[i] = p[i] < threshold ? p[i] : (uint8_t)(255 - p[i]);
+}
+
+static void HOT(solarize_add)(uint8_t *p, int n, int add, int threshold) {
+    for (int i = 0; i < n; i++) {
+        int sum = p[i] + add;
+        p[i] = p[i] < threshold ? (uint8_t)(sum > 255 ? 255 : sum < 0 ? 0 : sum) : p[i];
+    }
+}
+
+/* Image.blend(degenerate, image, factor): Blend.c. */
+RSB_INLINE uint8_t HOT(blend_one)(int degenerate, int value, float factor) {
+    float mixed = (float)degenerate + factor * (float)(value - degenerate);
+    mixed = mixed < 0.0f ? 0.0f : mixed;
+    return (uint8_t)(int)(mixed > 255.0f ? 255.0f : mixed);
+}
+
+static void HOT(blend_constant)(uint8_t *p, int n, int degenerate, float factor) {
+    for (int i = 0; i < n; i++) p[i] = HOT(blend_one)(degenerate, p[i], factor);
+}
+
+static void HOT(blend)(const uint8_t *restrict degenerate, uint8_t *restrict p, int n, float factor) {
+    for (int i = 0; i < n; i++) p[i] = HOT(blend_one)(degenerate[i], p[i], factor);
+}
+
+/* Pillow's RGB to L (Convert.c), each value three times. */
+static void HOT(grey)(const uint8_t *restrict p, uint8_t *restrict out, int pixels) {
+    for (int i = 0; i < pixels; i++) {
+        int value = (19595 * p[3 * i] + 38470 * p[3 * i + 1] + 7471 * p[3 * i + 2] + 0x8000) >> 16;
+        out[3 * i] = out[3 * i + 1] = out[3 * i + 2] = (uint8_t)value;
+    }
+}
+
+static int64_t HOT(grey_sum)(const uint8_t *p, int pixels) {
+    int64_t total = 0;
+    for (int i = 0; i < pixels;) {
+        int32_t part = 0;
+        for (int end = i + 4096 < pixels ? i + 4096 : pixels; i < end; i++)
+            part += (19595 * p[3 * i] + 38470 * p[3 * i + 1] + 7471 * p[3 * i + 2] + 0x8000) >> 16;
+        total += part;
+    }
+    return total;
+}
+
+/* One row of ImageFilter.SMOOTH (Filter.c): eight neighbours and five times the middle, over 13. Never halfway between
+ * two integers, so that Pillow's floating-point sum rounds to the same. `n` bytes, the first and last pixel left out. */
+static void HOT(smooth_row)(const uint8_t *restrict above, const uint8_t *restrict row, const uint8_t *restrict below,
+                            uint8_t *restrict out, int n) {
+    for (int i = 3; i < n - 3; i++) {
+        int sum = above[i - 3] + above[i] + above[i + 3] + row[i - 3] + 5 * row[i] + row[i + 3] + below[i - 3] + below[i] +
+                  below[i + 3];
+        out[i] = (uint8_t)((2 * sum + 13) * 20165u >> 19); /* / 26, exact up to 6643 */
+    }
+}
+
+/* Source positions of `n` output pixels of a row: offset of the pixel up and to the left in the padded copy, and how far
+ * past it, in 1 / 2^14. x and y are source coordinates of the first pixel, in the padded copy; dx and dy the steps. */
+static void HOT(walk)(double x, double y, double dx, double dy, int stride, int32_t *restrict offset, int32_t *restrict fx,
+                      int32_t *restrict fy, int n) {
+    for (int i = 0; i < n; i++) {
+        double u = x + dx * i, v = y + dy * i;
+        int32_t iu = (int32_t)u, iv = (int32_t)v;
+        offset[i] = 4 * iu + iv * stride;
+        fx[i] = (int32_t)((u - iu) * 16384.0), fy[i] = (int32_t)((v - iv) * 16384.0);
+    }
+}
+
+/* Weights of Pillow's cubic (Geometry.c, a = -1) at each of `n` fractions, 4 x 14 bits. */
+static void HOT(cubic_weights)(const int32_t *restrict fraction, int16_t *restrict out, int n) {
+    for (int i = 0; i < n; i++) {
+        float d = (float)fraction[i] * (1.0f / 16384.0f), d2 = d * d, d3 = d2 * d;
+        int first = (int)((2 * d2 - d - d3) * 16384.0f - 0.5f), second = (int)((1 - 2 * d2 + d3) * 16384.0f + 0.5f);
+        int fourth = (int)((d3 - d2) * 16384.0f - 0.5f);
+        out[4 * i] = (int16_t)first, out[4 * i + 1] = (int16_t)second;
+        out[4 * i + 2] = (int16_t)(16384 - first - second - fourth), out[4 * i + 3] = (int16_t)fourth;
+    }
+}
+
+/* Pixels of one row by linear interpolation in the padded RGBX copy; like Pillow's, the result is cut off, not rounded. */
+static void HOT(bilinear_row)(const uint8_t *from, int stride, const int32_t *offset, const int32_t *fx, const int32_t *fy,
+                              uint8_t *out, int n) {
+    int i = 0;
+#if HOT_VECTORS
+    const __m128i pairs = _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, -1, -1, -1, -1);
+    const __m128i tidy = _mm_setr_epi8(0, 4, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    for (; i < n - 1; i++) { /* writes 4 bytes for 3 */
+        const uint8_t *p = from + offset[i];
+        __m128i wx = _mm_set1_epi32((16384 - fx[i]) | fx[i] << 16), wy = _mm_set1_epi32((16384 - fy[i]) | fy[i] << 16);
+        __m128i a = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)p), pairs);
+        __m128i b = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)(p + stride)), pairs);
+        a = _mm_srli_epi32(_mm_madd_epi16(a, wx), 7), b = _mm_srli_epi32(_mm_madd_epi16(b, wx), 7);
+        __m128i both = _mm_or_si128(a, _mm_slli_epi32(b, 16));
+        __m128i value = _mm_shuffle_epi8(_mm_srli_epi32(_mm_madd_epi16(both, wy), 21), tidy);
+        int32_t rgb = _mm_cvtsi128_si32(value);
+        memcpy(out + 3 * i, &rgb, 4);
+    }
+#endif
+    for (; i < n; i++) {
+        const uint8_t *p = from + offset[i], *q = p + stride;
+        for (int c = 0; c < 3; c++) {
+            int a = (p[c] * (16384 - fx[i]) + p[c + 4] * fx[i]) >> 7, b = (q[c] * (16384 - fx[i]) + q[c + 4] * fx[i]) >> 7;
+            out[3 * i + c] = (uint8_t)((a * (16384 - fy[i]) + b * fy[i]) >> 21);
+        }
+    }
+}
+
+/* The same by the cubic of `wx` and `wy` (4 weights a pixel), over 4 x 4 pixels. */
+static void HOT(bicubic_row)(const uint8_t *from, int stride, const int32_t *offset, const int16_t *wx, const int16_t *wy,
+                             uint8_t *out, int n) {
+    int i = 0;
+#if HOT_VECTORS
+    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, -1, -1, -1, -1, 8, -1, 12, -1, 9, -1, 13,
+                                           -1, 10, -1, 14, -1, -1, -1, -1, -1);
+    const __m256i spread = _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7,
+                                            4, 5, 6, 7);
+    for (; i < n - 1; i++) {
+        const uint8_t *p = from + offset[i];
+        __m256i across = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(wx + 4 * i))), spread);
+        __m256i down = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(wy + 4 * i))), spread);
+        __m256i row[4];
+        for (int r = 0; r < 4; r++) {
+            __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + r * stride)));
+            row[r] = _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), across);
+        }
+        /* rows 0 | 2 and 1 | 3 in the two halves, then pairs of rows side by side */
+        __m256i even = _mm256_add_epi32(_mm256_permute2x128_si256(row[0], row[2], 0x20),
+                                        _mm256_permute2x128_si256(row[0], row[2], 0x31));
+        __m256i odd = _mm256_add_epi32(_mm256_permute2x128_si256(row[1], row[3], 0x20),
+                                       _mm256_permute2x128_si256(row[1], row[3], 0x31));
+        even = _mm256_and_si256(_mm256_srai_epi32(even, 8), _mm256_set1_epi32(0xFFFF));
+        odd = _mm256_slli_epi32(_mm256_srai_epi32(odd, 8), 16);
+        __m256i sums = _mm256_madd_epi16(_mm256_or_si256(even, odd), down);
+        __m128i value = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        value = _mm_srai_epi32(value, 20);
+        value = _mm_packus_epi16(_mm_packs_epi32(value, value), value);
+        int32_t rgb = _mm_cvtsi128_si32(value);
+        memcpy(out + 3 * i, &rgb, 4);
+    }
+#endif
+    for (; i < n; i++)
+        for (int c = 0; c < 3; c++) {
+            int sum = 0;
+            for (int r = 0; r < 4; r++) {
+                const uint8_t *p = from + offset[i] + r * stride + c;
+                int row = p[0] * wx[4 * i] + p[4] * wx[4 * i + 1] + p[8] * wx[4 * i + 2] + p[12] * wx[4 * i + 3];
+                sum += (row >> 8) * wy[4 * i + r];
+            }
+            sum >>= 20;
+            out[3 * i + c] = (uint8_t)(sum < 0 ? 0 : sum > 255 ? 255 : sum);
+        }
+}
+
+/* One step of a box blur down the columns (BoxBlur.c): `sum` holds what the box of the row before covered. */
+static void HOT(blur_step)(uint32_t *restrict sum, const uint8_t *leave, const uint8_t *enter, const uint8_t *low,
+                           const uint8_t *high, uint8_t *restrict out, uint32_t inner, uint32_t edge, int n) {
+    for (int i = 0; i < n; i++) {
+        sum[i] += (uint32_t)enter[i] - leave[i];
+        out[i] = (uint8_t)((sum[i] * inner + (uint32_t)(low[i] + high[i]) * edge + (1u << 23)) >> 24);
+    }
+}

@@ -1,0 +1,129 @@
+/* Threads that turn jobs (batches) into pixels without asking Python.
+ *
+ * Every thread takes the next row of the oldest job that has one left: a slow image holds up no other thread, and the
+ * end of one batch overlaps with the start of the next. What a row holds does not depend on who works on it.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "rsb.h"
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t work, finished;
+    rsb_job *first, *last; /* jobs with rows that nobody has taken */
+    int stopping, count;
+    pthread_t threads[];
+} rsb_pool;
+
+static void run_row(rsb_job *job, int row, rsb_scratch *scratch) {
+    uint8_t *image = job->out + (size_t)row * job->height * job->width * 3;
+    int status = RSB_NO_MEMORY;
+    if (scratch) status = job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
+    for (int i = 0; i < job->num_steps && status == RSB_OK; i++) {
+        const rsb_step *step = &job->steps[i];
+        status = step->kernel(image, job->height, job->width, step->draws + row * step->stride, scratch);
+    }
+    job->status[row] = status;
+}
+
+static void *worker(void *argument) {
+    rsb_pool *pool = argument;
+    rsb_scratch *scratch = rsb_scratch_new();
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (!pool->first && !pool->stopping) pthread_cond_wait(&pool->work, &pool->lock);
+        if (pool->stopping) break;
+        rsb_job *job = pool->first;
+        int row = job->next++;
+        if (job->next == job->rows) {
+            pool->first = job->after;
+            if (!pool->first) pool->last = NULL;
+        }
+        job->status[row] = RSB_RUNNING;
+        pthread_mutex_unlock(&pool->lock);
+        run_row(job, row, scratch);
+        pthread_mutex_lock(&pool->lock);
+        if (++job->done == job->rows) pthread_cond_broadcast(&pool->finished);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    if (scratch) rsb_scratch_free(scratch);
+    return NULL;
+}
+
+/* Ends all threads after the row each is working on, and frees the pool. No job may be waited for any more. */
+void rsb_pool_free(rsb_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    pool->stopping = 1;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < pool->count; i++) pthread_join(pool->threads[i], NULL);
+    pthread_cond_destroy(&pool->work);
+    pthread_cond_destroy(&pool->finished);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool);
+}
+
+/* NULL where the system refuses memory or a thread. */
+rsb_pool *rsb_pool_new(int threads) {
+    rsb_pool *pool = calloc(1, sizeof *pool + threads * sizeof *pool->threads);
+    if (!pool) return NULL;
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->finished, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    for (; pool->count < threads; pool->count++)
+        if (pthread_create(&pool->threads[pool->count], NULL, worker, pool)) {
+            rsb_pool_free(pool);
+            return NULL;
+        }
+    return pool;
+}
+
+/* Everything that `job` points to must stay until rsb_pool_wait or rsb_pool_cancel says that it is done. */
+void rsb_pool_submit(rsb_pool *pool, rsb_job *job) {
+    job->next = job->done = 0;
+    job->after = NULL;
+    if (!job->rows) return;
+    for (int i = 0; i < job->rows; i++) job->status[i] = RSB_WAITING;
+    pthread_mutex_lock(&pool->lock);
+    if (pool->last)
+        pool->last->after = job;
+    else
+        pool->first = job;
+    pool->last = job;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Waits until all rows of `job` are done, at most `milliseconds`. Returns how many are not. */
+int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += milliseconds / 1000, until.tv_nsec += milliseconds % 1000 * 1000000L;
+    if (until.tv_nsec >= 1000000000L) until.tv_sec++, until.tv_nsec -= 1000000000L;
+    pthread_mutex_lock(&pool->lock);
+    while (job->done < job->rows && pthread_cond_timedwait(&pool->finished, &pool->lock, &until) != ETIMEDOUT) {}
+    int left = job->rows - job->done;
+    pthread_mutex_unlock(&pool->lock);
+    return left;
+}
+
+/* Takes back the rows of `job` that nobody has begun; the others are still to be waited for. */
+void rsb_pool_cancel(rsb_pool *pool, rsb_job *job) {
+    pthread_mutex_lock(&pool->lock);
+    rsb_job *before = NULL;
+    for (rsb_job *at = pool->first; at; before = at, at = at->after)
+        if (at == job) {
+            *(before ? &before->after : &pool->first) = job->after;
+            if (pool->last == job) pool->last = before;
+            job->rows = job->next;
+            break;
+        }
+    pthread_mutex_unlock(&pool->lock);
+}

@@ -1,0 +1,266 @@
+/* Pillow's antialiased resize of a box, in 16-bit fixed point, rounded to 8 bits between its two passes.
+ *
+ * The filters, their supports and the taps at the image's borders are those of Pillow's Resample.c. Pillow's coefficients have 22 fractional bits; these have as many as fit into 16-bit integers (14 or more),
+ * so that one instruction multiplies and adds two taps. The result differs by at most one grey level, and seldom.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include "rsb.h"
+#if RSB_AVX2
+#include <immintrin.h>
+#endif
+
+#define TAPS 4 /* source pixels that one load and one multiply-add take: across, the taps come in such groups */
+
+/* What output pixel i reads: `count` source pixels from first[i] on, with the weights at weights + i * count. Of the
+ * rows every output has its own number, ends[i]; `count` is the largest. */
+typedef struct {
+    int count, shift;
+    int *first, *ends;
+    int16_t *weights, *spread; /* spread: weights as the vector code wants them, 16 for a group */
+} taps;
+
+static double weight(double x, int filter) {
+    x = fabs(x);
+    if (filter == RSB_BILINEAR) return x < 1 ? 1 - x : 0;
+    if (x < 1) return (1.5 * x - 2.5) * x * x + 1; /* Keys' cubic, a = -0.5 */
+    if (x < 2) return (((x - 5) * x + 8) * x - 4) * -0.5;
+    return 0;
+}
+
+static double support(double scale, int filter) {
+    return (filter == RSB_BILINEAR ? 1 : 2) * (scale < 1 ? 1 : scale);
+}
+
+static void tap_range(double centre, double reach, int size, int *first, int *count) {
+    int low = (int)(centre - reach + 0.5), high = (int)(centre + reach + 0.5);
+    low = low < 0 ? 0 : low, high = high > size ? size : high;
+    *first = low, *count = high - low;
+}
+
+void rsb_reach(double start, double length, int size, int out, int filter, int *first, int *count) {
+    double scale = length / out, reach = support(scale, filter);
+    int last, last_count;
+    tap_range(start + 0.5 * scale, reach, size, first, count);
+    tap_range(start + (out - 0.5) * scale, reach, size, &last, &last_count);
+    *count = last + last_count - *first;
+}
+
+static int most_taps(double scale, int filter) {
+    return (2 * (int)ceil(support(scale, filter)) + 1 + TAPS - 1) / TAPS * TAPS;
+}
+
+static size_t taps_bytes(double scale, int out, int filter) {
+    size_t most = most_taps(scale, filter);
+    return (out * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 * 64;
+}
+
+/* Fills `t`, whose arrays lie in `memory` (taps_bytes long, 64-byte aligned). Positions are relative to the window that
+ * starts at `origin` and has `available` pixels. */
+static void make_taps(taps *t, uint8_t *memory, double start, double length, int size, int out, int filter, int origin,
+                      int available, int across, int mirrored) {
+    double scale = length / out, reach = support(scale, filter), per_pixel = scale < 1 ? 1 : 1 / scale, largest = 0;
+    int most = most_taps(scale, filter);
+    t->spread = (int16_t *)memory;
+    double *exact = (double *)(t->spread + (size_t)4 * out * most);
+    t->weights = (int16_t *)(exact + (size_t)out * most);
+    t->first = (int *)(t->weights + (size_t)out * most);
+    t->ends = t->first + out;
+    t->count = 0;
+    for (int i = 0; i < out; i++) {
+        int to = mirrored ? out - 1 - i : i, first, count;
+        double centre = start + (i + 0.5) * scale, sum = 0, *w = exact + (size_t)to * most;
+        tap_range(centre, reach, size, &first, &count);
+        for (int k = 0; k < count; k++) sum += w[k] = weight((first + k - centre + 0.5) * per_pixel, filter);
+        for (int k = 0; k < count; k++) {
+            w[k] = sum != 0 ? w[k] / sum : 0;
+            largest = fabs(w[k]) > largest ? fabs(w[k]) : largest;
+        }
+        t->first[to] = first - origin, t->ends[to] = count;
+        t->count = count > t->count ? count : t->count;
+    }
+    if (across) t->count = (t->count + TAPS - 1) / TAPS * TAPS;
+    /* 15 bits and a sign for the largest; products of 8 bits with weights that add up to 1 then fit 32 bits. */
+    for (t->shift = 14; t->shift < 20 && largest * (1 << (t->shift + 1)) < 32767; t->shift++) {}
+    for (int i = 0; i < out; i++) {
+        double *w = exact + (size_t)i * most;
+        int16_t *to = t->weights + (size_t)i * t->count, *spread = t->spread + (size_t)i * t->count * 4;
+        int before = 0;
+        if (across) { /* unused taps come first where they would lie past the window's end */
+            before = t->first[i] + t->count - available;
+            before = before < 0 ? 0 : before > t->first[i] ? t->first[i] : before;
+            before = before > t->count - t->ends[i] ? t->count - t->ends[i] : before;
+        }
+        for (int k = 0; k < t->count; k++) {
+            double value = k >= before && k < before + t->ends[i] ? w[k - before] : 0;
+            to[k] = (int16_t)lrint(value * (1 << t->shift));
+            if (across)
+                for (int j = 0; j < 4; j++) spread[k / 4 * 16 + k % 4 / 2 * 8 + 2 * j + k % 2] = to[k];
+        }
+        t->first[i] -= before;
+    }
+}
+
+RSB_INLINE uint8_t clip(int32_t value) { return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value; }
+
+/* ---- portable -------------------------------------------------------------------------------------------------- */
+
+static void columns_plain(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out, int n) {
+    for (int i = 0; i < n; i++) {
+        const uint8_t *p = in + (ptrdiff_t)t->first[i] * pixel_bytes;
+        const int16_t *c = t->weights + (size_t)i * t->count;
+        int32_t r = 1 << (t->shift - 1), g = r, b = r;
+        for (int k = 0; k < t->count; k++, p += pixel_bytes) r += p[0] * c[k], g += p[1] * c[k], b += p[2] * c[k];
+        out[3 * i] = clip(r >> t->shift), out[3 * i + 1] = clip(g >> t->shift), out[3 * i + 2] = clip(b >> t->shift);
+    }
+}
+
+static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in, ptrdiff_t stride, uint8_t *out, int n) {
+    for (int x = 0; x < n; x++) {
+        int32_t sum = 1 << (shift - 1);
+        for (int k = 0; k < count; k++) sum += in[k * stride + x] * c[k];
+        out[x] = clip(sum >> shift);
+    }
+}
+
+/* ---- AVX2 ------------------------------------------------------------------------------------------------------ */
+
+#if RSB_AVX2
+
+/* Sums over even and over odd pairs of taps (r, g, b, unused in each half) of one output pixel. */
+__attribute__((target("avx2"), always_inline)) static inline __m256i pixel_avx2(const taps *t, int i, const uint8_t *in,
+                                                                                int pixel_bytes, int groups, __m256i pairs) {
+    const uint8_t *p = in + (ptrdiff_t)t->first[i] * pixel_bytes;
+    const __m256i *w = (const __m256i *)t->spread + (ptrdiff_t)i * groups;
+    __m256i sum = _mm256_setzero_si256();
+    for (int g = 0; g < groups; g++) {
+        __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + g * TAPS * pixel_bytes)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
+    }
+    return sum;
+}
+
+__attribute__((target("avx2"), always_inline)) static inline void columns_groups(const taps *t, const uint8_t *in,
+                                                                                 int pixel_bytes, int groups, uint8_t *out,
+                                                                                 int n) {
+    const char s = (char)pixel_bytes, z = -1;
+    const __m256i pairs = _mm256_setr_epi8(0, z, s, z, 1, z, s + 1, z, 2, z, s + 2, z, z, z, z, z, 2 * s, z, 3 * s, z, 2 * s + 1,
+                                           z, 3 * s + 1, z, 2 * s + 2, z, 3 * s + 2, z, z, z, z, z);
+    const __m256i rgb = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, z, z, z, z, z, z, z, z, z, z, 0, 1, 2, 4, 5, 6, z, z, z, z, z, z, z, z,
+                                         z, z);
+    const __m256i half = _mm256_set1_epi32(1 << (t->shift - 1));
+    const __m128i shift = _mm_cvtsi32_si128(t->shift);
+    __m256i sum[4];
+    for (int i = 0; i < n; i += 4) { /* writes 14 bytes for 12: the rows of `out` have room */
+        for (int j = 0; j < 4; j++) sum[j] = pixel_avx2(t, i + j < n ? i + j : n - 1, in, pixel_bytes, groups, pairs);
+        for (int j = 0; j < 2; j++) { /* pixels j and j + 2, so that packing puts neighbours together */
+            __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(sum[j], sum[j + 2], 0x20),
+                                            _mm256_permute2x128_si256(sum[j], sum[j + 2], 0x31));
+            sum[j] = _mm256_sra_epi32(_mm256_add_epi32(both, half), shift);
+        }
+        __m256i words = _mm256_packs_epi32(sum[0], sum[1]);
+        __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), rgb);
+        _mm_storel_epi64((__m128i *)(out + 3 * i), _mm256_castsi256_si128(bytes));
+        _mm_storel_epi64((__m128i *)(out + 3 * i + 6), _mm256_extracti128_si256(bytes, 1));
+    }
+}
+
+__attribute__((target("avx2"))) static void columns_avx2(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out,
+                                                         int n) {
+    int groups = t->count / TAPS;
+    if (groups == 1 && pixel_bytes == 4) /* most training crops: worth a loop that is unrolled */
+        columns_groups(t, in, 4, 1, out, n);
+    else if (groups == 2 && pixel_bytes == 4)
+        columns_groups(t, in, 4, 2, out, n);
+    else
+        columns_groups(t, in, pixel_bytes, groups, out, n);
+}
+
+__attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift, const uint8_t *in,
+                                                     ptrdiff_t stride, uint8_t *out, int n) {
+    const __m256i half = _mm256_set1_epi32(1 << (shift - 1));
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    int x = 0;
+    for (; x + 16 <= n; x += 16) {
+        __m256i low = half, high = half;
+        const uint8_t *p = in + x;
+        for (int k = 0; k < count; k += 2, p += 2 * stride) {
+            int second = k + 1 < count; /* of an odd number of rows the last is taken twice, once with weight 0 */
+            __m256i w = _mm256_set1_epi32((uint16_t)c[k] | (second ? (uint32_t)c[k + 1] << 16 : 0));
+            __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+            __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(second ? p + stride : p)));
+            low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), w));
+            high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), w));
+        }
+        __m256i words = _mm256_packs_epi32(_mm256_sra_epi32(low, by), _mm256_sra_epi32(high, by));
+        _mm_storeu_si128((__m128i *)(out + x),
+                         _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    }
+    row_plain(c, count, shift, in + x, stride, out + x, n - x);
+}
+
+#endif
+
+/* One row of source pixels becomes `n` RGB pixels; up to 15 bytes after them are written too. */
+static void resample_columns(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out, int n) {
+#if RSB_AVX2
+    if (rsb_has_avx2()) {
+        columns_avx2(t, in, pixel_bytes, out, n);
+        return;
+    }
+#endif
+    columns_plain(t, in, pixel_bytes, out, n);
+}
+
+/* Output row `y`, `n` bytes, from the rows of `in`. */
+static void resample_row(const taps *t, int y, const uint8_t *in, ptrdiff_t stride, uint8_t *out, int n) {
+    const int16_t *c = t->weights + (size_t)y * t->count;
+    in += t->first[y] * stride;
+#if RSB_AVX2
+    if (rsb_has_avx2()) {
+        row_avx2(c, t->ends[y], t->shift, in, stride, out, n);
+        return;
+    }
+#endif
+    row_plain(c, t->ends[y], t->shift, in, stride, out, n);
+}
+
+int rsb_resample(const rsb_window *window, int image_height, int image_width, const double box[4], int filter, int flip,
+                 int rows_first, uint8_t *out, int out_height, int out_width, rsb_scratch *scratch) {
+    int top, left, rows, columns;
+    rsb_reach(box[0], box[2], image_height, out_height, filter, &top, &rows);
+    rsb_reach(box[1], box[3], image_width, out_width, filter, &left, &columns);
+    if (top < window->top || left < window->left || top + rows > window->top + window->height ||
+        left + columns > window->left + window->width)
+        return RSB_BAD_CALL;
+
+    size_t across_bytes = taps_bytes(box[3] / out_width, out_width, filter);
+    uint8_t *tables = rsb_buffer(scratch, RSB_TABLES, across_bytes + taps_bytes(box[2] / out_height, out_height, filter));
+    if (!tables) return RSB_NO_MEMORY;
+    taps across, down;
+    make_taps(&across, tables, box[1], box[3], image_width, out_width, filter, left, columns, 1, flip);
+    make_taps(&down, tables + across_bytes, box[0], box[2], image_height, out_height, filter, top, rows, 0, 0);
+
+    const uint8_t *in = window->pixels + (top - window->top) * window->stride +
+                        (ptrdiff_t)(left - window->left) * window->pixel_bytes;
+    size_t out_bytes = 3 * (size_t)out_width;
+    if (rows_first) {
+        size_t in_bytes = (size_t)columns * window->pixel_bytes, second = (in_bytes + RSB_PAD + 63) / 64 * 64;
+        uint8_t *line = rsb_buffer(scratch, RSB_NARROW, second + out_bytes + RSB_PAD);
+        if (!line) return RSB_NO_MEMORY;
+        for (int y = 0; y < out_height; y++) {
+            resample_row(&down, y, in, window->stride, line, in_bytes);
+            resample_columns(&across, line, window->pixel_bytes, line + second, out_width);
+            memcpy(out + out_bytes * y, line + second, out_bytes);
+        }
+    } else {
+        size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
+        uint8_t *narrow = rsb_buffer(scratch, RSB_NARROW, stride * rows);
+        if (!narrow) return RSB_NO_MEMORY;
+        for (int y = 0; y < rows; y++)
+            resample_columns(&across, in + y * window->stride, window->pixel_bytes, narrow + y * stride, out_width);
+        for (int y = 0; y < out_height; y++) resample_row(&down, y, narrow, stride, out + out_bytes * y, out_bytes);
+    }
+    return RSB_OK;
+}
