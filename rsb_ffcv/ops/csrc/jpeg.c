@@ -13,8 +13,12 @@
 #include <turbojpeg.h>
 
 #include "rsb.h"
+#if RSB_AVX2
+#include <immintrin.h>
+#endif
 
 #define LOOK 10 /* bits of the Huffman look-up tables: two symbols often fit, and the tables stay in the L1 cache */
+#define SKIP 12 /* of those that only run over symbols */
 #define END 128 /* what an end-of-block symbol adds to the position, told apart from a run that goes too far */
 
 static const uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
@@ -25,15 +29,15 @@ typedef struct {
     uint8_t counts[16], symbols[256]; /* as in the file; also the key under which the tables below are kept */
     int ready;
     uint16_t symbol[1 << LOOK]; /* length << 8 | symbol; 0: a longer code */
-    uint16_t skip[1 << LOOK];   /* as many symbols as fit: advance << 8 | bits; 0: none */
-    uint64_t pair[1 << LOOK];   /* value 2, value 1 (16 bits each), advance 1 + 2, advance 1, bits (8 each); 0: none */
+    uint16_t skip[1 << SKIP];   /* as many symbols as fit: advance << 8 | bits; 0: none */
+    uint64_t pair[1 << LOOK];   /* value 2, value 1 (16 bits each), advance 1 + 2, advance 1, bits (8 each); 0: none.
+                                 * Of a table of first coefficients: value (from bit 32), bits. */
     int32_t max_code[18];       /* largest code of each length, left-aligned to 16 bits, plus 1 */
     int32_t offset[17];         /* index of a code's symbol minus the code, by length */
 } huffman;
 
 typedef struct {
     int id, h, v, quant, dc, ac;
-    int prediction;
     int block_x, block_y; /* first block of the plane, in blocks of this component */
     int stride;
     uint8_t *plane;
@@ -59,6 +63,20 @@ typedef struct {
 
 RSB_INLINE int extend(int value, int size) { return value < (1 << (size - 1)) ? value - (1 << size) + 1 : value; }
 
+typedef struct {
+    int bits, advance, value;
+} step;
+
+/* The symbol with its value that follows the first `used` of the `width` bits of `window`; no bits: it does not fit. */
+static step look(const huffman *t, int window, int width, int used, int is_ac) {
+    int left = width - used, rest = window & ((1 << left) - 1);
+    int entry = t->symbol[left >= LOOK ? rest >> (left - LOOK) : rest << (LOOK - left)], length = entry >> 8;
+    int size = is_ac ? entry & 15 : entry & 255, run = entry >> 4 & 15;
+    if (!length || length + size > left) return (step){0, 0, 0};
+    int value = size ? extend(rest >> (left - length - size) & ((1 << size) - 1), size) : 0;
+    return (step){length + size, !is_ac ? 0 : size ? run + 1 : run == 15 ? 16 : END, value};
+}
+
 static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total, int is_ac) {
     if (t->ready && !memcmp(t->counts, counts, 16) && !memcmp(t->symbols, symbols, total)) return RSB_OK;
     memset(t, 0, sizeof *t);
@@ -78,27 +96,23 @@ static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbo
     }
     t->max_code[17] = 1 << 16;
     t->ready = 1;
-    if (!is_ac) return RSB_OK;
     for (int i = 0; i < 1 << LOOK; i++) {
-        int used = 0, advance = 0, values[2] = {0, 0}, steps[2] = {0, 0}, pair_used = 0, found = 0;
+        step first = look(t, i, LOOK, 0, is_ac), second = {0, 0, 0};
+        if (!first.bits) continue;
+        if (is_ac && first.advance < END) second = look(t, i, LOOK, first.bits, 1);
+        if (!second.bits) second.value = first.value;
+        t->pair[i] = (uint64_t)(uint16_t)second.value << 48 | (uint64_t)(uint16_t)first.value << 32 |
+                     (uint64_t)(first.advance + second.advance) << 16 | (uint64_t)first.advance << 8 |
+                     (uint64_t)(first.bits + second.bits);
+    }
+    for (int i = 0; is_ac && i < 1 << SKIP; i++) {
+        int used = 0, advance = 0;
         while (advance < 64) {
-            int entry = t->symbol[i << used & ((1 << LOOK) - 1)], length = entry >> 8, size = entry & 15;
-            int run = entry >> 4 & 15, step = size ? run + 1 : run == 15 ? 16 : END;
-            if (!length || used + length + size > LOOK) break;
-            if (found < 2) {
-                values[found] = size ? extend(i >> (LOOK - used - length - size) & ((1 << size) - 1), size) : 0;
-                steps[found] = step;
-                pair_used = used + length + size;
-            }
-            found++;
-            used += length + size;
-            advance += step;
+            step next = look(t, i, SKIP, used, 1);
+            if (!next.bits) break;
+            used += next.bits, advance += next.advance;
         }
-        if (!found) continue;
-        t->skip[i] = (uint16_t)(advance << 8 | used);
-        if (found == 1) values[1] = values[0];
-        t->pair[i] = (uint64_t)(uint16_t)values[1] << 48 | (uint64_t)(uint16_t)values[0] << 32 |
-                     (uint64_t)(steps[0] + steps[1]) << 16 | (uint64_t)steps[0] << 8 | (uint64_t)pair_used;
+        t->skip[i] = (uint16_t)(used ? advance << 8 | used : 0);
     }
     return RSB_OK;
 }
@@ -251,14 +265,17 @@ typedef struct {
     {HOT(decode_planes), HOT(grey_row), HOT(colour_row), HOT(blend_rows), HOT(copy_row), HOT(widen_row)}
 
 #define HOT(name) name##_plain
+#define HOT_VECTORS 0
 #include "jpeg_hot.h"
 static const kernels PLAIN = KERNELS();
 #undef HOT
+#undef HOT_VECTORS
 
 #if RSB_AVX2
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt")
 #define HOT(name) name##_avx2
+#define HOT_VECTORS 1
 #include "jpeg_hot.h"
 static const kernels AVX2 = KERNELS();
 #undef HOT

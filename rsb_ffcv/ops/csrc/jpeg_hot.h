@@ -38,6 +38,12 @@ RSB_INLINE int HOT(read_bits)(reader *r, int size) { /* size 1 .. 15 */
 
 RSB_INLINE int HOT(read_dc)(reader *r, const huffman *t, int *prediction) {
     HOT(refill)(r);
+    uint64_t entry = t->pair[r->bits >> (64 - LOOK)];
+    if (RSB_LIKELY(entry)) {
+        *prediction += (int16_t)(entry >> 32);
+        HOT(drop)(r, (int)entry);
+        return 0;
+    }
     int size = HOT(read_symbol)(r, t);
     if (size < 0) return -1;
     if (size) *prediction += HOT(read_bits)(r, size);
@@ -59,7 +65,8 @@ RSB_INLINE int HOT(read_one)(reader *r, const huffman *t, const uint8_t *order, 
     return *k < 63;
 }
 
-/* The AC coefficients of a block, into `block` (zeroed). Returns -1: damaged, 0: all zero, 1. */
+/* The AC coefficients of a block, into `block` (zeroed). Returns the place of the last in zigzag order, 0 where there is
+ * none, or -1: damaged. */
 static __attribute__((noinline)) int HOT(read_ac)(reader *from, const huffman *t, const uint8_t *order, int16_t *block) {
     reader r = *from;
     int k = 0, more = 1;
@@ -76,14 +83,14 @@ static __attribute__((noinline)) int HOT(read_ac)(reader *from, const huffman *t
             HOT(drop)(&r, (int)entry);
             if (RSB_UNLIKELY(after > 62)) {
                 *from = r;
-                return first < 64 || k > 0;
+                return after < END ? after : first < END ? first : k;
             }
             k = after;
         }
         more = HOT(read_one)(&r, t, order, block, &k);
     }
     *from = r;
-    return more < 0 ? more : k > 0;
+    return more < 0 ? more : k;
 }
 
 /* Runs over the AC coefficients of a block. Returns -1: damaged. */
@@ -92,8 +99,8 @@ static __attribute__((noinline)) int HOT(skip_ac)(reader *from, const huffman *t
     int k = 0, more = 1;
     while (more > 0) {
         HOT(refill)(&r);
-        for (int turn = 0; turn < 5; turn++) {
-            int entry = t->skip[r.bits >> (64 - LOOK)], after = k + (entry >> 8);
+        for (int turn = 0; turn < 4; turn++) {
+            int entry = t->skip[r.bits >> (64 - SKIP)], after = k + (entry >> 8);
             if (RSB_UNLIKELY(!entry)) break;
             if (RSB_UNLIKELY(after > 62) && (after >= END ? after >= END + 63 : after != 63)) break;
             HOT(drop)(&r, entry & 255);
@@ -112,7 +119,8 @@ static __attribute__((noinline)) int HOT(skip_ac)(reader *from, const huffman *t
 /* ---- inverse DCT ----------------------------------------------------------------------------------------------- */
 
 /* One pass over eight lanes (jidctint.c of libjpeg-turbo, "islow": 13-bit constants); `bias` is added to the result. */
-RSB_INLINE void HOT(idct_pass)(v8 r[8], int shift, int bias) {
+RSB_INLINE void HOT(idct_pass)(v8 r[8], int shift, int bias, int few) {
+    if (few) r[4] = r[5] = r[6] = r[7] = (v8){0}; /* for the compiler to see */
     v8 z1 = (r[2] + r[6]) * 4433, even2 = z1 - r[6] * 15137, even3 = z1 + r[2] * 6270;
     v8 middle = (r[0] << 13) + ((bias << shift) + (1 << (shift - 1))), even0 = middle + (r[4] << 13);
     v8 even1 = middle - (r[4] << 13);
@@ -145,18 +153,19 @@ RSB_INLINE void HOT(transpose)(v8 r[8]) {
     }
 }
 
-static __attribute__((noinline)) void HOT(idct)(const int16_t *block, const int16_t *quant, uint8_t *out, int stride) {
+/* few: only the upper left 4 x 4 coefficients may be other than 0. */
+RSB_INLINE void HOT(idct)(const int16_t *block, const int16_t *quant, uint8_t *out, int stride, int few) {
     static const v8 even = {0, 8, 1, 9, 4, 12, 5, 13}, odd = {2, 10, 3, 11, 6, 14, 7, 15};
     v8 r[8];
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < (few ? 4 : 8); i++) {
         v8s coefficients, steps;
         memcpy(&coefficients, block + 8 * i, 16);
         memcpy(&steps, quant + 8 * i, 16);
         r[i] = __builtin_convertvector(coefficients * steps, v8);
     }
-    HOT(idct_pass)(r, 11, 0);
+    HOT(idct_pass)(r, 11, 0, few);
     HOT(transpose)(r);
-    HOT(idct_pass)(r, 18, 128);
+    HOT(idct_pass)(r, 18, 128, few);
     for (int i = 0; i < 8; i++) { /* to 0 .. 255 */
         r[i] &= r[i] >= 0;
         r[i] = (r[i] | (r[i] > 255)) & 255;
@@ -165,6 +174,14 @@ static __attribute__((noinline)) void HOT(idct)(const int16_t *block, const int1
     v8 left = r[0] | r[1] << 8 | r[2] << 16 | r[3] << 24, right = r[4] | r[5] << 8 | r[6] << 16 | r[7] << 24;
     v8 rows[2] = {__builtin_shuffle(left, right, even), __builtin_shuffle(left, right, odd)};
     for (int i = 0; i < 8; i++) memcpy(out + i * stride, (const uint8_t *)&rows[i >> 1 & 1] + 8 * (i >> 2 << 1 | (i & 1)), 8);
+}
+
+static __attribute__((noinline)) void HOT(idct_all)(const int16_t *block, const int16_t *quant, uint8_t *out, int stride) {
+    HOT(idct)(block, quant, out, stride, 0);
+}
+
+static __attribute__((noinline)) void HOT(idct_few)(const int16_t *block, const int16_t *quant, uint8_t *out, int stride) {
+    HOT(idct)(block, quant, out, stride, 1);
 }
 
 RSB_INLINE void HOT(idct_flat)(int dc, int quant, uint8_t *out, int stride) {
@@ -176,38 +193,51 @@ RSB_INLINE void HOT(idct_flat)(int dc, int quant, uint8_t *out, int stride) {
 /* Decodes MCU rows 0 .. row_end; of rows from row_start on, columns column_start .. column_end into the planes. */
 static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int row_start, int row_end,
                               int column_start, int column_end) {
+    struct {
+        const huffman *dc, *ac;
+        const int16_t *quant;
+        uint8_t *out; /* of the block in the first MCU of the row */
+        int component, stride, across, down;
+    } unit[6];
+    int units = 0, prediction[3] = {0, 0, 0};
+    for (int i = 0; i < j->count; i++)
+        for (int b = 0; b < j->part[i].h * j->part[i].v; b++, units++) {
+            const component *c = &j->part[i];
+            unit[units].dc = &j->dc[c->dc], unit[units].ac = &j->ac[c->ac], unit[units].quant = j->quant[c->quant];
+            unit[units].component = i, unit[units].stride = c->stride;
+            unit[units].across = 8 * c->h, unit[units].down = 8 * c->v * c->stride;
+            unit[units].out = c->plane + (ptrdiff_t)(b / c->h) * 8 * c->stride + b % c->h * 8;
+        }
     reader r = {data, 0, 0};
     const uint8_t *limit = data + length;
     int16_t block[80] __attribute__((aligned(32)));
-    for (int i = 0; i < j->count; i++) j->part[i].prediction = 0;
     for (int row = 0; row < row_end; row++) {
         int last = row + 1 < row_end ? columns : column_end; /* nothing after the window's last MCU is needed */
         for (int column = 0; column < last; column++) {
-            int wanted = row >= row_start && column >= column_start && column < column_end;
-            for (int i = 0; i < j->count; i++) {
-                component *c = &j->part[i];
-                const huffman *dc = &j->dc[c->dc], *ac = &j->ac[c->ac];
-                for (int b = 0; b < c->h * c->v; b++) {
-                    if (HOT(read_dc)(&r, dc, &c->prediction)) return RSB_UNUSUAL;
-                    if (!wanted) {
-                        if (HOT(skip_ac)(&r, ac) < 0) return RSB_UNUSUAL;
-                        continue;
-                    }
-                    for (int z = 0; z < 4; z++) ((v8 *)block)[z] = (v8){0};
-                    block[0] = (int16_t)c->prediction;
-                    int any = HOT(read_ac)(&r, ac, j->order, block);
-                    if (any < 0) return RSB_UNUSUAL;
-                    int x = column * c->h + b % c->h - c->block_x, y = row * c->v + b / c->h - c->block_y;
-                    uint8_t *out = c->plane + (ptrdiff_t)y * 8 * c->stride + x * 8;
-                    if (any)
-                        HOT(idct)(block, j->quant[c->quant], out, c->stride);
-                    else
-                        HOT(idct_flat)(block[0], j->quant[c->quant][0], out, c->stride);
+            int inside = row >= row_start && column >= column_start && column < column_end;
+            for (int u = 0; u < units; u++) {
+                int *dc = &prediction[unit[u].component];
+                if (HOT(read_dc)(&r, unit[u].dc, dc)) return RSB_UNUSUAL;
+                if (!inside) {
+                    if (HOT(skip_ac)(&r, unit[u].ac) < 0) return RSB_UNUSUAL;
+                    continue;
                 }
+                for (int z = 0; z < 4; z++) ((v8 *)block)[z] = (v8){0};
+                block[0] = (int16_t)*dc;
+                int final = HOT(read_ac)(&r, unit[u].ac, j->order, block);
+                if (final < 0) return RSB_UNUSUAL;
+                uint8_t *out = unit[u].out + (ptrdiff_t)(column - column_start) * unit[u].across;
+                if (final > 9) /* the first ten places lie in the upper left 4 x 4 */
+                    HOT(idct_all)(block, unit[u].quant, out, unit[u].stride);
+                else if (final)
+                    HOT(idct_few)(block, unit[u].quant, out, unit[u].stride);
+                else
+                    HOT(idct_flat)(block[0], unit[u].quant[0], out, unit[u].stride);
             }
             /* A damaged stream reads on into zeros: at most 6 blocks of 216 bytes before it is noticed here. */
             if (r.next - (r.count >> 3) > limit) return RSB_UNUSUAL;
         }
+        for (int u = 0; row >= row_start && u < units; u++) unit[u].out += unit[u].down;
     }
     return RSB_OK;
 }
@@ -221,7 +251,33 @@ static void HOT(grey_row)(const uint8_t *restrict y, uint32_t *restrict out, int
 /* jdcolor.c of libjpeg-turbo: 16-bit fixed point. */
 static void HOT(colour_row)(const uint8_t *restrict y, const uint8_t *restrict cb, const uint8_t *restrict cr,
                             uint32_t *restrict out, int n) {
-    for (int i = 0; i < n; i++) {
+    int i = 0;
+#if HOT_VECTORS
+    /* The whole part of each factor is taken out and the rest multiplied by the doubled colour, so that 16-bit lanes hold
+     * it: floor((floor(2 x f / 2^16) + 1) / 2) rounds x f / 2^16. */
+    const __m256i middle = _mm256_set1_epi16(128), one = _mm256_set1_epi16(1), half = _mm256_set1_epi32(32768);
+    const __m256i green = _mm256_set1_epi32((uint16_t)-22554 | 18734 << 16), zero = _mm256_setzero_si256();
+    for (; i + 16 <= n; i += 16) {
+        __m256i l = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(y + i)));
+        __m256i u = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(cb + i))), middle);
+        __m256i v = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(cr + i))), middle);
+        __m256i u2 = _mm256_add_epi16(u, u), v2 = _mm256_add_epi16(v, v);
+        __m256i r = _mm256_add_epi16(_mm256_mulhi_epi16(v2, _mm256_set1_epi16(26345)), one);
+        __m256i b = _mm256_add_epi16(_mm256_mulhi_epi16(u2, _mm256_set1_epi16(-14942)), one);
+        r = _mm256_add_epi16(_mm256_add_epi16(l, v), _mm256_srai_epi16(r, 1));
+        b = _mm256_add_epi16(_mm256_add_epi16(l, u2), _mm256_srai_epi16(b, 1));
+        __m256i g0 = _mm256_add_epi32(_mm256_madd_epi16(_mm256_unpacklo_epi16(u, v), green), half);
+        __m256i g1 = _mm256_add_epi32(_mm256_madd_epi16(_mm256_unpackhi_epi16(u, v), green), half);
+        __m256i g = _mm256_packs_epi32(_mm256_srai_epi32(g0, 16), _mm256_srai_epi32(g1, 16));
+        g = _mm256_add_epi16(g, _mm256_sub_epi16(l, v));
+        __m256i rb = _mm256_packus_epi16(r, b), g_ = _mm256_packus_epi16(g, zero);
+        __m256i rg = _mm256_unpacklo_epi8(rb, g_), b_ = _mm256_unpackhi_epi8(rb, g_);
+        __m256i low = _mm256_unpacklo_epi16(rg, b_), high = _mm256_unpackhi_epi16(rg, b_);
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i *)(out + i + 8), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+#endif
+    for (; i < n; i++) {
         int u = cb[i] - 128, v = cr[i] - 128;
         int r = y[i] + ((91881 * v + 32768) >> 16), b = y[i] + ((116130 * u + 32768) >> 16);
         int g = y[i] + ((-22554 * u - 46802 * v + 32768) >> 16);

@@ -52,8 +52,8 @@ static int most_taps(double scale, int filter) {
 }
 
 static size_t taps_bytes(double scale, int out, int filter) {
-    size_t most = most_taps(scale, filter);
-    return (out * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 * 64;
+    size_t most = most_taps(scale, filter), room = (size_t)out + TAPS;
+    return (room * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 * 64;
 }
 
 /* Fills `t`, whose arrays lie in `memory` (taps_bytes long, 64-byte aligned). Positions are relative to the window that
@@ -62,11 +62,12 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
                       int available, int across, int mirrored) {
     double scale = length / out, reach = support(scale, filter), per_pixel = scale < 1 ? 1 : 1 / scale, largest = 0;
     int most = most_taps(scale, filter);
+    size_t room = (size_t)out + TAPS;
     t->spread = (int16_t *)memory;
-    double *exact = (double *)(t->spread + (size_t)4 * out * most);
-    t->weights = (int16_t *)(exact + (size_t)out * most);
-    t->first = (int *)(t->weights + (size_t)out * most);
-    t->ends = t->first + out;
+    double *exact = (double *)(t->spread + 4 * room * most);
+    t->weights = (int16_t *)(exact + room * most);
+    t->first = (int *)(t->weights + room * most);
+    t->ends = t->first + room;
     t->count = 0;
     for (int i = 0; i < out; i++) {
         int to = mirrored ? out - 1 - i : i, first, count;
@@ -99,6 +100,10 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
                 for (int j = 0; j < 4; j++) spread[k / 4 * 16 + k % 4 / 2 * 8 + 2 * j + k % 2] = to[k];
         }
         t->first[i] -= before;
+    }
+    for (int i = out; across && i < out + TAPS; i++) { /* columns_avx2 makes up to three pixels that nobody looks at */
+        t->first[i] = 0;
+        memset(t->spread + (size_t)i * t->count * 4, 0, (size_t)t->count * 4 * sizeof *t->spread);
     }
 }
 
@@ -152,8 +157,8 @@ __attribute__((target("avx2"), always_inline)) static inline void columns_groups
     const __m256i half = _mm256_set1_epi32(1 << (t->shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(t->shift);
     __m256i sum[4];
-    for (int i = 0; i < n; i += 4) { /* writes 14 bytes for 12: the rows of `out` have room */
-        for (int j = 0; j < 4; j++) sum[j] = pixel_avx2(t, i + j < n ? i + j : n - 1, in, pixel_bytes, groups, pairs);
+    for (int i = 0; i < n; i += 4) { /* writes 14 bytes for 12: the rows of `out` have room, as has the table */
+        for (int j = 0; j < 4; j++) sum[j] = pixel_avx2(t, i + j, in, pixel_bytes, groups, pairs);
         for (int j = 0; j < 2; j++) { /* pixels j and j + 2, so that packing puts neighbours together */
             __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(sum[j], sum[j + 2], 0x20),
                                             _mm256_permute2x128_si256(sum[j], sum[j + 2], 0x31));
@@ -179,23 +184,27 @@ __attribute__((target("avx2"))) static void columns_avx2(const taps *t, const ui
 
 __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift, const uint8_t *in,
                                                      ptrdiff_t stride, uint8_t *out, int n) {
-    const __m256i half = _mm256_set1_epi32(1 << (shift - 1));
-    const __m128i by = _mm_cvtsi32_si128(shift);
+    enum { MOST = 64 };
+    int32_t pair[MOST / 2];
     int x = 0;
-    for (; x + 16 <= n; x += 16) {
-        __m256i low = half, high = half;
-        const uint8_t *p = in + x;
-        for (int k = 0; k < count; k += 2, p += 2 * stride) {
-            int second = k + 1 < count; /* of an odd number of rows the last is taken twice, once with weight 0 */
-            __m256i w = _mm256_set1_epi32((uint16_t)c[k] | (second ? (uint32_t)c[k + 1] << 16 : 0));
-            __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-            __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(second ? p + stride : p)));
-            low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), w));
-            high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), w));
+    if (count <= MOST) { /* larger ones shrink an image 30 times and more: not worth a second loop */
+        const __m256i half = _mm256_set1_epi32(1 << (shift - 1));
+        const __m128i by = _mm_cvtsi32_si128(shift);
+        for (int k = 0; k < count; k += 2) pair[k / 2] = (uint16_t)c[k] | (k + 1 < count ? (int32_t)c[k + 1] * 65536 : 0);
+        for (; x + 16 <= n; x += 16) {
+            __m256i low = half, high = half;
+            const uint8_t *p = in + x;
+            for (int k = 0; k < count; k += 2, p += 2 * stride) { /* of an odd number the last is taken twice, once times 0 */
+                __m256i w = _mm256_set1_epi32(pair[k / 2]);
+                __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+                __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(k + 1 < count ? p + stride : p)));
+                low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), w));
+                high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), w));
+            }
+            __m256i words = _mm256_packs_epi32(_mm256_sra_epi32(low, by), _mm256_sra_epi32(high, by));
+            _mm_storeu_si128((__m128i *)(out + x),
+                             _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
         }
-        __m256i words = _mm256_packs_epi32(_mm256_sra_epi32(low, by), _mm256_sra_epi32(high, by));
-        _mm_storeu_si128((__m128i *)(out + x),
-                         _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
     row_plain(c, count, shift, in + x, stride, out + x, n - x);
 }

@@ -1,0 +1,110 @@
+"""What every benchmark here needs: contestants in processes of their own, taking turns, and an account of the machine.
+
+A contestant is a Python file with a class; its process imports only what it measures, warms up, and then answers each
+"go" with (images, seconds) of one repeat. All contestants of a row repeat in turn, so that a slow minute of the machine
+falls on all of them, and the figures that matter are ratios within one row.
+"""
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from datetime import date
+
+
+def environment(packages) -> dict:
+    """Hardware, date and versions; a package that is not installed is None."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    with open("/proc/cpuinfo") as file:
+        facts = dict(line.split(":", 1) for line in file if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    vectors = [flag for flag in ("avx2", "avx512f", "asimd") if flag in facts.get("flags", facts.get("Features", "")).split()]
+    return {"date": date.today().isoformat(), "processor": facts.get("model name", platform.machine()), "vectors": vectors,
+            "cores": len(os.sched_getaffinity(0)), "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * 4096 / 2 ** 30),
+            "python": platform.python_version(), "versions": versions}
+
+
+class Contestant:
+    """A process that measures. `factory` is "file.py:Class", `arguments` what the class is called with."""
+
+    def __init__(self, name: str, factory: str, arguments: dict):
+        self.name, self.rates, self.absent = name, [], None
+        self._process = subprocess.Popen([sys.executable, __file__, factory, json.dumps(arguments)], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def repeat(self):
+        """One more repeat; its rate in images a second is added to `rates`."""
+        if self.absent is None:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+            answer = self._answer()
+            if answer:
+                self.rates.append(answer["images"] / answer["seconds"])
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"absent": f"its process ended with status {self._process.wait()}"}
+        self.absent = answer.get("absent")
+        return None if self.absent else answer
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+    def result(self) -> dict:
+        if self.absent is not None:
+            return {"absent": self.absent}
+        return {"images_per_s": statistics.median(self.rates), "low": min(self.rates), "high": max(self.rates),
+                "repeats": [round(rate, 1) for rate in self.rates]}
+
+
+def race(contestants: dict, repeats: int) -> dict:
+    """{name: result} of contestants {name: (factory, arguments)}, after one warm-up repeat of each."""
+    made = [Contestant(name, *what) for name, what in contestants.items()]
+    for number in range(repeats + 1):
+        for contestant in made:
+            contestant.repeat()
+            if number == 0:
+                contestant.rates.clear()
+    for contestant in made:
+        contestant.close()
+    return {contestant.name: contestant.result() for contestant in made}
+
+
+def _serve(factory: str, arguments: str):
+    """The process of one contestant: whatever it prints goes to stderr, its answers to the real stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**what):
+        print(json.dumps(what), file=answers, flush=True)
+
+    path, name = factory.rsplit(":", 1)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))
+    try:
+        contestant = getattr(__import__(os.path.splitext(os.path.basename(path))[0]), name)(**json.loads(arguments))
+    except ImportError as error:
+        return answer(absent=f"not installed ({error})")
+    except Exception as error:  # said in the table: one peer that does not start must not hide the others
+        traceback.print_exc()
+        return answer(absent=f"{type(error).__name__}: {error}")
+    answer(ready=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        images = contestant.repeat()
+        answer(images=images, seconds=time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
