@@ -35,6 +35,10 @@ class Data:
     val_dataset: str = option(str, REQUIRED, ".beton file to evaluate on")
     num_workers: int = option(int, REQUIRED, "loader threads of each process", 1, 1024)
     in_memory: bool = option(bool, REQUIRED, "read the files into the page cache before training, if they fit")
+    order: str = option(str, "random", "of training images; quasi_random: runs of 1 MiB, mixed 1 GiB at a time, for files "
+                        "larger than memory", choices=("random", "sequential", "quasi_random"))
+    on_bad_sample: str = option(str, "raise", "a training image that cannot be read: end the run, or skip: take the next "
+                                "slot's, and name it in the log", choices=("raise", "skip"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,11 @@ class Augment:
     scale_min: float = option(float, 0.08, "random-resized-crop: smallest share of the area", 0.001, 1)
     scale_max: float = option(float, 1.0, "random-resized-crop: largest share of the area", 0.001, 1)
     hflip: float = option(float, 0.5, "probability of a horizontal flip", 0, 1)
-    rand_augment: str = option(str, "", "timm's spec, such as rand-m7-mstd0.5-inc1; empty: none")
-    interpolation: str = option(str, "random", "of RandAugment's geometric ops",
+    repeats: int = option(int, 1, "repeated augmentation: copies of an image in an epoch, in different groups", 1, 64)
+    rand_augment: str = option(str, "", "timm's spec, such as rand-m7-mstd0.5-inc1; 3a; torchvision's ta_wide; empty: none")
+    color_jitter: float = option(float, 0.0, "strength of brightness, contrast and saturation jitter, after rand_augment",
+                                 0, 10)
+    interpolation: str = option(str, "random", "of the crop and of geometric ops; random: one of both each time, as timm",
                                 choices=("random", "bilinear", "bicubic"))
     erase_prob: float = option(float, 0.0, "random erasing: probability for an image", 0, 1)
     erase_mode: str = option(str, "const", "random erasing: fill with 0, one random colour, or random pixels",
@@ -114,6 +121,7 @@ class Validation:
     batch_size: int = option(int, 512, "images a process takes at once", 1)
     resolution: int = option(int, 224, "pixels a side", 8, 4096)
     crop_ratio: float = option(float, 224 / 256, "side of the central crop over the shorter side", 0.01, 1)
+    interpolation: str = option(str, "bicubic", "of resizing, as timm evaluates", choices=("bilinear", "bicubic"))
     lr_tta: bool = flag(True, "add the outputs for the mirrored image")
 
 

@@ -35,12 +35,16 @@ class Job(ctypes.Structure):
         ("next", ctypes.c_int32), ("done", ctypes.c_int32), ("after", ctypes.c_void_p)]
 
 
-def _load():
+def _find() -> Path:
     folder = Path(__file__).parent
-    paths = sorted(folder.glob("_native*.so"))
-    if not paths:
-        raise InputError(f"{folder}: the compiled core is missing; build it with `make set-up` or `pip install .`")
-    library = ctypes.CDLL(paths[0])
+    for path in sorted(folder.glob("_native*.so")):
+        return path
+    raise InputError(f"{folder}: the compiled core is missing; build it with `make set-up` or `pip install .`")
+
+
+def bind(path) -> ctypes.CDLL:
+    """The shared library at `path` with the argument types of its functions."""
+    library = ctypes.CDLL(path)
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for name, result, *arguments in (
             ("rsb_pool_new", pointer, integer), ("rsb_pool_free", None, pointer),
@@ -54,7 +58,7 @@ def _load():
     return library
 
 
-library = _load()
+library = bind(_find())
 DECODE, AUGMENT = (ctypes.cast(function, ctypes.c_void_p).value for function in (library.rsb_load, library.rsb_augment))
 
 

@@ -56,9 +56,11 @@ class Trainer:
         self.train_loader = TrainLoader(
             c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
             resolution=c.resolution.min_res, seed=c.training.seed, scale=(a.scale_min, a.scale_max), flip_prob=a.hflip,
-            rand_augment=a.rand_augment, interpolation=a.interpolation, **common)
+            rand_augment=a.rand_augment, color_jitter=(a.color_jitter,) * 3 + (0.0,), interpolation=a.interpolation,
+            repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, **common)
         self.val_loader = EvalLoader(c.data.val_dataset, batch_size=c.validation.batch_size,
-                                     resolution=c.validation.resolution, crop_ratio=c.validation.crop_ratio, **common)
+                                     resolution=c.validation.resolution, crop_ratio=c.validation.crop_ratio,
+                                     interpolation=c.validation.interpolation, **common)
         self.num_classes = self._check_classes()
         self.transform = BatchTransform(
             c.training.seed, c.mix.mixup, c.mix.cutmix, c.mix.prob, c.mix.switch_prob, a.erase_prob, a.erase_mode,
@@ -155,7 +157,13 @@ class Trainer:
         return {"steps": steps, "loss": self.loss.name(self._mixing(epoch) and self.transform.mixes),
                 "train_loss": loss / images, "train_top1": 100 * correct / images, "lr": lr,
                 "resolution": self.train_loader.resolution, "images_per_s": images / seconds, "seconds": seconds,
-                "data_wait_s": waited, "peak_memory_mb": self._peak_memory_mb()}
+                "data_wait_s": waited, "peak_memory_mb": self._peak_memory_mb(), **self._skipped()}
+
+    def _skipped(self) -> dict:
+        """Which samples of the epoch could not be read, over all processes; nothing where all could."""
+        found = sorted(set(compute.gather(self.train_loader.skipped)))
+        names = [f"sample {index} {reason}" for index, reason in found]
+        return {"skipped": len(names), "skipped_samples": names} if names else {}
 
     def _train_step(self, epoch: int, step: int, batches, totals) -> float:
         """One optimizer step over the groups of this process; adds to `totals`; returns the seconds it waited for data."""
@@ -222,7 +230,7 @@ class Trainer:
         for name in ("eval_only", "distributed"):
             del kept["training"][name]
         kept["training"]["global_batch"] = self.train_loader.global_batch
-        kept["data"] = {"train_images": len(self.train_loader.beton)}
+        kept["data"] = {"train_images": len(self.train_loader.beton), "order": self.config.data.order}
         return kept
 
     def _state(self) -> dict:

@@ -1,6 +1,7 @@
 """The two programs as a user runs them: a whole run, a killed and resumed one, several processes, and bad input."""
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,7 +22,8 @@ def options(betons, folder, **more):
     flags = {"data.train_dataset": betons / "train.beton", "data.val_dataset": betons / "val.beton",
              "data.num_workers": 2, "data.in_memory": 1, "logging.folder": folder, "model.arch": "resnet10t",
              "model.drop_path": 0.1, "resolution.min_res": 32, "resolution.max_res": 32,
-             "augment.rand_augment": "rand-m7-mstd0.5-inc1", "augment.erase_prob": 0.25, "augment.erase_mode": "pixel",
+             "augment.rand_augment": "rand-m7-mstd0.5-inc1", "augment.color_jitter": 0.2, "augment.repeats": 2,
+             "data.order": "quasi_random", "augment.erase_prob": 0.25, "augment.erase_mode": "pixel",
              "mix.mixup": 0.2, "mix.cutmix": 1.0, "mix.off_epochs": 1, "lr.lr": 0.005, "lr.lr_schedule_type": "cosine",
              "lr.warmup_epochs": 1, "lr.warmup_lr": 0.00005, "training.epochs": 3, "training.batch_size": 16,
              "training.global_batch": 32, "training.optimizer": "lamb", "training.weight_decay": 0.02,
@@ -269,3 +271,27 @@ def test_the_writer_shows_progress_and_a_line_for_each_file(pictures, tmp_path, 
     assert status == 0 and (tmp_path / "only.beton").exists(), err
     status, _, err = call_program("write_ffcv.py", f"--cfg.data_dir={pictures}", f"--cfg.write_path={tmp_path}/x.beton")
     assert status == 2 and "cfg.write_path" in err.splitlines()[-1]
+
+
+def test_bad_images_end_a_run_or_are_skipped_and_named(betons, tmp_path):
+    """Two damaged images: an error that names one; with data.on_bad_sample=skip, on two processes, a line in the log."""
+    from rsb_ffcv.beton import read_beton
+
+    file, data = read_beton(betons / "train.beton"), bytearray((betons / "train.beton").read_bytes())
+    for sample in (5, 60):
+        at = int(file.pointers[sample]) + int(file.sizes[sample]) // 2
+        data[at:at + 30] = bytes(30)
+    (tmp_path / "train.beton").write_bytes(data)
+    shutil.copy(betons / "val.beton", tmp_path)
+    more = {"training.epochs": 1, "lr.warmup_epochs": 0, "augment.repeats": 1}
+    done = subprocess.run([sys.executable, "train_imagenet.py", *options(tmp_path, tmp_path / "stopped", **more)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"error: .*train.beton: sample (5|60) is damaged: its bytes do not match their checksum; .*skip", done.stderr)
+    skipping = options(tmp_path, tmp_path / "skipped", **more, **{
+        "data.on_bad_sample": "skip", "training.distributed": 1, "dist.world_size": 2, "dist.port": 12399})
+    done = subprocess.run([sys.executable, "train_imagenet.py", *skipping], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(tmp_path / "skipped")
+    reason = "is damaged: its bytes do not match their checksum"
+    assert row["skipped"] == 2 and row["skipped_samples"] == [f"sample 5 {reason}", f"sample 60 {reason}"]

@@ -250,6 +250,7 @@ int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scr
     if (rsb_has_avx2()) k = &AVX2;
 #endif
     if (height < 1 || width < 1 || (int64_t)height * width > RSB_MAX_PIXELS) return RSB_BAD_CALL;
+    if (!(fabs(a[0]) <= 65536)) return RSB_BAD_CALL; /* far beyond any op's range; NaN too */
     int pixels = height * width, n = 3 * pixels;
     switch (layer->op) {
     case RSB_IDENTITY:
@@ -264,7 +265,7 @@ int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scr
         k->invert(image, n);
         return RSB_OK;
     case RSB_POSTERIZE:
-        k->mask(image, n, a[0] < 8 ? ~((1 << (8 - (int)a[0])) - 1) : 255);
+        k->mask(image, n, a[0] <= 0 ? 0 : a[0] < 8 ? -1 << (8 - (int)a[0]) : 255);
         return RSB_OK;
     case RSB_SOLARIZE:
         k->solarize(image, n, (int)ceil(a[0]));

@@ -137,8 +137,9 @@ rsb_scratch *rsb_scratch_new(void);
 void rsb_scratch_free(rsb_scratch *scratch);
 uint64_t rsb_checksum(const uint8_t *bytes, size_t size);
 
-/* Hot loops are compiled twice on x86-64, and the processor decides when the library runs. */
-#if defined(__x86_64__)
+/* Hot loops are compiled twice on x86-64, and the processor decides when the library runs. RSB_PORTABLE leaves the second
+ * out: both give the same bytes, which a test holds. */
+#if defined(__x86_64__) && !defined(RSB_PORTABLE)
 #define RSB_AVX2 1
 RSB_INLINE int rsb_has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
 #else

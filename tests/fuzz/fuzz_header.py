@@ -1,0 +1,108 @@
+"""Damaged `.beton` structure through the reader, and what it lets pass through the compiled core.
+
+    python tests/fuzz/fuzz_header.py <count> <seed> <core.so>
+
+A small file of JPEG and raw images, with and without checksums, is damaged anywhere but mostly in its header, metadata,
+table and trailer, or cut. Either the reader refuses it with an InputError, or every sample can be handed to the core,
+which answers with an image or a reason. Run it with the core built for AddressSanitizer, and its runtime preloaded.
+"""
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from rsb_ffcv import InputError, beton  # noqa: E402
+from rsb_ffcv.ops import native  # noqa: E402
+
+
+def small_file(count: int = 12, checksums: bool = True) -> np.ndarray:
+    """The bytes of a whole file, laid out as the writer does, in pages of 4 KiB."""
+    rng = np.random.default_rng(0)
+    metadata, table = np.zeros(count, beton.SAMPLE_METADATA), np.zeros(count, beton.ALLOCATION)
+    header, fields = np.zeros(1, beton.HEADER), np.zeros(2, beton.FIELD)
+    for row, (name, kind) in zip(fields, ((b"image", beton.IMAGE_TYPE_ID), (b"label", beton.INT_TYPE_ID))):
+        row["type_id"], row["name"][:5] = kind, np.frombuffer(name, np.uint8)
+    front = header.nbytes + fields.nbytes + metadata.nbytes
+    end = front + -front % 4096
+    images, sums = [bytes(end - front)], np.zeros(count, np.uint64)
+    for i in range(count):
+        height, width = (int(side) for side in rng.integers(8, 40, 2))
+        pixels, buffer = rng.integers(0, 256, (height, width, 3), np.uint8), io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
+        stored = pixels.tobytes() if i % 3 == 0 else buffer.getvalue()
+        metadata[i] = ((beton.RAW if i % 3 == 0 else beton.JPG, width, height, end), i % 4)
+        table[i] = (i, end, len(stored))
+        sums[i] = native.checksum(np.frombuffer(stored, np.uint8))
+        images.append(stored)
+        end += len(stored)
+    images.append(bytes(-end % 4096))
+    end += -end % 4096
+    header["version"], header["num_fields"], header["page_size"], header["num_samples"] = beton.VERSION, 2, 4096, count
+    header["alloc_table_ptr"] = end + (sums.nbytes + beton.TRAILER.itemsize if checksums else 0)
+    start = header.tobytes() + fields.tobytes() + metadata.tobytes()
+    tail = [sums.tobytes(), beton.make_trailer(sums, beton.structure_checksum(start, table)).tobytes()] if checksums else []
+    return np.frombuffer(b"".join([start, *images, *tail, table.tobytes()]), np.uint8)
+
+
+def damage(whole: np.ndarray, rng) -> np.ndarray:
+    data = whole.copy()
+    header = whole[:24].view(beton.HEADER)[0]
+    metadata = 24 + 2 * beton.FIELD.itemsize
+    metadata_end = metadata + int(header["num_samples"]) * beton.SAMPLE_METADATA.itemsize
+    regions = ((0, 24), (24, 24 + 20), (24 + beton.FIELD.itemsize, 24 + beton.FIELD.itemsize + 20), (metadata, metadata_end),
+               (int(header["alloc_table_ptr"]) - 200, len(whole)), (0, len(whole)))
+    for _ in range(rng.integers(1, 4)):
+        low, high = regions[rng.integers(len(regions))]
+        at = int(rng.integers(low, high))
+        if at >= len(data):
+            continue
+        kind = rng.integers(4)
+        if kind == 0:
+            data[at] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            data[at:at + 8] = rng.integers(0, 256, len(data[at:at + 8]))
+        elif kind == 2:
+            data[at:at + rng.integers(1, 9)] = rng.choice([0, 255, 127])
+        elif rng.integers(5) == 0:
+            data = data[:at]
+    return data if len(data) else whole[:1].copy()
+
+
+def main(count: int, seed: int, core: str):
+    native.library = native.bind(core)
+    rng, refused, loaded, reasons = np.random.default_rng(seed), 0, 0, {}
+    files = [small_file(checksums=checksums) for checksums in (True, False)]
+    path = f"/dev/shm/fuzz-{os.getpid()}.beton" if os.path.isdir("/dev/shm") else f"/tmp/fuzz-{os.getpid()}.beton"
+    try:
+        for number in range(count):
+            damage(files[number % 2], rng).tofile(path)
+            try:
+                file = beton.read_beton(path)
+            except InputError:
+                refused += 1
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            for i in range(len(file)):
+                sample = np.zeros((), native.SAMPLE)
+                for name in ("height", "width", "pointer", "size"):
+                    sample[name] = getattr(file, f"{name}s")[i]
+                sample["raw"], sample["box"] = file.modes[i] == beton.RAW, (0, 0, sample["height"], sample["width"])
+                if file.checksums is not None:
+                    sample["verify"], sample["checksum"] = 1, file.checksums[i]
+                try:
+                    native.load(descriptor, sample, 16, 16)
+                    loaded += 1
+                except ValueError as error:
+                    reasons[str(error)] = reasons.get(str(error), 0) + 1
+            os.close(descriptor)
+    finally:
+        os.unlink(path)
+    print(f"{count} files: {refused} refused whole; of the others {loaded} images loaded, refused: {reasons}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,73 @@
+"""The benchmarks' runner measures what it says, and says what is absent."""
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import runner  # noqa: E402
+
+
+def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path):
+    log = tmp_path / "turns"
+    (tmp_path / "who.py").write_text(textwrap.dedent(f"""
+        import time
+        class Sleeper:
+            def __init__(self, name, seconds):
+                self.name, self.seconds = name, seconds
+            def repeat(self):
+                open({str(log)!r}, "a").write(self.name)
+                print("noise on stdout")
+                time.sleep(self.seconds)
+                return 10
+        class Missing:
+            def __init__(self):
+                import a_package_that_nobody_has
+        class Broken:
+            def __init__(self):
+                raise OSError("no such driver")
+    """))
+    source = str(tmp_path / "who.py")
+    result = runner.race({"a": (f"{source}:Sleeper", {"name": "a", "seconds": 0.05}), "gone": (f"{source}:Missing", {}),
+                          "b": (f"{source}:Sleeper", {"name": "b", "seconds": 0.1}), "broken": (f"{source}:Broken", {})}, 3)
+    assert log.read_text() == "abababab"  # one repeat to warm up, three that count
+    assert "not installed" in result["gone"]["absent"] and "no such driver" in result["broken"]["absent"]
+    for name, expected in (("a", 200), ("b", 100)):
+        found = result[name]
+        assert len(found["repeats"]) == 3 and found["low"] <= found["images_per_s"] <= found["high"]
+        assert 0.7 * expected < found["images_per_s"] <= expected
+
+
+def test_the_table_compares_and_judges(monkeypatch):
+    import loader
+
+    rate = lambda value: {"images_per_s": value, "low": value, "high": value}  # noqa: E731
+    results = {"threads": 2, "rows": {row: {"ours": rate(1000.0)} for row in loader.ROWS}, "scaling": {"1": rate(500.0)},
+               "first_batch": {"ours": {"seconds": [0.2]}, "stock ffcv": {"absent": "x"}},
+               "class_mixing": {"random": {"median": 226.0, "least": 200}}}
+    results["rows"]["crop"] |= {"stock ffcv": rate(250.0), "timm": rate(400.0), "DALI CPU": {"absent": "not installed"}}
+    lines = loader.table(results).splitlines()
+    assert any("stock ffcv" in line and "4.00 | 2.5 | reached" in line for line in lines)
+    assert any("timm" in line and "2.50 | 6.0 | falls short" in line for line in lines)
+    assert any("DALI CPU | not installed" in line and "not compared" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["Ours", "StockFFCV", "Timm", "RegionDecode"])
+def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
+    arguments = {"threads": 1, **({"folder": str(pictures / "train")} if kind == "Timm" else {"path": str(betons / "train.beton")})}
+    code = f"""
+        import json, sys
+        sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT)!r}]
+        import contestants
+        contestants.BATCH = 32
+        print(json.dumps(contestants.{kind}(**{arguments}).repeat()))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    if kind == "RegionDecode" and "headers" in done.stderr:
+        pytest.skip("libjpeg-turbo's headers (libjpeg62-turbo-dev) are not installed")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == 96
