@@ -15,6 +15,8 @@ import time
 import traceback
 from datetime import date
 
+SETTLE_SECONDS = 1.0  # some loaders go on prefetching after their repeat; not at the next one's cost
+
 
 def environment(packages) -> dict:
     """Hardware, date and versions; a package that is not installed is None."""
@@ -73,6 +75,7 @@ def race(contestants: dict, repeats: int) -> dict:
     made = [Contestant(name, *what) for name, what in contestants.items()]
     for number in range(repeats + 1):
         for contestant in made:
+            time.sleep(SETTLE_SECONDS)
             contestant.repeat()
             if number == 0:
                 contestant.rates.clear()

@@ -2,7 +2,6 @@
 import ctypes
 import faulthandler
 import os
-import sys
 import weakref
 
 import numpy as np
@@ -37,14 +36,20 @@ class Pool:
         self._handle = library.rsb_pool_new(threads)
         if not self._handle:
             raise InputError(f"data.num_workers={threads}: the system refuses as many threads; lower it")
-        self._process, self._stuck = os.getpid(), []
+        self._process, self._stuck, self._closed = os.getpid(), [], False
         self._free: dict[int, list] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
-        self.close = weakref.finalize(self, Pool._close, self._handle, self._process, self._stuck)
+        weakref.finalize(self, Pool._end, library.rsb_pool_free, self._handle, self._process, self._stuck)
 
     @staticmethod
-    def _close(handle, process, stuck):
+    def _end(function, handle, process, stuck):
         if os.getpid() == process and not stuck:  # a forked child has no such threads; a stuck one cannot be joined
-            library.rsb_pool_free(handle)
+            function(handle)
+
+    def close(self):
+        """Ends the threads; a `wait` in progress, in whatever thread, ends with RuntimeError. Garbage collection closes,
+        too, and the end of the interpreter."""
+        self._closed = True
+        Pool._end(library.rsb_pool_stop, self._handle, self._process, self._stuck)
 
     def memory(self, shape, pin: bool) -> torch.Tensor:
         """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once nobody holds it."""
@@ -69,19 +74,20 @@ class Pool:
         self.check()
         waited, left = 0.0, None
         while now := library.rsb_pool_wait(self._handle, ctypes.byref(batch.job), 200):
-            self.check()
+            if now < 0:
+                raise RuntimeError("the loader was closed")
             waited, left = (waited + 0.2, left) if now == left else (0.0, now)
             if waited > STALL_SECONDS:
                 self._stuck.append(True)
                 _abandoned.append(batch)
-                faulthandler.dump_traceback(sys.stderr)
+                faulthandler.dump_traceback(2)  # the descriptor: a notebook's sys.stderr has none
                 rows = ", ".join(name(row) for row in np.flatnonzero(batch.status == RUNNING))
                 raise RuntimeError(f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} s; "
                                    f"in progress: {rows or 'none'}")
 
     def cancel(self, batches):
         """Gives up `batches`; returns when no thread works on them any more."""
-        if not self.close.alive or os.getpid() != self._process:
+        if self._closed or os.getpid() != self._process:
             return
         for batch in batches:
             library.rsb_pool_cancel(self._handle, ctypes.byref(batch.job))
@@ -93,7 +99,7 @@ class Pool:
 
     def check(self):
         """Raises RuntimeError where the threads are gone."""
-        if not self.close.alive:
+        if self._closed:
             raise RuntimeError("the loader is closed")
         if os.getpid() != self._process:
             raise RuntimeError("this process was forked from the loader's and does not have its threads; make a loader "

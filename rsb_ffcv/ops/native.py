@@ -44,10 +44,13 @@ def _find() -> Path:
 
 def bind(path) -> ctypes.CDLL:
     """The shared library at `path` with the argument types of its functions."""
-    library = ctypes.CDLL(path)
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be loaded ({error}); install libturbojpeg, or build it again with `make`") from error
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for name, result, *arguments in (
-            ("rsb_pool_new", pointer, integer), ("rsb_pool_free", None, pointer),
+            ("rsb_pool_new", pointer, integer), ("rsb_pool_stop", None, pointer), ("rsb_pool_free", None, pointer),
             ("rsb_pool_submit", None, pointer, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
             ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
             ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),

@@ -1,9 +1,11 @@
 """What a batch holds is a function of (seed, epoch, batch): not of threads, ranks or what was read before."""
+import ctypes
 import gc
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numba
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from rsb_ffcv import InputError
-from rsb_ffcv.beton import read_beton
+from rsb_ffcv.beton import HEADER, read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.ops.operation import DrawnOperation
 from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
@@ -256,6 +258,45 @@ def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(made.epoch(0))
+
+
+def test_closing_from_another_thread_lets_go_who_waits(betons):
+    class Slow(Paint):
+        def generate_code(self):
+            return ctypes.cast(slow, ctypes.c_void_p).value
+
+    slow = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(lambda *_: time.sleep(0.3) or 0)
+    made = loader(betons, ops=[Slow()], num_workers=1)
+    closer = threading.Timer(0.2, made.close)
+    closer.start()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(made.epoch(0))
+    closer.join()
+    made.close()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_overwritten_stretches_never_become_images(betons, tmp_path, seed):
+    """Random bytes over a random stretch: the file is refused, or every image delivered is the undamaged one's."""
+    rng, data = np.random.default_rng(seed), np.fromfile(betons / "train.beton", np.uint8)
+    file = read_beton(betons / "train.beton")
+    table = int(data[:24].view(HEADER)["alloc_table_ptr"][0])
+    low, high = ((int(file.pointers[0]), int(file.pointers[-1])), (0, 6000), (table - 2000, len(data)))[(0, 0, 1, 0, 2)[seed % 5]]
+    length = int(rng.choice([1, 2, 8, 100, 5000]))
+    at = int(rng.integers(low, max(low + 1, high - length)))
+    data[at:at + length] = rng.integers(0, 256, len(data[at:at + length]))
+    data.tofile(tmp_path / "train.beton")
+    try:
+        made = loader(tmp_path, on_bad_sample="skip", rand_augment="")
+    except InputError:
+        return
+    sound, order = loader(betons, rand_augment=""), epoch_order("random", 0, 0, file.pointers, file.sizes, 1).indices
+    for number, (images, expected) in enumerate(zip(made.epoch(0), sound.epoch(0))):
+        bad = {index for index, _ in made.skipped}
+        rows = [row for row, slot in enumerate(made.slots(number)) if order[slot] not in bad]
+        assert torch.equal(images[0][rows], expected[0][rows]) and torch.equal(images[1][rows], expected[1][rows])
+    assert len(made.skipped) <= 1 + length // 500
+    made.close(), sound.close()
 
 
 def threads() -> int:

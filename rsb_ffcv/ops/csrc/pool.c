@@ -53,13 +53,20 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-/* Ends all threads after the row each is working on, and frees the pool. No job may be waited for any more. */
-void rsb_pool_free(rsb_pool *pool) {
+/* Ends all threads after the row each is working on; who waits for a job is let go. */
+void rsb_pool_stop(rsb_pool *pool) {
     pthread_mutex_lock(&pool->lock);
+    int first = !pool->stopping;
     pool->stopping = 1;
     pthread_cond_broadcast(&pool->work);
+    pthread_cond_broadcast(&pool->finished);
     pthread_mutex_unlock(&pool->lock);
-    for (int i = 0; i < pool->count; i++) pthread_join(pool->threads[i], NULL);
+    for (int i = 0; first && i < pool->count; i++) pthread_join(pool->threads[i], NULL);
+}
+
+/* Stops the pool and frees it. Nobody may use it any more. */
+void rsb_pool_free(rsb_pool *pool) {
+    rsb_pool_stop(pool);
     pthread_cond_destroy(&pool->work);
     pthread_cond_destroy(&pool->finished);
     pthread_mutex_destroy(&pool->lock);
@@ -101,15 +108,16 @@ void rsb_pool_submit(rsb_pool *pool, rsb_job *job) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Waits until all rows of `job` are done, at most `milliseconds`. Returns how many are not. */
+/* Waits until all rows of `job` are done, at most `milliseconds`. Returns how many are not, or -1: the pool was stopped. */
 int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += milliseconds / 1000, until.tv_nsec += milliseconds % 1000 * 1000000L;
     if (until.tv_nsec >= 1000000000L) until.tv_sec++, until.tv_nsec -= 1000000000L;
     pthread_mutex_lock(&pool->lock);
-    while (job->done < job->rows && pthread_cond_timedwait(&pool->finished, &pool->lock, &until) != ETIMEDOUT) {}
-    int left = job->rows - job->done;
+    while (job->done < job->rows && !pool->stopping &&
+           pthread_cond_timedwait(&pool->finished, &pool->lock, &until) != ETIMEDOUT) {}
+    int left = pool->stopping ? -1 : job->rows - job->done;
     pthread_mutex_unlock(&pool->lock);
     return left;
 }
