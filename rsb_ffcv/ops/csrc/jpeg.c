@@ -59,6 +59,14 @@ typedef struct {
     int count;
 } reader;
 
+/* One block of an MCU. */
+typedef struct {
+    const huffman *dc, *ac;
+    const int16_t *quant;
+    uint8_t *out; /* where the block of the row's first MCU goes */
+    int component, stride, across, down;
+} unit;
+
 /* ---- tables ---------------------------------------------------------------------------------------------------- */
 
 RSB_INLINE int extend(int value, int size) { return value < (1 << (size - 1)) ? value - (1 << size) + 1 : value; }

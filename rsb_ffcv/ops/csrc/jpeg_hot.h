@@ -94,26 +94,30 @@ static __attribute__((noinline)) int HOT(read_ac)(reader *from, const huffman *t
 }
 
 /* Runs over the AC coefficients of a block. Returns -1: damaged. */
-static __attribute__((noinline)) int HOT(skip_ac)(reader *from, const huffman *t) {
-    reader r = *from;
+RSB_INLINE int HOT(skip_ac)(reader *r, const huffman *t) {
     int k = 0, more = 1;
     while (more > 0) {
-        HOT(refill)(&r);
-        for (int turn = 0; turn < 4; turn++) {
-            int entry = t->skip[r.bits >> (64 - SKIP)], after = k + (entry >> 8);
+        HOT(refill)(r);
+        for (int turn = 0; turn < 4; turn++) { /* 4 x SKIP bits of the 56 */
+            int entry = t->skip[r->bits >> (64 - SKIP)], after = k + (entry >> 8);
             if (RSB_UNLIKELY(!entry)) break;
             if (RSB_UNLIKELY(after > 62) && (after >= END ? after >= END + 63 : after != 63)) break;
-            HOT(drop)(&r, entry & 255);
-            if (RSB_UNLIKELY(after > 62)) {
-                *from = r;
-                return 0;
-            }
+            HOT(drop)(r, entry & 255);
+            if (RSB_UNLIKELY(after > 62)) return 0;
             k = after;
         }
-        more = HOT(read_one)(&r, t, NULL, NULL, &k);
+        more = HOT(read_one)(r, t, NULL, NULL, &k);
     }
-    *from = r;
     return more;
+}
+
+/* Runs over all blocks of an MCU that lies outside of the window. Returns -1: damaged. */
+static __attribute__((noinline)) int HOT(skip_mcu)(reader *from, const unit *units, int count, int *predictions) {
+    reader r = *from;
+    for (int u = 0; u < count; u++)
+        if (HOT(read_dc)(&r, units[u].dc, &predictions[units[u].component]) || HOT(skip_ac)(&r, units[u].ac) < 0) return -1;
+    *from = r;
+    return 0;
 }
 
 /* ---- inverse DCT ----------------------------------------------------------------------------------------------- */
@@ -193,20 +197,15 @@ RSB_INLINE void HOT(idct_flat)(int dc, int quant, uint8_t *out, int stride) {
 /* Decodes MCU rows 0 .. row_end; of rows from row_start on, columns column_start .. column_end into the planes. */
 static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int row_start, int row_end,
                               int column_start, int column_end) {
-    struct {
-        const huffman *dc, *ac;
-        const int16_t *quant;
-        uint8_t *out; /* of the block in the first MCU of the row */
-        int component, stride, across, down;
-    } unit[6];
+    unit blocks[6];
     int units = 0, prediction[3] = {0, 0, 0};
     for (int i = 0; i < j->count; i++)
         for (int b = 0; b < j->part[i].h * j->part[i].v; b++, units++) {
             const component *c = &j->part[i];
-            unit[units].dc = &j->dc[c->dc], unit[units].ac = &j->ac[c->ac], unit[units].quant = j->quant[c->quant];
-            unit[units].component = i, unit[units].stride = c->stride;
-            unit[units].across = 8 * c->h, unit[units].down = 8 * c->v * c->stride;
-            unit[units].out = c->plane + (ptrdiff_t)(b / c->h) * 8 * c->stride + b % c->h * 8;
+            blocks[units].dc = &j->dc[c->dc], blocks[units].ac = &j->ac[c->ac], blocks[units].quant = j->quant[c->quant];
+            blocks[units].component = i, blocks[units].stride = c->stride;
+            blocks[units].across = 8 * c->h, blocks[units].down = 8 * c->v * c->stride;
+            blocks[units].out = c->plane + (ptrdiff_t)(b / c->h) * 8 * c->stride + b % c->h * 8;
         }
     reader r = {data, 0, 0};
     const uint8_t *limit = data + length;
@@ -215,29 +214,26 @@ static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, i
         int last = row + 1 < row_end ? columns : column_end; /* nothing after the window's last MCU is needed */
         for (int column = 0; column < last; column++) {
             int inside = row >= row_start && column >= column_start && column < column_end;
-            for (int u = 0; u < units; u++) {
-                int *dc = &prediction[unit[u].component];
-                if (HOT(read_dc)(&r, unit[u].dc, dc)) return RSB_UNUSUAL;
-                if (!inside) {
-                    if (HOT(skip_ac)(&r, unit[u].ac) < 0) return RSB_UNUSUAL;
-                    continue;
-                }
+            if (!inside && HOT(skip_mcu)(&r, blocks, units, prediction)) return RSB_UNUSUAL;
+            for (int u = 0; inside && u < units; u++) {
+                int *dc = &prediction[blocks[u].component];
+                if (HOT(read_dc)(&r, blocks[u].dc, dc)) return RSB_UNUSUAL;
                 for (int z = 0; z < 4; z++) ((v8 *)block)[z] = (v8){0};
                 block[0] = (int16_t)*dc;
-                int final = HOT(read_ac)(&r, unit[u].ac, j->order, block);
+                int final = HOT(read_ac)(&r, blocks[u].ac, j->order, block);
                 if (final < 0) return RSB_UNUSUAL;
-                uint8_t *out = unit[u].out + (ptrdiff_t)(column - column_start) * unit[u].across;
+                uint8_t *out = blocks[u].out + (ptrdiff_t)(column - column_start) * blocks[u].across;
                 if (final > 9) /* the first ten places lie in the upper left 4 x 4 */
-                    HOT(idct_all)(block, unit[u].quant, out, unit[u].stride);
+                    HOT(idct_all)(block, blocks[u].quant, out, blocks[u].stride);
                 else if (final)
-                    HOT(idct_few)(block, unit[u].quant, out, unit[u].stride);
+                    HOT(idct_few)(block, blocks[u].quant, out, blocks[u].stride);
                 else
-                    HOT(idct_flat)(block[0], unit[u].quant[0], out, unit[u].stride);
+                    HOT(idct_flat)(block[0], blocks[u].quant[0], out, blocks[u].stride);
             }
             /* A damaged stream reads on into zeros: at most 6 blocks of 216 bytes before it is noticed here. */
             if (r.next - (r.count >> 3) > limit) return RSB_UNUSUAL;
         }
-        for (int u = 0; row >= row_start && u < units; u++) unit[u].out += unit[u].down;
+        for (int u = 0; row >= row_start && u < units; u++) blocks[u].out += blocks[u].down;
     }
     return RSB_OK;
 }

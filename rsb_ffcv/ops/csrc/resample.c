@@ -133,22 +133,11 @@ static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in,
 
 #if RSB_AVX2
 
-/* Sums over even and over odd pairs of taps (r, g, b, unused in each half) of one output pixel. */
-__attribute__((target("avx2"), always_inline)) static inline __m256i pixel_avx2(const taps *t, int i, const uint8_t *in,
-                                                                                int pixel_bytes, int groups, __m256i pairs) {
-    const uint8_t *p = in + (ptrdiff_t)t->first[i] * pixel_bytes;
-    const __m256i *w = (const __m256i *)t->spread + (ptrdiff_t)i * groups;
-    __m256i sum = _mm256_setzero_si256();
-    for (int g = 0; g < groups; g++) {
-        __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + g * TAPS * pixel_bytes)));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
-    }
-    return sum;
-}
-
+/* `rows` rows of source pixels to `n` RGB pixels each; one or two rows at a time, which share the loading of weights. */
 __attribute__((target("avx2"), always_inline)) static inline void columns_groups(const taps *t, const uint8_t *in,
-                                                                                 int pixel_bytes, int groups, uint8_t *out,
-                                                                                 int n) {
+                                                                                 ptrdiff_t stride, int rows, int pixel_bytes,
+                                                                                 int groups, uint8_t *out,
+                                                                                 ptrdiff_t out_stride, int n) {
     const char s = (char)pixel_bytes, z = -1;
     const __m256i pairs = _mm256_setr_epi8(0, z, s, z, 1, z, s + 1, z, 2, z, s + 2, z, z, z, z, z, 2 * s, z, 3 * s, z, 2 * s + 1,
                                            z, 3 * s + 1, z, 2 * s + 2, z, 3 * s + 2, z, z, z, z, z);
@@ -156,30 +145,44 @@ __attribute__((target("avx2"), always_inline)) static inline void columns_groups
                                          z, z);
     const __m256i half = _mm256_set1_epi32(1 << (t->shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(t->shift);
-    __m256i sum[4];
+    __m256i sum[2][4]; /* of even and odd pairs of taps in the two halves: r, g, b, unused */
     for (int i = 0; i < n; i += 4) { /* writes 14 bytes for 12: the rows of `out` have room, as has the table */
-        for (int j = 0; j < 4; j++) sum[j] = pixel_avx2(t, i + j, in, pixel_bytes, groups, pairs);
-        for (int j = 0; j < 2; j++) { /* pixels j and j + 2, so that packing puts neighbours together */
-            __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(sum[j], sum[j + 2], 0x20),
-                                            _mm256_permute2x128_si256(sum[j], sum[j + 2], 0x31));
-            sum[j] = _mm256_sra_epi32(_mm256_add_epi32(both, half), shift);
+        for (int j = 0; j < 4; j++) {
+            const uint8_t *p = in + (ptrdiff_t)t->first[i + j] * pixel_bytes;
+            const __m256i *w = (const __m256i *)t->spread + (ptrdiff_t)(i + j) * groups;
+            for (int r = 0; r < rows; r++) sum[r][j] = _mm256_setzero_si256();
+            for (int g = 0; g < groups; g++)
+                for (int r = 0; r < rows; r++) {
+                    const uint8_t *q = p + r * stride + g * TAPS * pixel_bytes;
+                    __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)q));
+                    sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
+                }
         }
-        __m256i words = _mm256_packs_epi32(sum[0], sum[1]);
-        __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), rgb);
-        _mm_storel_epi64((__m128i *)(out + 3 * i), _mm256_castsi256_si128(bytes));
-        _mm_storel_epi64((__m128i *)(out + 3 * i + 6), _mm256_extracti128_si256(bytes, 1));
+        for (int r = 0; r < rows; r++) {
+            for (int j = 0; j < 2; j++) { /* pixels j and j + 2, so that packing puts neighbours together */
+                __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x20),
+                                                _mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x31));
+                sum[r][j] = _mm256_sra_epi32(_mm256_add_epi32(both, half), shift);
+            }
+            __m256i words = _mm256_packs_epi32(sum[r][0], sum[r][1]);
+            __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), rgb);
+            _mm_storel_epi64((__m128i *)(out + r * out_stride + 3 * i), _mm256_castsi256_si128(bytes));
+            _mm_storel_epi64((__m128i *)(out + r * out_stride + 3 * i + 6), _mm256_extracti128_si256(bytes, 1));
+        }
     }
 }
 
-__attribute__((target("avx2"))) static void columns_avx2(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out,
-                                                         int n) {
-    int groups = t->count / TAPS;
-    if (groups == 1 && pixel_bytes == 4) /* most training crops: worth a loop that is unrolled */
-        columns_groups(t, in, 4, 1, out, n);
-    else if (groups == 2 && pixel_bytes == 4)
-        columns_groups(t, in, 4, 2, out, n);
-    else
-        columns_groups(t, in, pixel_bytes, groups, out, n);
+__attribute__((target("avx2"))) static void columns_avx2(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows,
+                                                         int pixel_bytes, uint8_t *out, ptrdiff_t out_stride, int n) {
+    int groups = t->count / TAPS, y = 0;
+    for (; y + 2 <= rows; y += 2, in += 2 * stride, out += 2 * out_stride)
+        if (groups == 1 && pixel_bytes == 4) /* most training crops: worth a loop that is unrolled */
+            columns_groups(t, in, stride, 2, 4, 1, out, out_stride, n);
+        else if (groups == 2 && pixel_bytes == 4)
+            columns_groups(t, in, stride, 2, 4, 2, out, out_stride, n);
+        else
+            columns_groups(t, in, stride, 2, pixel_bytes, groups, out, out_stride, n);
+    if (y < rows) columns_groups(t, in, stride, 1, pixel_bytes, groups, out, out_stride, n);
 }
 
 __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift, const uint8_t *in,
@@ -211,15 +214,16 @@ __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count
 
 #endif
 
-/* One row of source pixels becomes `n` RGB pixels; up to 15 bytes after them are written too. */
-static void resample_columns(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out, int n) {
+/* Rows of source pixels become rows of `n` RGB pixels; up to 15 bytes after each are written too. */
+static void resample_columns(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int pixel_bytes, uint8_t *out,
+                             ptrdiff_t out_stride, int n) {
 #if RSB_AVX2
     if (rsb_has_avx2()) {
-        columns_avx2(t, in, pixel_bytes, out, n);
+        columns_avx2(t, in, stride, rows, pixel_bytes, out, out_stride, n);
         return;
     }
 #endif
-    columns_plain(t, in, pixel_bytes, out, n);
+    for (int y = 0; y < rows; y++) columns_plain(t, in + y * stride, pixel_bytes, out + y * out_stride, n);
 }
 
 /* Output row `y`, `n` bytes, from the rows of `in`. */
@@ -260,15 +264,14 @@ int rsb_resample(const rsb_window *window, int image_height, int image_width, co
         if (!line) return RSB_NO_MEMORY;
         for (int y = 0; y < out_height; y++) {
             resample_row(&down, y, in, window->stride, line, in_bytes);
-            resample_columns(&across, line, window->pixel_bytes, line + second, out_width);
+            resample_columns(&across, line, 0, 1, window->pixel_bytes, line + second, 0, out_width);
             memcpy(out + out_bytes * y, line + second, out_bytes);
         }
     } else {
         size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
         uint8_t *narrow = rsb_buffer(scratch, RSB_NARROW, stride * rows);
         if (!narrow) return RSB_NO_MEMORY;
-        for (int y = 0; y < rows; y++)
-            resample_columns(&across, in + y * window->stride, window->pixel_bytes, narrow + y * stride, out_width);
+        resample_columns(&across, in, window->stride, rows, window->pixel_bytes, narrow, stride, out_width);
         for (int y = 0; y < out_height; y++) resample_row(&down, y, narrow, stride, out + out_bytes * y, out_bytes);
     }
     return RSB_OK;
