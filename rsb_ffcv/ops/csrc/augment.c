@@ -24,8 +24,9 @@ typedef struct {
     void (*grey)(const uint8_t *, uint8_t *, int);
     int64_t (*grey_sum)(const uint8_t *, int);
     void (*smooth_row)(const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, int);
+    void (*spread)(const uint8_t *, uint32_t *, int);
     void (*walk)(double, double, double, double, int, int32_t *, int32_t *, int32_t *, int);
-    void (*cubic_weights)(const int32_t *, int16_t *, int);
+    void (*cubic_weights)(const int32_t *, uint32_t *, int);
     void (*bilinear_row)(const uint8_t *, int, const int32_t *, const int32_t *, const int32_t *, uint8_t *, int);
     void (*bicubic_row)(const uint8_t *, int, const int32_t *, const int16_t *, const int16_t *, uint8_t *, int);
     void (*blur_step)(uint32_t *, const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, uint32_t,
@@ -34,7 +35,7 @@ typedef struct {
 
 #define KERNELS() \
     {HOT(invert), HOT(mask), HOT(solarize), HOT(solarize_add), HOT(blend_constant), HOT(blend), HOT(grey), HOT(grey_sum), \
-     HOT(smooth_row), HOT(walk), HOT(cubic_weights), HOT(bilinear_row), HOT(bicubic_row), HOT(blur_step)}
+     HOT(smooth_row), HOT(spread), HOT(walk), HOT(cubic_weights), HOT(bilinear_row), HOT(bicubic_row), HOT(blur_step)}
 
 #define HOT(name) name##_plain
 #define HOT_VECTORS 0
@@ -208,7 +209,7 @@ static int affine(const kernels *k, uint8_t *image, int height, int width, const
     for (int y = 0; y < height; y++) {
         uint8_t *to = copy + (size_t)stride * (y + 2);
         const uint8_t *from = image + (size_t)3 * width * y;
-        for (int x = 0; x < width; x++) memcpy(to + 4 * (x + 2), from + 3 * x, 3), to[4 * (x + 2) + 3] = 0;
+        k->spread(from, (uint32_t *)to + 2, width);
         memcpy(to, to + 8, 4), memcpy(to + 4, to + 8, 4);
         memcpy(to + 4 * (width + 2), to + 4 * (width + 1), 4), memcpy(to + 4 * (width + 3), to + 4 * (width + 1), 4);
     }
@@ -231,8 +232,8 @@ static int affine(const kernels *k, uint8_t *image, int height, int width, const
         k->walk(a[0] * u + a[1] * v + a[2] + 1.5, a[3] * u + a[4] * v + a[5] + 1.5, a[0], a[3], stride, offset, fx, fy,
                 end - start);
         if (cubic) {
-            k->cubic_weights(fx, wx, end - start);
-            k->cubic_weights(fy, wy, end - start);
+            k->cubic_weights(fx, (uint32_t *)wx, end - start);
+            k->cubic_weights(fy, (uint32_t *)wy, end - start);
             k->bicubic_row(from, stride, offset, wx, wy, out + 3 * start, end - start);
         } else
             k->bilinear_row(from, stride, offset, fx, fy, out + 3 * start, end - start);

@@ -1,6 +1,7 @@
 /* The pixel loops of augment.c, which includes this file once for every instruction set. `n` counts bytes or, where
  * the name says so, RGB pixels. Built without contraction of products and sums: Pillow's arithmetic is reproduced to
- * the bit. */
+ * the bit. Counters of indices other than i itself are as wide as addresses: narrower ones may wrap (-fwrapv), which the
+ * compiler does not vectorize. */
 
 static void HOT(invert)(uint8_t *p, int n) {
     for (int i = 0; i < n; i++) p[i] = (uint8_t)(255 - p[i]);
@@ -38,7 +39,7 @@ static void HOT(blend)(const uint8_t *restrict degenerate, uint8_t *restrict p, 
 
 /* Pillow's RGB to L (Convert.c), each value three times. */
 static void HOT(grey)(const uint8_t *restrict p, uint8_t *restrict out, int pixels) {
-    for (int i = 0; i < pixels; i++) {
+    for (ptrdiff_t i = 0; i < pixels; i++) {
         int value = (19595 * p[3 * i] + 38470 * p[3 * i + 1] + 7471 * p[3 * i + 2] + 0x8000) >> 16;
         out[3 * i] = out[3 * i + 1] = out[3 * i + 2] = (uint8_t)value;
     }
@@ -46,9 +47,9 @@ static void HOT(grey)(const uint8_t *restrict p, uint8_t *restrict out, int pixe
 
 static int64_t HOT(grey_sum)(const uint8_t *p, int pixels) {
     int64_t total = 0;
-    for (int i = 0; i < pixels;) {
+    for (ptrdiff_t i = 0; i < pixels;) {
         int32_t part = 0;
-        for (int end = i + 4096 < pixels ? i + 4096 : pixels; i < end; i++)
+        for (ptrdiff_t end = i + 4096 < pixels ? i + 4096 : pixels; i < end; i++)
             part += (19595 * p[3 * i] + 38470 * p[3 * i + 1] + 7471 * p[3 * i + 2] + 0x8000) >> 16;
         total += part;
     }
@@ -59,11 +60,18 @@ static int64_t HOT(grey_sum)(const uint8_t *p, int pixels) {
  * two integers, so that Pillow's floating-point sum rounds to the same. `n` bytes, the first and last pixel left out. */
 static void HOT(smooth_row)(const uint8_t *restrict above, const uint8_t *restrict row, const uint8_t *restrict below,
                             uint8_t *restrict out, int n) {
-    for (int i = 3; i < n - 3; i++) {
-        int sum = above[i - 3] + above[i] + above[i + 3] + row[i - 3] + 5 * row[i] + row[i + 3] + below[i - 3] + below[i] +
-                  below[i + 3];
-        out[i] = (uint8_t)((2 * sum + 13) * 20165u >> 19); /* / 26, exact up to 6643 */
+    above += 3, row += 3, below += 3, out += 3;
+    for (ptrdiff_t i = 0; i < n - 6; i++) { /* in 16 bits throughout */
+        uint16_t sum = (uint16_t)(above[i - 3] + above[i] + above[i + 3] + row[i - 3] + 5 * row[i] + row[i + 3] + below[i - 3] +
+                                  below[i] + below[i + 3]);
+        sum = (uint16_t)(2 * sum + 13);
+        out[i] = (uint8_t)((uint16_t)((uint32_t)sum * 20165 >> 16) >> 3); /* / 26, exact up to 6643 */
     }
+}
+
+/* RGB to RGBX. */
+static void HOT(spread)(const uint8_t *restrict p, uint32_t *restrict out, int pixels) {
+    for (ptrdiff_t i = 0; i < pixels; i++) out[i] = p[3 * i] | (uint32_t)p[3 * i + 1] << 8 | (uint32_t)p[3 * i + 2] << 16;
 }
 
 /* Source positions of `n` output pixels of a row: offset of the pixel up and to the left in the padded copy, and how far
@@ -78,14 +86,14 @@ static void HOT(walk)(double x, double y, double dx, double dy, int stride, int3
     }
 }
 
-/* Weights of Pillow's cubic (Geometry.c, a = -1) at each of `n` fractions, 4 x 14 bits. */
-static void HOT(cubic_weights)(const int32_t *restrict fraction, int16_t *restrict out, int n) {
-    for (int i = 0; i < n; i++) {
+/* Weights of Pillow's cubic (Geometry.c, a = -1) at each of `n` fractions, 4 x 14 bits: two to an element of `out`. */
+static void HOT(cubic_weights)(const int32_t *restrict fraction, uint32_t *restrict out, int n) {
+    for (ptrdiff_t i = 0; i < n; i++) {
         float d = (float)fraction[i] * (1.0f / 16384.0f), d2 = d * d, d3 = d2 * d;
         int first = (int)((2 * d2 - d - d3) * 16384.0f - 0.5f), second = (int)((1 - 2 * d2 + d3) * 16384.0f + 0.5f);
-        int fourth = (int)((d3 - d2) * 16384.0f - 0.5f);
-        out[4 * i] = (int16_t)first, out[4 * i + 1] = (int16_t)second;
-        out[4 * i + 2] = (int16_t)(16384 - first - second - fourth), out[4 * i + 3] = (int16_t)fourth;
+        int fourth = (int)((d3 - d2) * 16384.0f - 0.5f), third = 16384 - first - second - fourth;
+        out[2 * i] = (uint32_t)(first & 0xFFFF) | (uint32_t)second << 16;
+        out[2 * i + 1] = (uint32_t)(third & 0xFFFF) | (uint32_t)fourth << 16;
     }
 }
 
@@ -122,27 +130,27 @@ static void HOT(bicubic_row)(const uint8_t *from, int stride, const int32_t *off
                              uint8_t *out, int n) {
     int i = 0;
 #if HOT_VECTORS
-    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, -1, -1, -1, -1, 8, -1, 12, -1, 9, -1, 13,
+    /* Two rows to a register, one in each half: the left and the right two of four pixels, beside each other. */
+    const __m256i left = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, -1, -1, -1, -1, 0, -1, 4, -1, 1, -1, 5, -1, 2,
+                                          -1, 6, -1, -1, -1, -1, -1);
+    const __m256i right = _mm256_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, -1, -1, -1, -1, 8, -1, 12, -1, 9, -1, 13,
                                            -1, 10, -1, 14, -1, -1, -1, -1, -1);
-    const __m256i spread = _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7,
-                                            4, 5, 6, 7);
+    const __m256i alternate = _mm256_setr_epi8(0, 1, 4, 5, 0, 1, 4, 5, 0, 1, 4, 5, 0, 1, 4, 5, 2, 3, 6, 7, 2, 3, 6, 7, 2, 3, 6, 7,
+                                               2, 3, 6, 7);
     for (; i < n - 1; i++) {
         const uint8_t *p = from + offset[i];
-        __m256i across = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(wx + 4 * i))), spread);
-        __m256i down = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(wy + 4 * i))), spread);
-        __m256i row[4];
-        for (int r = 0; r < 4; r++) {
-            __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + r * stride)));
-            row[r] = _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), across);
+        int32_t pair[2];
+        memcpy(pair, wx + 4 * i, 8);
+        __m256i wl = _mm256_set1_epi32(pair[0]), wr = _mm256_set1_epi32(pair[1]), sum[2];
+        for (int r = 0; r < 2; r++) { /* rows 0 and 1, rows 2 and 3 */
+            __m256i rows = _mm256_loadu2_m128i((const __m128i *)(p + (2 * r + 1) * stride), (const __m128i *)(p + 2 * r * stride));
+            sum[r] = _mm256_add_epi32(_mm256_madd_epi16(_mm256_shuffle_epi8(rows, left), wl),
+                                      _mm256_madd_epi16(_mm256_shuffle_epi8(rows, right), wr));
         }
-        /* rows 0 | 2 and 1 | 3 in the two halves, then pairs of rows side by side */
-        __m256i even = _mm256_add_epi32(_mm256_permute2x128_si256(row[0], row[2], 0x20),
-                                        _mm256_permute2x128_si256(row[0], row[2], 0x31));
-        __m256i odd = _mm256_add_epi32(_mm256_permute2x128_si256(row[1], row[3], 0x20),
-                                       _mm256_permute2x128_si256(row[1], row[3], 0x31));
-        even = _mm256_and_si256(_mm256_srai_epi32(even, 8), _mm256_set1_epi32(0xFFFF));
-        odd = _mm256_slli_epi32(_mm256_srai_epi32(odd, 8), 16);
-        __m256i sums = _mm256_madd_epi16(_mm256_or_si256(even, odd), down);
+        __m256i upper = _mm256_and_si256(_mm256_srai_epi32(sum[0], 8), _mm256_set1_epi32(0xFFFF));
+        __m256i lower = _mm256_slli_epi32(_mm256_srai_epi32(sum[1], 8), 16);
+        __m256i down = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(wy + 4 * i))), alternate);
+        __m256i sums = _mm256_madd_epi16(_mm256_or_si256(upper, lower), down);
         __m128i value = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         value = _mm_srai_epi32(value, 20);
         value = _mm_packus_epi16(_mm_packs_epi32(value, value), value);
