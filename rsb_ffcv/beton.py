@@ -6,9 +6,11 @@ check, so a truncated one surfaces as "negative dimensions are not allowed" or a
 header, the descriptors, the table and each image's pointer and size are held against the file's length first, and a raw
 image's size against its shape; whoever holds a `Beton` may hand its pointers to native code.
 
-Files that this project writes also carry checksums (XXH64), in a place that FFCV does not look at: between the last page
-and the table stand one uint64 for each sample's stored bytes, in dataset order, and a `TRAILER`. FFCV's own files have
-none; theirs end pages and begin tables at a multiple of the page size, so that a trailer that is gone is noticed.
+Files that this project writes carry more, in places that FFCV does not look at. After a JPEG's bytes stand its entry points
+(`ops/csrc/jpeg.c`), by which the decoder reaches a crop without reading what lies above it. Between the last page and the
+table stand an `EXTRA` for each sample, in dataset order (checksum of image and entry points, how long the latter are), and
+a `TRAILER`. FFCV's own files have none of this; theirs end pages and begin tables at a multiple of the page size, so that a
+trailer that is gone is noticed.
 """
 import os
 from dataclasses import dataclass
@@ -29,9 +31,10 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE_METADATA = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL_METADATA = np.dtype("<i8")
 SAMPLE_METADATA = np.dtype([("f0", IMAGE_METADATA), ("f1", LABEL_METADATA)], align=True)
-# samples: of the samples' checksums; structure: of header, descriptors, metadata and table; trailer: of the bytes before it
+EXTRA = np.dtype([("checksum", "<u8"), ("entry_bytes", "<u4")])
+# XXH64 throughout. samples: of the EXTRAs; structure: of header, descriptors, metadata and table; trailer: of the bytes before it
 TRAILER = np.dtype([("magic", "S8"), ("version", "<u8"), ("samples", "<u8"), ("structure", "<u8"), ("trailer", "<u8")])
-MAGIC, TRAILER_VERSION = b"rsb_ffcv", 1
+MAGIC, TRAILER_VERSION = b"rsb_ffcv", 2
 INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
 JPG, RAW = 0, 1
 MAX_CLASSES = 1 << 20  # beyond any labelled set: a larger label is damage, and would size the model's last layer
@@ -43,7 +46,7 @@ class Beton:
 
     pointers, sizes: uint64, bytes from the file's start / bytes of the stored image.
     modes: uint8, `JPG` or `RAW`. heights, widths: uint16, pixels. labels: int64, 0 or more.
-    checksums: uint64, XXH64 of each stored image; None in a file without them.
+    extras: EXTRA records; None in a file of FFCV's.
     """
     path: Path
     num_bytes: int
@@ -53,7 +56,7 @@ class Beton:
     heights: np.ndarray
     widths: np.ndarray
     labels: np.ndarray
-    checksums: np.ndarray | None
+    extras: np.ndarray | None
 
     def __len__(self):
         return len(self.labels)
@@ -104,7 +107,7 @@ def read_beton(path) -> Beton:
             table = np.fromfile(file, ALLOCATION)
             file.seek(0)
             structure = structure_checksum(file.read(metadata_end), table)
-            checksums = _read_checksums(file, header, table_start, metadata_end, structure, refuse)
+            extras = _read_extras(file, header, table_start, metadata_end, structure, refuse)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a .beton file") from error
 
@@ -112,11 +115,13 @@ def read_beton(path) -> Beton:
     image, labels = metadata[f"f{names.index(b'image')}"], metadata[f"f{names.index(b'label')}"]
     pointers = image["data_ptr"].astype(np.uint64)
     sizes = _image_sizes(pointers, table, refuse)
+    stored = sizes if extras is None else sizes + extras["entry_bytes"]
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
 
     # Compared as `size > room` with room >= 0, so that no sum of two file-supplied 64-bit numbers can wrap around.
-    outside = (pointers < metadata_end) | (pointers > num_bytes) | (sizes > num_bytes - np.minimum(pointers, num_bytes))
+    outside = (pointers < metadata_end) | (pointers > num_bytes) | (stored > num_bytes - np.minimum(pointers, num_bytes))
+    outside |= stored < sizes
     raw_bytes = heights.astype(np.uint64) * widths * 3
     for bad, what in ((outside, "points outside the file"), ((heights == 0) | (widths == 0), "has no pixels"),
                       (modes > RAW, "has an unknown storage mode"), (sizes == 0, "has no data"),
@@ -124,7 +129,7 @@ def read_beton(path) -> Beton:
                       ((labels < 0) | (labels >= MAX_CLASSES), f"has a label outside 0 .. {MAX_CLASSES - 1}")):
         if bad.any():
             refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
-    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels), checksums)
+    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels), extras)
 
 
 def structure_checksum(front: bytes, table: np.ndarray) -> int:
@@ -132,17 +137,17 @@ def structure_checksum(front: bytes, table: np.ndarray) -> int:
     return checksum(np.frombuffer(front + table.tobytes(), np.uint8))
 
 
-def make_trailer(checksums: np.ndarray, structure: int) -> np.ndarray:
-    """The TRAILER that follows the uint64 `checksums`."""
-    trailer = np.array([(MAGIC, TRAILER_VERSION, checksum(checksums), structure, 0)], TRAILER)
+def make_trailer(extras: np.ndarray, structure: int) -> np.ndarray:
+    """The TRAILER that follows the `extras`."""
+    trailer = np.array([(MAGIC, TRAILER_VERSION, checksum(extras), structure, 0)], TRAILER)
     trailer["trailer"] = checksum(trailer.view(np.uint8)[:-8])
     return trailer
 
 
-def _read_checksums(file, header, table_start, metadata_end, structure, refuse):
-    """The samples' checksums, or None where the file is one of FFCV's."""
+def _read_extras(file, header, table_start, metadata_end, structure, refuse):
+    """The samples' EXTRAs, or None where the file is one of FFCV's."""
     count = int(header["num_samples"])
-    start = table_start - TRAILER.itemsize - 8 * count
+    start = table_start - TRAILER.itemsize - EXTRA.itemsize * count
     trailer = np.zeros(1, TRAILER)
     if start >= metadata_end:
         file.seek(table_start - TRAILER.itemsize)
@@ -153,12 +158,12 @@ def _read_checksums(file, header, table_start, metadata_end, structure, refuse):
         return None
     if trailer["version"][0] != TRAILER_VERSION:
         refuse(f"has checksums of version {trailer['version'][0]}, and this program knows {TRAILER_VERSION}",
-               "read it with a newer rsb_ffcv")
+               "write it again with write_ffcv.py, or read it with the rsb_ffcv that wrote it")
     file.seek(start)
-    checksums = np.fromfile(file, np.uint64, count)
-    if (make_trailer(checksums, structure) != trailer).any():
+    extras = np.fromfile(file, EXTRA, count)
+    if (make_trailer(extras, structure) != trailer).any():
         refuse("damaged: header, metadata, table or checksums are not as they were written")
-    return checksums
+    return extras
 
 
 def _metadata_type(fields, refuse):

@@ -35,8 +35,9 @@ class Encoding:
     smart_threshold: int = 3 * 256 * 256
     compress_probability: float = 0.5
 
-    def encode(self, index: int, pixels: np.ndarray) -> tuple[np.ndarray, int, int, int]:
-        """(bytes as uint8, storage mode, height, width) of a uint8 (H, W, 3) image; JPEG by FFCV's own field.
+    def encode(self, index: int, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int, int]:
+        """(bytes, entry points, both uint8; storage mode, height, width) of a uint8 (H, W, 3) image; JPEG by FFCV's own
+        field.
 
         Shrinking averages areas (cv2.INTER_AREA) as FFCV does, to sides rounded to the nearest pixel; FFCV truncates
         a float product there and misses the stated maximum by one for many sizes.
@@ -58,7 +59,10 @@ class Encoding:
 
         row = np.zeros(1, beton.IMAGE_METADATA)
         RGBImageField(mode, jpeg_quality=self.jpeg_quality).encode(row, pixels, malloc)
-        return stored[0], int(row["mode"][0]), int(row["height"][0]), int(row["width"][0])
+        height, width = pixels.shape[:2]
+        is_jpeg = row["mode"][0] == beton.JPG
+        entries = native.entry_points(stored[0], height, width) if is_jpeg else np.empty(0, np.uint8)
+        return stored[0], entries, int(row["mode"][0]), height, width
 
 
 def write_beton(path, source: Source, encoding: Encoding, num_workers: int, chunk_size: int = 100) -> dict:
@@ -93,25 +97,28 @@ def _write_file(file, source, encoding, num_workers, chunk_size, title):
     end += -end % PAGE_BYTES
     file.truncate(end)
     file.seek(end)
-    checksums = np.zeros(count, np.uint64)
-    for index, (stored, mode, height, width) in enumerate(_encoded(source, encoding, num_workers, chunk_size, title)):
+    extras = np.zeros(count, beton.EXTRA)
+    for index, (stored, entries, mode, height, width) in enumerate(_encoded(source, encoding, num_workers, chunk_size, title)):
         if len(stored) > PAGE_BYTES:
             raise InputError(f"{source.name(index)}: {len(stored)} bytes do not fit a page of {PAGE_BYTES}; "
                              f"lower cfg.max_resolution or use cfg.write_mode=jpg")
+        if len(stored) + len(entries) > PAGE_BYTES:
+            entries = entries[:0]
         left_in_page = -end % PAGE_BYTES or PAGE_BYTES  # FFCV reads page by page: no image may cross a boundary
-        if len(stored) > left_in_page:
+        if len(stored) + len(entries) > left_in_page:
             file.write(bytes(left_in_page))
             end += left_in_page
         metadata["f0"][index] = (mode, width, height, end)
         table[index] = (index, end, len(stored))
-        checksums[index] = native.checksum(stored)
-        file.write(stored)
-        end += len(stored)
+        both = np.concatenate([stored, entries])
+        extras[index] = native.checksum(both), len(entries)
+        file.write(both)
+        end += len(both)
     padding = -end % PAGE_BYTES
     file.write(bytes(padding))
-    header["alloc_table_ptr"] = end + padding + checksums.nbytes + beton.TRAILER.itemsize
+    header["alloc_table_ptr"] = end + padding + extras.nbytes + beton.TRAILER.itemsize
     front = b"".join(part.tobytes() for part in (header, fields, metadata))
-    for part in (checksums, beton.make_trailer(checksums, beton.structure_checksum(front, table)), table):
+    for part in (extras, beton.make_trailer(extras, beton.structure_checksum(front, table)), table):
         file.write(part)
     file.seek(0)
     file.write(front)

@@ -65,8 +65,10 @@ class _Loader:
         for name in ("height", "width", "pointer", "size"):
             samples[name] = getattr(b, f"{name}s")[indices]
         samples["raw"] = b.modes[indices] == RAW
-        if b.checksums is not None:
-            samples["verify"], samples["checksum"] = 1, b.checksums[indices]
+        if b.extras is not None:
+            samples["verify"] = 1
+            for name in b.extras.dtype.names:
+                samples[name] = b.extras[name][indices]
         decoder, *others = ops
         crops = decoder.draw(address, samples["height"], samples["width"])
         for name in crops.dtype.names:

@@ -11,7 +11,7 @@ import numpy as np
 from rsb_ffcv import InputError
 
 SAMPLE = np.dtype([("pointer", "<u8"), ("size", "<u8"), ("checksum", "<u8"), ("box", "<f8", 4), ("height", "<i4"),
-                   ("width", "<i4"), ("raw", "u1"), ("verify", "u1"), ("filter", "u1"), ("flip", "u1"),
+                   ("width", "<i4"), ("entry_bytes", "<u4"), ("raw", "u1"), ("verify", "u1"), ("filter", "u1"), ("flip", "u1"),
                    ("rows_first", "u1")], align=True)
 LAYER = np.dtype([("op", "<i4"), ("filter", "u1"), ("fill", "u1", 3), ("argument", "<f8", 6)], align=True)
 STEP = np.dtype([("kernel", "<u8"), ("draws", "<u8"), ("stride", "<i8")], align=True)
@@ -53,7 +53,7 @@ def bind(path) -> ctypes.CDLL:
             ("rsb_pool_new", pointer, integer), ("rsb_pool_stop", None, pointer), ("rsb_pool_free", None, pointer),
             ("rsb_pool_submit", None, pointer, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
             ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
-            ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
+            ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer), ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
             ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
             ("rsb_augment", integer, pointer, integer, integer, pointer, pointer)):
         function = getattr(library, name)
@@ -68,6 +68,16 @@ DECODE, AUGMENT = (ctypes.cast(function, ctypes.c_void_p).value for function in 
 def checksum(data) -> int:
     """XXH64 (seed 0) of a contiguous array's bytes."""
     return library.rsb_checksum(data.ctypes.data, data.nbytes)
+
+
+def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The entry points (uint8, see csrc/jpeg.c) that let the decoder reach a window of this JPEG (uint8 bytes; sides in
+    pixels) without reading all that comes before it; none for a kind of JPEG that has no use for them."""
+    room = np.empty(10 * -(-height // 8) * -(-width // 64), np.uint8)
+    scratch = library.rsb_scratch_new()
+    used = library.rsb_jpeg_entries(jpeg.ctypes.data, jpeg.nbytes, room.ctypes.data, room.nbytes, scratch)
+    library.rsb_scratch_free(scratch)
+    return room[:used].copy()
 
 
 def load(file: int, sample, height: int, width: int) -> np.ndarray:

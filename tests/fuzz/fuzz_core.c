@@ -4,7 +4,7 @@
  *
  * Each file is a JPEG. One after another is damaged (bits flipped, bytes overwritten, stretches copied, cut, lengths of
  * segments changed), written to a memory file between two guard patterns, and loaded with a random box, filter and
- * size, as JPEG or raw, with its true or with other sides; every tenth picture goes through random ops as well. A finding
+ * size, as JPEG or raw, with its true or with other sides, half of them with entry points; every tenth picture goes through random ops as well. A finding
  * is a report of a sanitizer, a status that does not exist, or a changed byte after the output.
  */
 #define _GNU_SOURCE
@@ -75,18 +75,27 @@ int main(int count, char **arguments) {
                 break;
             }
     }
+    enum { ENTRIES = 8192 };
     size_t room = 2 * largest + 4096;
-    uint8_t *data = malloc(room);
+    uint8_t *data = malloc(room + ENTRIES), (*entries)[ENTRIES] = calloc(files, ENTRIES);
+    size_t *entry_sizes = calloc(files, sizeof *entry_sizes);
     int memory = memfd_create("fuzz", 0);
     rsb_scratch *scratch = rsb_scratch_new();
+    for (int i = 0; i < files; i++) entry_sizes[i] = rsb_jpeg_entries(seeds[i], sizes[i], entries[i], ENTRIES, scratch);
     for (long input = 0; input < inputs; input++) {
         if (input % 1000 == 0) rsb_scratch_free(scratch), scratch = rsb_scratch_new(); /* fresh buffers meet damage too */
         int which = (int)below((uint32_t)files);
         memcpy(data, seeds[which], sizes[which]);
-        size_t size = damage(data, sizes[which], room);
-        if (pwrite(memory, data, size, 0) != (ssize_t)size || ftruncate(memory, (off_t)size)) return perror("memory file"), 2;
+        size_t size = damage(data, sizes[which], room), entered = below(2) ? entry_sizes[which] : 0, all = size + entered;
+        memcpy(data + size, entries[which], entered);
+        for (int n = (int)below(4); entered && n > 0; n--) data[size + below((uint32_t)entered)] = (uint8_t)word();
+        if (!below(4)) { /* those of what the damage left, as a writer would make them */
+            entered = rsb_jpeg_entries(data, size, data + size, ENTRIES, scratch), all = size + entered;
+        }
+        if (pwrite(memory, data, all, 0) != (ssize_t)all || ftruncate(memory, (off_t)all)) return perror("memory file"), 2;
         rsb_sample sample = {.pointer = below(50) ? 0 : below(100), .size = below(50) ? size : word() % (2 * size + 1),
-                             .height = sides[which][0], .width = sides[which][1], .raw = !below(20), .verify = !below(100),
+                             .height = sides[which][0], .width = sides[which][1],
+                             .entry_bytes = (uint32_t)(below(50) ? entered : word() >> below(32)), .raw = !below(20), .verify = !below(100),
                              .filter = (uint8_t)below(2), .flip = (uint8_t)below(2), .rows_first = (uint8_t)below(2)};
         if (!below(8)) sample.height = 1 + (int)below(70), sample.width = 1 + (int)below(70);
         if (!below(200)) sample.height = (int)word() >> below(32), sample.width = (int)word() >> below(32);
@@ -113,6 +122,6 @@ int main(int count, char **arguments) {
     for (int i = 0; i <= RSB_BAD_CALL; i++) printf(" status %d: %ld%s", i, statuses[i], i < RSB_BAD_CALL ? "," : "\n");
     rsb_scratch_free(scratch);
     for (int i = 0; i < files; i++) free(seeds[i]);
-    free(seeds), free(sizes), free(sides), free(data);
+    free(seeds), free(sizes), free(sides), free(data), free(entries), free(entry_sizes);
     return 0;
 }

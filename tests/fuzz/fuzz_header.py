@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz_header.py <count> <seed> <core.so>
 
-A small file of JPEG and raw images, with and without checksums, is damaged anywhere but mostly in its header, metadata,
+A small file of JPEG and raw images, with and without checksums and entry points, is damaged anywhere but mostly in its header, metadata,
 table and trailer, or cut. Either the reader refuses it with an InputError, or every sample can be handed to the core,
 which answers with an image or a reason. Run it with the core built for AddressSanitizer, and its runtime preloaded.
 """
@@ -19,7 +19,7 @@ from rsb_ffcv import InputError, beton  # noqa: E402
 from rsb_ffcv.ops import native  # noqa: E402
 
 
-def small_file(count: int = 12, checksums: bool = True) -> np.ndarray:
+def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:
     """The bytes of a whole file, laid out as the writer does, in pages of 4 KiB."""
     rng = np.random.default_rng(0)
     metadata, table = np.zeros(count, beton.SAMPLE_METADATA), np.zeros(count, beton.ALLOCATION)
@@ -28,7 +28,7 @@ def small_file(count: int = 12, checksums: bool = True) -> np.ndarray:
         row["type_id"], row["name"][:5] = kind, np.frombuffer(name, np.uint8)
     front = header.nbytes + fields.nbytes + metadata.nbytes
     end = front + -front % 4096
-    images, sums = [bytes(end - front)], np.zeros(count, np.uint64)
+    images, extras = [bytes(end - front)], np.zeros(count, beton.EXTRA)
     for i in range(count):
         height, width = (int(side) for side in rng.integers(8, 40, 2))
         pixels, buffer = rng.integers(0, 256, (height, width, 3), np.uint8), io.BytesIO()
@@ -36,15 +36,16 @@ def small_file(count: int = 12, checksums: bool = True) -> np.ndarray:
         stored = pixels.tobytes() if i % 3 == 0 else buffer.getvalue()
         metadata[i] = ((beton.RAW if i % 3 == 0 else beton.JPG, width, height, end), i % 4)
         table[i] = (i, end, len(stored))
-        sums[i] = native.checksum(np.frombuffer(stored, np.uint8))
-        images.append(stored)
-        end += len(stored)
+        entries = native.entry_points(np.frombuffer(stored, np.uint8), height, width).tobytes() if i % 3 else b""
+        extras[i] = native.checksum(np.frombuffer(stored + entries, np.uint8)), len(entries)
+        images.append(stored + entries)
+        end += len(stored + entries)
     images.append(bytes(-end % 4096))
     end += -end % 4096
     header["version"], header["num_fields"], header["page_size"], header["num_samples"] = beton.VERSION, 2, 4096, count
-    header["alloc_table_ptr"] = end + (sums.nbytes + beton.TRAILER.itemsize if checksums else 0)
+    header["alloc_table_ptr"] = end + (extras.nbytes + beton.TRAILER.itemsize if extras_too else 0)
     start = header.tobytes() + fields.tobytes() + metadata.tobytes()
-    tail = [sums.tobytes(), beton.make_trailer(sums, beton.structure_checksum(start, table)).tobytes()] if checksums else []
+    tail = [extras.tobytes(), beton.make_trailer(extras, beton.structure_checksum(start, table)).tobytes()] if extras_too else []
     return np.frombuffer(b"".join([start, *images, *tail, table.tobytes()]), np.uint8)
 
 
@@ -75,7 +76,7 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
 def main(count: int, seed: int, core: str):
     native.library = native.bind(core)
     rng, refused, loaded, reasons = np.random.default_rng(seed), 0, 0, {}
-    files = [small_file(checksums=checksums) for checksums in (True, False)]
+    files = [small_file(extras_too=with_extras) for with_extras in (True, False)]
     path = f"/dev/shm/fuzz-{os.getpid()}.beton" if os.path.isdir("/dev/shm") else f"/tmp/fuzz-{os.getpid()}.beton"
     try:
         for number in range(count):
@@ -91,8 +92,8 @@ def main(count: int, seed: int, core: str):
                 for name in ("height", "width", "pointer", "size"):
                     sample[name] = getattr(file, f"{name}s")[i]
                 sample["raw"], sample["box"] = file.modes[i] == beton.RAW, (0, 0, sample["height"], sample["width"])
-                if file.checksums is not None:
-                    sample["verify"], sample["checksum"] = 1, file.checksums[i]
+                if file.extras is not None:
+                    sample["verify"], sample["checksum"], sample["entry_bytes"] = 1, *file.extras[i]
                 try:
                     native.load(descriptor, sample, 16, 16)
                     loaded += 1

@@ -52,18 +52,23 @@ KINDS = {"4:4:4": dict(subsampling=0), "4:2:2": dict(subsampling=1), "4:2:0": di
 
 @pytest.mark.parametrize("kind", [*KINDS, "grey"])
 def test_any_window_of_a_jpeg_is_libjpeg_turbos(kind):
-    """At its own scale resampling changes nothing: what comes out is what was decoded."""
-    rng = np.random.default_rng(1)
+    """At its own scale resampling changes nothing: what comes out is what was decoded. With entry points and without."""
+    rng, entered_any = np.random.default_rng(1), False
     for trial in range(25):
-        height, width = (int(side) for side in rng.integers(1, 200, 2))
+        height, width = (int(side) for side in rng.integers(1, 300, 2))
         image = photograph(rng, height, width)
         options = {"quality": int(rng.integers(20, 99)), **KINDS.get(kind, {})}
         data, whole = jpeg(image[..., 0] if kind == "grey" else image, **options)
+        entries = native.entry_points(np.frombuffer(data, np.uint8), height, width).tobytes()
+        entered_any |= len(entries) > 0
         for _ in range(4):
             h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-            result = load(data, False, (height, width), (top, left, h, w), (h, w))
-            assert np.array_equal(result, whole[top:top + h, left:left + w]), (kind, trial, height, width, top, left, h, w)
+            for entered in (b"", entries):
+                result = load(data + entered, False, (height, width), (top, left, h, w), (h, w), stored=len(data),
+                              entry_bytes=len(entered))
+                assert np.array_equal(result, whole[top:top + h, left:left + w]), (kind, trial, height, width, top, left, h, w)
+    assert entered_any == (kind not in ("progressive", "restarts"))
 
 
 @pytest.mark.parametrize("raw", [False, True])

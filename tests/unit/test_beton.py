@@ -20,25 +20,25 @@ def test_reads_every_sample(betons):
     assert len(file) == 96 and file.num_classes == 3
     assert np.bincount(file.labels).tolist() == [32, 32, 32]
     data = (betons / "train.beton").read_bytes()
-    for pointer, size, checksum in zip(file.pointers.tolist(), file.sizes.tolist(), file.checksums.tolist()):
+    for pointer, size, (checksum, entry_bytes) in zip(file.pointers.tolist(), file.sizes.tolist(), file.extras.tolist()):
         image = data[pointer:pointer + size]
-        assert image[:2] == b"\xff\xd8" and image[-2:] == b"\xff\xd9"
-        assert native.checksum(np.frombuffer(image, np.uint8)) == checksum
+        assert image[:2] == b"\xff\xd8" and image[-2:] == b"\xff\xd9" and entry_bytes > 0
+        assert native.checksum(np.frombuffer(data[pointer:pointer + size + entry_bytes], np.uint8)) == checksum
 
 
-def without_checksums(path) -> bytes:
+def as_ffcv_writes_it(path) -> bytes:
     """The file as FFCV would have written it."""
     whole = bytearray(path.read_bytes())
     header = np.frombuffer(whole, beton.HEADER, 1)
     table, count = int(header["alloc_table_ptr"][0]), int(header["num_samples"][0])
-    header["alloc_table_ptr"] = table - beton.TRAILER.itemsize - 8 * count
+    header["alloc_table_ptr"] = table - beton.TRAILER.itemsize - beton.EXTRA.itemsize * count
     return bytes(whole[:int(header["alloc_table_ptr"][0])] + whole[table:])
 
 
 def test_a_file_without_checksums_is_read_and_says_so(betons, tmp_path):
-    (tmp_path / "stock.beton").write_bytes(without_checksums(betons / "val.beton"))
+    (tmp_path / "stock.beton").write_bytes(as_ffcv_writes_it(betons / "val.beton"))
     stock, ours = beton.read_beton(tmp_path / "stock.beton"), beton.read_beton(betons / "val.beton")
-    assert stock.checksums is None
+    assert stock.extras is None
     for name in ("pointers", "sizes", "modes", "heights", "widths", "labels"):
         assert np.array_equal(getattr(stock, name), getattr(ours, name))
 
@@ -48,9 +48,9 @@ def test_every_flipped_bit_outside_of_the_images_is_noticed(betons, tmp_path):
     header = whole[:24].view(beton.HEADER)
     fields_end = 24 + 2 * beton.FIELD.itemsize
     metadata_end = fields_end + 27 * beton.SAMPLE_METADATA.itemsize
-    trailer = int(header["alloc_table_ptr"][0]) - beton.TRAILER.itemsize - 8 * 27
+    trailer = int(header["alloc_table_ptr"][0]) - beton.TRAILER.itemsize - beton.EXTRA.itemsize * 27
     rng = np.random.default_rng(0)
-    places = [*range(24), *rng.integers(24, metadata_end, 150), *range(trailer, trailer + 8 * 27 + 40, 3),
+    places = [*range(24), *rng.integers(24, metadata_end, 150), *range(trailer, trailer + beton.EXTRA.itemsize * 27 + 40, 3),
               *rng.integers(trailer, len(whole), 150)]
     path = tmp_path / "flipped.beton"
     for place in places:
@@ -82,7 +82,7 @@ def test_what_is_no_beton_is_refused(tmp_path, content):
 
 def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
     """Of a file without checksums."""
-    whole = np.frombuffer(without_checksums(betons / "val.beton"), np.uint8)
+    whole = np.frombuffer(as_ffcv_writes_it(betons / "val.beton"), np.uint8)
     header_end = 24 + 2 * beton.FIELD.itemsize + 27 * beton.SAMPLE_METADATA.itemsize
     rng = np.random.default_rng(0)
     path = tmp_path / "flipped.beton"
@@ -108,7 +108,7 @@ def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
     ("size", lambda row, length: 2 ** 64 - int(row["ptr"]), True), ("size", lambda row, length: 0, True),
     ("ptr", lambda row, length: int(row["ptr"]) + 1, True)])
 def test_the_allocation_tables_bounds_are_exact(betons, tmp_path, field, value, refused):
-    whole = bytearray(without_checksums(betons / "val.beton"))
+    whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
     table = np.frombuffer(whole, beton.ALLOCATION, 27, len(whole) - 27 * 24)
     table[5][field] = value(table[5], len(whole))
     (tmp_path / "x.beton").write_bytes(whole)

@@ -19,6 +19,7 @@
 
 #define LOOK 10 /* bits of the Huffman look-up tables: two symbols often fit, and the tables stay in the L1 cache */
 #define SKIP 12 /* of those that only run over symbols */
+#define SPAN 8  /* MCUs from one entry point to the next */
 #define END 128 /* what an end-of-block symbol adds to the position, told apart from a run that goes too far */
 
 static const uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
@@ -50,6 +51,7 @@ struct rsb_jpeg {
     int16_t quant[4][64];        /* natural order */
     int quant_known, dc_known, ac_known; /* bit sets */
     int width, height, count, h_max, v_max;
+    int columns, rows; /* of MCUs */
     component part[3];
 };
 
@@ -256,12 +258,49 @@ static int unstuff(const uint8_t *in, size_t n, uint8_t *out, size_t *length) {
     return RSB_UNUSUAL;
 }
 
+/* ---- entry points ---------------------------------------------------------------------------------------------- */
+
+/* A decoder of Huffman codes has to run over all that comes before a window. Entry points save most of it: for every
+ * SPAN-th MCU of each row, from the first on, the bit at which it begins (uint32, stuffed zeros not counted) and the three
+ * predictions of its first coefficients (int16), little-endian. The writer lays them after the image's own bytes. */
+
+static uint32_t read_entry(const uint8_t *entries, size_t which, int *prediction) {
+    uint32_t bit;
+    int16_t values[3];
+    memcpy(&bit, entries + RSB_ENTRY_BYTES * which, 4);
+    memcpy(values, entries + RSB_ENTRY_BYTES * which + 4, 6);
+    for (int i = 0; i < 3; i++) prediction[i] = values[i];
+    return bit;
+}
+
+static uint8_t *write_entry(uint8_t *to, uint32_t bit, const int *prediction) {
+    int16_t values[3] = {(int16_t)prediction[0], (int16_t)prediction[1], (int16_t)prediction[2]};
+    memcpy(to, &bit, 4);
+    memcpy(to + 4, values, 6);
+    return to + RSB_ENTRY_BYTES;
+}
+
+/* The blocks of an MCU, in the file's order; returns their number. */
+static int make_units(const rsb_jpeg *j, unit *units) {
+    int n = 0;
+    for (int i = 0; i < j->count; i++)
+        for (int b = 0; b < j->part[i].h * j->part[i].v; b++, n++) {
+            const component *c = &j->part[i];
+            units[n].dc = &j->dc[c->dc], units[n].ac = &j->ac[c->ac], units[n].quant = j->quant[c->quant];
+            units[n].component = i, units[n].stride = c->stride;
+            units[n].across = 8 * c->h, units[n].down = 8 * c->v * c->stride;
+            units[n].out = c->plane + (ptrdiff_t)(b / c->h) * 8 * c->stride + b % c->h * 8;
+        }
+    return n;
+}
+
 typedef int32_t v8 __attribute__((vector_size(32)));
 typedef int16_t v8s __attribute__((vector_size(16)));
 typedef uint16_t v8u __attribute__((vector_size(16)));
 
 typedef struct {
-    int (*decode_planes)(rsb_jpeg *, const uint8_t *, size_t, int, int, int, int, int);
+    int (*decode_planes)(rsb_jpeg *, const uint8_t *, size_t, const uint8_t *, int, int, int, int, int, int);
+    int (*find_entries)(rsb_jpeg *, const uint8_t *, size_t, int, int, uint8_t *);
     void (*grey_row)(const uint8_t *, uint32_t *, int);
     void (*colour_row)(const uint8_t *, const uint8_t *, const uint8_t *, uint32_t *, int);
     void (*blend_rows)(const uint8_t *, const uint8_t *, uint16_t *, int);
@@ -270,7 +309,7 @@ typedef struct {
 } kernels;
 
 #define KERNELS() \
-    {HOT(decode_planes), HOT(grey_row), HOT(colour_row), HOT(blend_rows), HOT(copy_row), HOT(widen_row)}
+    {HOT(decode_planes), HOT(find_entries), HOT(grey_row), HOT(colour_row), HOT(blend_rows), HOT(copy_row), HOT(widen_row)}
 
 #define HOT(name) name##_plain
 #define HOT_VECTORS 0
@@ -348,29 +387,39 @@ static int window_pixels(rsb_jpeg *j, const kernels *k, int top, int left, int h
     return RSB_OK;
 }
 
-static int fast_window(const uint8_t *bytes, size_t size, int image_height, int image_width, int top, int left, int height,
-                       int width, rsb_scratch *scratch, rsb_window *window) {
+/* Reads the headers and copies the entropy-coded bytes without their stuffing. */
+static int open_jpeg(const uint8_t *bytes, size_t size, rsb_scratch *scratch, uint8_t **data, size_t *length) {
     rsb_jpeg *j = scratch->jpeg;
     if (!j) {
         if (!(j = scratch->jpeg = calloc(1, sizeof *j))) return RSB_NO_MEMORY;
         for (int i = 0; i < 64 + 2 * END; i++) j->order[i] = i < 64 ? NATURAL[i] : 64;
     }
-    size_t scan = 0, length = 0;
+    size_t scan = 0;
     int status = read_headers(j, bytes, size, &scan);
     if (status) return status;
+    j->columns = (j->width + 8 * j->h_max - 1) / (8 * j->h_max), j->rows = (j->height + 8 * j->v_max - 1) / (8 * j->v_max);
+    *data = rsb_buffer(scratch, RSB_ENTROPY, size - scan + 2048); /* zeros that a damaged stream may run into */
+    if (!*data) return RSB_NO_MEMORY;
+    if ((status = unstuff(bytes + scan, size - scan, *data, length))) return status;
+    memset(*data + *length, 0, 2048);
+    return RSB_OK;
+}
+
+static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height, int image_width, int top,
+                       int left, int height, int width, rsb_scratch *scratch, rsb_window *window) {
+    uint8_t *data = NULL;
+    size_t length = 0;
+    int status = open_jpeg(bytes, size, scratch, &data, &length);
+    rsb_jpeg *j = scratch->jpeg;
+    if (status) return status;
     if (j->height != image_height || j->width != image_width) return RSB_BAD_SIZE;
-    uint8_t *data = rsb_buffer(scratch, RSB_ENTROPY, size - scan + 2048); /* zeros that a damaged stream may run into */
-    if (!data) return RSB_NO_MEMORY;
-    if ((status = unstuff(bytes + scan, size - scan, data, &length))) return status;
-    memset(data + length, 0, 2048);
 
     int across = 8 * j->h_max, down = 8 * j->v_max;
-    int columns = (j->width + across - 1) / across, rows = (j->height + down - 1) / down;
     int margin_x = j->h_max == 2 ? 2 : 0, margin_y = j->v_max == 2 ? 2 : 0; /* the chroma neighbours of the window */
     int column_start = (left > margin_x ? left - margin_x : 0) / across;
     int column_end = (left + width - 1 + margin_x) / across + 1, row_end = (top + height - 1 + margin_y) / down + 1;
     int row_start = (top > margin_y ? top - margin_y : 0) / down;
-    column_end = column_end < columns ? column_end : columns, row_end = row_end < rows ? row_end : rows;
+    column_end = column_end < j->columns ? column_end : j->columns, row_end = row_end < j->rows ? row_end : j->rows;
     size_t total = 0, sizes[3];
     for (int i = 0; i < j->count; i++) {
         component *c = &j->part[i];
@@ -382,7 +431,9 @@ static int fast_window(const uint8_t *bytes, size_t size, int image_height, int 
     if (!planes) return RSB_NO_MEMORY;
     for (int i = 0; i < j->count; planes += sizes[i++]) j->part[i].plane = planes;
     const kernels *k = pick_kernels();
-    status = k->decode_planes(j, data, length, columns, row_start, row_end, column_start, column_end);
+    int spans = (j->columns + SPAN - 1) / SPAN, entered = entry_bytes == (size_t)RSB_ENTRY_BYTES * spans * j->rows;
+    status = k->decode_planes(j, data, length, entered ? bytes + size : NULL, spans, j->columns, row_start, row_end,
+                              column_start, column_end);
     return status ? status : window_pixels(j, k, top, left, height, width, scratch, window);
 }
 
@@ -412,12 +463,23 @@ static int turbo_window(const uint8_t *bytes, size_t size, int image_height, int
     return status;
 }
 
-int rsb_jpeg_window(const uint8_t *bytes, size_t size, int image_height, int image_width, int top, int left, int height,
-                    int width, rsb_scratch *scratch, rsb_window *window) {
+size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room, rsb_scratch *scratch) {
+    uint8_t *data = NULL;
+    size_t length = 0;
+    if (open_jpeg(bytes, size, scratch, &data, &length) || length > UINT32_MAX / 8) return 0;
+    rsb_jpeg *j = scratch->jpeg;
+    for (int i = 0; i < j->count; i++) j->part[i].plane = NULL, j->part[i].stride = 0; /* nothing is decoded */
+    size_t needed = (size_t)RSB_ENTRY_BYTES * ((j->columns + SPAN - 1) / SPAN) * j->rows;
+    if (needed > room || pick_kernels()->find_entries(j, data, length, j->columns, j->rows, entries)) return 0;
+    return needed;
+}
+
+int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height, int image_width, int top, int left,
+                    int height, int width, rsb_scratch *scratch, rsb_window *window) {
     if (top < 0 || left < 0 || height < 1 || width < 1 || top > image_height - height || left > image_width - width)
         return RSB_BAD_CALL;
     if ((int64_t)image_height * image_width > RSB_MAX_PIXELS) return RSB_TOO_LARGE;
-    int status = fast_window(bytes, size, image_height, image_width, top, left, height, width, scratch, window);
+    int status = fast_window(bytes, size, entry_bytes, image_height, image_width, top, left, height, width, scratch, window);
     if (status != RSB_UNUSUAL) return status;
     return turbo_window(bytes, size, image_height, image_width, top, left, height, width, scratch, window);
 }

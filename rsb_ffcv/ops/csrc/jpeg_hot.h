@@ -194,25 +194,26 @@ RSB_INLINE void HOT(idct_flat)(int dc, int quant, uint8_t *out, int stride) {
     for (int i = 0; i < 8; i++) memset(out + i * stride, value, 8);
 }
 
-/* Decodes MCU rows 0 .. row_end; of rows from row_start on, columns column_start .. column_end into the planes. */
-static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int row_start, int row_end,
-                              int column_start, int column_end) {
+/* Decodes MCU rows row_start .. row_end, columns column_start .. column_end, into the planes. Without `entries` everything
+ * before them is run over; with them, at most SPAN - 1 MCUs of a row. `spans`: entries of a row. */
+static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, const uint8_t *entries, int spans, int columns,
+                              int row_start, int row_end, int column_start, int column_end) {
     unit blocks[6];
-    int units = 0, prediction[3] = {0, 0, 0};
-    for (int i = 0; i < j->count; i++)
-        for (int b = 0; b < j->part[i].h * j->part[i].v; b++, units++) {
-            const component *c = &j->part[i];
-            blocks[units].dc = &j->dc[c->dc], blocks[units].ac = &j->ac[c->ac], blocks[units].quant = j->quant[c->quant];
-            blocks[units].component = i, blocks[units].stride = c->stride;
-            blocks[units].across = 8 * c->h, blocks[units].down = 8 * c->v * c->stride;
-            blocks[units].out = c->plane + (ptrdiff_t)(b / c->h) * 8 * c->stride + b % c->h * 8;
-        }
+    int units = make_units(j, blocks), prediction[3] = {0, 0, 0};
     reader r = {data, 0, 0};
     const uint8_t *limit = data + length;
     int16_t block[80] __attribute__((aligned(32)));
-    for (int row = 0; row < row_end; row++) {
-        int last = row + 1 < row_end ? columns : column_end; /* nothing after the window's last MCU is needed */
-        for (int column = 0; column < last; column++) {
+    for (int row = entries ? row_start : 0; row < row_end; row++) {
+        int column = 0, last = row + 1 < row_end ? columns : column_end; /* nothing after the window's last MCU is needed */
+        if (entries) {
+            column = column_start / SPAN * SPAN, last = column_end;
+            uint32_t bit = read_entry(entries, (size_t)row * spans + column_start / SPAN, prediction);
+            if (bit / 8 > length) return RSB_UNUSUAL;
+            r = (reader){data + bit / 8, 0, 0};
+            HOT(refill)(&r);
+            HOT(drop)(&r, bit % 8);
+        }
+        for (; column < last; column++) {
             int inside = row >= row_start && column >= column_start && column < column_end;
             if (!inside && HOT(skip_mcu)(&r, blocks, units, prediction)) return RSB_UNUSUAL;
             for (int u = 0; inside && u < units; u++) {
@@ -235,6 +236,19 @@ static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, i
         }
         for (int u = 0; row >= row_start && u < units; u++) blocks[u].out += blocks[u].down;
     }
+    return RSB_OK;
+}
+
+/* Where MCU 0, SPAN, 2 SPAN, ... of each row begins. Returns RSB_UNUSUAL for damage. */
+static int HOT(find_entries)(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int rows, uint8_t *entries) {
+    unit blocks[6];
+    int units = make_units(j, blocks), prediction[3] = {0, 0, 0};
+    reader r = {data, 0, 0};
+    for (int row = 0; row < rows; row++)
+        for (int column = 0; column < columns; column++) {
+            if (column % SPAN == 0) entries = write_entry(entries, (uint32_t)(8 * (r.next - data) - r.count), prediction);
+            if (HOT(skip_mcu)(&r, blocks, units, prediction) || r.next - (r.count >> 3) > data + length) return RSB_UNUSUAL;
+        }
     return RSB_OK;
 }
 

@@ -57,8 +57,14 @@ typedef struct {
 
 /* Decodes columns left .. left + width and rows top .. top + height, which lie within a JPEG of image_width x
  * image_height, equal to libjpeg-turbo's accurate DCT and fancy upsampling. */
-int rsb_jpeg_window(const uint8_t *bytes, size_t size, int image_height, int image_width, int top, int left, int height,
-                    int width, rsb_scratch *scratch, rsb_window *window);
+int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height, int image_width, int top, int left,
+                    int height, int width, rsb_scratch *scratch, rsb_window *window);
+
+#define RSB_ENTRY_BYTES 10
+
+/* Writes the JPEG's entry points (see jpeg.c) to `entries`, which has `room` bytes, and returns how many bytes they take: 0
+ * where the fast decoder leaves the JPEG to libjpeg-turbo, which has no use for them. */
+size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room, rsb_scratch *scratch);
 
 enum { RSB_BILINEAR = 0, RSB_BICUBIC = 1 };
 
@@ -104,6 +110,7 @@ typedef struct {
     uint64_t checksum;      /* XXH64 of the stored bytes, where `verify` is set */
     double box[4];          /* top, left, height, width in pixels */
     int32_t height, width;  /* of the stored image */
+    uint32_t entry_bytes;   /* of the entry points that follow the image's `size` bytes; the checksum is of both */
     uint8_t raw, verify, filter, flip, rows_first, unused[3];
 } rsb_sample;
 

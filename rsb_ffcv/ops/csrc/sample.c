@@ -79,7 +79,7 @@ static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out
     } else {
         rsb_reach(s->box[0], s->box[2], height, out_height, s->filter, &top, &rows);
         rsb_reach(s->box[1], s->box[3], width, out_width, s->filter, &left, &columns);
-        status = rsb_jpeg_window(bytes, s->size, height, width, top, left, rows, columns, scratch, &window);
+        status = rsb_jpeg_window(bytes, s->size, s->entry_bytes, height, width, top, left, rows, columns, scratch, &window);
         if (status) return status;
     }
     return rsb_resample(&window, height, width, s->box, s->filter, s->flip, s->rows_first, out, out_height, out_width, scratch);
@@ -91,15 +91,16 @@ int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int ou
           s->box[1] + s->box[3] <= s->width + 1e-6) || out_height < 1 || out_width < 1 || s->filter > RSB_BICUBIC)
         return RSB_BAD_CALL;
     if ((int64_t)s->height * s->width > RSB_MAX_PIXELS || s->size > 3 * (uint64_t)RSB_MAX_PIXELS) return RSB_TOO_LARGE;
-    uint8_t *bytes = rsb_buffer(scratch, RSB_FILE, s->size);
+    uint64_t size = s->size + s->entry_bytes;
+    uint8_t *bytes = rsb_buffer(scratch, RSB_FILE, size);
     if (!bytes) return RSB_NO_MEMORY;
     /* Read, not mapped: a file that shrinks or a disk that fails then gives a status instead of a signal. */
-    for (uint64_t got = 0; got < s->size;) {
-        ssize_t n = pread(file, bytes + got, s->size - got, (off_t)(s->pointer + got));
+    for (uint64_t got = 0; got < size;) {
+        ssize_t n = pread(file, bytes + got, size - got, (off_t)(s->pointer + got));
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return RSB_BAD_READ;
         got += (uint64_t)n;
     }
-    if (s->verify && rsb_checksum(bytes, s->size) != s->checksum) return RSB_BAD_CHECKSUM;
+    if (s->verify && rsb_checksum(bytes, size) != s->checksum) return RSB_BAD_CHECKSUM;
     return crop(bytes, s, out, out_height, out_width, scratch);
 }
