@@ -147,18 +147,23 @@ __attribute__((target("avx2"), always_inline)) static inline void columns_groups
     const __m128i shift = _mm_cvtsi32_si128(t->shift);
     __m256i sum[2][4]; /* of even and odd pairs of taps in the two halves: r, g, b, unused */
     for (int i = 0; i < n; i += 4) { /* writes 14 bytes for 12: the rows of `out` have room, as has the table */
+#pragma GCC unroll 4 /* of all loops over `sum`: it has to be registers */
         for (int j = 0; j < 4; j++) {
             const uint8_t *p = in + (ptrdiff_t)t->first[i + j] * pixel_bytes;
             const __m256i *w = (const __m256i *)t->spread + (ptrdiff_t)(i + j) * groups;
-            for (int r = 0; r < rows; r++) sum[r][j] = _mm256_setzero_si256();
-            for (int g = 0; g < groups; g++)
-                for (int r = 0; r < rows; r++) {
-                    const uint8_t *q = p + r * stride + g * TAPS * pixel_bytes;
-                    __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)q));
-                    sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
-                }
+            __m256i first = _mm256_setzero_si256(), second = first;
+            for (int g = 0; g < groups; g++, p += TAPS * pixel_bytes) {
+                __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+                first = _mm256_add_epi32(first, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
+                if (rows == 1) continue;
+                four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + stride)));
+                second = _mm256_add_epi32(second, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
+            }
+            sum[0][j] = first, sum[1][j] = second;
         }
+#pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
             for (int j = 0; j < 2; j++) { /* pixels j and j + 2, so that packing puts neighbours together */
                 __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x20),
                                                 _mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x31));
@@ -180,6 +185,8 @@ __attribute__((target("avx2"))) static void columns_avx2(const taps *t, const ui
             columns_groups(t, in, stride, 2, 4, 1, out, out_stride, n);
         else if (groups == 2 && pixel_bytes == 4)
             columns_groups(t, in, stride, 2, 4, 2, out, out_stride, n);
+        else if (groups == 3 && pixel_bytes == 4)
+            columns_groups(t, in, stride, 2, 4, 3, out, out_stride, n);
         else
             columns_groups(t, in, stride, 2, pixel_bytes, groups, out, out_stride, n);
     if (y < rows) columns_groups(t, in, stride, 1, pixel_bytes, groups, out, out_stride, n);
@@ -259,13 +266,15 @@ int rsb_resample(const rsb_window *window, int image_height, int image_width, co
                         (ptrdiff_t)(left - window->left) * window->pixel_bytes;
     size_t out_bytes = 3 * (size_t)out_width;
     if (rows_first) {
-        size_t in_bytes = (size_t)columns * window->pixel_bytes, second = (in_bytes + RSB_PAD + 63) / 64 * 64;
-        uint8_t *line = rsb_buffer(scratch, RSB_NARROW, second + out_bytes + RSB_PAD);
+        size_t in_bytes = (size_t)columns * window->pixel_bytes;
+        size_t first = (in_bytes + RSB_PAD + 63) / 64 * 64, second = (out_bytes + RSB_PAD + 63) / 64 * 64;
+        uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (first + second)), *narrow = line + 2 * first;
         if (!line) return RSB_NO_MEMORY;
-        for (int y = 0; y < out_height; y++) {
-            resample_row(&down, y, in, window->stride, line, in_bytes);
-            resample_columns(&across, line, 0, 1, window->pixel_bytes, line + second, 0, out_width);
-            memcpy(out + out_bytes * y, line + second, out_bytes);
+        for (int y = 0; y < out_height; y += 2) {
+            int rows = y + 1 < out_height ? 2 : 1;
+            for (int r = 0; r < rows; r++) resample_row(&down, y + r, in, window->stride, line + first * r, in_bytes);
+            resample_columns(&across, line, first, rows, window->pixel_bytes, narrow, second, out_width);
+            for (int r = 0; r < rows; r++) memcpy(out + out_bytes * (y + r), narrow + second * r, out_bytes);
         }
     } else {
         size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
