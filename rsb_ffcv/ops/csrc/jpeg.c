@@ -17,7 +17,8 @@
 #include <immintrin.h>
 #endif
 
-#define LOOK 10 /* bits of the Huffman look-up tables: two symbols often fit, and the tables stay in the L1 cache */
+#define LOOK 11 /* bits of the Huffman look-up tables: two symbols often fit, and the tables stay in the L1 cache */
+#define LAST 64 /* what an end-of-block symbol adds to the advance of an entry of `pair` */
 #define SKIP 12 /* of those that only run over symbols */
 #define SPAN 8  /* MCUs from one entry point to the next */
 #define END 128 /* what an end-of-block symbol adds to the position, told apart from a run that goes too far */
@@ -31,8 +32,8 @@ typedef struct {
     int ready;
     uint16_t symbol[1 << LOOK]; /* length << 8 | symbol; 0: a longer code */
     uint16_t skip[1 << SKIP];   /* as many symbols as fit: advance << 8 | bits; 0: none */
-    uint64_t pair[1 << LOOK];   /* value 2, value 1 (16 bits each), advance 1 + 2, advance 1, bits (8 each); 0: none.
-                                 * Of a table of first coefficients: value (from bit 32), bits. */
+    uint32_t pair[1 << LOOK];   /* of one or two symbols, from the top: value 2 (6 bits), value 1 (7), advance 1 + 2 (7),
+                                 * advance 1 (6), length (6); 0: none. Of a table of first coefficients: value (16), length. */
     int32_t max_code[18];       /* largest code of each length, left-aligned to 16 bits, plus 1 */
     int32_t offset[17];         /* index of a code's symbol minus the code, by length */
 } huffman;
@@ -109,11 +110,18 @@ static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbo
     for (int i = 0; i < 1 << LOOK; i++) {
         step first = look(t, i, LOOK, 0, is_ac), second = {0, 0, 0};
         if (!first.bits) continue;
-        if (is_ac && first.advance < END) second = look(t, i, LOOK, first.bits, 1);
-        if (!second.bits) second.value = first.value;
-        t->pair[i] = (uint64_t)(uint16_t)second.value << 48 | (uint64_t)(uint16_t)first.value << 32 |
-                     (uint64_t)(first.advance + second.advance) << 16 | (uint64_t)first.advance << 8 |
-                     (uint64_t)(first.bits + second.bits);
+        if (!is_ac) {
+            t->pair[i] = (uint32_t)first.value << 16 | (uint32_t)first.bits;
+            continue;
+        }
+        if (first.value < -64 || first.value > 63) continue;
+        if (first.advance < END) second = look(t, i, LOOK, first.bits, 1);
+        if (second.value < -32 || second.value > 31) second = (step){0, 0, 0};
+        /* An end of block leaves the place after its own, and 63 more, which is none of a block's or not looked at. */
+        int ends = first.advance == END || second.advance == END;
+        int one = first.advance == END ? 63 : first.advance, both = first.advance % END + second.advance % END + ends * LAST;
+        t->pair[i] = (uint32_t)second.value << 26 | ((uint32_t)first.value & 127) << 19 | (uint32_t)both << 12 |
+                     (uint32_t)one << 6 | (uint32_t)(first.bits + second.bits);
     }
     for (int i = 0; is_ac && i < 1 << SKIP; i++) {
         int used = 0, advance = 0;

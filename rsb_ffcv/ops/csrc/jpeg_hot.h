@@ -38,9 +38,9 @@ RSB_INLINE int HOT(read_bits)(reader *r, int size) { /* size 1 .. 15 */
 
 RSB_INLINE int HOT(read_dc)(reader *r, const huffman *t, int *prediction) {
     HOT(refill)(r);
-    uint64_t entry = t->pair[r->bits >> (64 - LOOK)];
+    uint32_t entry = t->pair[r->bits >> (64 - LOOK)];
     if (RSB_LIKELY(entry)) {
-        *prediction += (int16_t)(entry >> 32);
+        *prediction += (int32_t)entry >> 16;
         HOT(drop)(r, (int)entry);
         return 0;
     }
@@ -73,17 +73,17 @@ static __attribute__((noinline)) int HOT(read_ac)(reader *from, const huffman *t
     while (more > 0) {
         HOT(refill)(&r);
         for (int turn = 0; turn < 5; turn++) { /* 5 x LOOK bits of the 56 */
-            uint64_t entry = t->pair[r.bits >> (64 - LOOK)];
+            uint32_t entry = t->pair[r.bits >> (64 - LOOK)];
             if (RSB_UNLIKELY(!entry)) break;
-            int after = k + (int)(entry >> 16 & 255), first = k + (int)(entry >> 8 & 255);
+            int after = k + (int)(entry >> 12 & 127), first = k + (int)(entry >> 6 & 63), last = (int)(entry >> 12 & LAST);
             /* Past the end: fine where the block ends with it; else the second symbol was none of this block. */
-            if (RSB_UNLIKELY(after > 62) && (after >= END ? after >= END + 63 : after != 63)) break;
-            block[order[first]] = (int16_t)(entry >> 32);
-            block[order[after]] = (int16_t)(entry >> 48);
+            if (RSB_UNLIKELY(after > 62) && (last ? after >= LAST + 63 : after != 63)) break;
+            block[order[after]] = (int16_t)((int32_t)entry >> 26); /* of one symbol both have the same place: the next wins */
+            block[order[first]] = (int16_t)((int32_t)(entry << 6) >> 25);
             HOT(drop)(&r, (int)entry);
             if (RSB_UNLIKELY(after > 62)) {
                 *from = r;
-                return after < END ? after : first < END ? first : k;
+                return !last ? after : (entry >> 6 & 63) == 63 ? k : first;
             }
             k = after;
         }

@@ -74,8 +74,9 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
         double centre = start + (i + 0.5) * scale, sum = 0, *w = exact + (size_t)to * most;
         tap_range(centre, reach, size, &first, &count);
         for (int k = 0; k < count; k++) sum += w[k] = weight((first + k - centre + 0.5) * per_pixel, filter);
+        sum = sum != 0 ? 1 / sum : 0;
         for (int k = 0; k < count; k++) {
-            w[k] = sum != 0 ? w[k] / sum : 0;
+            w[k] *= sum;
             largest = fabs(w[k]) > largest ? fabs(w[k]) : largest;
         }
         t->first[to] = first - origin, t->ends[to] = count;
@@ -93,11 +94,12 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
             before = before < 0 ? 0 : before > t->first[i] ? t->first[i] : before;
             before = before > t->count - t->ends[i] ? t->count - t->ends[i] : before;
         }
-        for (int k = 0; k < t->count; k++) {
-            double value = k >= before && k < before + t->ends[i] ? w[k - before] : 0;
-            to[k] = (int16_t)lrint(value * (1 << t->shift));
-            if (across)
-                for (int j = 0; j < 4; j++) spread[k / 4 * 16 + k % 4 / 2 * 8 + 2 * j + k % 2] = to[k];
+        memset(to, 0, t->count * sizeof *to);
+        for (int k = 0; k < t->ends[i]; k++) to[before + k] = (int16_t)lrint(w[k] * (1 << t->shift));
+        for (int k = 0; across && k < t->count; k += 2) { /* each pair of taps four times */
+            uint32_t pair;
+            memcpy(&pair, to + k, 4);
+            for (int j = 0; j < 4; j++) memcpy(spread + k / 4 * 16 + k % 4 / 2 * 8 + 2 * j, &pair, 4);
         }
         t->first[i] -= before;
     }
