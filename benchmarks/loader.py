@@ -166,7 +166,8 @@ def main():
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
-        results = {"command": " ".join(sys.argv), "threads": options.threads,
+        results = {"command": f"benchmarks/loader.py --images {options.images.name} --threads {options.threads} --repeats "
+                              f"{options.repeats} --count {options.count}", "threads": options.threads,
                    "environment": runner.environment(["rsb_ffcv", "ffcv", "nvidia-dali-cuda120", "timm", "torch", "numba", "pillow"]),
                    "data": prepare(options.images, work, options.count)}
         results["rows"] = {row: runner.race(who, options.repeats) for row, who in contestants(work, options.threads).items()}
