@@ -172,6 +172,8 @@ def _metadata_type(fields, refuse):
               3: np.dtype([("ptr", "<u8"), ("size", "<u8")]), 4: np.dtype("<u8"),
               5: np.dtype([("ptr", "<u8"), ("size", "<u8")]), 6: np.dtype("<u8")}
     found = {bytes(field["name"]).split(b"\0")[0]: int(field["type_id"]) for field in fields}
+    if len(found) < len(fields):
+        refuse(f"has two fields of one name ({len(fields)} fields, {len(found)} names)")
     if found.get(b"image") != IMAGE_TYPE_ID or found.get(b"label") != INT_TYPE_ID:
         refuse(f"needs an image field 'image' and an int field 'label', has "
                f"{ {name.decode('ascii', 'replace'): kind for name, kind in found.items()} }")

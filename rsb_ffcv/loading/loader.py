@@ -20,7 +20,7 @@ from rsb_ffcv.loading.order import epoch_order, group_slots
 from rsb_ffcv.loading.pool import Batch, Pool
 from rsb_ffcv.ops.augment import ColorJitter, RandAugment
 from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
-from rsb_ffcv.ops.native import SAMPLE, STATUS
+from rsb_ffcv.ops.native import DAMAGE, SAMPLE, reason
 from rsb_ffcv.ops.operation import Address
 
 IMAGES_AHEAD, BATCHES_AHEAD = 512, 3  # how far the threads may run ahead of the caller: both, whichever is more
@@ -57,7 +57,7 @@ class _Loader:
         while read := os.preadv(self._file.fileno(), [block], at):
             at += read
 
-    def _submit(self, ops, address: Address, indices: np.ndarray) -> tuple:
+    def _submit(self, ops, address: Address, indices: np.ndarray, urgent: bool = False) -> tuple:
         """Draws a batch's random numbers and begins with it."""
         self._pool.check()
         b = self.beton
@@ -79,7 +79,7 @@ class _Loader:
                       for op in others if op.passes]
         images = self._pool.memory((len(indices), *memory.shape), self.device.type == "cuda")
         batch = Batch(images, self._file.fileno(), decoder.generate_code(), samples, operations)
-        self._pool.submit(batch)
+        self._pool.submit(batch, urgent)
         return batch, address, indices
 
     def _finish(self, ops, order, batch: Batch, address: Address, indices: np.ndarray):
@@ -96,7 +96,9 @@ class _Loader:
         raise InputError(self._complaint(indices[row], batch.status[row]))
 
     def _complaint(self, index: int, status: int) -> str:
-        return (f"{self.beton.path}: sample {index} {STATUS[int(status)]}; write the file again with write_ffcv.py"
+        if status not in DAMAGE:
+            return f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the size of the images"
+        return (f"{self.beton.path}: sample {index} {reason(status)}; write the file again with write_ffcv.py"
                 f"{', or train with data.on_bad_sample=skip' if isinstance(self, TrainLoader) else ''}")
 
     def _iterate(self, ops, batches, order=None):
@@ -181,6 +183,8 @@ class TrainLoader(_Loader):
         generator gives up what was begun ahead."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step={start_step} lies outside of 0 .. {self.steps_per_epoch}")
+        if int(self.resolution) != self.resolution or self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} is not a whole number of pixels, 1 or more")
         self.skipped = []
         order = epoch_order(self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes)
         ops = [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
@@ -207,16 +211,17 @@ class TrainLoader(_Loader):
     def _replace(self, ops, order, batch, address, indices, row: int):
         if self.on_bad_sample == "raise":
             return super()._replace(ops, order, batch, address, indices, row)
-        self.skipped.append((int(indices[row]), STATUS[int(batch.status[row])]))
+        self.skipped.append((int(indices[row]), reason(batch.status[row])))
         slot = address.slots[row:row + 1]
-        for further in range(1, MOST_REPLACEMENTS):
+        others = min(MOST_REPLACEMENTS, len(order) - 1)
+        for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
-            single, *_ = self._submit(ops, address._replace(slots=slot), index)
+            single, *_ = self._submit(ops, address._replace(slots=slot), index, urgent=True)
             self._pool.wait(single)
             if not single.status[0]:
                 batch.images[row] = single.images[0]
                 return np.concatenate([indices[:row], index, indices[row + 1:]])
-        raise InputError(f"{self._complaint(indices[row], batch.status[row])}; so are the {MOST_REPLACEMENTS} after it")
+        raise InputError(f"{self._complaint(indices[row], batch.status[row])}; so are the {others} after it")
 
 
 class EvalLoader(_Loader):
@@ -230,8 +235,9 @@ class EvalLoader(_Loader):
     def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, crop_ratio: float,
                  interpolation: str = "bicubic", rank: int = 0, world_size: int = 1, device="cpu"):
         super().__init__(path, batch_size, num_workers, device)
-        if not 0 < crop_ratio <= 1:
-            raise InputError(f"validation.crop_ratio={crop_ratio}: give a number above 0, at most 1")
+        if not 0 < crop_ratio <= 1 or resolution < 1 or not 0 <= rank < world_size:
+            raise InputError(f"validation.crop_ratio={crop_ratio} must be above 0 and at most 1, resolution={resolution} 1 or more, "
+                             f"and rank={rank} one of {world_size}")
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self._indices = np.arange(rank, len(self.beton), world_size)
 

@@ -11,7 +11,7 @@ from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
 STALL_SECONDS = 300.0  # no image takes nearly as long: a disk that does not answer, or a defect
-_abandoned = []  # what a stuck thread may still write to
+_abandoned = []  # pools with a stuck thread, and what it may still write to
 
 
 class Batch:
@@ -29,27 +29,36 @@ class Batch:
                        images.data_ptr(), self.status.ctypes.data)
 
 
+class _State:
+    """What a Pool's end needs to know after the Pool itself is gone."""
+
+    def __init__(self, handle):
+        self.handle, self.process, self.closed, self.stuck = handle, os.getpid(), False, False
+        self.held: dict[int, Batch] = {}  # every batch that threads may still write to, whoever has lost interest in it
+
+    def end(self, function):
+        """function: rsb_pool_stop or rsb_pool_free. A forked child has no such threads; a stuck one cannot be joined."""
+        self.closed = True
+        if os.getpid() == self.process and not self.stuck:
+            function(self.handle)
+            self.held.clear()
+
+
 class Pool:
     """A fixed number of threads that decode and augment, without the interpreter."""
 
     def __init__(self, threads: int):
-        self._handle = library.rsb_pool_new(threads)
-        if not self._handle:
+        handle = library.rsb_pool_new(threads)
+        if not handle:
             raise InputError(f"data.num_workers={threads}: the system refuses as many threads; lower it")
-        self._process, self._stuck, self._closed = os.getpid(), [], False
+        self._state = _State(handle)
         self._free: dict[int, list] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
-        weakref.finalize(self, Pool._end, library.rsb_pool_free, self._handle, self._process, self._stuck)
-
-    @staticmethod
-    def _end(function, handle, process, stuck):
-        if os.getpid() == process and not stuck:  # a forked child has no such threads; a stuck one cannot be joined
-            function(handle)
+        weakref.finalize(self, self._state.end, library.rsb_pool_free)
 
     def close(self):
         """Ends the threads; a `wait` in progress, in whatever thread, ends with RuntimeError. Garbage collection closes,
         too, and the end of the interpreter."""
-        self._closed = True
-        Pool._end(library.rsb_pool_stop, self._handle, self._process, self._stuck)
+        self._state.end(library.rsb_pool_stop)
 
     def memory(self, shape, pin: bool) -> torch.Tensor:
         """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once nobody holds it."""
@@ -64,43 +73,45 @@ class Pool:
         weakref.finalize(view, lambda: len(free) < 8 and free.append(block)).atexit = False
         return torch.from_numpy(view).view(shape)
 
-    def submit(self, batch: Batch):
-        """Begins with `batch` after those submitted before it."""
-        library.rsb_pool_submit(self._handle, ctypes.byref(batch.job))
+    def submit(self, batch: Batch, urgent: bool = False):
+        """Begins with `batch` after those submitted before it; urgent: before those that nobody has begun."""
+        self.check()
+        self._state.held[id(batch)] = batch
+        library.rsb_pool_submit(self._state.handle, ctypes.byref(batch.job), urgent)
 
     def wait(self, batch: Batch, name=str):
         """Returns when `batch` is done. Where no image gets done for STALL_SECONDS, writes all threads' stacks to stderr
         and raises RuntimeError, naming the rows in progress by `name(row)`."""
         self.check()
-        waited, left = 0.0, None
-        while now := library.rsb_pool_wait(self._handle, ctypes.byref(batch.job), 200):
-            if now < 0:
+        waited, before = 0.0, None
+        while left := library.rsb_pool_wait(self._state.handle, ctypes.byref(batch.job), 200):
+            if left < 0:
                 raise RuntimeError("the loader was closed")
-            waited, left = (waited + 0.2, left) if now == left else (0.0, now)
+            progress = library.rsb_pool_progress(self._state.handle)
+            waited, before = (waited + 0.2, before) if progress == before else (0.0, progress)
             if waited > STALL_SECONDS:
-                self._stuck.append(True)
-                _abandoned.append(batch)
+                self._state.stuck = True
+                _abandoned.append(self._state)
                 faulthandler.dump_traceback(2)  # the descriptor: a notebook's sys.stderr has none
                 rows = ", ".join(name(row) for row in np.flatnonzero(batch.status == RUNNING))
                 raise RuntimeError(f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} s; "
                                    f"in progress: {rows or 'none'}")
+        self._state.held.pop(id(batch), None)
 
     def cancel(self, batches):
         """Gives up `batches`; returns when no thread works on them any more."""
-        if self._closed or os.getpid() != self._process:
+        if self._state.closed or os.getpid() != self._state.process:
             return
         for batch in batches:
-            library.rsb_pool_cancel(self._handle, ctypes.byref(batch.job))
+            library.rsb_pool_cancel(self._state.handle, ctypes.byref(batch.job))
         for batch in batches:
-            if self._stuck:
-                _abandoned.append(batch)
-            else:
+            if not self._state.stuck:
                 self.wait(batch)
 
     def check(self):
         """Raises RuntimeError where the threads are gone."""
-        if self._closed:
+        if self._state.closed:
             raise RuntimeError("the loader is closed")
-        if os.getpid() != self._process:
+        if os.getpid() != self._state.process:
             raise RuntimeError("this process was forked from the loader's and does not have its threads; make a loader "
                                "here, or start processes by spawn")

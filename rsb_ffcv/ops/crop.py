@@ -1,7 +1,7 @@
 """Decode, crop, resize and flip: from a stored image to an H x W x 3 uint8 one.
 
-The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image, within one grey level
-(`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes: which part of which image, by which filter, mirrored or not.
+The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image, within one grey level but for
+single values (`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes: which part of which image, by which filter, mirrored or not.
 """
 import math
 from dataclasses import replace
@@ -96,6 +96,9 @@ class RandomResizedCrop(_CropDecoder):
     def __init__(self, resolution: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5,
                  interpolation: str = "random"):
         super().__init__(resolution, interpolation)
+        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip_prob <= 1):
+            raise InputError(f"scale={scale} must be two shares of the area, the smaller first, ratio={ratio} two positive "
+                             f"numbers, the smaller first, and flip_prob={flip_prob} 0 to 1")
         self.numbers = tuple(map(float, (*scale, *ratio, flip_prob)))
 
     def draw(self, address: Address, heights, widths):

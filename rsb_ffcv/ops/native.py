@@ -26,6 +26,12 @@ STATUS = {1: "is not a decodable JPEG", 2: "has other sides than the file's meta
           3: "is damaged: its bytes do not match their checksum", 4: "cannot be read: the file ends or fails there",
           5: "has colours that are neither grey nor RGB", 6: "has more than 2 ** 28 pixels", 7: "needs more memory than there is",
           8: "was given parameters outside its range"}
+DAMAGE = {1, 2, 3, 4, 5, 6}  # of these, what lies in the file
+
+
+def reason(status: int) -> str:
+    """What a status says of a sample; numbers that are none of the core's come from somebody's own operation."""
+    return STATUS.get(int(status), f"was refused by an operation, with status {status}")
 
 
 class Job(ctypes.Structure):
@@ -51,7 +57,7 @@ def bind(path) -> ctypes.CDLL:
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for name, result, *arguments in (
             ("rsb_pool_new", pointer, integer), ("rsb_pool_stop", None, pointer), ("rsb_pool_free", None, pointer),
-            ("rsb_pool_submit", None, pointer, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
+            ("rsb_pool_submit", None, pointer, pointer, integer), ("rsb_pool_progress", ctypes.c_uint64, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
             ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
             ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer), ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
             ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
@@ -100,4 +106,4 @@ def _run(function, *arguments):
     status = function(*arguments, scratch)
     library.rsb_scratch_free(scratch)
     if status:
-        raise ValueError(f"the image {STATUS[status]}")
+        raise ValueError(f"the image {reason(status)}")

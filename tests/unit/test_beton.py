@@ -117,3 +117,12 @@ def test_the_allocation_tables_bounds_are_exact(betons, tmp_path, field, value, 
             beton.read_beton(tmp_path / "x.beton")
     else:
         beton.read_beton(tmp_path / "x.beton")
+
+
+def test_two_fields_of_one_name_are_refused(betons, tmp_path):
+    whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
+    fields = np.frombuffer(whole, beton.FIELD, 2, 24)
+    fields["name"][1] = fields["name"][0]
+    (tmp_path / "twice.beton").write_bytes(whole)
+    with pytest.raises(InputError, match="twice.beton: has two fields of one name"):
+        beton.read_beton(tmp_path / "twice.beton")

@@ -368,7 +368,24 @@ def test_an_op_of_ones_own_takes_part(betons):
     epoch = made.epoch(0, start_step=1)
     for number, (images, _) in enumerate(epoch, 1):
         assert (images == torch.from_numpy(made.slots(number) % 256)[:, None, None, None]).all()
-    with pytest.raises(InputError, match="parameters outside"):
+    with pytest.raises(InputError, match="parameters outside its range; correct the operation"):
+        next(made.epoch(0))
+    made.resolution = 17.5
+    with pytest.raises(ValueError, match="resolution=17.5"):
+        made.epoch(0)
+    made.close()
+
+
+def test_a_status_of_ones_own_is_told(betons):
+    refuse = numba.cfunc(numba.int32(numba.types.CPointer(numba.uint8), numba.int32, numba.int32,
+                         numba.types.CPointer(numba.int64), numba.types.voidptr))(lambda image, height, width, draw, scratch: 77)
+
+    class Refuse(Paint):
+        def generate_code(self):
+            return refuse.address
+
+    made = loader(betons, ops=[Refuse()])
+    with pytest.raises(InputError, match="was refused by an operation, with status 77; correct the operation"):
         next(made.epoch(0))
     made.close()
 
@@ -399,6 +416,98 @@ def test_a_loader_that_stands_still_says_so(betons):
     assert "Current thread" in done.stderr
 
 
+class Slow(DrawnOperation):
+    """Takes `seconds` an image, and notes whether its draws were the same before and after."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seen = []
+
+        def kernel(image, height, width, draw, scratch):
+            before = draw[0]
+            time.sleep(seconds)
+            self.seen.append(before == draw[0])
+            return 0
+
+        self.kernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int64),
+                                       ctypes.c_void_p)(kernel)
+
+    def draw(self, address, heights, widths):
+        return address.slots + 123456789
+
+    def generate_code(self):
+        return ctypes.cast(self.kernel, ctypes.c_void_p).value
+
+
+def test_what_threads_still_work_on_outlives_a_close_from_elsewhere(betons):
+    slow = Slow(0.5)
+    made = loader(betons, batch_size=2, ops=[slow])
+    closing = threading.Timer(0.2, made.close)
+    closing.start()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(made.epoch(0))
+    gc.collect()
+    kept = [np.full(size, 7, np.int64) for size in (2, 8, 16, 64, 500) for _ in range(300)]  # takes freed memory, if any is
+    closing.join()
+    assert len(kept) == 1500 and len(slow.seen) == 2 and all(slow.seen)
+
+
+def test_an_interrupted_wait_leaves_the_batch_to_its_threads(betons, monkeypatch):
+    slow = Slow(0.3)
+    made = loader(betons, batch_size=2, ops=[slow])
+    epoch = made.epoch(0)
+
+    def interrupted(batch, name=str):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made._pool, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(epoch)
+    assert made._pool._state.held  # nobody else has a word for these batches
+    monkeypatch.undo()
+    made.close()
+    assert not made._pool._state.held and all(slow.seen)
+
+
+def test_open_epochs_end_quietly_with_a_cycle_and_with_the_interpreter(betons):
+    code = textwrap.dedent(f"""
+        import gc
+        from rsb_ffcv.loading import TrainLoader
+        class Run:
+            pass
+        for number in range(20):
+            run = Run()
+            run.loader = TrainLoader({str(betons / "train.beton")!r}, batch_size=2, resolution=32, num_workers=2)
+            run.batches = run.loader.epoch(0)
+            next(run.batches)
+            run.me = run
+            if number < 19:
+                del run
+                gc.collect()
+        print("end")
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_slow_images_are_not_taken_for_a_standstill(betons, tmp_path, monkeypatch):
+    """The replacement of a bad image is begun before all that was begun ahead, and any image that gets done counts."""
+    from rsb_ffcv.loading import pool
+
+    monkeypatch.setattr(pool, "STALL_SECONDS", 1.0)
+    data, file = bytearray((betons / "train.beton").read_bytes()), read_beton(betons / "train.beton")
+    data[int(file.pointers[0]) + 300] ^= 255
+    (tmp_path / "train.beton").write_bytes(data)
+    made = loader(tmp_path, batch_size=1, num_workers=1, order="sequential", on_bad_sample="skip", ops=[Slow(0.15)])
+    started = time.perf_counter()
+    next(made.epoch(0))
+    assert made.skipped and time.perf_counter() - started < 1.0
+    made.close()
+    made = loader(betons, batch_size=16, num_workers=1, ops=[Slow(0.15)])  # 2.4 s a batch
+    next(made.epoch(0))
+    made.close()
+
+
 def test_a_forked_process_is_told_that_it_has_no_threads(betons):
     made = loader(betons)
     child = os.fork()
@@ -418,7 +527,8 @@ def test_a_forked_process_is_told_that_it_has_no_threads(betons):
     ({"rand_augment": "augmix"}, "augmix"), ({"order": "shuffled"}, "data.order='shuffled'"),
     ({"on_bad_sample": "ignore"}, "data.on_bad_sample='ignore'"), ({"repeats": 0}, "repeats=0"), ({"rank": 2}, "rank=2"),
     ({"interpolation": "nearest"}, "interpolation='nearest'"), ({"color_jitter": (0, 0, 0, 1)}, "color_jitter="),
-    ({"batch_size": 0}, "batch_size=0")])
+    ({"batch_size": 0}, "batch_size=0"), ({"scale": (0.5, 0.1)}, "scale="), ({"scale": (0.5, 2)}, "scale="), ({"ratio": (0, 1)}, "ratio="),
+    ({"flip_prob": 7}, "flip_prob=7"), ({"flip_prob": float("nan")}, "flip_prob=nan")])
 def test_wrong_settings_are_named(betons, options, message):
     with pytest.raises(InputError, match=message):
         loader(betons, **options)

@@ -201,7 +201,7 @@ RSB_INLINE int inside(const double *a, int x, int y, int height, int width) { /*
 static int affine(const kernels *k, uint8_t *image, int height, int width, const double *a, int cubic, const uint8_t *fill,
                   rsb_scratch *scratch) {
     for (int i = 0; i < 6; i++)
-        if (!isfinite(a[i])) return RSB_BAD_CALL;
+        if (!(fabs(a[i]) <= 1e6)) return RSB_BAD_CALL; /* beyond, positions that `inside` and `walk` round may lie apart */
     int stride = 4 * (width + 4); /* a copy with two pixels of border on every side, 4 bytes a pixel */
     uint8_t *copy = rsb_buffer(scratch, RSB_IMAGE, (size_t)stride * (height + 4));
     int32_t *rows = (int32_t *)rsb_buffer(scratch, RSB_ROWS, sizeof *rows * 7 * width);

@@ -3,7 +3,8 @@
  * Of the time that libjpeg-turbo spends on the window of a training image, three quarters go into Huffman decoding,
  * most of it for coefficients that nothing will look at. This decoder takes two symbols of known value with one table
  * look-up inside the window, as many as fit into one outside of it, and stops after the window's last row. Its
- * arithmetic (the "islow" inverse DCT, triangle upsampling, YCbCr to RGB) gives libjpeg-turbo's bytes.
+ * arithmetic (the "islow" inverse DCT, triangle upsampling, YCbCr to RGB) gives libjpeg-turbo's bytes, for coefficients that
+ * an encoder can have made from pixels (for others, libjpeg-turbo's own vector code differs from its C code).
  *
  * It knows what files of photographs are made of: 8-bit baseline Huffman, greyscale or YCbCr, 4:4:4, 4:2:2 or 4:2:0,
  * one scan. Everything else, and everything that looks damaged, is left to libjpeg-turbo, which decides.

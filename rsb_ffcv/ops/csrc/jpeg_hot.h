@@ -231,7 +231,7 @@ static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length, c
                 else
                     HOT(idct_flat)(block[0], blocks[u].quant[0], out, blocks[u].stride);
             }
-            /* A damaged stream reads on into zeros: at most 6 blocks of 216 bytes before it is noticed here. */
+            /* A damaged stream reads on into zeros: at most 6 blocks of 256 bytes before it is noticed here. */
             if (r.next - (r.count >> 3) > limit) return RSB_UNUSUAL;
         }
         for (int u = 0; row >= row_start && u < units; u++) blocks[u].out += blocks[u].down;

@@ -11,10 +11,11 @@
 #include "rsb.h"
 
 typedef struct {
-    pthread_mutex_t lock;
+    pthread_mutex_t lock, joining;
     pthread_cond_t work, finished;
     rsb_job *first, *last; /* jobs with rows that nobody has taken */
-    int stopping, count;
+    uint64_t rows_done;    /* of all jobs ever */
+    int stopping, joined, count;
     pthread_t threads[];
 } rsb_pool;
 
@@ -46,6 +47,7 @@ static void *worker(void *argument) {
         pthread_mutex_unlock(&pool->lock);
         run_row(job, row, scratch);
         pthread_mutex_lock(&pool->lock);
+        pool->rows_done++;
         if (++job->done == job->rows) pthread_cond_broadcast(&pool->finished);
     }
     pthread_mutex_unlock(&pool->lock);
@@ -56,12 +58,13 @@ static void *worker(void *argument) {
 /* Ends all threads after the row each is working on; who waits for a job is let go. */
 void rsb_pool_stop(rsb_pool *pool) {
     pthread_mutex_lock(&pool->lock);
-    int first = !pool->stopping;
     pool->stopping = 1;
     pthread_cond_broadcast(&pool->work);
     pthread_cond_broadcast(&pool->finished);
     pthread_mutex_unlock(&pool->lock);
-    for (int i = 0; first && i < pool->count; i++) pthread_join(pool->threads[i], NULL);
+    pthread_mutex_lock(&pool->joining); /* who comes second returns no sooner */
+    for (; pool->joined < pool->count; pool->joined++) pthread_join(pool->threads[pool->joined], NULL);
+    pthread_mutex_unlock(&pool->joining);
 }
 
 /* Stops the pool and frees it. Nobody may use it any more. */
@@ -70,6 +73,7 @@ void rsb_pool_free(rsb_pool *pool) {
     pthread_cond_destroy(&pool->work);
     pthread_cond_destroy(&pool->finished);
     pthread_mutex_destroy(&pool->lock);
+    pthread_mutex_destroy(&pool->joining);
     free(pool);
 }
 
@@ -81,6 +85,7 @@ rsb_pool *rsb_pool_new(int threads) {
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&pool->lock, NULL);
+    pthread_mutex_init(&pool->joining, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->finished, &monotonic);
     pthread_condattr_destroy(&monotonic);
@@ -92,18 +97,22 @@ rsb_pool *rsb_pool_new(int threads) {
     return pool;
 }
 
-/* Everything that `job` points to must stay until rsb_pool_wait or rsb_pool_cancel says that it is done. */
-void rsb_pool_submit(rsb_pool *pool, rsb_job *job) {
+/* Everything that `job` points to must stay until rsb_pool_wait says that it is done, or the pool is stopped. An urgent job
+ * is begun before those that wait. */
+void rsb_pool_submit(rsb_pool *pool, rsb_job *job, int urgent) {
     job->next = job->done = 0;
     job->after = NULL;
     if (!job->rows) return;
     for (int i = 0; i < job->rows; i++) job->status[i] = RSB_WAITING;
     pthread_mutex_lock(&pool->lock);
-    if (pool->last)
-        pool->last->after = job;
-    else
+    if (urgent) {
+        job->after = pool->first;
         pool->first = job;
-    pool->last = job;
+        if (!pool->last) pool->last = job;
+    } else {
+        *(pool->last ? &pool->last->after : &pool->first) = job;
+        pool->last = job;
+    }
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->lock);
 }
@@ -120,6 +129,14 @@ int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
     int left = pool->stopping ? -1 : job->rows - job->done;
     pthread_mutex_unlock(&pool->lock);
     return left;
+}
+
+/* How many rows have been done since the pool began. */
+uint64_t rsb_pool_progress(rsb_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    uint64_t done = pool->rows_done;
+    pthread_mutex_unlock(&pool->lock);
+    return done;
 }
 
 /* Takes back the rows of `job` that nobody has begun; the others are still to be waited for. */
