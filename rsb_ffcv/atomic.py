@@ -8,7 +8,8 @@ from rsb_ffcv import InputError
 
 @contextmanager
 def atomic_file(path, mend: str):
-    """A binary file to write that takes the name `path` when the block ends: flushed to disk, then renamed.
+    """A binary file to write that takes the name `path` when the block ends: flushed to disk, renamed, and the
+    folder flushed as well.
 
     Where the block raises, what stood under `path` before stays and the unfinished file is removed. Raises InputError
     naming `path` and `mend` where the system refuses to write (no such folder, no permission, full disk).
@@ -21,6 +22,11 @@ def atomic_file(path, mend: str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name too outlives a power failure
+        finally:
+            os.close(folder)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); {mend}") from error
     finally:

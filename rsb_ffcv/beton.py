@@ -66,6 +66,13 @@ class Beton:
         """Largest label + 1."""
         return int(self.labels.max()) + 1
 
+    def fingerprint(self) -> str:
+        """Tells apart files with other images, labels or order; the same for a copy under another name."""
+        parts = [self.pointers, self.sizes, self.labels.astype(np.uint64)]
+        if self.extras is not None:
+            parts.append(self.extras["checksum"])
+        return f"{checksum(np.concatenate(parts)):016x}"
+
 
 def read_beton(path) -> Beton:
     """Opens `path` and checks it whole: header, fields, table, and each image's pointer, size and shape.

@@ -62,11 +62,13 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
-    """mixup and cutmix, one draw for each training.batch_size images"""
+    """mixup and cutmix"""
     mixup: float = option(float, 0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", 0, 100)
     cutmix: float = option(float, 0.0, "alpha of cutmix's Beta(alpha, alpha); 0: off", 0, 100)
     prob: float = option(float, 1.0, "probability of mixing at all", 0, 1)
     switch_prob: float = option(float, 0.5, "probability of cutmix where both are on", 0, 1)
+    mode: str = option(str, "batch", "what shares a draw: batch (training.batch_size images), pair (an image and its partner) or "
+                       "elem (each its own)", choices=("batch", "pair", "elem"))
     off_epochs: int = option(int, 0, "the last epochs that train without mixing", 0)
 
 
@@ -75,11 +77,12 @@ class Lr:
     """learning rate, set for each step"""
     lr: float = option(float, 0.5, "peak learning rate", 0)
     lr_schedule_type: str = option(str, "cyclic", "cosine: after the warm-up; cosine_spanning: timm's, over all epochs; "
-                                   "cyclic and step: ffcv-imagenet's; constant: after the warm-up",
-                                   choices=("cosine", "cosine_spanning", "cyclic", "step", "constant"))
-    warmup_epochs: float = option(float, 0.0, "epochs of linear warm-up (cosine, cosine_spanning, constant)", 0)
+                                   "polynomial and constant: after the warm-up; cyclic and step: ffcv-imagenet's",
+                                   choices=("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"))
+    warmup_epochs: float = option(float, 0.0, "epochs of linear warm-up (not of cyclic and step)", 0)
     warmup_lr: float = option(float, 0.0, "learning rate of the first step of the warm-up", 0)
-    min_lr: float = option(float, 0.0, "learning rate at the end of the cosine", 0)
+    min_lr: float = option(float, 0.0, "learning rate at the end of the cosine or polynomial", 0)
+    power: float = option(float, 1.0, "polynomial: exponent", 0.01, 10)
     lr_peak_epoch: int = option(int, 2, "cyclic: epoch of the peak", 0)
     step_ratio: float = option(float, 0.1, "step: factor", 0)
     step_length: int = option(int, 30, "step: epochs between two factors", 1)
@@ -89,7 +92,7 @@ class Lr:
 class Training:
     """the optimizer's side of training"""
     epochs: int = option(int, 30, "epochs in all", 1)
-    batch_size: int = option(int, 512, "images a process takes at once: also the mix and batch-norm group", 1)
+    batch_size: int = option(int, 512, "images a process takes at once: also the mix and batch-norm group", 2)
     global_batch: int = option(int, 0, "images an optimizer step takes, by accumulation where the processes take fewer; "
                                "0: batch_size x processes", 0)
     optimizer: str = option(str, "sgd", "sgd, lamb, adamw or any optimizer of timm, by its name there")
@@ -113,6 +116,17 @@ class Ema:
     decay: float = option(float, 0.0, "share the average keeps at each step; 0: no average", 0, 1)
     warmup: bool = flag(False, "decay of step s at most 1 - (1 + s) ** -power")
     warmup_power: float = option(float, 2 / 3, "power of the warm-up", 0.01, 1)
+    per_images: int = option(int, 0, "decay is for so many images, whatever the batch; 0: for a step", 0)
+    buffers: str = option(str, "lerp", "batch-norm statistics: averaged too, or copied", choices=("lerp", "copy"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swa:
+    """equal average of the weights after each of the last epochs, its batch-norm statistics estimated anew at the end"""
+    epochs: int = option(int, 0, "last epochs that are averaged; 0: no average", 0)
+    lr: float = option(float, 0.0, "learning rate of these epochs; not above what the schedule has reached", 0)
+    anneal_epochs: float = option(float, 1.0, "epochs in which the learning rate goes down to it", 0)
+    bn_steps: int = option(int, 0, "steps' worth of training images that the statistics are estimated from; 0: an epoch", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +137,8 @@ class Validation:
     crop_ratio: float = option(float, 224 / 256, "side of the central crop over the shorter side", 0.01, 1)
     interpolation: str = option(str, "bicubic", "of resizing, as timm evaluates", choices=("bilinear", "bicubic"))
     lr_tta: bool = flag(True, "add the outputs for the mirrored image")
+    labels: str = option(str, "", "JSON list of the labels (or lists of labels, as ImageNet-ReaL's) that each image may be given: "
+                         "top-1 by these is reported beside")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +146,27 @@ class Checkpoint:
     """checkpoints, in logging.folder"""
     resume: str = option(str, "auto", "auto: continue the newest checkpoint of logging.folder where there is one; "
                          "never: refuse a folder that has one", choices=("auto", "never"))
+    keep: int = option(int, 2, "how many of the newest stay; the best one stays besides", 1, 1000)
+    every_steps: int = option(int, 0, "after each step that is a multiple of it, besides the one at each epoch's end; 0: none", 0)
+    every_minutes: float = option(float, 10.0, "minutes after the last one, besides; 0: none", 0)
+    warm_start: str = option(str, "", "checkpoint or state_dict that a new run takes its weights from, and nothing else")
+    warm_start_from: str = option(str, "model", "which weights of that checkpoint", choices=("model", "ema", "swa"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """what is done when a run goes wrong: off, warn (a line, kept in the log), or act"""
+    non_finite: str = option(str, "stop", "a loss or weight that is infinite or no number: stop the run; act: go back to the "
+                             "last regular checkpoint (epoch's end or every_steps) and leave out that step and the one before", choices=("off", "warn", "stop", "act"))
+    loss_rise: str = option(str, "warn", "the loss is more than `rise` above its recent median; act: go back to the last "
+                            "regular checkpoint and halve the learning rate", choices=("off", "warn", "act"))
+    rise: float = option(float, 0.1, "loss_rise: share", 0.001, 100)
+    chance: str = option(str, "warn", "top-1 after epoch chance_epoch is what guessing gives; act: stop the run",
+                         choices=("off", "warn", "act"))
+    chance_epoch: int = option(int, 5, "chance: the epoch, counted from 1", 1)
+    average: str = option(str, "warn", "the EMA's top-1 is more than `gap` below the model's; act: the EMA starts again from the model",
+                          choices=("off", "warn", "act"))
+    gap: float = option(float, 10.0, "average: points of top-1", 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +181,7 @@ class Dist:
     """processes started by training.distributed=1"""
     world_size: int = option(int, 1, "number of processes, one a GPU", 1, 4096)
     address: str = option(str, "localhost", "of the process group")
-    port: str = option(str, "12355", "of the process group")
+    port: int = option(int, 12355, "of the process group", 1, 65535)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +207,10 @@ class TrainConfig:
     lr: Lr
     training: Training
     ema: Ema
+    swa: Swa
     validation: Validation
     checkpoint: Checkpoint
+    health: Health
     logging: Logging
     dist: Dist
     compute: Compute
@@ -202,12 +241,15 @@ class WriteConfig:
     cfg: Write
 
 
+IGNORED = {"training.bn_wd"}  # in ffcv-imagenet's published files, read by nothing there either
+
+
 def read_config(program: type, description: str, arguments=None):
     """The `program` dataclass (TrainConfig, WriteConfig) from the command line; see `options.read_options`.
 
     Raises InputError for an option that is unknown, mistyped, out of range, missing, or at odds with another.
     """
-    config = read_options(program, description, arguments)
+    config = read_options(program, description, arguments, IGNORED)
     if program is TrainConfig:
         _check_together(config)
     return config
@@ -221,7 +263,8 @@ def _check_together(c: TrainConfig):
             raise InputError(f"data.{name}={path}: no such file; write it with write_ffcv.py or correct the path")
     for low, high in (("augment.scale_min", "augment.scale_max"), ("augment.erase_min", "augment.erase_max"),
                       ("resolution.min_res", "resolution.max_res"), ("resolution.start_ramp", "resolution.end_ramp"),
-                      ("lr.warmup_epochs", "training.epochs"), ("mix.off_epochs", "training.epochs")):
+                      ("lr.warmup_epochs", "training.epochs"), ("mix.off_epochs", "training.epochs"),
+                      ("swa.epochs", "training.epochs"), *([("swa.anneal_epochs", "swa.epochs")] if c.swa.epochs else [])):
         below, above = (getattr(getattr(c, name.split(".")[0]), name.split(".")[1]) for name in (low, high))
         if below > above:
             raise InputError(f"{low}={below} is larger than {high}={above}; change one of them")

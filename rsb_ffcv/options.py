@@ -88,11 +88,11 @@ def flag(default, text):
     return option(bool, default, text)
 
 
-def read_options(program: type, description: str, arguments=None):
+def read_options(program: type, description: str, arguments=None, ignored=frozenset()):
     """The `program` dataclass, whose fields are sections (dataclasses of `option`s), from the command line.
 
     Flags are `--section.name=value`; `--config-file FILE` reads YAML, may be repeated, and later files and flags win.
-    Raises InputError for anything unknown, mistyped, out of range or missing.
+    ignored: names that files may carry and nothing reads; those that do are named in one warning on stderr. Raises InputError for anything unknown, mistyped, out of range or missing.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sections = {section.name: section.type for section in fields(program)}
@@ -116,9 +116,15 @@ def read_options(program: type, description: str, arguments=None):
     given = parser.parse_args(arguments)
 
     values = {name: {} for name in sections}
+    met = []
     for path in given.config_file:
         for name, key, value in _read_yaml(path):
+            if f"{name}.{key}" in ignored:
+                met.append(f"{name}.{key}={value}")
+                continue
             _set(values, sections, name, key, value, f"in {path}")
+    if met:
+        print(f"warning: {', '.join(met)}: known from other programs' files and without meaning here; ignored", file=sys.stderr)
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
             _set(values, sections, *flag_name.split(".", 1), value, "on the command line")

@@ -1,8 +1,13 @@
 """Small real datasets that every test may use: made once a session, read only."""
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -64,3 +69,52 @@ def call_program(capfd):
             sys.argv = saved
         return status, *capfd.readouterr()
     return call
+
+
+class Run:
+    """A run of train_imagenet.py, one process or several of a job, forked from the zygote."""
+
+    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None):
+        self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
+        self.out.write_text(""), self.err.write_text("")
+        address = socket_address() if world > 1 else {}
+        self.processes = [ask(start=list(map(str, arguments)), out=str(self.out), err=str(self.err), largest_file=largest_file, env={
+            **address, **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                                       "LOCAL_WORLD_SIZE": str(world)} if world > 1 else {})}) for rank in range(world)]
+
+    def signal(self, number, rank: int | None = None):
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def wait(self, seconds: float = 240) -> tuple[list[int], str, str]:
+        """Exit statuses, stdout, stderr. What still runs after `seconds` is killed."""
+        hanging = Timer(seconds, self.signal, [signal.SIGKILL])
+        hanging.start()
+        statuses = [self._ask(wait=process) for process in self.processes]
+        hanging.cancel()
+        return statuses, self.out.read_text(), self.err.read_text()
+
+
+def socket_address() -> dict:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    """train(arguments, world=1, largest_file=None): starts train_imagenet.py and returns a Run. largest_file: bytes beyond
+    which the kernel refuses to let a file grow, as a full disk would."""
+    process = subprocess.Popen([sys.executable, Path(__file__).with_name("zygote.py")], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+
+    def ask(**request):
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    assert json.loads(process.stdout.readline()) == "ready"
+    yield lambda arguments, world=1, largest_file=None: Run(ask, tmp_path_factory.mktemp("output"), arguments, world, largest_file)
+    process.stdin.close()
+    process.wait()

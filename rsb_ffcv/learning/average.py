@@ -1,31 +1,56 @@
-"""The exponential moving average of a model: parameters and batch-norm statistics alike.
+"""Averages of a model's weights over a run: exponential (EMA) and equal (SWA). Batch-norm statistics included.
 
-Source matched: `ModelEmaV3` of timm 1.0.31 (`timm/utils/model_ema.py`): floating
-tensors are interpolated, integer ones copied, warm-up 1 - (1 + s / gamma) ** -power with gamma 1.
+Build them from the bare module, before compile and DDP wrap it: both share the module's tensors, which neither the
+optimizer nor batch norm replaces.
+
+Sources matched: `ModelEmaV3` of timm 1.0.31 (`timm/utils/model_ema.py`) and torch's
+`torch.optim.swa_utils` (`AveragedModel` with its equal average, `update_bn`).
 """
 import copy
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class Ema:
-    """A float32 copy of `model` that follows it. Build it from the bare module, before compile and DDP wrap it.
+def decay_of_step(decay: float, per_images: int, batch: int) -> float:
+    """The decay of one update after `batch` images, where `decay` is what remains after `per_images`; 0: after an update."""
+    return decay ** (batch / per_images) if per_images else decay
 
-    decay: share kept at each update. warmup: the decay of update s (0, 1, ...) is at most 1 - (1 + s) ** -power, so
-    that the first updates copy the model instead of keeping its initial weights for thousands of steps.
-    """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False, power: float = 2 / 3):
+class _Average:
+    """A copy of `model` (`module`, eval mode, no gradients) whose tensors are paired with the model's."""
+
+    def __init__(self, model: nn.Module, buffers: str = "lerp"):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.warmup, self.power, self.updates = decay, warmup, power, 0
         own, followed = self.module.state_dict(), model.state_dict()
         assert own.keys() == followed.keys()
-        floating = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        copied = [name for name in own if name not in floating]
-        # state_dict() shares memory with the module, and neither optimizer nor batch norm replaces a tensor
-        self._floating = [own[name] for name in floating], [followed[name] for name in floating]
+        parameters = {name for name, _ in model.named_parameters()}
+        averaged = [name for name, tensor in own.items()
+                    if tensor.is_floating_point() and (buffers == "lerp" or name in parameters)]
+        copied = [name for name in own if name not in set(averaged)]
+        self._averaged = [own[name] for name in averaged], [followed[name] for name in averaged]
         self._copied = [own[name] for name in copied], [followed[name] for name in copied]
+
+    def _move(self, share: float):
+        """mine += share * (the model's - mine); what is not averaged is copied."""
+        torch._foreach_lerp_(*self._averaged, share)
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
+
+
+class Ema(_Average):
+    """An exponential moving average that follows `model`.
+
+    decay: share kept at each update. warmup: the decay of update s (0, 1, ...) is at most 1 - (1 + s) ** -power, so
+    that the first updates copy the model instead of keeping its initial weights for thousands of steps. buffers:
+    "lerp" averages batch-norm statistics as well, "copy" takes the model's; integers are always copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False, power: float = 2 / 3, buffers: str = "lerp"):
+        super().__init__(model, buffers)
+        self.decay, self.warmup, self.power = decay, warmup, power
+        self.updates: int | torch.Tensor = 0  # a tensor where only the device knows which updates were left out
 
     def current_decay(self) -> float:
         """Of the next update."""
@@ -34,16 +59,83 @@ class Ema:
         return min(self.decay, 1 - (1 + self.updates) ** -self.power) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self):
-        """Moves the average towards the model as it is now."""
-        torch._foreach_lerp_(*self._floating, 1 - self.current_decay())
-        for mine, other in zip(*self._copied):
-            mine.copy_(other)
-        self.updates += 1
+    def update(self, skipped: torch.Tensor | None = None):
+        """Moves the average towards the model as it is now.
+
+        skipped: a float tensor on the device, 1 where the optimizer left its step out (fp16 overflow) and the average
+        is to stay as it is, else 0: decided on the device, so that the host need not wait.
+        """
+        if skipped is None:
+            self._move(1 - self.current_decay())
+            self.updates += 1
+            return
+        if not isinstance(self.updates, torch.Tensor):
+            self.updates = torch.tensor(float(self.updates), device=skipped.device)
+        decay = torch.full_like(skipped, self.decay)
+        if self.warmup:
+            decay = torch.minimum(decay, 1 - (1 + self.updates) ** -self.power)
+        share = (1 - torch.where(self.updates == 0, 0.0, decay)) * (1 - skipped)
+        difference = torch._foreach_sub(self._averaged[1], self._averaged[0])
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(self._averaged[0], difference)
+        if self._copied[0]:  # batch-norm counters and, with "copy", statistics: no overflow reaches them
+            torch._foreach_copy_(*self._copied)
+        self.updates += 1 - skipped
+
+    def restart(self):
+        """Forgets the past: the average becomes the model."""
+        self._move(1.0)
+        self.updates = 1
 
     def state_dict(self) -> dict:
-        return {"module": self.module.state_dict(), "updates": self.updates}
+        return {"module": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict):
         self.module.load_state_dict(state["module"])
         self.updates = state["updates"]
+
+
+class Swa(_Average):
+    """The equal average of the models that `update` has seen. Its batch-norm statistics fit none of them: after the last
+    update, `begin_batch_norm`, a forward pass over training batches, `end_batch_norm`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model, "copy")
+        self.models = 0
+        self.batches = -1  # of the re-estimation that this process has done; -1: not begun
+        self.finished = False  # with the re-estimation
+
+    @torch.no_grad()
+    def update(self):
+        """Adds the model as it is now."""
+        self._move(1 / (self.models + 1))
+        self.models += 1
+
+    def begin_batch_norm(self):
+        """Forgets the statistics; forward passes then average theirs equally."""
+        for norm in self._norms():
+            norm.reset_running_stats()
+        self.batches = 0
+        self.resume_batch_norm()
+
+    def resume_batch_norm(self):
+        self._momenta = [norm.momentum for norm in self._norms()]
+        for norm in self._norms():
+            norm.momentum = None  # torch's word for the equal average
+            norm.train()  # and nothing else: dropout and stochastic depth are off where these statistics will be used
+
+    def end_batch_norm(self):
+        for norm, momentum in zip(self._norms(), self._momenta):
+            norm.momentum = momentum
+        self.module.eval()
+        self.finished = True
+
+    def _norms(self) -> list:
+        return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+    def state_dict(self) -> dict:
+        return {"module": self.module.state_dict(), "models": self.models, "batches": self.batches, "finished": self.finished}
+
+    def load_state_dict(self, state: dict):
+        self.module.load_state_dict(state["module"])
+        self.models, self.batches, self.finished = state["models"], state["batches"], state["finished"]

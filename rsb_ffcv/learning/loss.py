@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 
-def soft_targets(labels: torch.Tensor, num_classes: int, lam: float | None = None, smoothing: float = 0.0):
+def soft_targets(labels: torch.Tensor, num_classes: int, lam: float | torch.Tensor | None = None, smoothing: float = 0.0):
     """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 - smoothing + off); with
-    `lam`, that share of it and 1 - lam of the partner's, image n - 1 - i."""
+    `lam` (a number, or a tensor of shape (n, 1)), that share of it and 1 - lam of the partner's, image n - 1 - i."""
     off = smoothing / num_classes
     own = torch.full((len(labels), num_classes), off, device=labels.device)
     own.scatter_(1, labels[:, None], 1 - smoothing + off)
@@ -35,7 +35,7 @@ class Loss:
         """"bce" or "ce": the loss of a batch that is, or is not, mixed."""
         return self.kind if self.kind != "auto" else "bce" if mixed else "ce"
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, lam: float | None = None) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, lam: float | torch.Tensor | None = None) -> torch.Tensor:
         logits = logits.float()
         mixed = lam is not None
         smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rsb_ffcv import InputError, first_line
+from rsb_ffcv.learning.lamb import Lamb
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -23,23 +24,29 @@ def check_optimizer(name: str):
     # adahessian differentiates twice, which the training step does not prepare for
     known = sorted({"sgd", "adamw", "lamb", *timm.optim.list_optimizers()} - {"adahessian"})
     if name not in known:
-        raise InputError(f"training.optimizer={name} is not an optimizer of timm; "
+        raise InputError(f"training.optimizer={name} is not an optimizer of timm, or one that this program does not take; "
                          f"near it: {', '.join(difflib.get_close_matches(name, known, 5, 0.3))}")
 
 
-def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
-    """torch's SGD (no Nesterov) and AdamW; timm's Lamb (gradients clipped to a global norm of 1, bias correction, trust
-    ratio on decayed groups); any other optimizer by timm's name for it."""
+def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float,
+                    compiled: bool = False) -> torch.optim.Optimizer:
+    """lr: the peak. torch's SGD (no Nesterov) and AdamW, fused on CUDA; `lamb.Lamb`, compiled on request; any other optimizer by timm's
+    name for it. Under fp16 all but the last leave overflow to the device; for those the host waits in each step."""
     groups = decay_groups(model, weight_decay)
+    fused = next(model.parameters()).is_cuda
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+        if momentum:  # torch's fused step allocates them and, where the first step overflows, leaves them as they came
+            for p in model.parameters():
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
     if name == "lamb":
-        return timm.optim.Lamb(groups, lr=lr)
+        return Lamb(groups, lr=lr, compiled=compiled)
     check_optimizer(name)
     try:
         return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum)
-    except (AssertionError, ImportError, RuntimeError) as error:
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"training.optimizer={name}: cannot be built here ({first_line(error)}); "
                          f"choose another") from error

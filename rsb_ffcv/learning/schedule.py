@@ -10,11 +10,13 @@ class Schedule:
     kind:
       cosine           linear warm-up from warmup_lr, then a cosine from peak to min_lr over the remaining steps
       cosine_spanning  timm's CosineLRScheduler: the cosine spans all steps and the warm-up hides its beginning
+      polynomial       linear warm-up, then min_lr + (peak - min_lr) x (1 - share of the remaining steps) ** power
       constant         linear warm-up, then peak
       cyclic           ffcv-imagenet's: linear from 1e-4 x peak to peak at peak_epoch, then linear to 0
       step             ffcv-imagenet's: peak x step_ratio ** (epoch // step_length) at each epoch's start, 0 at the
                        end, and linear in between
-    warmup_epochs may be fractional; it is rounded to whole steps.
+    warmup_epochs may be fractional; it is rounded to whole steps. In the last swa_epochs the learning rate goes, by half a
+    cosine over swa_anneal_epochs, from what the schedule has brought it to down to swa_lr, and stays there.
     """
     kind: str
     peak: float
@@ -26,13 +28,30 @@ class Schedule:
     peak_epoch: int = 2
     step_ratio: float = 0.1
     step_length: int = 30
+    power: float = 1.0
+    swa_epochs: int = 0
+    swa_lr: float = 0.0
+    swa_anneal_epochs: float = 0.0
 
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    @property
+    def before_swa(self) -> float:
+        """What the schedule has brought the learning rate to where the last swa_epochs begin."""
+        return self._base((self.epochs - self.swa_epochs) * self.steps_per_epoch)
+
     def lr(self, step: int) -> float:
         step = min(step, self.total_steps - 1)
+        since = step - (self.epochs - self.swa_epochs) * self.steps_per_epoch
+        if not self.swa_epochs or since < 0:
+            return self._base(step)
+        anneal = round(self.swa_anneal_epochs * self.steps_per_epoch)
+        progress = min(1.0, since / anneal) if anneal else 1.0
+        return self.swa_lr + 0.5 * (self.before_swa - self.swa_lr) * (1 + math.cos(math.pi * progress))
+
+    def _base(self, step: int) -> float:
         if self.kind in ("cyclic", "step"):
             at_epoch = self._cyclic if self.kind == "cyclic" else self._step
             epoch, fraction = step // self.steps_per_epoch, step % self.steps_per_epoch / self.steps_per_epoch
@@ -42,8 +61,10 @@ class Schedule:
             return self.warmup_lr + (self.peak - self.warmup_lr) * step / warmup
         if self.kind == "constant":
             return self.peak
-        start = warmup if self.kind == "cosine" else 0
+        start = 0 if self.kind == "cosine_spanning" else warmup
         progress = (step - start) / max(1, self.total_steps - start)
+        if self.kind == "polynomial":
+            return self.min_lr + (self.peak - self.min_lr) * (1 - progress) ** self.power
         return self.min_lr + 0.5 * (self.peak - self.min_lr) * (1 + math.cos(math.pi * progress))
 
     def _cyclic(self, epoch: int) -> float:

@@ -4,8 +4,8 @@ In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) in cha
 each image kept of itself, from which the loss makes the targets. The random numbers are drawn on the host from the
 group's address, so no step waits for the device.
 
-Sources matched, timm 1.0.31: `timm/data/mixup.py` (batch mode: one lambda a group, partner = flipped group, clipped box
-and corrected lambda) and `timm/data/random_erasing.py` (one box an image).
+Sources matched, timm 1.0.31: `timm/data/mixup.py` (one lambda a group, a pair or an image; partner = flipped group, clipped
+box and corrected lambda) and `timm/data/random_erasing.py` (one box an image).
 """
 import math
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Mix:
 
 def draw_mix(seed: int, epoch: int, slot: int, height: int, width: int, mixup_alpha: float, cutmix_alpha: float,
              prob: float = 1.0, switch_prob: float = 0.5) -> Mix:
-    """timm's batch-mode draw at one address. alpha 0 switches that kind off; both on: cutmix with switch_prob."""
+    """timm's draw at one address. alpha 0 switches that kind off; both on: cutmix with switch_prob."""
     def uniform(k):
         return d.uniform(seed, epoch, slot, d.MIX, k)
 
@@ -76,6 +76,20 @@ def mix_images(images: torch.Tensor, mix: Mix) -> torch.Tensor:
     return images
 
 
+def mix_each(images: torch.Tensor, mixes: list[Mix]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with a Mix for each image, or for each image of the first half, which its partner then shares: new images,
+    and the shares kept, float32 (n, 1)."""
+    if len(mixes) < len(images):
+        mixes = mixes + mixes[::-1]
+    lam = _to(torch.tensor([mix.lam for mix in mixes], dtype=torch.float32), images)
+    boxes = torch.tensor([mix.box or (0, 0, 0, 0) for mix in mixes])
+    pasted = _to(torch.tensor([mix.box is not None for mix in mixes]), images)
+    blend = torch.where(pasted, 1.0, lam)[:, None, None, None]
+    partners = images.flip(0)
+    mixed = torch.where(blend == 1, images, images * blend + partners * (1 - blend))
+    return torch.where(inside_boxes(boxes, images), partners, mixed), lam[:, None]
+
+
 @njit(cache=True, nogil=True)
 def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect):
     """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros for none.
@@ -100,15 +114,24 @@ def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min
     return boxes
 
 
+def inside_boxes(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """bool (n, 1, H, W) on the images' device. boxes: int64 (n, 4) on the CPU: top, bottom, left, right."""
+    box = _to(boxes, images)[:, :, None]
+    y, x = (torch.arange(side, device=images.device)[None] for side in images.shape[2:])
+    rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def _to(numbers: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Small numbers from the host to the images' device, without waiting for it."""
+    return (numbers.pin_memory() if images.is_cuda else numbers).to(images.device, non_blocking=True)
+
+
 def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -> torch.Tensor:
     """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0), "rand" (one
     normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with `noise_seed`."""
     n, channels, height, width = images.shape
-    box = torch.from_numpy(boxes)
-    box = (box.pin_memory() if images.is_cuda else box).to(images.device, non_blocking=True)[:, :, None]
-    y, x = (torch.arange(side, device=images.device)[None] for side in (height, width))
-    rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    inside = inside_boxes(torch.from_numpy(boxes), images)
     if mode == "const":
         return images.masked_fill_(inside, 0)
     shape = (n, height, width, channels) if mode == "pixel" else (n, 1, 1, channels)
@@ -129,6 +152,7 @@ class BatchTransform:
     erase_mode: str = "const"
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    mode: str = "batch"  # what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or "elem"
 
     @property
     def mixes(self) -> bool:
@@ -136,7 +160,8 @@ class BatchTransform:
 
     def __call__(self, images, epoch: int, slots: np.ndarray, mixing: bool = True):
         """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W), lam). lam: None where
-        nothing mixes (`mixing` off, or no alpha set), else the share image i kept; the rest is image n - 1 - i's."""
+        nothing mixes (`mixing` off, or no alpha set), else the share image i kept, one number or (n, 1); the rest is image
+        n - 1 - i's."""
         images = normalize(images)
         height, width = images.shape[2:]
         first = int(slots[0])
@@ -146,6 +171,9 @@ class BatchTransform:
             erase(images, boxes, self.erase_mode, d.torch_seed(self.seed, epoch, first, d.NOISE))
         if not (mixing and self.mixes):
             return images, None
-        mix = draw_mix(self.seed, epoch, first, height, width, self.mixup_alpha, self.cutmix_alpha, self.mix_prob,
-                       self.switch_prob)
-        return mix_images(images, mix), mix.lam
+        count = {"batch": 1, "pair": len(slots) // 2, "elem": len(slots)}[self.mode]
+        mixes = [draw_mix(self.seed, epoch, int(slot), height, width, self.mixup_alpha, self.cutmix_alpha, self.mix_prob,
+                          self.switch_prob) for slot in slots[:count]]
+        if self.mode == "batch":
+            return mix_images(images, mixes[0]), mixes[0].lam
+        return mix_each(images, mixes)

@@ -7,6 +7,7 @@ depends on (seed, epoch, slots) alone.
 """
 import os
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -38,6 +39,7 @@ class _Loader:
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._file = open(path, "rb", buffering=0)
         self._pool = Pool(num_workers)
 
@@ -46,15 +48,15 @@ class _Loader:
         self._pool.close()
         self._file.close()
 
-    def preload(self):
+    def preload(self, stop: Callable[[], bool] = lambda: False):
         """Reads the file once, in order, so that its pages are in memory before the first epoch. Raises InputError
-        where it does not fit."""
+        where it does not fit. stop: asked now and then whether to leave it at that."""
         available = psutil.virtual_memory().available
         if self.beton.num_bytes > 0.9 * available:
             raise InputError(f"data.in_memory=1: {self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
                              f"{available / 1e9:.1f} GB of memory are free; use data.in_memory=0")
         block, at = bytearray(1 << 24), 0
-        while read := os.preadv(self._file.fileno(), [block], at):
+        while not stop() and (read := os.preadv(self._file.fileno(), [block], at)):
             at += read
 
     def _submit(self, ops, address: Address, indices: np.ndarray, urgent: bool = False) -> tuple:
@@ -88,9 +90,15 @@ class _Loader:
         for row in np.flatnonzero(batch.status):
             indices = self._replace(ops, order, batch, address, indices, int(row))
         labels = torch.from_numpy(self.beton.labels[indices])
-        if self.device.type == "cuda":
-            labels = labels.pin_memory()
-        return batch.images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if self.device.type != "cuda":
+            return batch.images.to(self.device), labels.to(self.device)
+        with torch.cuda.stream(self._copying):  # beside the steps that the device is still busy with
+            copied = tuple(part.to(self.device, non_blocking=True) for part in (batch.images, labels.pin_memory()))
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copying)
+        for part in copied:
+            part.record_stream(current)
+        return copied
 
     def _replace(self, ops, order, batch, address, indices, row: int):
         raise InputError(self._complaint(indices[row], batch.status[row]))
@@ -239,13 +247,13 @@ class EvalLoader(_Loader):
             raise InputError(f"validation.crop_ratio={crop_ratio} must be above 0 and at most 1, resolution={resolution} 1 or more, "
                              f"and rank={rank} one of {world_size}")
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
-        self._indices = np.arange(rank, len(self.beton), world_size)
+        self.indices = np.arange(rank, len(self.beton), world_size)
 
     def __len__(self):
         """Batches this process gets."""
-        return -(-len(self._indices) // self.batch_size)
+        return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self):
-        chunks = (self._indices[start:start + self.batch_size]
-                  for start in range(0, len(self._indices), self.batch_size))
+        chunks = (self.indices[start:start + self.batch_size]
+                  for start in range(0, len(self.indices), self.batch_size))
         return self._iterate([self._decoder], ((Address(0, 0, chunk), chunk) for chunk in chunks))

@@ -3,22 +3,10 @@ import io
 import json
 from pathlib import Path
 
-from rsb_ffcv import InputError
 from rsb_ffcv.atomic import atomic_file
 
 METRICS = "metrics.jsonl"
 MEND = "free space or choose another logging.folder"
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The epochs logged so far."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path}: a line is not JSON ({error}); correct it or choose another logging.folder") from error
 
 
 def write_metrics(folder: Path, rows: list[dict]):
@@ -49,7 +37,7 @@ def draw_curves(rows: list[dict], path: Path):
     epochs = [row["epoch"] + 1 for row in rows]
     figure, (accuracy, loss, rate) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     evaluated = [row for row in rows if row.get("top1") is not None]
-    for key, label in (("top1", "raw"), ("ema_top1", "EMA")):
+    for key, label in (("top1", "raw"), ("ema_top1", "EMA"), ("swa_top1", "SWA")):
         points = [(row["epoch"] + 1, row[key]) for row in evaluated if row.get(key) is not None]
         if points:
             accuracy.plot(*zip(*points), marker=".", label=label)

@@ -1,34 +1,74 @@
 """The trainer, its checkpoints, evaluation, and the processes it runs in."""
 import os
+import signal
+import socket
 
 from rsb_ffcv import InputError, exit_status
 from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
 
 def run(config: TrainConfig):
-    """Trains (or evaluates) as `config` says: in this process, in torchrun's, or in processes started here."""
-    from rsb_ffcv.training.trainer import Trainer
+    """Trains (or evaluates) as `config` says: in this process, in torchrun's, or in processes started here.
 
+    Ends with SystemExit(75) where SIGTERM or SIGUSR1 asked for it: the run is saved, and the same command continues it.
+    """
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
-    with Trainer(config) as trainer:
-        trainer.evaluate_only() if config.training.eval_only else trainer.fit()
+    interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)  # before the imports, and whatever else takes its time
+    try:
+        from rsb_ffcv.training.compute import first_to_say, wait_for_others
+        from rsb_ffcv.training.trainer import Trainer
+
+        try:
+            with Trainer(config, interrupt) as trainer:
+                trainer.evaluate_only() if config.training.eval_only else trainer.fit()
+        except InputError as error:
+            said = first_to_say(str(error))  # what is wrong on all processes is told by one
+            wait_for_others()
+            if said:
+                raise
+            raise SystemExit(2) from None
+    finally:
+        interrupt.restore()
 
 
 def _spawn(config: TrainConfig):
     """ffcv-imagenet's way to several processes on one machine: dist.world_size of them."""
+    try:
+        socket.create_server((config.dist.address, config.dist.port)).close()
+    except OSError as error:
+        raise InputError(f"dist.address={config.dist.address}, dist.port={config.dist.port}: cannot be used "
+                         f"({error.strerror}); give this machine's address (localhost) and a free port") from error
+    received, children = [], []
+
+    def forward(number, _frame):
+        received.append(signal.Signals(number))
+        for child in children:
+            os.kill(child, number)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
     from torch import multiprocessing
 
+    processes = multiprocessing.spawn(_child, args=(config,), nprocs=config.dist.world_size, join=False)
+    children += processes.pids()
+    if received:  # before there was anybody to hand it to
+        forward(received[0], None)
     try:
-        multiprocessing.spawn(_child, args=(config,), nprocs=config.dist.world_size)
+        while not processes.join():
+            pass
     except multiprocessing.ProcessExitedException as error:
+        # A child that a signal ended had not begun: nothing is lost, and the job is to be started again
+        if error.exit_code == REQUEUE or any(error.exit_code == -number for number in received):
+            raise SystemExit(REQUEUE) from None
         raise InputError(f"process {error.error_index} of {config.dist.world_size} ended ({error}); its own message is "
                          f"above") from error
 
 
 def _child(rank: int, config: TrainConfig):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.dist.world_size),
-                      LOCAL_WORLD_SIZE=str(config.dist.world_size), MASTER_ADDR=config.dist.address, MASTER_PORT=config.dist.port)
+                      LOCAL_WORLD_SIZE=str(config.dist.world_size), MASTER_ADDR=config.dist.address, MASTER_PORT=str(config.dist.port))
     status = exit_status(run, config)
     if status:
         raise SystemExit(status)

@@ -1,5 +1,18 @@
-"""A run's state on disk: written whole or not at all, and refused where it belongs to another run."""
+"""A run's states on disk: the newest few and the best one, each whole or absent, checked before it is used.
+
+A checkpoint is one torch.save file, `checkpoint_<step>.pt`. Its ZIP container holds a CRC-32 of every record, which
+torch writes and does not read; here every record is compared with it before the file is loaded. `best.pt` is a second name
+(a hard link) of the checkpoint that was best. Writing happens on a thread, from a copy, while training goes on.
+"""
+import fcntl
 import io
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -7,31 +20,156 @@ import torch
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
 
-NAME = "checkpoint.pt"
-KEYS = {"recipe", "next_epoch", "best", "model", "optimizer", "scaler", "ema"}
+NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
+KEYS = {"recipe", "step", "rows", "best", "model", "optimizer", "scaler", "ema", "swa", "epoch", "health"}
+MEND = "free space or choose another logging.folder"
 
 
-def save(state: dict, path: Path):
-    """Writes `state` with torch.save: a reader sees the old file or the new one, never a part."""
+def warn(text: str):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def on_host(state):
+    """A copy of nested dicts, lists and tuples, its tensors on the CPU and nobody else's."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: on_host(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(on_host(value) for value in state)
+    return state
+
+
+def write(state, path: Path):
+    """torch.save under `path`, flushed to disk, whole or not at all. Raises InputError where the system refuses."""
     serialized = io.BytesIO()  # torch reports a full disk as a RuntimeError; a plain write says what it is
     torch.save(state, serialized)
-    with atomic_file(path, "free space or choose another logging.folder; what was there before is intact") as file:
+    with atomic_file(path, MEND) as file:
         file.write(serialized.getbuffer())
 
 
-def load(folder: Path) -> dict | None:
-    """The checkpoint of `folder` on the CPU, or None where it has none. Reads tensors and plain values only."""
-    path = folder / NAME
-    if not path.exists():
-        return None
-    mend = "remove it to start anew or choose another logging.folder"
+def read(path: Path):
+    """Tensors and plain values of a file that `torch.save` wrote, on the CPU. Raises InputError where a record does not
+    have its checksum, or the file is none of torch's."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch's reader raise nearly any kind
-        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); {mend}") from error
-    if not isinstance(state, dict) or not KEYS <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of this program; {mend}")
-    return state
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+        if damaged:
+            raise InputError(f"{path}: damaged (record {damaged} does not have its checksum)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+    except Exception as error:  # a damaged file makes zipfile, zlib and torch's reader raise nearly any kind
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}; torch.save of today's torch writes a zip "
+                         f"file)") from error
+
+
+class Store:
+    """The checkpoints of one folder. `lock` it before the first `save`.
+
+    keep: how many of the newest stay. regular: whether a step is one that every run is saved at, whatever happens to it; the
+    newest of these stays too, so that what a run goes back to does not depend on when it was interrupted.
+    """
+
+    def __init__(self, folder: Path, keep: int, regular: Callable[[int], bool] = lambda step: True):
+        self.folder, self.keep, self.regular = folder, keep, regular
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = self._lock = None
+
+    def lock(self):
+        """Makes the folder and claims it: two runs in one folder would overwrite each other. Ends with the process."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"logging.folder={self.folder}: another process trains there; wait for it, end it, or choose "
+                             f"another folder") from None
+        except OSError as error:
+            raise InputError(f"logging.folder={self.folder}: cannot be used ({error.strerror}); choose another") from error
+        for unfinished in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
+            unfinished.unlink()
+
+    def newest(self, regular: bool = False) -> tuple[Path, dict] | None:
+        """The newest checkpoint (regular: of a regular step) that is whole, and its name; None where there is none at all.
+        Damaged ones are passed over with a warning, and renamed where the folder is locked, so that they no longer count.
+        Raises InputError where none is whole."""
+        paths = [path for path in sorted(self.folder.glob(PATTERN), reverse=True) if not regular or self.regular(_step(path))]
+        mend = "remove the damaged files to start anew, or choose another logging.folder"
+        for number, path in enumerate(paths):
+            try:
+                state = read(path)
+            except InputError as error:
+                warn(f"{error}; " + ("falling back to the one before" if number + 1 < len(paths) else "none is left"))
+                continue
+            if not isinstance(state, dict) or not KEYS <= state.keys():
+                raise InputError(f"{path}: not a checkpoint of this program; {mend}")
+            if self._lock is not None:
+                for damaged in paths[:number]:
+                    damaged.rename(damaged.with_suffix(".damaged"))
+            return path, state
+        if paths:
+            raise InputError(f"{self.folder}: none of its {len(paths)} checkpoints can be read; {mend}")
+        return None
+
+    def save(self, state: dict, best: bool):
+        """Begins to write a copy of `state`; `best`: under the second name as well. What could not be written is a
+        warning: the run goes on, and what was there before is intact."""
+        self.finish()
+        self._pending = self._writer.submit(self._write, on_host(state), best)
+
+    def finish(self) -> bool:
+        """Waits for the newest `save`; whether it is on disk."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except InputError as error:
+            warn(f"no checkpoint was written: {error}; the ones before it are intact, the run goes on")
+            return False
+        return True
+
+    def close(self):
+        self.finish()
+        self._writer.shutdown()
+        if self._lock is not None:
+            self._lock.close()
+
+    def mark_best(self, path: Path):
+        """Gives the checkpoint at `path` its second name."""
+        temporary, best = self.folder / f".{BEST}.part", self.folder / BEST
+        try:
+            if best.exists() and best.samefile(path):
+                return
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, best)
+        except OSError as error:
+            raise InputError(f"{best}: cannot be written ({error.strerror}); {MEND}") from error
+
+    def _write(self, state: dict, best: bool):
+        path = self.folder / NAME.format(state["step"])
+        write(state, path)
+        if best:
+            self.mark_best(path)
+        there = sorted(old for old in self.folder.glob(PATTERN) if old <= path)
+        keep = {path, *there[-self.keep:], *[old for old in there if self.regular(_step(old))][-1:]}
+        for old in there:
+            if old not in keep:
+                try:
+                    old.unlink()
+                except OSError as error:
+                    warn(f"{old}: cannot be removed ({error.strerror})")
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
 
 
 def check_recipe(saved: dict, current: dict, folder: Path):
@@ -40,5 +178,27 @@ def check_recipe(saved: dict, current: dict, folder: Path):
                        for section, options in current.items() for key, value in options.items()
                        if saved.get(section, {}).get(key) != value)
     if differing:
-        raise InputError(f"{folder} holds a run of another recipe ({'; '.join(differing)}); use its options or another "
-                         f"logging.folder")
+        raise InputError(f"{folder} holds a run of another recipe ({'; '.join(differing)}); use its options, another "
+                         f"logging.folder, or checkpoint.warm_start to begin from its weights")
+
+
+def load_weights(model: torch.nn.Module, path: Path, which: str):
+    """Puts weights into `model`: those of a checkpoint (`which`: "model", "ema" or "swa"), or a file that is a state_dict.
+    Raises InputError where they are not there or do not fit."""
+    state = read(path)
+    if isinstance(state, dict) and KEYS <= state.keys():
+        average = state[which] or {}
+        if which != "model" and not (average.get("updates") or average.get("finished")):
+            raise InputError(f"checkpoint.warm_start_from={which}: {path} has no such weights, or not yet; use model")
+        weights = average if which == "model" else average["module"]
+    else:
+        weights = state
+    own = model.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f"checkpoint.warm_start={path}: holds no weights; give a checkpoint of this program or a state_dict")
+    differing = [f"{name} {tuple(weights[name].shape) if name in weights else 'missing'}" for name in own
+                 if name not in weights or weights[name].shape != own[name].shape] + sorted(weights.keys() - own.keys())
+    if differing:
+        raise InputError(f"checkpoint.warm_start={path}: is of another model ({len(differing)} tensors differ, the first: "
+                         f"{differing[0]}); use its model.arch and number of classes")
+    model.load_state_dict(weights)

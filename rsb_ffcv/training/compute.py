@@ -1,13 +1,18 @@
 """Which device, precision, compiler and processes a run uses: decided once, said in the first lines of output."""
 import os
+import time
+import uuid
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
 
+_stores = []  # of the process group: what processes can still tell each other when its collectives fail
+MEETING_SECONDS = 600  # between the first and the last process of a job to be ready
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,8 +53,9 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
 
     Raises InputError where CUDA or a precision is asked for that this machine lacks.
     """
+    wrong = ""
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("compute.device=cuda: this machine has no usable CUDA device; use compute.device=auto or cpu")
+        wrong, device = "compute.device=cuda: this machine has no usable CUDA device; use compute.device=auto or cpu", "cpu"
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = torch.device(kind)
@@ -68,18 +74,50 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
     if precision == "auto":
         precision = "fp16" if kind == "cuda" else "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     if precision == "fp16" and kind == "cpu":
-        raise InputError("compute.precision=fp16: the CPU trains in fp32 or bf16; use compute.precision=auto")
+        wrong = wrong or "compute.precision=fp16: the CPU trains in fp32 or bf16; use compute.precision=auto"
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS)))
+            store = _own_part(store, rank, world_size)
+            _stores.append(store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        except (dist.DistError, OSError) as error:
+            raise InputError(f"process {rank} of {world_size} cannot meet the others at {os.environ.get('MASTER_ADDR')}:"
+                             f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); give an address and a free port that all "
+                             f"of them reach") from error
+    if wrong:  # told after the processes have met, so that one of them can speak for all
+        raise InputError(wrong)
     return Compute(chosen, precision, {"0": False, "1": True}.get(compile, kind == "cuda"), channels_last,
                    rank, world_size)
 
 
-def copy_from_first_process(tensors):
-    """Overwrites `tensors` on every process with the first one's."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+def _own_part(store, rank: int, world_size: int):
+    """A part of `store` that only the processes now running know of. torchrun's store outlives a restart, and what the
+    processes before it left there would send these to ports that nobody listens on (pytorch issue 135712).
+
+    Each process leaves a name of its own; the first one lists them until all have found themselves in its list.
+    """
+    mine, waits_until = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+
+    def of_all(key: str) -> list | None:
+        keys = [f"{key}/{other}" for other in range(world_size)]
+        return [store.get(key).decode() for key in keys] if store.check(keys) else None
+
+    store.set(f"here/{rank}", mine)
+    while time.monotonic() < waits_until:
+        here = of_all("here") if rank == 0 else None
+        if here:
+            store.set("meeting", " ".join(here))
+        meeting = store.get("meeting").decode() if store.check(["meeting"]) else ""
+        if mine in meeting:
+            store.set(f"agreed/{rank}", meeting)
+            if rank == 0 and of_all("agreed") == [meeting] * world_size:
+                store.set(f"begun/{meeting}", "")
+            if store.check([f"begun/{meeting}"]):
+                return dist.PrefixStore(meeting, store)
+        time.sleep(0.02)
+    raise InputError(f"process {rank} of {world_size}: not all processes have come within {MEETING_SECONDS} s; look for the message "
+                     f"of one that ended")
 
 
 def leave():
@@ -102,3 +140,61 @@ def gather(items: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
+
+
+def mean_over_processes(tensors: list) -> list:
+    """Each of `tensors` (one dtype, one device) becomes its mean over all processes, in place, by one collective."""
+    if dist.is_initialized():
+        together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+        parts = together.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+    return tensors
+
+
+def from_first_process(value):
+    """The first process's value (text, numbers, None), on every process."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box, 0, device="cpu")
+        return box[0]
+    return value
+
+
+def on_first_process(action):
+    """What `action()` gives on the first process (text, numbers, None), on every process; an InputError too."""
+    result, wrong = None, ""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = action()
+        except InputError as error:
+            if not dist.is_initialized():
+                raise
+            wrong = str(error)
+    result, wrong = from_first_process((result, wrong))
+    if wrong:
+        raise InputError(wrong)
+    return result
+
+
+def first_to_say(what: str) -> bool:
+    """True on one process only, the first that asks for `what`, also where the job's collectives no longer work."""
+    try:
+        return not _stores or _stores[0].add(f"said/{what}", 1) == 1
+    except RuntimeError:  # the store died with the first process: the second speaks
+        return dist.get_rank() == 1
+
+
+def wait_for_others(seconds: float = 2.0):
+    """Before a process ends with an error: the others may be about to find the same, and need the first one's store to know
+    that it has been said."""
+    if not _stores:
+        return
+    until = time.monotonic() + seconds
+    try:
+        _stores[0].add("ending", 1)
+        while _stores[0].add("ending", 0) < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.02)
+    except RuntimeError:  # the store is gone, and with it whoever asks it
+        return

@@ -1,37 +1,42 @@
-"""One run: loaders, model, optimizer and schedule put together, trained epoch by epoch, checkpointed at each end.
+"""One run: loaders, model, optimizer and schedule put together, trained step by step, saved and continued anywhere.
 
-What a step sees is a function of the recipe and the step's number: the loader's slots, the mix's and the noise's
-addresses, the learning rate, and the seed that torch's own generator (stochastic depth) is set to before each group.
+What a step sees is a function of the recipe and the step's number: the loader's slots, the mix's and the noise's addresses,
+the learning rate, and the seed that torch's own generator (stochastic depth) is set to before each group. What it changes
+is in `_state`, whole; so a run that is killed and started again ends with the bits of one that was not.
 """
 import json
 import statistics
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rsb_ffcv import InputError
 from rsb_ffcv.config import TrainConfig
-from rsb_ffcv.learning.average import Ema
+from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model, check_arch, check_input_size
 from rsb_ffcv.learning.optimizer import build_optimizer, check_optimizer
 from rsb_ffcv.learning.schedule import Schedule
 from rsb_ffcv.loading import EvalLoader, TrainLoader
-from rsb_ffcv.loading.batch import MEAN, BatchTransform
+from rsb_ffcv.loading.batch import MEAN, BatchTransform, normalize
 from rsb_ffcv.ops import draws
 from rsb_ffcv.options import as_dict
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training import checkpoint, compute
-from rsb_ffcv.training.evaluate import evaluate
+from rsb_ffcv.training.evaluate import evaluate, read_label_sets
+from rsb_ffcv.training.health import MOST_RETURNS, GoBack, Health, Stop
+from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
+from rsb_ffcv.training.processes import Heartbeat, Votes
+from rsb_ffcv.training.step import RunningStatistics, TrainStep
 
+REQUEUE_MARK = "requeue"  # in the folder while a run that was asked to end waits to be started again
 SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for the device
 
 
@@ -41,175 +46,251 @@ class Trainer:
     Raises InputError for whatever the user can mend. Use as a context manager: it ends the loaders' threads.
     """
 
-    def __init__(self, config: TrainConfig):
-        self.config = c = config
+    def __init__(self, config: TrainConfig, interrupt: Interrupt):
+        self.config, self.interrupt, self._open, self.heartbeat = config, interrupt, ExitStack(), None
+        try:
+            self._build()
+        except BaseException as error:
+            self._open.close()
+            if self.heartbeat is not None and isinstance(error, Exception) and not isinstance(error, InputError):
+                self.heartbeat.verdict()
+            raise
+
+    def _build(self):
+        c = self.config
         self.compute = compute.set_up(c.compute.device, c.compute.precision, c.compute.compile, c.compute.channels_last,
                                       c.compute.threads)
-        self.folder = Path(c.logging.folder)
+        self.heartbeat = Heartbeat()
         self._say(self.compute.describe())
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
-
-        common = {"num_workers": c.data.num_workers, "rank": self.compute.rank, "world_size": self.compute.world_size,
-                  "device": self.compute.device}
-        a = c.augment
-        self.train_loader = TrainLoader(
-            c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
-            resolution=c.resolution.min_res, seed=c.training.seed, scale=(a.scale_min, a.scale_max), flip_prob=a.hflip,
-            rand_augment=a.rand_augment, color_jitter=(a.color_jitter,) * 3 + (0.0,), interpolation=a.interpolation,
-            repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, **common)
-        self.val_loader = EvalLoader(c.data.val_dataset, batch_size=c.validation.batch_size,
-                                     resolution=c.validation.resolution, crop_ratio=c.validation.crop_ratio,
-                                     interpolation=c.validation.interpolation, **common)
+        self.train_loader, self.val_loader = (self._open.enter_context(closing(loader)) for loader in self._build_loaders())
         self.num_classes = self._check_classes()
-        self.transform = BatchTransform(
-            c.training.seed, c.mix.mixup, c.mix.cutmix, c.mix.prob, c.mix.switch_prob, a.erase_prob, a.erase_mode,
-            (a.erase_min, a.erase_max))
+        self.label_sets = read_label_sets(c.validation.labels, len(self.val_loader.beton), self.num_classes) \
+            if c.validation.labels else None
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.schedule = self._build_schedule()
+        self.folder = Path(c.logging.folder)
+        self.store = self._open.enter_context(closing(checkpoint.Store(self.folder, c.checkpoint.keep, self._is_regular)))
+        if not c.training.eval_only:
+            compute.on_first_process(self.store.lock)
+        found = self._newest()
+        self.model = self._build_model(new=found is None)
+        self.ema = Ema(self.model, decay_of_step(c.ema.decay, c.ema.per_images, self.train_loader.global_batch), c.ema.warmup,
+                       c.ema.warmup_power, c.ema.buffers) if c.ema.decay else None
+        self.swa = Swa(self.model) if c.swa.epochs else None
+        self.optimizer = build_optimizer(c.training.optimizer, self.model, c.lr.lr, c.training.weight_decay,
+                                         c.training.momentum, compiled=self.compute.compile and self.compute.device.type == "cuda")
         self.loss = Loss(c.training.loss, c.training.label_smoothing, c.training.bce_threshold, c.training.bce_sum)
-        self.schedule = Schedule(
-            c.lr.lr_schedule_type, c.lr.lr, c.training.epochs, self.train_loader.steps_per_epoch, c.lr.warmup_epochs,
-            c.lr.warmup_lr, c.lr.min_lr, c.lr.lr_peak_epoch, c.lr.step_ratio, c.lr.step_length)
-
-        torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
-        model = build_model(c.model.arch, self.num_classes, pretrained=c.model.pretrained, drop_path=c.model.drop_path,
-                            zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool, mean=MEAN)
-        sizes = {}
-        for option, side in (("resolution.min_res", c.resolution.min_res), ("resolution.max_res", c.resolution.max_res),
-                             ("validation.resolution", c.validation.resolution)):
-            sizes.setdefault(side, option)
-        for side, option in sizes.items():
-            check_input_size(model, c.model.arch, option, side)
-        self.model = model.to(self.compute.device, memory_format=self.compute.memory_format)
-        self.ema = Ema(self.model, c.ema.decay, c.ema.warmup, c.ema.warmup_power) if c.ema.decay else None
-        self.optimizer = build_optimizer(c.training.optimizer, self.model, self.schedule.lr(0), c.training.weight_decay,
-                                         c.training.momentum)
-        self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
-        if self.ema is not None:  # called only where the scaler let the step through
-            self.optimizer.register_step_post_hook(lambda *_: self.ema.update())
-        self.next_epoch = 0
-        self.best = {"top1": -1.0, "epoch": -1}
-        self._resume()
-        if c.data.in_memory:
-            self.train_loader.preload()
-            self.val_loader.preload()
-        wrapped = torch.compile(self.model) if self.compute.compile else self.model
-        self.wrapped = wrapped if self.compute.world_size == 1 else DistributedDataParallel(wrapped)
+        self.health = Health(self._note, c.health.non_finite, c.health.loss_rise, c.health.rise, c.health.chance,
+                             c.health.chance_epoch, c.health.average, c.health.gap)
+        self.step, self.rows, self.best, self._beaten = 0, [], {"top1": -1.0, "epoch": -1, "step": -1}, None
+        self._begin_epoch()
+        wrapped = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
+        if self.compute.world_size > 1:  # batch-norm statistics are averaged by the step, not copied from the first process
+            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
+        a = c.augment
+        transform = BatchTransform(c.training.seed, c.mix.mixup, c.mix.cutmix, c.mix.prob, c.mix.switch_prob, a.erase_prob,
+                                   a.erase_mode, (a.erase_min, a.erase_max), mode=c.mix.mode)
+        self.train_step = TrainStep(self.model, wrapped, self.optimizer, self.loss, transform, self.compute,
+                                    groups=self.train_loader.batches_per_step, seed=c.training.seed,
+                                    grad_clip=c.training.grad_clip, ema=self.ema)
+        if found is not None:
+            self._resume(*found)
+        for loader in (self.train_loader, self.val_loader) if c.data.in_memory else ():
+            loader.preload(lambda: self.interrupt.received is not None)
+        self.votes = Votes()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.train_loader.close()
-        self.val_loader.close()
-        compute.leave()
+    def __exit__(self, kind, *_):
+        self._open.close()
+        if kind is None or kind is SystemExit:
+            self.votes.count()
+            self.heartbeat.end()
+            compute.leave()
+        elif not issubclass(kind, InputError):
+            self.heartbeat.verdict()
 
     # ---------------------------------------------------------------- the run
 
     def fit(self):
-        """Trains from the next epoch to the last, and prints the closing table."""
+        """Trains from where the run stands to the end, and prints the closing table."""
+        self._open_folder()
         epochs = self.config.training.epochs
-        if self.compute.is_main:
-            self._open_folder()
-        for epoch in range(self.next_epoch, epochs):
-            row = {"epoch": epoch, **self._train_epoch(epoch)}
-            if self.config.logging.log_level or epoch == epochs - 1:
-                row |= self._evaluate()
-                top1 = max(row["top1"], row.get("ema_top1", 0.0))
-                if top1 > self.best["top1"]:
-                    self.best = {"top1": top1, "epoch": epoch}
-            self.next_epoch = epoch + 1
-            if self.compute.is_main:
-                log.write_metrics(self.folder, log.read_metrics(self.folder) + [row])
-                checkpoint.save(self._state(), self.folder / checkpoint.NAME)
-                print(json.dumps(row), flush=True)
+        self._saved_at = time.monotonic()
+        while len(self.rows) < epochs:
+            try:
+                epoch = len(self.rows)
+                self._train_epoch(epoch)
+                if self.swa is not None and epoch == epochs - 1:
+                    self._estimate_batch_norm()
+                self._close_epoch(epoch)
+            except GoBack as request:
+                self._go_back(request)
+            except Stop as request:
+                raise InputError(str(request)) from request
+        if not self.store.finish() and self.compute.is_main:
+            raise InputError(f"{self.folder}: the last checkpoint could not be written; {checkpoint.MEND}, and start again")
         if self.compute.is_main:
             self._finish()
 
     def evaluate_only(self):
         """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON line."""
-        if self.next_epoch == 0 and not self.config.model.pretrained:
+        if self.step == 0 and not self.config.model.pretrained and not self.config.checkpoint.warm_start:
             raise InputError(f"training.eval_only=1: {self.folder} has no checkpoint; train first, name its folder, or "
-                             f"use model.pretrained=1")
-        self._say(json.dumps({"epoch": self.next_epoch - 1, **self._evaluate()}))
+                             f"use model.pretrained=1 or checkpoint.warm_start")
+        self._say(json.dumps({"epoch": self.step // self.steps_per_epoch - 1, "step": self.step,
+                              **self._evaluate(len(self.rows) == self.config.training.epochs, heed=False)}))
 
     # ---------------------------------------------------------------- an epoch
 
-    def _train_epoch(self, epoch: int) -> dict:
-        steps = self.train_loader.steps_per_epoch
-        self.train_loader.resolution = self._resolution(epoch)
-        self.wrapped.train()
-        totals = torch.zeros(3, device=self.compute.device, dtype=torch.float64)  # loss, correct, images
-        waited, started = 0.0, time.perf_counter()
-        with closing(self.train_loader.epoch(epoch)) as batches, self._bar(f"epoch {epoch + 1}", steps) as bar:
-            for step in range(steps):
-                lr = self.schedule.lr(epoch * steps + step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                waited += self._train_step(epoch, step, batches, totals)
+    def _begin_epoch(self):
+        """What is counted over an epoch, in this process."""
+        device = self.compute.device
+        self.totals = torch.zeros(3, device=device, dtype=torch.float64)  # loss x images, correct, images
+        self.window = torch.zeros(SYNC_EVERY, device=device, dtype=torch.float64)
+        self.unread = []  # the steps whose losses stand in `window`, since they were last read
+        self.seconds = self.waited = 0.0
+        self.skipped, self.events = [], []
+
+    def _train_epoch(self, epoch: int):
+        """The steps of the epoch that are still to be done."""
+        done = self.step - epoch * self.steps_per_epoch
+        if done == self.steps_per_epoch:
+            return
+        loader, mixing = self.train_loader, self._mixing(epoch)
+        loader.resolution = self._resolution(epoch)
+        self.train_step.wrapped.train()
+        skipped_before = self.skipped
+        with closing(loader.epoch(epoch, done)) as batches, self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar:
+            for step in range(done, self.steps_per_epoch):
+                started = time.perf_counter()
+                slots = [loader.slots(step * loader.batches_per_step + group) for group in range(loader.batches_per_step)]
+                lr = self.schedule.lr(self.step) * self.health.lr_factor
+                if self.step in self.health.skipped_steps:
+                    for _ in slots:
+                        next(batches)
+                else:
+                    sums, waited = self.train_step(epoch, batches, slots, lr, mixing)
+                    self.totals += sums
+                    self.window[len(self.unread)] = sums[0] / sums[2]
+                    self.unread.append(self.step)
+                    self.waited += waited
+                self.step += 1
+                self.skipped = skipped_before + loader.skipped
+                if self.swa is not None and step + 1 == self.steps_per_epoch and self._in_swa(epoch):
+                    self.swa.update()
+                if len(self.unread) == SYNC_EVERY or step + 1 == self.steps_per_epoch:
+                    self._read_losses()
+                    self._show(bar, lr)
+                self.seconds += time.perf_counter() - started
                 bar.update()
-                if step % SYNC_EVERY == 0 or step == steps - 1:
-                    loss, correct, images = totals.tolist()
-                    rate = images * self.compute.world_size / (time.perf_counter() - started)
-                    bar.set_postfix(loss=f"{loss / images:.4f}", top1=f"{100 * correct / images:.1f}%", lr=f"{lr:.2e}",
-                                    img_s=f"{rate:.0f}")
-        seconds = time.perf_counter() - started
-        loss, correct, images = compute.sum_over_processes(totals).tolist()
-        return {"steps": steps, "loss": self.loss.name(self._mixing(epoch) and self.transform.mixes),
-                "train_loss": loss / images, "train_top1": 100 * correct / images, "lr": lr,
-                "resolution": self.train_loader.resolution, "images_per_s": images / seconds, "seconds": seconds,
-                "data_wait_s": waited, "peak_memory_mb": self._peak_memory_mb(), **self._skipped()}
+                self._heed(step + 1 < self.steps_per_epoch and self._is_regular(self.step))
 
-    def _skipped(self) -> dict:
-        """Which samples of the epoch could not be read, over all processes; nothing where all could."""
-        found = sorted(set(compute.gather(self.train_loader.skipped)))
-        names = [f"sample {index} {reason}" for index, reason in found]
-        return {"skipped": len(names), "skipped_samples": names} if names else {}
+    def _read_losses(self):
+        """Waits for the device and lets the health checks look at the losses since the last time."""
+        if self.unread:
+            losses = compute.mean_over_processes([self.window])[0][:len(self.unread)].tolist()
+            steps, self.unread = self.unread, []
+            self.health.check_losses(steps, losses)
 
-    def _train_step(self, epoch: int, step: int, batches, totals) -> float:
-        """One optimizer step over the groups of this process; adds to `totals`; returns the seconds it waited for data."""
-        groups = self.train_loader.batches_per_step
-        mixing = self._mixing(epoch)
-        waited = 0.0
-        for group in range(groups):
-            asked = time.perf_counter()
-            images, labels = next(batches)
-            waited += time.perf_counter() - asked
-            slots = self.train_loader.slots(step * groups + group)
-            images, lam = self.transform(images, epoch, slots, mixing)
-            images = images.contiguous(memory_format=self.compute.memory_format)
-            torch.manual_seed(draws.torch_seed(self.config.training.seed, epoch, int(slots[0]), draws.DROP))
-            last = group == groups - 1
-            with nullcontext() if last or self.compute.world_size == 1 else self.wrapped.no_sync():
-                with self.compute.autocast():
-                    logits = self.wrapped(images)
-                loss = self.loss(logits, labels, lam)
-                self.scaler.scale(loss / groups).backward()
-            with torch.no_grad():
-                correct = (logits.argmax(1) == labels).sum()
-                totals += torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))])
-        if self.config.training.grad_clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return waited
+    def _show(self, bar, lr: float):
+        """Where the run stands, in its progress bar."""
+        loss, correct, images = self.totals.tolist()
+        rate = images * self.compute.world_size / max(self.seconds, 1e-9)
+        bar.set_postfix(loss=f"{loss / max(images, 1):.4f}", top1=f"{100 * correct / max(images, 1):.1f}%", lr=f"{lr:.2e}",
+                        img_s=f"{rate:.0f}")
 
-    def _evaluate(self) -> dict:
-        """Raw and, where there is one, averaged weights on the validation file."""
-        row, started = {}, time.perf_counter()
-        if self.compute.world_size > 1:  # batch-norm statistics are each process's own; the first one's are saved
-            compute.copy_from_first_process([*self.model.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+    def _estimate_batch_norm(self):
+        """The averaged model's batch-norm statistics, over training images without mixing and erasing."""
+        c, swa, loader = self.config, self.swa, self.train_loader
+        needed = min(c.swa.bn_steps or self.steps_per_epoch, self.steps_per_epoch) * loader.batches_per_step
+        if swa.finished:
+            return
+        swa.begin_batch_norm() if swa.batches < 0 else swa.resume_batch_norm()
+        averaged = RunningStatistics(swa.module, 1)
+        loader.resolution = self._resolution(c.training.epochs - 1)
+        start = swa.batches // loader.batches_per_step
+        with closing(loader.epoch(c.training.epochs, start)) as batches, self._bar("batch norm", needed, swa.batches) as bar:
+            for _ in range(start * loader.batches_per_step, swa.batches):
+                next(batches)
+            while swa.batches < needed:
+                images, _ = next(batches)
+                images = normalize(images).contiguous(memory_format=self.compute.memory_format)
+                with torch.no_grad(), self.compute.autocast():
+                    swa.module(images)
+                averaged.end_step()
+                swa.batches += 1
+                bar.update()
+                self._heed(bool(c.checkpoint.every_steps) and swa.batches % (c.checkpoint.every_steps * loader.batches_per_step) == 0)
+        swa.end_batch_norm()
+
+    def _close_epoch(self, epoch: int):
+        """Validates, and writes the epoch's row and a checkpoint."""
+        self._check_state()
+        self._settle()
+        loss, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
+        found = sorted(set(compute.gather(self.skipped)))
+        row = {"epoch": epoch, "steps": self.steps_per_epoch,
+               "loss": self.loss.name(self._mixing(epoch) and self.train_step.transform.mixes),
+               "train_loss": loss / images if images else None, "train_top1": 100 * correct / images if images else None,
+               "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor, "resolution": self._resolution(epoch),
+               "images_per_s": images / self.seconds, "seconds": self.seconds, "data_wait_s": self.waited,
+               "peak_memory_mb": self._peak_memory_mb()}
+        if found:
+            row |= {"skipped": len(found), "skipped_samples": [f"sample {index} {reason}" for index, reason in found]}
+        improved, beaten = False, self.best
+        if self.config.logging.log_level or epoch == self.config.training.epochs - 1:
+            row |= self._evaluate(epoch == self.config.training.epochs - 1)
+            if self.health.check_accuracy(epoch, row, self.num_classes):
+                self.ema.restart()
+            top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
+            improved = top1 > self.best["top1"]
+            if improved:
+                self.best = {"top1": top1, "epoch": epoch, "step": self.step}
+        if self.events:
+            row["events"] = self.events
+        self.health.end_epoch()
+        self.rows = self.rows + [row]
+        if epoch + 1 < self.config.training.epochs and (self._mixing(epoch + 1), self._resolution(epoch + 1)) != \
+                (self._mixing(epoch), self._resolution(epoch)):
+            self.health.forget()
+        self._begin_epoch()
+        self._save(improved)
+        self._beaten = beaten if improved else None
+        if self.compute.is_main:
+            try:
+                log.write_metrics(self.folder, self.rows)
+            except InputError as error:  # each epoch writes the whole log, and a restart does
+                checkpoint.warn(f"{error}; the run goes on")
+            print(json.dumps(row), flush=True)
+
+    def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
+        """Raw and averaged weights on the validation file. heed: look for signals on the way."""
+        row, started, c = {}, time.perf_counter(), self.config.validation
+        common = len(self.val_loader.beton) // (self.val_loader.batch_size * self.compute.world_size)  # batches of every process
         models = {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
+        if self.swa is not None and with_swa:
+            models["swa_"] = self.swa.module
         for prefix, model in models.items():
-            with self._bar("validation" + (" EMA" if prefix else ""), len(self.val_loader)) as bar:
-                result = evaluate(model, self.val_loader, self.compute, self.config.validation.lr_tta, bar)
-            row |= {f"{prefix}top1": result["top1"], f"{prefix}top5": result["top5"], f"{prefix}val_loss": result["loss"],
-                    "val_images": result["images"]}
+            with self._bar(f"validation {prefix[:-1].upper()}".strip(), len(self.val_loader)) as bar:
+                def after_batch(number: int):
+                    bar.update()
+                    if heed and number < common:
+                        self._heed(False)
+
+                result = evaluate(model, self.val_loader, self.compute, c.lr_tta, self.label_sets, after_batch)
+            row |= {prefix + name: number for name, number in result.items() if name != "images"}
+            row["val_images"] = result["images"]
         return row | {"val_seconds": time.perf_counter() - started}
 
     def _mixing(self, epoch: int) -> bool:
         return epoch < self.config.training.epochs - self.config.mix.off_epochs
+
+    def _in_swa(self, epoch: int) -> bool:
+        return epoch >= self.config.training.epochs - self.config.swa.epochs
 
     def _resolution(self, epoch: int) -> int:
         """ffcv-imagenet's progressive resizing."""
@@ -218,42 +299,186 @@ class Trainer:
             return r.min_res
         if epoch >= r.end_ramp:
             return r.max_res
-        return int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32)) * 32
+        between = int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32)) * 32
+        return min(max(between, r.min_res), r.max_res)
+
+    def _is_regular(self, step: int) -> bool:
+        """Whether every run of this recipe and cadence is saved after `step` steps."""
+        every = self.config.checkpoint.every_steps
+        return step % self.steps_per_epoch == 0 or bool(every) and step % every == 0
 
     # ---------------------------------------------------------------- state
 
-    def _recipe(self) -> dict:
-        """What decides the run's result: a checkpoint belongs to one recipe."""
-        recipe = as_dict(self.config)
-        kept = {name: dict(recipe[name]) for name in ("model", "resolution", "augment", "mix", "lr", "training", "ema")}
-        kept["model"]["num_classes"] = self.num_classes
-        for name in ("eval_only", "distributed"):
-            del kept["training"][name]
-        kept["training"]["global_batch"] = self.train_loader.global_batch
-        kept["data"] = {"train_images": len(self.train_loader.beton), "order": self.config.data.order}
-        return kept
+    def _heed(self, regular: bool):
+        """After a step: saves where it is time (regular: always), and ends where a signal asked for it, all processes alike."""
+        minutes = self.config.checkpoint.every_minutes
+        due, stop = self.votes.cast(bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes,
+                                    self.interrupt.received is not None)
+        if due or stop or regular:
+            self._check_state()
+            self._save(False)
+        if stop:
+            if not self.store.finish():
+                raise InputError(f"{self.folder}: the run was asked to end and could not be saved; {checkpoint.MEND}")
+            if self.compute.is_main:
+                (self.folder / REQUEUE_MARK).touch()
+            self._say(f"saved after step {self.step}; the same command goes on from here (exit status {REQUEUE})")
+            raise SystemExit(REQUEUE)
+
+    def _check_state(self):
+        """Before a save: what is saved may have to be gone back to. Raises GoBack or Stop."""
+        if self.health.non_finite in ("stop", "act") and self.unread:
+            if not compute.sum_over_processes(self.window[:len(self.unread)].sum()).isfinite():
+                self._read_losses()
+        self.health.check_weights(self.step - 1, self.model.state_dict().values())
+
+    def _save(self, best: bool):
+        self._settle()
+        state = self._state()
+        if self.compute.is_main:
+            self.store.save(state, best)
+        self._saved_at = time.monotonic()
+
+    def _settle(self):
+        """Waits for the save in progress. A best state that is not on disk is none."""
+        if not self.store.finish() and self._beaten is not None:
+            self.best = self._beaten
+        self._beaten = None
 
     def _state(self) -> dict:
-        return {"recipe": self._recipe(), "next_epoch": self.next_epoch, "best": self.best,
+        counted = {"totals": self.totals.tolist(), "window": self.window[:len(self.unread)].tolist(), "skipped": self.skipped}
+        return {"recipe": self._recipe(), "step": self.step, "rows": self.rows, "best": self.best,
+                "epoch": {"processes": compute.gather([counted]), "unread": self.unread, "seconds": self.seconds,
+                          "waited": self.waited, "events": self.events},
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "ema": self.ema.state_dict() if self.ema is not None else None}
+                "scaler": self.train_step.scaler.state_dict(), "health": self.health.state_dict(),
+                "ema": self.ema.state_dict() if self.ema is not None else None,
+                "swa": self.swa.state_dict() if self.swa is not None else None}
 
-    def _resume(self):
-        state = checkpoint.load(self.folder)
-        if state is None:
-            return
+    def _newest(self, regular: bool = False) -> tuple[Path, dict] | None:
+        """The folder's newest whole checkpoint (see Store.newest), on every process the one that the first has found."""
+        found = None
+
+        def look():
+            nonlocal found
+            found = self.store.newest(regular)
+            return str(found[0]) if found else None
+
+        path = compute.on_first_process(look)
+        return found if found or path is None else (Path(path), checkpoint.read(Path(path)))
+
+    def _resume(self, path: Path, state: dict):
         if self.config.checkpoint.resume == "never":
-            raise InputError(f"checkpoint.resume=never: {self.folder} has a checkpoint of {state['next_epoch']} epochs; "
-                             f"use checkpoint.resume=auto to continue it or another logging.folder")
+            raise InputError(f"checkpoint.resume=never: {self.folder} has a checkpoint; use checkpoint.resume=auto to continue "
+                             f"it or another logging.folder")
+        self._load(state)
+        if self.compute.is_main and not self.config.training.eval_only and self.best["step"] == self.step:
+            self.store.mark_best(path)  # a kill may have come between its two names
+        self._say(f"resuming {self.folder} after step {self.step} of {self.config.training.epochs * self.steps_per_epoch}")
+
+    def _load(self, state: dict):
         checkpoint.check_recipe(state["recipe"], self._recipe(), self.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run so far needed no scaler
-            self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.next_epoch, self.best = state["next_epoch"], state["best"]
-        self._say(f"resuming {self.folder} after epoch {self.next_epoch} of {self.config.training.epochs}")
+            self.train_step.scaler.load_state_dict(state["scaler"])
+        for average, name in ((self.ema, "ema"), (self.swa, "swa")):
+            if average is not None:
+                average.load_state_dict(state[name])
+        if self.swa is not None and len(state["epoch"]["processes"]) != self.compute.world_size and not self.swa.finished:
+            self.swa.batches = -1  # counted for another number of processes
+        self.health.load_state_dict(state["health"])
+        self.step, self.rows, self.best = state["step"], list(state["rows"]), state["best"]
+        self._begin_epoch()
+        epoch, rank, world = state["epoch"], self.compute.rank, self.compute.world_size
+        counted = epoch["processes"]
+        if len(counted) != world:  # another number of processes: the first one takes what all had counted
+            windows = [process["window"] for process in counted]
+            window = [statistics.fmean(losses) for losses in zip(*windows)]
+            first = {"totals": [sum(numbers) for numbers in zip(*(process["totals"] for process in counted))], "window": window,
+                     "skipped": [item for process in counted for item in process["skipped"]]}
+            counted = [first] + [{"totals": [0.0] * 3, "window": window, "skipped": []}] * (world - 1)
+        mine = counted[rank]
+        self.totals += torch.tensor(mine["totals"], dtype=torch.float64, device=self.totals.device)
+        self.unread = list(epoch["unread"])
+        self.window[:len(self.unread)] = torch.tensor(mine["window"], dtype=torch.float64)
+        self.skipped = [tuple(item) for item in mine["skipped"]]
+        self.seconds, self.waited, self.events = epoch["seconds"], epoch["waited"], list(epoch["events"])
+
+    def _go_back(self, request: GoBack):
+        """To the newest checkpoint, and on from there otherwise than before."""
+        self.store.finish()
+        returns = self.health.returns + 1
+        found = self._newest(regular=True)
+        if found is None or returns > MOST_RETURNS:
+            raise InputError(f"{request.reason}, and " + ("there is no checkpoint to go back to; set checkpoint.every_steps"
+                             if found is None else f"going back {MOST_RETURNS} times did not mend it; lower lr.lr"))
+        self._load(found[1])
+        self.health.returns, self.health.returned = returns, True
+        self.health.lr_factor *= request.factor
+        self.health.skipped_steps.extend(request.skip)
+        self.health.forget()
+        self._note(f"{request.reason}: back to step {self.step}, " + (
+            f"leaving out step {' and '.join(map(str, request.skip))}" if request.skip else
+            f"learning rate x {self.health.lr_factor:g} from here on"))
+        self._save(False)
+
+    def _recipe(self) -> dict:
+        """What decides the run's result: a checkpoint belongs to one recipe."""
+        recipe = as_dict(self.config)
+        kept = {name: dict(recipe[name]) for name in ("model", "resolution", "augment", "mix", "lr", "training", "ema", "swa")}
+        kept["model"]["num_classes"] = self.num_classes
+        for name in ("eval_only", "distributed"):
+            del kept["training"][name]
+        kept["training"]["global_batch"] = self.train_loader.global_batch
+        beton = self.train_loader.beton
+        kept["data"] = {"train_images": len(beton), "train_fingerprint": beton.fingerprint(), "order": self.config.data.order}
+        kept["checkpoint"] = {"warm_start": self.config.checkpoint.warm_start}
+        return kept
+
+    # ---------------------------------------------------------------- building
+
+    def _build_loaders(self):
+        c, a = self.config, self.config.augment
+        common = {"num_workers": c.data.num_workers, "rank": self.compute.rank, "world_size": self.compute.world_size,
+                  "device": self.compute.device}
+        train = TrainLoader(
+            c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
+            resolution=c.resolution.min_res, seed=c.training.seed, scale=(a.scale_min, a.scale_max), flip_prob=a.hflip,
+            rand_augment=a.rand_augment, color_jitter=(a.color_jitter,) * 3 + (0.0,), interpolation=a.interpolation,
+            repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, **common)
+        val = EvalLoader(c.data.val_dataset, batch_size=c.validation.batch_size, resolution=c.validation.resolution,
+                         crop_ratio=c.validation.crop_ratio, interpolation=c.validation.interpolation, **common)
+        return train, val
+
+    def _build_schedule(self) -> Schedule:
+        c = self.config
+        schedule = Schedule(
+            c.lr.lr_schedule_type, c.lr.lr, c.training.epochs, self.steps_per_epoch, c.lr.warmup_epochs, c.lr.warmup_lr,
+            c.lr.min_lr, c.lr.lr_peak_epoch, c.lr.step_ratio, c.lr.step_length, c.lr.power, c.swa.epochs, c.swa.lr,
+            c.swa.anneal_epochs)
+        if c.swa.epochs and c.swa.lr > schedule.before_swa:
+            raise InputError(f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought to "
+                             f"{schedule.before_swa:.3g} by then; lower it")
+        return schedule
+
+    def _build_model(self, new: bool):
+        """new: with the weights that a run begins from; otherwise a checkpoint's come later."""
+        c = self.config
+        torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
+        model = build_model(c.model.arch, self.num_classes, pretrained=c.model.pretrained and new, drop_path=c.model.drop_path,
+                            zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool, mean=MEAN)
+        if c.checkpoint.warm_start and new:
+            checkpoint.load_weights(model, Path(c.checkpoint.warm_start), c.checkpoint.warm_start_from)
+            self._say(f"beginning from the weights of {c.checkpoint.warm_start}")
+        sizes = {}
+        for side, option in ((c.resolution.min_res, "resolution.min_res"), (c.resolution.max_res, "resolution.max_res"),
+                             (c.validation.resolution, "validation.resolution"),
+                             *((self._resolution(epoch), "resolution.end_ramp") for epoch in range(c.training.epochs))):
+            sizes.setdefault(side, option)
+        for side, option in sizes.items():
+            check_input_size(model, c.model.arch, option, side)
+        return model.to(self.compute.device, memory_format=self.compute.memory_format)
 
     def _check_classes(self) -> int:
         wanted = self.config.model.num_classes
@@ -269,27 +494,22 @@ class Trainer:
     # ---------------------------------------------------------------- what people see
 
     def _open_folder(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"logging.folder={self.folder}: cannot be made ({error.strerror}); choose another") from error
-        # A run killed between its log and its checkpoint logs that epoch again
-        rows = [row for row in log.read_metrics(self.folder) if row["epoch"] < self.next_epoch]
-        if len(rows) != self.next_epoch:
-            raise InputError(f"{self.folder}: {log.METRICS} has {len(rows)} of the {self.next_epoch} epochs that the "
-                             f"checkpoint has; restore it or remove {checkpoint.NAME} to start anew")
-        log.write_metrics(self.folder, rows)
-        log.write_json(self.folder / "config.json", as_dict(self.config))
+        if self.compute.is_main:
+            (self.folder / REQUEUE_MARK).unlink(missing_ok=True)
+            log.write_metrics(self.folder, self.rows)  # a run killed after its log and before its checkpoint logs again
+            log.write_json(self.folder / "config.json", as_dict(self.config))
 
     def _finish(self):
-        rows = log.read_metrics(self.folder)
+        rows = self.rows
         log.draw_curves(rows, self.folder / "training_curves.png")
-        self._save_weights(self.model, "final_weights.pt")
-        last = rows[-1]
-        lines = [("top-1 (top-5), raw weights", f"{last['top1']:.2f} % ({last['top5']:.2f} %)")]
-        if self.ema is not None:
-            self._save_weights(self.ema.module, "final_weights_ema.pt")
-            lines.append(("top-1 (top-5), EMA weights", f"{last['ema_top1']:.2f} % ({last['ema_top5']:.2f} %)"))
+        last, lines = rows[-1], []
+        for name, module, prefix, suffix in (("raw", self.model, "", ""),
+                                             ("EMA", self.ema and self.ema.module, "ema_", "_ema"),
+                                             ("SWA", self.swa and self.swa.module, "swa_", "_swa")):
+            if module is not None:
+                weights = checkpoint.on_host(module.state_dict())
+                checkpoint.write(weights, self.folder / f"final_weights{suffix}.pt")
+                lines.append((f"top-1 (top-5), {name} weights", f"{last[prefix + 'top1']:.2f} % ({last[prefix + 'top5']:.2f} %)"))
         wait = 100 * sum(row["data_wait_s"] for row in rows) / sum(row["seconds"] for row in rows)
         lines += [("best top-1", f"{self.best['top1']:.2f} % after epoch {self.best['epoch'] + 1}"),
                   ("validation images", str(last["val_images"])),
@@ -298,20 +518,22 @@ class Trainer:
                   ("weights, metrics, curves", f"{self.folder}/")]
         print(log.table(lines), flush=True)
 
-    def _save_weights(self, model: nn.Module, name: str):
-        """A state_dict that loads on any machine."""
-        checkpoint.save({key: tensor.cpu() for key, tensor in model.state_dict().items()}, self.folder / name)
-
     def _peak_memory_mb(self) -> float:
         """Of the device on CUDA, else of this process."""
         if self.compute.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.compute.device) / 2 ** 20
         return getrusage(RUSAGE_SELF).ru_maxrss / 2 ** 10
 
-    def _bar(self, title: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=title, disable=not self.compute.is_main, leave=False, file=sys.stderr,
+    def _bar(self, title: str, total: int, done: int = 0) -> tqdm:
+        return tqdm(total=total, initial=done, desc=title, disable=not self.compute.is_main, leave=False, file=sys.stderr,
                     mininterval=0.5)
 
     def _say(self, text: str):
         if self.compute.is_main:
             print(text, flush=True)
+
+    def _note(self, text: str):
+        """A warning that the epoch's row keeps."""
+        self.events = self.events + [text]
+        if self.compute.is_main:
+            checkpoint.warn(text)

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 
 from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss, soft_targets
-from rsb_ffcv.loading.batch import Mix, cutmix_box, draw_mix, erase, erase_boxes, mix_images
+from rsb_ffcv.loading.batch import BatchTransform, Mix, cutmix_box, draw_mix, erase, erase_boxes, mix_each, mix_images, normalize
 
 SLOTS = np.arange(4000)
 
@@ -67,6 +67,37 @@ def test_mixing_a_batch(seed, cutmix, monkeypatch):
     torch.testing.assert_close(soft_targets(labels, 8, mix.lam), their_targets, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("mode", ["pair", "elem"])
+def test_mixing_each_image_or_pair(seed, mode, monkeypatch):
+    rng = np.random.default_rng(seed)
+    height, width = (int(side) for side in rng.integers(20, 60, 2))
+    count = {"pair": 4, "elem": 8}[mode]
+    lam, cutmix, mixed = rng.beta(1, 1, count).astype(np.float32), rng.random(count) < 0.5, rng.random(count) < 0.7
+    centres = np.stack([rng.integers(height, size=count), rng.integers(width, size=count)], 1)
+    images, labels = torch.from_numpy(rng.normal(size=(8, 3, height, width)).astype(np.float32)), torch.arange(8)
+    script = Scripted(rand=[np.where(cutmix, 0.0, 0.9), np.where(mixed, 0.0, 0.99)], beta=[lam, lam],
+                      randint=centres[cutmix & mixed].ravel().tolist())
+    monkeypatch.setattr(timm_mixup.np, "random", script)
+    reference = timm_mixup.Mixup(0.2, 1.0, prob=0.7, num_classes=8, label_smoothing=0.0, mode=mode)
+    theirs, their_targets = reference(images.clone(), labels)
+    mixes = [Mix() if not on else cutmix_box(float(share), height, width, *map(int, centre)) if cut else Mix(float(share))
+             for share, cut, on, centre in zip(lam, cutmix, mixed, centres)]
+    ours, kept = mix_each(images.clone(), mixes)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(soft_targets(labels, 8, kept), their_targets, rtol=1e-6, atol=1e-6)
+
+
+def test_each_image_or_pair_has_a_draw_of_its_own_slot():
+    images, slots = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), np.arange(40, 48)
+    for mode, count in (("elem", 8), ("pair", 4)):
+        out, lam = BatchTransform(3, 0.5, 1.0, mode=mode)(images, 2, slots)
+        drawn = [draw_mix(3, 2, int(slot), 16, 16, 0.5, 1.0) for slot in slots[:count]]
+        assert lam.shape == (8, 1) and lam[:count, 0].tolist() == pytest.approx([mix.lam for mix in drawn])
+        torch.testing.assert_close(out, mix_each(normalize(images), drawn)[0])
+        assert mode == "elem" or torch.equal(lam, lam.flip(0))
+
+
 def test_the_mixs_draws_have_timms_distribution():
     drawn = [draw_mix(0, 0, slot, 224, 224, 0.2, 1.0) for slot in range(6000)]
     mixups = [mix.lam for mix in drawn if mix.box is None]
@@ -118,6 +149,14 @@ def test_erasing_fills_its_box_and_nothing_else(mode):
         assert abs(out[2].mean()) < 0.1 and abs(out[2].std() - 1) < 0.1
     assert torch.equal(out, erase(images.clone(), boxes, mode, 7))
     assert mode == "const" or not torch.equal(out, erase(images.clone(), boxes, mode, 8))
+
+
+def test_a_decay_for_images_does_not_depend_on_the_batch():
+    """What n steps of a batch of 8 leave of the first weights is what n / 4 steps of 32 leave."""
+    from rsb_ffcv.learning.average import decay_of_step
+
+    assert decay_of_step(0.99, 32, 32) == 0.99 and decay_of_step(0.99, 0, 32) == 0.99
+    assert decay_of_step(0.99, 32, 8) ** 4 == pytest.approx(0.99) == decay_of_step(0.99, 8, 8)
 
 
 @pytest.mark.parametrize("warmup", [False, True])

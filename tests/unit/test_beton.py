@@ -126,3 +126,18 @@ def test_two_fields_of_one_name_are_refused(betons, tmp_path):
     (tmp_path / "twice.beton").write_bytes(whole)
     with pytest.raises(InputError, match="twice.beton: has two fields of one name"):
         beton.read_beton(tmp_path / "twice.beton")
+
+
+def test_the_fingerprint_tells_files_apart_that_differ_in_pixels_or_labels_only(tmp_path):
+    from PIL import Image
+
+    from rsb_ffcv.dataset.sources import Source
+    from rsb_ffcv.dataset.writer import Encoding, write_beton
+
+    def fingerprint(name, colour, labels):
+        write_beton(tmp_path / name, Source(["a", "b"], [Image.new("RGB", (9, 9), colour)] * 4, labels), Encoding("raw"), 1)
+        return beton.read_beton(tmp_path / name).fingerprint()
+
+    first = fingerprint("1.beton", (1, 2, 3), [0, 1, 0, 1])
+    assert first == fingerprint("2.beton", (1, 2, 3), [0, 1, 0, 1])
+    assert first != fingerprint("3.beton", (1, 2, 4), [0, 1, 0, 1]) and first != fingerprint("4.beton", (1, 2, 3), [0, 0, 1, 1])

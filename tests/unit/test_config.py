@@ -93,7 +93,7 @@ def test_large_whole_numbers_and_texts_that_yaml_reads_as_numbers_stay_exact(giv
     recipe = tmp_path / "r.yaml"
     recipe.write_text("compute:\n  compile: 1\ndist:\n  port: 12355\ntraining:\n  epochs: 1e3\n")
     c = read(given, f"--config-file={recipe}", f"--training.seed={2 ** 63 - 1}")
-    assert (c.compute.compile, c.dist.port, c.training.epochs, c.training.seed) == ("1", "12355", 1000, 2 ** 63 - 1)
+    assert (c.compute.compile, c.dist.port, c.training.epochs, c.training.seed) == ("1", 12355, 1000, 2 ** 63 - 1)
 
 
 def test_the_environment_is_not_an_option(given, monkeypatch):
@@ -134,3 +134,25 @@ def test_the_a2_recipe_says_what_it_must(given):
         assert (c.mix.mixup, c.mix.cutmix, t.loss, t.label_smoothing, c.ema.decay) == (0.2, 1.0, "auto", 0.1, 0.9999)
         assert c.augment.rand_augment.startswith("rand-m7-") and c.augment.erase_prob == 0.25
         assert c.compute.precision == "auto" and c.model.arch == "resnet50"
+
+
+@pytest.mark.parametrize("epochs, start, end", [(16, 11, 13), (24, 17, 20), (32, 23, 27), (40, 29, 34), (56, 41, 48), (88, 65, 76)])
+def test_ffcv_imagenets_ladder(given, epochs, start, end):
+    """rn50_configs/rn50_<epochs>_epochs.yaml of libffcv/ffcv-imagenet."""
+    c = read([f"--config-file={ROOT}/rsb_configs/ffcv_rn50_{epochs}.yaml", *given])
+    assert (c.training.epochs, c.resolution.start_ramp, c.resolution.end_ramp) == (epochs, start, end)
+    assert (c.resolution.min_res, c.resolution.max_res, c.validation.resolution, c.lr.lr) == (160, 192, 256, 1.7)
+    assert c.training.use_blurpool and c.validation.lr_tta and c.lr.lr_schedule_type == "cyclic"
+
+
+@pytest.mark.parametrize("name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup", [
+    ("paper_a1_600", 224, 600, 5e-3, 0.01, 0.1, 0.05, 3, 7, 0.2), ("paper_a2_300", 224, 300, 5e-3, 0.02, 0.0, 0.05, 3, 7, 0.1),
+    ("paper_a3_100", 160, 100, 8e-3, 0.02, 0.0, 0.0, 1, 6, 0.1)])
+def test_the_papers_recipes(given, name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup):
+    """Table 2 of arXiv:2110.00476."""
+    c = read([f"--config-file={ROOT}/rsb_configs/{name}.yaml", *given])
+    t = c.training
+    assert (c.resolution.min_res, c.resolution.max_res, t.epochs, c.lr.lr, t.weight_decay) == (resolution, resolution, epochs, lr, decay)
+    assert (t.label_smoothing, c.model.drop_path, c.augment.repeats, c.mix.mixup, c.mix.cutmix) == (smoothing, drop_path, repeats, mixup, 1.0)
+    assert (t.optimizer, t.loss, t.global_batch, c.lr.warmup_epochs, c.validation.crop_ratio) == ("lamb", "bce", 2048, 5, 0.95)
+    assert c.augment.rand_augment == f"rand-m{magnitude}-mstd0.5-inc1" and c.augment.erase_prob == 0 == c.ema.decay

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rsb_ffcv import InputError
-from rsb_ffcv.learning.average import Ema
+from rsb_ffcv.learning.average import Ema, Swa
 from rsb_ffcv.learning.model import BlurPoolConv2d, build_model
 from rsb_ffcv.learning.optimizer import build_optimizer, decay_groups
 from rsb_ffcv.learning.schedule import Schedule
@@ -58,13 +58,13 @@ def test_resnet50_decays_54_tensors_and_spares_107():
 
 
 def test_optimizers_by_name():
-    import timm.optim
+    from rsb_ffcv.learning.lamb import Lamb
 
     model = nn.Linear(3, 3)
     assert type(build_optimizer("sgd", model, 0.1, 0, 0.9)) is torch.optim.SGD
     assert type(build_optimizer("adamw", model, 0.1, 0, 0.9)) is torch.optim.AdamW
     lamb = build_optimizer("lamb", model, 0.1, 0.02, 0.9)
-    assert type(lamb) is timm.optim.Lamb and lamb.defaults["max_grad_norm"] == 1.0 and lamb.defaults["eps"] == 1e-6
+    assert type(lamb) is Lamb and lamb.defaults["max_grad_norm"] == 1.0 and lamb.defaults["eps"] == 1e-6
     assert "lion" in type(build_optimizer("lion", model, 0.1, 0, 0.9)).__name__.lower()
     with pytest.raises(InputError, match="training.optimizer=lam "):
         build_optimizer("lam", model, 0.1, 0, 0.9)
@@ -114,3 +114,115 @@ def test_a_model_that_cannot_take_the_resolution_is_named():
         check_input_size(model, "vit_tiny_patch16_224", "validation.resolution", 64)
     with pytest.raises(InputError, match="resnet50.nonsense"):
         build_model("resnet50.nonsense", 10)
+
+
+GOLDEN = {  # kind -> (epoch of 20, learning rate), reckoned by hand or by the sources named in `Schedule`
+    "cosine": [(0, 0.01), (2, 1.0), (11, 0.55), (20, 0.1)], "polynomial": [(0, 0.01), (2, 1.0), (11, 0.325), (20, 0.1)],
+    "cosine_spanning": [(0, 0.01), (2, 0.977975), (10, 0.55), (20, 0.1)], "constant": [(0, 0.01), (2, 1.0), (20, 1.0)],
+    "cyclic": [(0, 1e-4), (4, 1.0), (12, 0.5), (20, 0.0)], "step": [(0, 1.0), (7, 1.0), (8, 0.1), (16, 0.01)]}
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_golden_learning_rates(kind):
+    s = Schedule(kind, 1.0, 20, 1000, 2, 0.01, 0.1, peak_epoch=4, step_ratio=0.1, step_length=8, power=2.0)
+    for epoch, rate in GOLDEN[kind]:
+        assert s.lr(1000 * epoch) == pytest.approx(rate, abs=2e-3 if epoch == 20 else 1e-6), epoch
+
+
+def test_the_tail_of_averaging_goes_down_to_its_rate_and_stays():
+    s = Schedule("cosine", 0.1, 100, 10, swa_epochs=10, swa_lr=0.001, swa_anneal_epochs=2)
+    plain = Schedule("cosine", 0.1, 100, 10)
+    assert [s.lr(step) for step in range(901)] == [plain.lr(step) for step in range(901)]
+    tail = [s.lr(step) for step in range(900, 1000)]
+    assert all(a >= b for a, b in zip(tail, tail[1:])) and set(tail[20:]) == {0.001}
+    assert tail[10] == pytest.approx((plain.lr(900) + 0.001) / 2)
+    assert s.before_swa == plain.lr(900)
+
+
+def test_the_average_left_out_on_the_device_is_the_one_left_out_by_the_host():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    for warmup in (False, True):
+        host, device = Ema(model, 0.9, warmup), Ema(model, 0.9, warmup)
+        for step in range(12):
+            with torch.no_grad():
+                model[0].weight.normal_()
+            overflowed = step in (0, 3, 4)
+            if not overflowed:
+                host.update()
+            device.update(torch.tensor(float(overflowed)))
+        assert device.state_dict()["updates"] == host.updates == 9
+        for a, b in zip(host.module.state_dict().values(), device.module.state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_are_averaged_or_copied():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    lerped, copied = Ema(model, 0.9), Ema(model, 0.9, buffers="copy")
+    for _ in range(4):
+        model(torch.randn(2, 3, 8, 8) + 5)
+        lerped.update()
+        copied.update()
+    assert torch.equal(copied.module[1].running_mean, model[1].running_mean)
+    assert not torch.allclose(lerped.module[1].running_mean, model[1].running_mean)
+    assert lerped.module[1].num_batches_tracked == copied.module[1].num_batches_tracked == 4
+
+
+def test_equal_average_and_its_batch_norm_are_torchs():
+    from torch.optim.swa_utils import AveragedModel, update_bn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=0.3))
+    ours, theirs = Swa(model), AveragedModel(model)
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update()
+        theirs.update_parameters(model)
+    images = [torch.randn(4, 3, 9, 9) * number for number in range(1, 7)]
+    update_bn(images, theirs)
+    ours.begin_batch_norm()
+    with torch.no_grad():
+        for batch in images[:3]:
+            ours.module(batch)
+        ours.batches = 3
+        resumed = Swa(model)  # killed here, and on from what was saved
+        resumed.load_state_dict(ours.state_dict())
+        resumed.resume_batch_norm()
+        for batch in images[3:]:
+            resumed.module(batch)
+    resumed.end_batch_norm()
+    for (name, a), b in zip(theirs.module.state_dict().items(), resumed.module.state_dict().values()):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
+    assert [norm.momentum for norm in (resumed.module[1], resumed.module[3])] == [0.1, 0.3] and not resumed.module.training
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("overflows", [(), (0,), (0, 1), (3,)])
+def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
+    """As fused CUDA steps take it: told by the scaler on the device. What remains is a run of the other steps alone."""
+    def run(steps, scaled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4))
+        optimizer = build_optimizer(name, model, 0.01, 0.02, 0.9)
+        for group in optimizer.param_groups:
+            group["fused"] = group.get("fused") is not None and scaled
+        optimizer._step_supports_amp_scaling = scaled
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator) * (scaler.scale(torch.ones(())) if scaled else 1)
+                if scaled and step in overflows:
+                    parameter.grad[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    # Memory that others have used: what is allocated and not set shows
+    spoiled = [torch.full((2000,), float("nan")) for _ in range(50)]
+    del spoiled
+    ours, plain = run(range(6), True), run([step for step in range(6) if step not in overflows], False)
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,127 @@
+"""What may go wrong with a run while it runs, and what is done about it: nothing, a word, or something.
+
+Each check looks at numbers that are the same on every process, so that all come to the same decision.
+"""
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+RECENT, BEFORE = 5, 25  # readings of the loss: the median of the newest against that of those before
+MOST_RETURNS = 10  # a run that goes back more often than this has a fault that going back does not mend
+
+
+class GoBack(Exception):
+    """Asks for the newest checkpoint. skip: steps to leave out from then on. factor: of every learning rate from then on."""
+
+    def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0):
+        super().__init__(reason)
+        self.reason, self.skip, self.factor = reason, skip, factor
+
+
+class Stop(Exception):
+    """Asks for the end of the run."""
+
+
+@dataclass
+class Health:
+    """Policies, each "off", "warn" or "act" (non_finite: "stop" too), and what they remember.
+
+    non_finite: a loss or a weight that is infinite or no number. act: go back to the newest checkpoint and leave out that step
+    and the one before it, whose update may have been the cause.
+    loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the learning rate.
+    chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still what guessing gives. act: end the run.
+    average: the average's top-1 is more than `gap` points below the model's. act: the average starts again from the model.
+    say: takes each message.
+    """
+    say: Callable[[str], None]
+    non_finite: str = "stop"
+    loss_rise: str = "warn"
+    rise: float = 0.1
+    chance: str = "warn"
+    chance_epoch: int = 5
+    average: str = "warn"
+    gap: float = 10.0
+    history: list = field(default_factory=list)
+    risen: bool = False
+    lr_factor: float = 1.0
+    skipped_steps: list = field(default_factory=list)
+    returns: int = 0  # without an epoch in between that went well
+    returned: bool = False  # in this epoch
+    chance_checked: bool = False
+
+    STATE = ("history", "risen", "lr_factor", "skipped_steps", "returns", "returned", "chance_checked")
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: dict):
+        for name in self.STATE:
+            value = state[name]
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+    def forget(self):
+        """Begins the loss's history anew, where another loss or another resolution begins."""
+        self.history, self.risen = [], False
+
+    def check_losses(self, steps: list[int], losses: list[float]):
+        """The losses of `steps`. Raises GoBack or Stop."""
+        for step, loss in zip(steps, losses, strict=True):
+            if not math.isfinite(loss) and self.non_finite != "off":
+                self._diverged(f"the loss of step {step} is {loss}", (step - 1, step))
+                break
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if not finite or self.loss_rise == "off":
+            return
+        self.history = (self.history + [statistics.fmean(finite)])[-RECENT - BEFORE:]
+        if len(self.history) < RECENT + BEFORE:
+            return
+        now, usual = statistics.median(self.history[-RECENT:]), statistics.median(self.history[:-RECENT])
+        was, self.risen = self.risen, now > (1 + self.rise) * usual
+        if self.risen and not was:
+            reason = (f"at step {steps[-1]} the loss, {now:.4g}, is {100 * (now / usual - 1):.0f} % above its "
+                      f"recent median, {usual:.4g}")
+            if self.loss_rise == "act":
+                raise GoBack(reason, factor=0.5)
+            self.say(f"{reason}; a lower lr.lr may be needed")
+
+    def end_epoch(self):
+        self.returns, self.returned = self.returns if self.returned else 0, False
+
+    def check_weights(self, step: int, tensors):
+        """Weights and batch-norm statistics, before the state after `step` is saved: what is gone back to has to be sound.
+        Raises GoBack or Stop."""
+        if self.non_finite in ("stop", "act"):
+            norms = torch._foreach_norm([tensor for tensor in tensors if tensor.is_floating_point()])
+            if not torch.stack(norms).sum().isfinite():
+                self._diverged(f"the weights after step {step} are not finite", (step,))
+
+    def _diverged(self, reason: str, steps: tuple[int, ...]):
+        if self.non_finite == "act":
+            raise GoBack(reason, skip=steps)
+        if self.non_finite == "stop":
+            raise Stop(f"{reason}; lower lr.lr, set training.grad_clip, use compute.precision=bf16, or health.non_finite=act to "
+                       f"leave such steps out")
+        self.say(reason)
+
+    def check_accuracy(self, epoch: int, row: dict, classes: int) -> bool:
+        """After an epoch's validation. Returns whether the EMA is to start again. Raises Stop."""
+        chance = 100 / classes
+        looks = not self.chance_checked and epoch + 1 >= self.chance_epoch
+        self.chance_checked |= looks
+        if self.chance != "off" and looks and row["top1"] < chance + min(0.5 * chance, 0.05 * (100 - chance)):
+            reason = (f"after epoch {epoch + 1} top-1 is {row['top1']:.2f} %, what guessing gives ({chance:.2f} %): likely the "
+                      f"learning rate (too high, or the warm-up too short), labels of the two files that do not agree, or a "
+                      f"loss that does not fit the mixing")
+            if self.chance == "act":
+                raise Stop(f"{reason}; correct it, or use health.chance=warn to go on")
+            self.say(reason)
+        behind = row["top1"] - row.get("ema_top1", row["top1"])
+        if self.average != "off" and behind > self.gap:
+            self.say(f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} points below the model's: its decay is too high "
+                     f"for {'the steps so far' if epoch < 10 else 'this run'}; ema.warmup=1 or a lower ema.decay mends that"
+                     + ("; it starts again from the model" if self.average == "act" else ""))
+            return self.average == "act"
+        return False

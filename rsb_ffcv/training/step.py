@@ -1,0 +1,100 @@
+"""The training step: images to gradients to weights, without a word to the host.
+
+An optimizer step takes `groups` mix groups one after another on each process. What it does to the model does not depend on
+how the groups are dealt to processes: gradients are averaged over all of them, and so are the batch-norm statistics, which
+torch by itself would average over time on one process and not at all over several.
+"""
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rsb_ffcv.ops import draws
+from rsb_ffcv.training.compute import Compute, mean_over_processes
+
+
+class RunningStatistics:
+    """The batch-norm buffers of `module`, moved once a step by the mean over the step's groups, on all processes alike."""
+
+    def __init__(self, module: nn.Module, groups: int):
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self._buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self._counters = [norm.num_batches_tracked for norm in norms]
+        self._groups = groups
+        self._start = self._sum = None
+
+    def begin_group(self, group: int):
+        """Before the forward pass of the step's group number `group`."""
+        if self._groups == 1 or not self._buffers:
+            return
+        if group == 0:
+            self._start = torch._foreach_clone(self._buffers), torch._foreach_clone(self._counters)
+            return
+        self._add()
+        torch._foreach_copy_(self._buffers, self._start[0])
+
+    def end_step(self):
+        """After the last forward pass."""
+        if not self._buffers:
+            return
+        if self._groups > 1:
+            self._add()
+            torch._foreach_div_(self._sum, self._groups)
+            torch._foreach_copy_(self._buffers, self._sum)
+            torch._foreach_copy_(self._counters, torch._foreach_add(self._start[1], 1))
+            self._start = self._sum = None
+        mean_over_processes(self._buffers)
+
+    def _add(self):
+        if self._sum is None:
+            self._sum = torch._foreach_clone(self._buffers)
+        else:
+            torch._foreach_add_(self._sum, self._buffers)
+
+
+class TrainStep:
+    """One optimizer step. `model` is the bare module, `wrapped` the same one compiled and in DDP as the run has it."""
+
+    def __init__(self, model: nn.Module, wrapped: nn.Module, optimizer, loss, transform, compute: Compute, *, groups: int,
+                 seed: int, grad_clip: float, ema=None):
+        self.model, self.wrapped, self.optimizer, self.loss, self.transform = model, wrapped, optimizer, loss, transform
+        self.compute, self.groups, self.seed, self.grad_clip = compute, groups, seed, grad_clip
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+        self.statistics = RunningStatistics(model, groups)
+        if ema is not None:
+            # Where the scaler leaves a step out it does not call the optimizer, or tells it by `found_inf` on the device
+            optimizer.register_step_post_hook(lambda opt, *_: ema.update(getattr(opt, "found_inf", None)))
+
+    def __call__(self, epoch: int, batches, slots, lr: float, mixing: bool) -> tuple[torch.Tensor, float]:
+        """batches: iterator of (uint8 images, labels), one of `groups` a time; slots: of those groups. Returns float64
+        (loss x images, correct, images) on the device, and the seconds it waited for `batches`."""
+        totals, waited = torch.zeros(3, device=self.compute.device, dtype=torch.float64), 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for number in range(self.groups):
+            asked = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - asked
+            images, lam = self.transform(images, epoch, slots[number], mixing)
+            images = images.contiguous(memory_format=self.compute.memory_format)
+            torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[number][0]), draws.DROP))
+            self.statistics.begin_group(number)
+            last = number == self.groups - 1
+            with nullcontext() if last or self.compute.world_size == 1 else self.wrapped.no_sync():
+                with self.compute.autocast():
+                    logits = self.wrapped(images)
+                loss = self.loss(logits, labels, lam)
+                self.scaler.scale(loss / self.groups).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(1) == labels).sum()
+                totals += torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))])
+        self.statistics.end_step()
+        if self.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return totals, waited

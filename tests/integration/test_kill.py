@@ -1,0 +1,121 @@
+"""A run that is killed at any instant, and started again with the same command, ends as one that was never killed.
+
+RSB_KILLS=200 pytest tests/integration/test_kill.py kills more often; `records/` has a run of that size.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.integration.runs import assert_same_run, options, rows
+
+KILLS = int(os.environ.get("RSB_KILLS", "30"))
+# Every kind of state at once: warm-up, accumulation, repeated augmentation, EMA, SWA with its batch-norm phase, validation
+EVERYTHING = {"model.arch": "test_resnet", "training.epochs": 4, "swa.epochs": 2, "swa.lr": 0.0005, "swa.anneal_epochs": 1, "checkpoint.every_steps": 1,
+              "training.optimizer": "sgd", "lr.lr": 0.05, "health.rise": 100}
+PHASES = ("epoch 1", "epoch 2", "epoch 3", "epoch 4", "validation", "batch norm")
+
+
+def phase(err: str) -> str:
+    """Which bar was drawn last."""
+    found = max(((err.rfind(name), name) for name in PHASES), default=(-1, ""))
+    return found[1] if found[0] >= 0 else "start"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons, tmp_path, train, world):
+    more = {**EVERYTHING, "training.batch_size": 16 // world}
+    started = time.monotonic()
+    statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
+    assert statuses == [0] * world, err
+    length = time.monotonic() - started
+    random.seed(world)
+    kills, chains, phases = 0, 0, {}
+    while kills < (KILLS if world == 1 else max(3, KILLS // 10)):
+        folder = tmp_path / f"chain{chains}"
+        chains += 1
+        for start in range(500):
+            run = train(options(betons, folder, **more), world)
+            if random.random() < 0.8:  # else the kill may come while it starts, which takes most of the time
+                until = time.monotonic() + 10 * length
+                while phase(run.err.read_text()) == "start" and "weights, metrics" not in run.out.read_text() and time.monotonic() < until:
+                    time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.3 * length))
+            run.signal(signal.SIGKILL)
+            statuses, out, err = run.wait()
+            if statuses == [0] * world:
+                break
+            assert set(statuses) == {-signal.SIGKILL}, err
+            kills += 1
+            phases[phase(err)] = phases.get(phase(err), 0) + 1
+        assert_same_run(folder, tmp_path / "whole")
+        shutil.rmtree(folder)
+    print(json.dumps({"processes": world, "kills": kills, "runs": chains, "phases": phases}))
+    assert len(phases) > 2
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(betons, tmp_path, train, number, status):
+    """Two processes, only one of which gets the notice, and gets it twice, as from a parent that hands on its own."""
+    more = {"checkpoint.every_minutes": 0, "training.epochs": 2, "training.batch_size": 8, "training.optimizer": "sgd"}
+    statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
+    assert statuses == [0, 0], err
+    run = train(options(betons, tmp_path / "run", **more), 2)
+    while "epoch 1:" not in run.err.read_text():
+        time.sleep(0.02)
+    run.signal(number, rank=1)
+    run.signal(signal.SIGTERM, rank=1)
+    statuses, out, err = run.wait()
+    assert statuses == [status, status] and number.name in err and "the same command goes on from here" in out
+    assert len(list((tmp_path / "run").glob("checkpoint_*.pt"))) == 1 and not rows(tmp_path / "run")
+    statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()
+    assert statuses == [0, 0] and "resuming" in out, err
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_notice_before_the_first_step_is_heeded(betons, tmp_path, train):
+    run = train(options(betons, tmp_path / "run"))
+    while "device cpu" not in run.out.read_text():
+        time.sleep(0.005)
+    run.signal(signal.SIGTERM)
+    statuses, out, err = run.wait()
+    assert statuses == [75] and "saved after step 1" in out and (tmp_path / "run" / "requeue").exists(), err
+    statuses, _, err = train(options(betons, tmp_path / "run")).wait()
+    assert statuses == [0] and not (tmp_path / "run" / "requeue").exists(), err
+
+
+def test_what_only_the_first_process_finds_wrong_ends_all_with_one_line(betons, tmp_path, train):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint_000000001.pt").write_bytes(b"damaged")
+    for more, message in (({}, "none of its 1 checkpoints can be read"), ({"logging.folder": "/dev/null/x"}, "cannot be used"),
+                          ({"compute.precision": "fp16"}, "compute.precision=fp16"), ({"lr.lr": 1e30, "training.optimizer": "sgd"}, "lower lr.lr")):
+        folder = tmp_path / ("run" if not more else "other")
+        statuses, _, err = train(options(betons, folder, **{"training.batch_size": 8, "training.grad_clip": 0, **more}), 2).wait()
+        assert statuses == [2, 2] and err.count("error:") == 1 and message in err and "Traceback" not in err, err
+
+
+def test_a_second_notice_ends_at_once(betons, tmp_path, train):
+    run = train(options(betons, tmp_path / "run", **{"training.epochs": 50}))
+    while "epoch 1:" not in run.err.read_text():
+        time.sleep(0.02)
+    run.signal(signal.SIGTERM)
+    run.signal(signal.SIGUSR1)
+    statuses, _, err = run.wait()
+    assert statuses[0] in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_dies_ends_the_job_in_seconds_with_one_line(betons, tmp_path, train, lost):
+    run = train(options(betons, tmp_path / "run", **{"training.epochs": 200, "training.batch_size": 8}), 2)
+    while "epoch 2:" not in run.err.read_text():
+        time.sleep(0.02)
+    run.signal(signal.SIGKILL, rank=lost)
+    started = time.monotonic()
+    statuses, _, err = run.wait()
+    assert time.monotonic() - started < 15
+    assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 3
+    assert err.count("error:") == 1 and "a process of this job has ended" in err and "Traceback" not in err

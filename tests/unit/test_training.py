@@ -1,0 +1,252 @@
+"""Health policies, checkpoints and batch-norm statistics, each by itself."""
+import json
+import os
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from rsb_ffcv import InputError
+from rsb_ffcv.training import checkpoint
+from rsb_ffcv.training.evaluate import read_label_sets
+from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
+from rsb_ffcv.training.step import RunningStatistics
+
+STEPS = list(range(40, 44))
+
+
+def health(**policies):
+    said = []
+    return Health(said.append, **policies), said
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_step():
+    losses = [1.0, float("nan"), float("inf"), 1.0]
+    checks, said = health(non_finite="warn")
+    checks.check_losses(STEPS, losses)
+    assert said == ["the loss of step 41 is nan"]
+    with pytest.raises(Stop, match="step 41 is nan; lower lr.lr"):
+        health()[0].check_losses(STEPS, losses)
+    with pytest.raises(GoBack) as request:
+        health(non_finite="act")[0].check_losses(STEPS, losses)
+    assert request.value.skip == (40, 41) and request.value.factor == 1
+    health(non_finite="off")[0].check_losses(STEPS, losses)
+
+
+def feed(checks, level, readings=RECENT):
+    for _ in range(readings):
+        checks.check_losses(STEPS, [level] * 4)
+
+
+def test_a_loss_that_rises_by_more_than_its_share_is_told_once_until_it_falls():
+    checks, said = health()
+    feed(checks, 2.0, RECENT + BEFORE)
+    feed(checks, 2.19)
+    assert not said
+    feed(checks, 2.3)
+    assert len(said) == 1 and "above its recent median, 2" in said[0]
+    checks.forget()
+    feed(checks, 2.0, RECENT + BEFORE)
+    feed(checks, 2.3)
+    assert len(said) == 2
+    acting, _ = health(loss_rise="act")
+    feed(acting, 2.0, RECENT + BEFORE)
+    with pytest.raises(GoBack) as request:
+        feed(acting, 2.3)
+    assert request.value.factor == 0.5
+    silent, said = health(loss_rise="off")
+    feed(silent, 2.0, RECENT + BEFORE)
+    feed(silent, 9.0)
+    assert not said
+
+
+def test_one_odd_reading_is_no_rise():
+    checks, said = health()
+    feed(checks, 2.0, RECENT + BEFORE)
+    feed(checks, 50.0, 1)
+    feed(checks, 2.0)
+    assert not said
+
+
+@pytest.mark.parametrize("classes, top1, tells", [(1000, 0.1, True), (1000, 0.2, False), (10, 11.0, True), (10, 20.0, False),
+                                                  (2, 51.0, True), (2, 60.0, False)])
+def test_top1_at_chance_is_told_at_the_stated_epoch(classes, top1, tells):
+    checks, said = health()
+    for epoch in range(8):
+        checks.check_accuracy(epoch, {"top1": top1}, classes)
+    assert len(said) == tells and (not tells or "after epoch 5" in said[0] and "learning rate" in said[0])
+    if tells:
+        with pytest.raises(Stop, match="health.chance=warn"):
+            health(chance="act")[0].check_accuracy(4, {"top1": top1}, classes)
+        health(chance="off")[0].check_accuracy(4, {"top1": top1}, classes)
+
+
+def test_an_average_far_below_the_model_is_told():
+    row = {"top1": 60.0, "ema_top1": 0.1}
+    checks, said = health()
+    assert not checks.check_accuracy(20, row, 1000) and "59.9 points below" in said[0]
+    assert health(average="act")[0].check_accuracy(20, row, 1000)
+    assert not health(average="off")[0].check_accuracy(20, row, 1000)
+    assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0, "ema_top1": 55.0}, 1000)
+    assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, 1000)
+
+
+def test_what_health_remembers_is_saved():
+    checks, _ = health(non_finite="act")
+    feed(checks, 2.0, 3)
+    checks.skipped_steps.append(7)
+    checks.lr_factor, checks.returns = 0.25, 2
+    other, _ = health()
+    other.load_state_dict(json.loads(json.dumps(checks.state_dict())))
+    assert other.state_dict() == checks.state_dict()
+    other.history.append(1.0)
+    assert len(checks.history) == 3
+
+
+def state(step, size=1000):
+    torch.manual_seed(step)
+    return {**{name: None for name in checkpoint.KEYS}, "step": step, "model": {"w": torch.randn(size)}, "rows": []}
+
+
+def test_the_newest_few_and_the_best_stay(tmp_path):
+    store = checkpoint.Store(tmp_path, keep=2)
+    store.lock()
+    for step in (3, 6, 9, 12):
+        store.save(state(step), best=step == 6)
+    assert store.finish()
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["best.pt", "checkpoint_000000009.pt", "checkpoint_000000012.pt"]
+    path, found = store.newest()
+    assert path.name == "checkpoint_000000012.pt" and torch.equal(found["model"]["w"], state(12)["model"]["w"])
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 6
+    store.close()
+
+
+def test_what_is_saved_is_what_was_there_at_that_moment(tmp_path):
+    store, live = checkpoint.Store(tmp_path, 1), state(1, 3_000_000)
+    store.lock()
+    before = live["model"]["w"].clone()
+    store.save(live, False)
+    live["model"]["w"].zero_()
+    store.finish()
+    assert torch.equal(store.newest()[1]["model"]["w"], before)
+    store.close()
+
+
+def test_any_damage_to_the_newest_falls_back_to_the_one_before(tmp_path, capsys):
+    store = checkpoint.Store(tmp_path, 2)
+    store.lock()
+    store.save(state(1), False)
+    store.save(state(2), False)
+    store.finish()
+    newest = tmp_path / "checkpoint_000000002.pt"
+    whole = newest.read_bytes()
+    weights = whole.index(state(2)["model"]["w"].numpy().tobytes())
+    rng = torch.Generator().manual_seed(0)
+    places = [weights, weights + 1234, weights + 3999, *torch.randint(0, len(whole), (150,), generator=rng).tolist()]
+    damages = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:] for at in places]
+    damages += [whole[:length] for length in (0, 1, 100, len(whole) // 2, len(whole) - 1)] + [bytes(len(whole))]
+    fallen = 0
+    for content in damages:
+        newest.write_bytes(content)
+        path, found = store.newest()
+        err = capsys.readouterr().err
+        if path == newest:  # a bit of padding or of a date, which nothing reads
+            assert torch.equal(found["model"]["w"], state(2)["model"]["w"]) and found["step"] == 2 and not err
+        else:
+            fallen += 1
+            assert found["step"] == 1 and re.search("warning: .*000000002.pt: .*; falling back to the one before", err), err
+    assert fallen > 60
+    (tmp_path / "checkpoint_000000001.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="none of its 1 checkpoints can be read"):
+        store.newest()
+    store.close()
+
+
+def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path):
+    store = checkpoint.Store(tmp_path, 1)
+    store.lock()
+    store.save(state(6), False)
+    store.finish()
+    newest = tmp_path / "checkpoint_000000009.pt"
+    newest.write_bytes(b"damaged")
+    assert store.newest()[1]["step"] == 6 and not newest.exists() and newest.with_suffix(".damaged").exists()
+    newest.write_bytes(b"not looked at yet")
+    store.save(state(7), False)
+    assert store.finish() and (tmp_path / "checkpoint_000000007.pt").exists()
+    store.close()
+
+
+def test_the_newest_regular_checkpoint_stays_and_is_what_a_run_goes_back_to(tmp_path):
+    store = checkpoint.Store(tmp_path, 2, regular=lambda step: step % 10 == 0)
+    store.lock()
+    for step in (10, 20, 21, 22, 23):
+        store.save(state(step), False)
+    assert store.finish() and [path.name[-6:-3] for path in sorted(tmp_path.glob("c*.pt"))] == ["020", "022", "023"]
+    assert store.newest()[1]["step"] == 23 and store.newest(regular=True)[1]["step"] == 20
+    store.close()
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    first, second = checkpoint.Store(tmp_path, 1), checkpoint.Store(tmp_path, 1)
+    (tmp_path / ".checkpoint_000000001.pt.part").write_bytes(b"half")
+    first.lock()
+    assert not list(tmp_path.glob(".*.part"))
+    with pytest.raises(InputError, match="another process trains there"):
+        second.lock()
+    first.close()
+    second.lock()
+    second.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_the_others(tmp_path, capsys, monkeypatch):
+    store = checkpoint.Store(tmp_path, 1)
+    store.lock()
+    store.save(state(1), True)
+    store.finish()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store.save(state(2), True)
+    assert not store.finish()
+    assert "no checkpoint was written" in (err := capsys.readouterr().err) and "No space left" in err
+    monkeypatch.undo()
+    assert store.newest()[1]["step"] == 1 and checkpoint.read(tmp_path / "best.pt")["step"] == 1
+    store.save(state(3), False)
+    assert store.finish() and store.newest()[1]["step"] == 3
+    store.close()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_batch_norm_statistics_move_once_a_step_by_the_mean_over_its_groups(groups):
+    torch.manual_seed(0)
+    batches = torch.randn(3, 4, 6, 5) * torch.arange(1, 5)[None, :, None, None] + 2
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).train()
+    statistics, norm = RunningStatistics(model, groups), model[1]
+    mean, var = torch.zeros(5), torch.ones(5)
+    for step in batches:
+        seen = []
+        for number, group in enumerate(step[:groups]):
+            statistics.begin_group(number)
+            seen.append(model[0](group).detach())
+            model(group)
+        statistics.end_step()
+        mean = 0.9 * mean + 0.1 * torch.stack([batch.mean(0) for batch in seen]).mean(0)
+        var = 0.9 * var + 0.1 * torch.stack([batch.var(0) for batch in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    assert norm.num_batches_tracked == 3
+
+
+def test_label_sets_are_checked(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text("[[1, 2], [], 0]")
+    assert read_label_sets(str(path), 3, 3).tolist() == [[1, 2], [-1, -1], [0, -1]]
+    for content, message in (("[1, 2]", "has 2 entries"), ("[1, 2, 3]", "entry 2 is"), ("{", "cannot be read"), ("[1, [true], 'x']", "read")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=f"validation.labels=.*{message}"):
+            read_label_sets(str(path), 3, 3)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_label_sets(str(tmp_path / "absent.json"), 3, 3)

@@ -1,0 +1,76 @@
+"""A process that has imported the project and forks a child for each run that a test asks for: starting one takes a fraction
+of a second instead of the ten that the imports cost, so that tests can afford hundreds of starts.
+
+Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
+"largest_file": bytes or null} is answered by the child's number, {"wait": number} by its exit status (minus the signal that killed
+it).
+"""
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def serve():
+    sys.path.insert(0, str(ROOT))
+    os.chdir(ROOT)
+    import numpy as np
+
+    import train_imagenet
+    from rsb_ffcv import exit_status
+    from rsb_ffcv.loading import batch
+    from rsb_ffcv.loading.order import epoch_order, group_slots
+    from rsb_ffcv.ops import augment, crop, draws
+    from rsb_ffcv.ops.operation import Address
+    from rsb_ffcv.training import trainer  # noqa: F401
+
+    # Compiled functions are loaded once, here: each child would take a second for it
+    slots, sides = np.arange(4), np.full(4, 50, np.int32)
+    for op in (crop.RandomResizedCrop(32), augment.RandAugment("rand-m7-mstd0.5-inc1"), augment.ColorJitter(0.1)):
+        op.draw(Address(0, 0, slots), sides, sides)
+    batch.draw_mix(0, 0, 0, 8, 8, 0.2, 1.0)
+    batch.draw_mix(0, 0, 0, 8, 8, 0.2, 0.0)
+    batch.erase_boxes(0, 0, slots, 32, 32, 1.0, 0.02, 0.3, 0.3, 3.0)
+    draws.torch_seed(0, 0, 0, draws.DROP)
+    for kind in ("random", "quasi_random"):
+        epoch_order(kind, 0, 0, np.arange(4, dtype=np.uint64), np.ones(4, np.uint64), 1 << 30)
+    group_slots(0, 2, 0, 1, 1, 1)
+
+    answers = os.fdopen(os.dup(1), "w")
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            status = os.waitpid(request["wait"], 0)[1]
+            answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if answer == 0:
+                os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                for descriptor, name in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+                os.environ.update(request["env"])
+                if request["largest_file"]:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+                sys.argv = ["train_imagenet.py", *request["start"]]
+                status = 1
+                try:
+                    status = exit_status(train_imagenet.main)
+                except SystemExit as error:
+                    status = error.code
+                except BaseException:
+                    import traceback
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
