@@ -93,7 +93,7 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
 
 def _own_part(store, rank: int, world_size: int):
     """A part of `store` that only the processes now running know of. torchrun's store outlives a restart, and what the
-    processes before it left there would send these to ports that nobody listens on (pytorch issue 135712).
+    processes before it left there would send these to ports that nobody listens on (pytorch/pytorch#135712).
 
     Each process leaves a name of its own; the first one lists them until all have found themselves in its list.
     """
@@ -153,26 +153,19 @@ def mean_over_processes(tensors: list) -> list:
     return tensors
 
 
-def from_first_process(value):
-    """The first process's value (text, numbers, None), on every process."""
-    if dist.is_initialized():
-        box = [value]
-        dist.broadcast_object_list(box, 0, device="cpu")
-        return box[0]
-    return value
-
-
 def on_first_process(action):
     """What `action()` gives on the first process (text, numbers, None), on every process; an InputError too."""
+    if not dist.is_initialized():
+        return action()
     result, wrong = None, ""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         try:
             result = action()
         except InputError as error:
-            if not dist.is_initialized():
-                raise
             wrong = str(error)
-    result, wrong = from_first_process((result, wrong))
+    told = [result, wrong]
+    dist.broadcast_object_list(told, 0, device="cpu")
+    result, wrong = told
     if wrong:
         raise InputError(wrong)
     return result

@@ -14,7 +14,7 @@ MOST_RETURNS = 10  # a run that goes back more often than this has a fault that 
 
 
 class GoBack(Exception):
-    """Asks for the newest checkpoint. skip: steps to leave out from then on. factor: of every learning rate from then on."""
+    """Asks for the last regular checkpoint. skip: steps to leave out from then on. factor: of every learning rate from then on."""
 
     def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0):
         super().__init__(reason)
@@ -29,8 +29,8 @@ class Stop(Exception):
 class Health:
     """Policies, each "off", "warn" or "act" (non_finite: "stop" too), and what they remember.
 
-    non_finite: a loss or a weight that is infinite or no number. act: go back to the newest checkpoint and leave out that step
-    and the one before it, whose update may have been the cause.
+    non_finite: a loss or a weight that is infinite or no number. act: go back to the last regular checkpoint and leave out
+    that step and the one before it, whose update may have been the cause.
     loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the learning rate.
     chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still what guessing gives. act: end the run.
     average: the average's top-1 is more than `gap` points below the model's. act: the average starts again from the model.

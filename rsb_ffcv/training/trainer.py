@@ -68,6 +68,7 @@ class Trainer:
         self.num_classes = self._check_classes()
         self.label_sets = read_label_sets(c.validation.labels, len(self.val_loader.beton), self.num_classes) \
             if c.validation.labels else None
+        self.recipe = self._recipe()
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.schedule = self._build_schedule()
         self.folder = Path(c.logging.folder)
@@ -347,7 +348,7 @@ class Trainer:
 
     def _state(self) -> dict:
         counted = {"totals": self.totals.tolist(), "window": self.window[:len(self.unread)].tolist(), "skipped": self.skipped}
-        return {"recipe": self._recipe(), "step": self.step, "rows": self.rows, "best": self.best,
+        return {"recipe": self.recipe, "step": self.step, "rows": self.rows, "best": self.best,
                 "epoch": {"processes": compute.gather([counted]), "unread": self.unread, "seconds": self.seconds,
                           "waited": self.waited, "events": self.events},
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -377,7 +378,7 @@ class Trainer:
         self._say(f"resuming {self.folder} after step {self.step} of {self.config.training.epochs * self.steps_per_epoch}")
 
     def _load(self, state: dict):
-        checkpoint.check_recipe(state["recipe"], self._recipe(), self.folder)
+        checkpoint.check_recipe(state["recipe"], self.recipe, self.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run so far needed no scaler
