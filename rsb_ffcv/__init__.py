@@ -23,14 +23,13 @@ def first_line(error: BaseException) -> str:
 
 
 def exit_status(program, *arguments) -> int:
-    """Runs `program(*arguments)`: 0 where it returns, 2 and one line on stderr where it raises InputError, 130 where
+    """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it raises InputError, 130 where
     the user interrupts it."""
     try:
-        program(*arguments)
+        return program(*arguments) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

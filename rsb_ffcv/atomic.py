@@ -22,13 +22,18 @@ def atomic_file(path, mend: str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name too outlives a power failure
-        finally:
-            os.close(folder)
+        flush_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); {mend}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def flush_folder(path):
+    """The names in a folder outlive a power failure from now on. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

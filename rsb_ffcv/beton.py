@@ -8,12 +8,15 @@ image's size against its shape; whoever holds a `Beton` may hand its pointers to
 
 Files that this project writes carry more, in places that FFCV does not look at. After a JPEG's bytes stand its entry points
 (`ops/csrc/jpeg.c`), by which the decoder reaches a crop without reading what lies above it. Between the last page and the
-table stand an `EXTRA` for each sample, in dataset order (checksum of image and entry points, how long the latter are), and
+table stand, in this order: an `EXTRA` for each sample, in dataset order (checksum of image and entry points, how long the
+latter are); the samples' names, UTF-8, each ended by a zero byte; what is known of the file as a whole, JSON (`About`); and
 a `TRAILER`. FFCV's own files have none of this; theirs end pages and begin tables at a multiple of the page size, so that a
 trailer that is gone is noticed.
 """
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +35,39 @@ IMAGE_METADATA = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"),
 LABEL_METADATA = np.dtype("<i8")
 SAMPLE_METADATA = np.dtype([("f0", IMAGE_METADATA), ("f1", LABEL_METADATA)], align=True)
 EXTRA = np.dtype([("checksum", "<u8"), ("entry_bytes", "<u4")])
-# XXH64 throughout. samples: of the EXTRAs; structure: of header, descriptors, metadata and table; trailer: of the bytes before it
-TRAILER = np.dtype([("magic", "S8"), ("version", "<u8"), ("samples", "<u8"), ("structure", "<u8"), ("trailer", "<u8")])
-MAGIC, TRAILER_VERSION = b"rsb_ffcv", 2
+# Lengths in bytes, and XXH64 throughout. samples: of the EXTRAs; structure: of header, descriptors, metadata and table;
+# trailer: of the bytes before it
+TRAILER = np.dtype([("magic", "S8"), ("version", "<u8"), ("names_bytes", "<u8"), ("about_bytes", "<u8"), ("samples", "<u8"),
+                    ("names", "<u8"), ("about", "<u8"), ("structure", "<u8"), ("trailer", "<u8")])
+MAGIC, TRAILER_VERSION = b"rsb_ffcv", 3
+PAGE_BYTES = 1 << 23  # of the files written here; FFCV's default: 8 MiB
 INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
 JPG, RAW = 0, 1
 MAX_CLASSES = 1 << 20  # beyond any labelled set: a larger label is damage, and would size the model's last layer
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file says of itself; the same for the same pictures and settings, wherever and whenever it was written.
+
+    tool: versions of what wrote it. settings: how images are stored. source: kind of dataset, split, number of pictures,
+    fingerprint of their names and labels. classes: in the order of the labels (wnids for ImageNet). titles: what people call
+    them, or empty. counts: pictures kept as they were, encoded, stored raw, left out.
+    """
+    tool: dict
+    settings: dict
+    source: dict
+    classes: list[str]
+    titles: list[str]
+    counts: dict
+
+    def check(self):
+        """Raises ValueError where a part is not of its kind: the file's text may be anybody's."""
+        lists, tables = (self.classes, self.titles), (self.tool, self.settings, self.source, self.counts)
+        if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists) \
+                or not all(isinstance(part, dict) for part in tables) or len(self.titles) not in (0, len(self.classes)) \
+                or not 0 < len(self.classes) <= MAX_CLASSES:
+            raise ValueError("not as write_ffcv.py writes it")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +76,8 @@ class Beton:
 
     pointers, sizes: uint64, bytes from the file's start / bytes of the stored image.
     modes: uint8, `JPG` or `RAW`. heights, widths: uint16, pixels. labels: int64, 0 or more.
-    extras: EXTRA records; None in a file of FFCV's.
+    extras: EXTRA records; about: what the file says of itself; names_at: where its names stand (first byte, how many,
+    XXH64). All three are None in a file of FFCV's.
     """
     path: Path
     num_bytes: int
@@ -57,14 +88,38 @@ class Beton:
     widths: np.ndarray
     labels: np.ndarray
     extras: np.ndarray | None
+    about: About | None
+    names_at: tuple[int, int, int] | None
 
     def __len__(self):
         return len(self.labels)
 
     @property
     def num_classes(self) -> int:
-        """Largest label + 1."""
-        return int(self.labels.max()) + 1
+        """As many as the file lists, or where it lists none, the largest label + 1."""
+        return len(self.about.classes) if self.about else int(self.labels.max()) + 1
+
+    def class_name(self, label: int) -> str:
+        """As the file lists it, or the number."""
+        return self.about.classes[label] if self.about else str(label)
+
+    @cached_property
+    def stored_bytes(self) -> np.ndarray:
+        """uint64: of each image and its entry points."""
+        return self.sizes if self.extras is None else self.sizes + self.extras["entry_bytes"]
+
+    def names(self) -> list[str]:
+        """The samples' names: their paths within the source. Where the file has none, `sample_<number>`."""
+        if self.names_at is None:
+            return [f"sample_{number:08d}" for number in range(len(self))]
+        start, length, expected = self.names_at
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            text = np.fromfile(file, np.uint8, length)
+        names = text.tobytes().split(b"\0")[:-1]
+        if checksum(text) != expected or len(names) != len(self):
+            raise InputError(f"{self.path}: damaged: the samples' names are not as they were written; write it again with write_ffcv.py")
+        return [name.decode("utf-8", "surrogateescape") for name in names]
 
     def fingerprint(self) -> str:
         """Tells apart files with other images, labels or order; the same for a copy under another name."""
@@ -114,8 +169,10 @@ def read_beton(path) -> Beton:
             table = np.fromfile(file, ALLOCATION)
             file.seek(0)
             structure = structure_checksum(file.read(metadata_end), table)
-            extras = _read_extras(file, header, table_start, metadata_end, structure, refuse)
+            extras, about, names_at = _read_extras(file, header, table_start, metadata_end, structure, refuse)
     except OSError as error:
+        if path.with_name(f".{path.name}.appending").exists():
+            refuse("an append to it was interrupted", "give the same concat command again: it brings the file back")
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a .beton file") from error
 
     names = [bytes(name).split(b"\0")[0] for name in fields["name"]]
@@ -129,14 +186,52 @@ def read_beton(path) -> Beton:
     # Compared as `size > room` with room >= 0, so that no sum of two file-supplied 64-bit numbers can wrap around.
     outside = (pointers < metadata_end) | (pointers > num_bytes) | (stored > num_bytes - np.minimum(pointers, num_bytes))
     outside |= stored < sizes
+    most = len(about.classes) if about else MAX_CLASSES
     raw_bytes = heights.astype(np.uint64) * widths * 3
     for bad, what in ((outside, "points outside the file"), ((heights == 0) | (widths == 0), "has no pixels"),
                       (modes > RAW, "has an unknown storage mode"), (sizes == 0, "has no data"),
                       ((modes == RAW) & (sizes != raw_bytes), "has a size that is not height x width x 3"),
-                      ((labels < 0) | (labels >= MAX_CLASSES), f"has a label outside 0 .. {MAX_CLASSES - 1}")):
+                      ((labels < 0) | (labels >= most), f"has a label outside 0 .. {most - 1}")):
         if bad.any():
             refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
-    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels), extras)
+    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels), extras, about, names_at)
+
+
+def put_around(path, end: int, metadata: np.ndarray, table: np.ndarray, extras: np.ndarray, names: list[str], about: About,
+               keep_front=lambda front: None):
+    """Writes into a file everything around its images, which end at byte `end`: first what stands behind them, and once
+    that is on the disk, header, descriptors and `metadata`, which keep_front is given before. metadata, table, extras:
+    SAMPLE_METADATA, ALLOCATION and EXTRA, one a sample. Raises OSError."""
+    head = np.zeros(1, HEADER)
+    head["version"], head["num_fields"], head["page_size"], head["num_samples"] = VERSION, 2, PAGE_BYTES, len(metadata)
+    fields = np.zeros(2, FIELD)
+    for row, (name, type_id) in zip(fields, (("image", IMAGE_TYPE_ID), ("label", INT_TYPE_ID))):
+        row["type_id"] = type_id
+        row["name"][:len(name)] = np.frombuffer(name.encode(), np.uint8)
+    text = b"".join(name.encode("utf-8", "surrogateescape") + b"\0" for name in names)
+    known = json.dumps(asdict(about), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogateescape")
+    end += -end % PAGE_BYTES
+    head["alloc_table_ptr"] = end + extras.nbytes + len(text) + len(known) + TRAILER.itemsize
+    front = b"".join(part.tobytes() for part in (head, fields, metadata))
+    text_part, known_part = np.frombuffer(text, np.uint8), np.frombuffer(known, np.uint8)
+    trailer = make_trailer(extras, len(text), checksum(text_part), known_part, structure_checksum(front, table))
+    with open(path, "r+b") as file:
+        file.truncate(end)
+        file.seek(end)
+        for part in (extras, text, known, trailer, table):
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        keep_front(front)
+        file.seek(0)
+        file.write(front)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def front_bytes(count: int) -> int:
+    """Of header, descriptors and metadata of a file written here."""
+    return HEADER.itemsize + 2 * FIELD.itemsize + count * SAMPLE_METADATA.itemsize
 
 
 def structure_checksum(front: bytes, table: np.ndarray) -> int:
@@ -144,33 +239,45 @@ def structure_checksum(front: bytes, table: np.ndarray) -> int:
     return checksum(np.frombuffer(front + table.tobytes(), np.uint8))
 
 
-def make_trailer(extras: np.ndarray, structure: int) -> np.ndarray:
-    """The TRAILER that follows the `extras`."""
-    trailer = np.array([(MAGIC, TRAILER_VERSION, checksum(extras), structure, 0)], TRAILER)
+def make_trailer(extras: np.ndarray, names_bytes: int, names_checksum: int, about: np.ndarray, structure: int) -> np.ndarray:
+    """The TRAILER. about: uint8, its JSON; structure: structure_checksum's."""
+    trailer = np.array([(MAGIC, TRAILER_VERSION, names_bytes, about.nbytes, checksum(extras), names_checksum, checksum(about),
+                         structure, 0)], TRAILER)
     trailer["trailer"] = checksum(trailer.view(np.uint8)[:-8])
     return trailer
 
 
 def _read_extras(file, header, table_start, metadata_end, structure, refuse):
-    """The samples' EXTRAs, or None where the file is one of FFCV's."""
+    """(the samples' EXTRAs, About, where the names are), or Nones where the file is one of FFCV's."""
     count = int(header["num_samples"])
-    start = table_start - TRAILER.itemsize - EXTRA.itemsize * count
-    trailer = np.zeros(1, TRAILER)
-    if start >= metadata_end:
-        file.seek(table_start - TRAILER.itemsize)
+    at, trailer = table_start - TRAILER.itemsize, np.zeros(1, TRAILER)
+    if at >= metadata_end:
+        file.seek(at)
         trailer = np.fromfile(file, TRAILER, 1)
     if trailer["magic"][0] != MAGIC:
         if header["page_size"] == 0 or table_start % int(header["page_size"]):
-            refuse("damaged: its checksums are not where they should be")
-        return None
+            refuse("damaged, or written before version 3 of this program's checksums: they are not where they should be")
+        return None, None, None
     if trailer["version"][0] != TRAILER_VERSION:
         refuse(f"has checksums of version {trailer['version'][0]}, and this program knows {TRAILER_VERSION}",
                "write it again with write_ffcv.py, or read it with the rsb_ffcv that wrote it")
+    names_bytes, about_bytes = int(trailer["names_bytes"][0]), int(trailer["about_bytes"][0])
+    start = at - EXTRA.itemsize * count - names_bytes - about_bytes
+    damaged = "damaged: header, metadata, table or checksums are not as they were written"
+    if start < metadata_end:
+        refuse(damaged)
     file.seek(start)
     extras = np.fromfile(file, EXTRA, count)
-    if (make_trailer(extras, structure) != trailer).any():
-        refuse("damaged: header, metadata, table or checksums are not as they were written")
-    return extras
+    file.seek(at - about_bytes)
+    known = np.fromfile(file, np.uint8, about_bytes)
+    if (make_trailer(extras, names_bytes, trailer["names"][0], known, structure) != trailer).any():
+        refuse(damaged)
+    try:
+        about = About(**json.loads(known.tobytes().decode("utf-8", "surrogateescape")))
+        about.check()
+    except (ValueError, TypeError):
+        refuse("what it says of itself cannot be read", "read it with the rsb_ffcv that wrote it")
+    return extras, about, (start + extras.nbytes, names_bytes, int(trailer["names"][0]))
 
 
 def _metadata_type(fields, refuse):

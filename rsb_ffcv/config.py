@@ -217,35 +217,190 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write:
-    """writing .beton files"""
-    dataset: str = option(str, "imagenet", "imagenet: folders <split>/<class>/<image>; cifar: cifar10; the others by their layout",
-                          choices=("imagenet", "tiny_imagenet", "cifar", "cifar10", "cifar100", "imagenette", "demo"))
+class _Source:
+    """where images come from and how they are stored"""
+    dataset: str = option(str, "imagenet", "what data_dir holds. imagenet: <split>/<class>/<image>, as folders or in a tar; "
+                          "imagenet_archives: the official tars and devkit; kaggle: the CLS-LOC layout; webdataset, parquet: shards; "
+                          "datasets: a name on the Hugging Face hub; csv, callable: path,label lists; cifar: cifar10; the others by "
+                          "their layout",
+                          choices=("imagenet", "imagenet_archives", "kaggle", "webdataset", "parquet", "datasets", "csv", "callable",
+                                   "tiny_imagenet", "cifar", "cifar10", "cifar100", "imagenette", "demo"))
     split: str = option(str, "", "train or val; empty: both", choices=("", "train", "val"))
-    data_dir: str = option(str, REQUIRED, "folder of the images (cifar, imagenette and demo are put there)")
-    write_path: str = option(str, REQUIRED, "the .beton file, or a folder for train.beton and val.beton")
+    data_dir: str = option(str, REQUIRED, "folder of the images, a file or pattern of shards ({split}, {000..147}, {a,b}, *), or any "
+                           "fsspec URL (cifar, imagenette and demo are put there)")
     write_mode: str = option(str, "jpg", "jpg, raw, smart (jpg where raw exceeds smart_threshold) or proportion",
                              choices=("jpg", "raw", "smart", "proportion"))
     max_resolution: int = option(int, 0, "longer side in pixels that larger images are shrunk to; 0: keep", 0, 65535)
+    pass_through: bool = flag(True, "JPEGs that need no change keep their bytes; 0: encode all anew")
     num_workers: int = option(int, 16, "threads that read and encode", 1, 1024)
     chunk_size: int = option(int, 100, "images that may be encoded ahead of the writing", 1, 100000)
-    jpeg_quality: int = option(int, 90, "of images stored as JPEG", 1, 100)
+    jpeg_quality: int = option(int, 90, "of images that are encoded (chroma 4:2:0)", 1, 100)
     subset: int = option(int, -1, "first images of each split to use; -1: all", -1)
     compress_probability: float = option(float, 0.5, "proportion: share of images stored as JPEG", 0, 1)
     smart_threshold: int = option(int, 3 * 256 * 256, "smart: largest image stored raw, in bytes", 0)
+    max_pixels: int = option(int, 100_000_000, "pictures with more pixels are refused before they are decoded", 1, 2 ** 28)
+    follow_links: bool = flag(False, "read symbolic links that leave data_dir")
+    class_names: str = option(str, "", "text file of the classes' names, one a line, where the source has numbers only")
+    callable: str = option(str, "", "dataset=callable: module:function, which takes a split and gives (path, label) pairs")
+    image_column: str = option(str, "", "parquet, datasets: column of the images; empty: image, or the only one that fits")
+    label_column: str = option(str, "", "parquet, datasets: column of the labels; empty: label, or the only one that fits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write(_Source):
+    """writing .beton files"""
+    write_path: str = option(str, REQUIRED, "the .beton file, or a folder for train.beton and val.beton")
+    on_error: str = option(str, "fail", "a picture that cannot be used: end, or skip: leave it out, and name it in the report",
+                           choices=("fail", "skip"))
+    max_skipped: float = option(float, 0.01, "skip: end where more than this share is left out", 0, 1)
+    report: str = option(str, "", "skip: CSV file of path, class and reason; empty: <file>.skipped.csv")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteConfig:
-    """Everything write_ffcv.py can be told."""
+    """write: labelled images into .beton files"""
     cfg: Write
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """estimate: what write would take, in bytes and time, from a sample of the images"""
+    cfg: _Source
+
+
+_PATH = "the .beton file"
+_WORKERS = option(int, 16, "threads", 1, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """what a file holds"""
+    path: str = option(str, REQUIRED, _PATH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """info: samples, classes, sizes, modes, settings and bytes of a file"""
+    cfg: Info
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """whether a file is sound"""
+    path: str = option(str, REQUIRED, _PATH)
+    decode: float = option(float, 1.0, "share of the images that are decoded; checksums are compared of all", 0, 1)
+    num_workers: int = _WORKERS
+    report: str = option(str, "", "CSV file of sample, path and reason; empty: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """verify: structure, every checksum, decoding; exit status 1 where something is damaged"""
+    cfg: Verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """a contact sheet"""
+    path: str = option(str, REQUIRED, _PATH)
+    write_path: str = option(str, REQUIRED, "the PNG file")
+    samples: str = option(str, "", "numbers and ranges of samples, such as 0-7,200; empty: some, spread evenly")
+    classes: str = option(str, "", "classes by name or number, separated by commas: their first samples")
+    count: int = option(int, 16, "how many are shown, of each class where classes are given", 1, 1000)
+    recipe: str = option(str, "", "YAML file of a training recipe: beside each image, what its augmentation makes of it")
+    epochs: int = option(int, 5, "recipe: in so many epochs", 1, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """show: a contact sheet of images, as stored and as a recipe augments them"""
+    cfg: Show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """one file of several"""
+    paths: str = option(str, REQUIRED, ".beton files, separated by commas")
+    write_path: str = option(str, REQUIRED, "the new .beton file")
+    num_workers: int = _WORKERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """merge: all samples of some files into a new one, classes brought together by name (and stock FFCV's files into sound ones)"""
+    cfg: Merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """some samples of a file"""
+    path: str = option(str, REQUIRED, _PATH)
+    write_path: str = option(str, REQUIRED, "the new .beton file")
+    classes: str = option(str, "", "classes by name or number, separated by commas; they are numbered anew. Empty: all")
+    samples: str = option(str, "", "numbers and ranges of samples, such as 0-99,200; empty: all")
+    per_class: int = option(int, 0, "the first so many of each class; 0: all", 0)
+    num_workers: int = _WORKERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """subset: chosen classes or samples into a new file"""
+    cfg: Subset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """a file in parts"""
+    path: str = option(str, REQUIRED, _PATH)
+    write_path: str = option(str, REQUIRED, "folder for the parts, <name>-00000-of-00008.beton")
+    shards: int = option(int, REQUIRED, "how many", 1, 100000)
+    num_workers: int = _WORKERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """shard: a file into several of consecutive samples"""
+    cfg: Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat:
+    """files behind a file"""
+    path: str = option(str, REQUIRED, "the .beton file to append to")
+    paths: str = option(str, REQUIRED, ".beton files, separated by commas")
+    num_workers: int = _WORKERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcatConfig:
+    """concat: append files to a file, in place, without writing again what is there"""
+    cfg: Concat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """images as files again"""
+    path: str = option(str, REQUIRED, _PATH)
+    write_path: str = option(str, REQUIRED, "new folder, for <class>/<image>")
+    num_workers: int = _WORKERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """export: a file's images into class folders, byte for byte as they are stored"""
+    cfg: Export
+
+
+# The first word of write_ffcv.py's command line -> what it can be told
+WRITE_COMMANDS = {kind.__doc__.partition(":")[0]: kind for kind in (
+    WriteConfig, EstimateConfig, InfoConfig, VerifyConfig, ShowConfig, MergeConfig, SubsetConfig, ShardConfig, ConcatConfig, ExportConfig)}
 
 
 IGNORED = {"training.bn_wd"}  # in ffcv-imagenet's published files, read by nothing there either
 
 
 def read_config(program: type, description: str, arguments=None):
-    """The `program` dataclass (TrainConfig, WriteConfig) from the command line; see `options.read_options`.
+    """The `program` dataclass (TrainConfig, one of WRITE_COMMANDS) from the command line; see `options.read_options`.
 
     Raises InputError for an option that is unknown, mistyped, out of range, missing, or at odds with another.
     """

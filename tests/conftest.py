@@ -35,10 +35,10 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def betons(pictures, tmp_path_factory) -> Path:
     """Folder with train.beton (96 images) and val.beton (27), JPEG, 3 classes."""
-    from rsb_ffcv.dataset import write_splits
+    from rsb_ffcv.dataset import Place, write_splits
 
     folder = tmp_path_factory.mktemp("betons")
-    write_splits("imagenet", str(pictures), str(folder), num_workers=2)
+    write_splits(Place("imagenet", str(pictures)), str(folder), num_workers=2)
     return folder
 
 

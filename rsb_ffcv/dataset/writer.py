@@ -1,150 +1,312 @@
-"""Labelled pictures into one `.beton` file that stock FFCV reads.
+"""Labelled pictures into one `.beton` file that stock FFCV reads, whatever stops the work in between.
 
 FFCV's own writer hands pages to processes and waits for a counter: one unreadable picture hangs it for ever, and the
-file's bytes depend on which worker was faster. Here threads decode and encode (Pillow, OpenCV and libjpeg release the
-interpreter lock), one thread lays the results into pages in dataset order, and the file stands under a temporary name
-until it is complete, flushed and checked. The bytes are a function of the pictures and the settings alone.
+file's bytes depend on which worker was faster. Here threads read and encode, and one thread lays the results into pages in the
+source's order. While it works, the file stands under `.<name>.part`, and beside it a journal: the settings, and a record for
+each picture whose bytes have reached the disk. The same command again goes on after the last such record. At the end every
+image is read back and held against its checksum; then the file takes its name.
+
+The bytes are a function of the pictures and the settings alone: not of threads, machine, place, time or interruptions.
 """
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import cv2
 import numpy as np
-from ffcv.fields import RGBImageField
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, beton, first_line
-from rsb_ffcv.atomic import atomic_file
-from rsb_ffcv.dataset.picture import load_rgb
-from rsb_ffcv.dataset.sources import Source
-from rsb_ffcv.ops import draws, native
+from rsb_ffcv import InputError, __version__, beton
+from rsb_ffcv.atomic import atomic_file, flush_folder
+from rsb_ffcv.beton import PAGE_BYTES, About, Beton
+from rsb_ffcv.dataset.picture import BadPicture, Stored
+from rsb_ffcv.dataset.workers import ordered
+from rsb_ffcv.ops import native
 
-PAGE_BYTES = 1 << 23  # FFCV's default: 8 MiB
+SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # how much work an interruption may cost
+READ_AT_ONCE = 64  # pictures that are read back at a time
+HOW = ("kept", "encoded", "raw", "left out")
+_LEFT_OUT = HOW.index("left out")
+# What became of picture `index`. source: its Source.identity; how: place in HOW; check: XXH64 of the record up to here
+RECORD = np.dtype([("index", "<u8"), ("source", "<u8"), ("pointer", "<u8"), ("checksum", "<u8"), ("label", "<i8"), ("size", "<u4"),
+                   ("entry_bytes", "<u4"), ("height", "<u2"), ("width", "<u2"), ("mode", "u1"), ("how", "u1"), ("unused", "<u2"),
+                   ("check", "<u8")])
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How an image is stored. mode: "jpg", "raw", "smart" (JPEG where raw pixels exceed smart_threshold bytes) or
-    "proportion" (JPEG with compress_probability, drawn from the image's position). max_resolution: the longer side
-    is shrunk to it, in pixels; 0 keeps every size. jpeg_quality: 1 .. 100."""
-    mode: str = "jpg"
-    max_resolution: int = 0
-    jpeg_quality: int = 90
-    smart_threshold: int = 3 * 256 * 256
-    compress_probability: float = 0.5
-
-    def encode(self, index: int, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int, int]:
-        """(bytes, entry points, both uint8; storage mode, height, width) of a uint8 (H, W, 3) image; JPEG by FFCV's own
-        field.
-
-        Shrinking averages areas (cv2.INTER_AREA) as FFCV does, to sides rounded to the nearest pixel; FFCV truncates
-        a float product there and misses the stated maximum by one for many sizes.
-        """
-        ratio = self.max_resolution / max(pixels.shape)
-        if 0 < ratio < 1:
-            height, width = (max(1, round(side * ratio)) for side in pixels.shape[:2])
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        mode = self.mode
-        if mode == "smart":
-            mode = "jpg" if pixels.nbytes > self.smart_threshold else "raw"
-        elif mode == "proportion":
-            mode = "jpg" if draws.uniform(0, 0, index, draws.STORE, 0) < self.compress_probability else "raw"
-        stored = []
-
-        def malloc(size):
-            stored.append(np.empty(size, np.uint8))
-            return 0, stored[0]
-
-        row = np.zeros(1, beton.IMAGE_METADATA)
-        RGBImageField(mode, jpeg_quality=self.jpeg_quality).encode(row, pixels, malloc)
-        height, width = pixels.shape[:2]
-        is_jpeg = row["mode"][0] == beton.JPG
-        entries = native.entry_points(stored[0], height, width) if is_jpeg else np.empty(0, np.uint8)
-        return stored[0], entries, int(row["mode"][0]), height, width
+class OnError:
+    """skip: leave out a picture that cannot be used, instead of ending; at most `most` of all (share, 0 .. 1). report: CSV
+    file that names them."""
+    skip: bool = False
+    most: float = 0.0
+    report: Path = Path("skipped.csv")
 
 
-def write_beton(path, source: Source, encoding: Encoding, num_workers: int, chunk_size: int = 100) -> dict:
-    """Writes `source` to `path` and returns a summary: samples, classes, bytes.
+def write_beton(path, source, store, settings: dict, num_workers: int, chunk_size: int = 100, on_error: OnError = OnError(),
+                described: dict | None = None) -> Beton:
+    """Writes the pictures of `source` (a Source, or what has its classes, titles, labels, names, place, identity and fingerprint) to
+    `path`, and returns the file as read back.
 
-    num_workers: threads, 1 or more. chunk_size: how many pictures may be encoded ahead of the writing. Raises
-    InputError where a picture cannot be read or stored, or the file cannot be written; then nothing is left behind.
+    store(index): a Stored, or BadPicture raised. settings: what the images' bytes depend on; described: kind of dataset and
+    split; both are kept in the file. num_workers: threads, 1 or more. chunk_size: how many pictures may be encoded ahead
+    of the writing.
+
+    Raises InputError where a picture cannot be read or stored, the file cannot be written, another process is writing it, or
+    what stands there was begun or written with other settings. What is done by then stays, under a hidden name, and the next
+    call goes on from there.
     """
     path = Path(path)
-    with atomic_file(path, "free space or choose another cfg.write_path") as file:
-        _write_file(file, source, encoding, num_workers, chunk_size, path.name)
-        file.flush()
-        checked = beton.read_beton(file.name)
-    return {"path": str(path), "samples": len(checked), "classes": len(source.classes), "bytes": checked.num_bytes}
-
-
-def _write_file(file, source, encoding, num_workers, chunk_size, title):
-    count = len(source)
-    header = np.zeros(1, beton.HEADER)
-    header["version"], header["num_fields"] = beton.VERSION, 2
-    header["page_size"], header["num_samples"] = PAGE_BYTES, count
-    fields = np.zeros(2, beton.FIELD)
-    for row, (name, type_id) in zip(fields, (("image", beton.IMAGE_TYPE_ID), ("label", beton.INT_TYPE_ID))):
-        row["type_id"] = type_id
-        row["name"][:len(name)] = np.frombuffer(name.encode(), np.uint8)
-    metadata = np.zeros(count, beton.SAMPLE_METADATA)
-    metadata["f1"] = source.labels
-    table = np.zeros(count, beton.ALLOCATION)
-    table["sample_id"] = np.arange(count)
-
-    end = beton.HEADER.itemsize + fields.nbytes + metadata.nbytes
-    end += -end % PAGE_BYTES
-    file.truncate(end)
-    file.seek(end)
-    extras = np.zeros(count, beton.EXTRA)
-    for index, (stored, entries, mode, height, width) in enumerate(_encoded(source, encoding, num_workers, chunk_size, title)):
-        if len(stored) > PAGE_BYTES:
-            raise InputError(f"{source.name(index)}: {len(stored)} bytes do not fit a page of {PAGE_BYTES}; "
-                             f"lower cfg.max_resolution or use cfg.write_mode=jpg")
-        if len(stored) + len(entries) > PAGE_BYTES:
-            entries = entries[:0]
-        left_in_page = -end % PAGE_BYTES or PAGE_BYTES  # FFCV reads page by page: no image may cross a boundary
-        if len(stored) + len(entries) > left_in_page:
-            file.write(bytes(left_in_page))
-            end += left_in_page
-        metadata["f0"][index] = (mode, width, height, end)
-        table[index] = (index, end, len(stored))
-        both = np.concatenate([stored, entries])
-        extras[index] = native.checksum(both), len(entries)
-        file.write(both)
-        end += len(both)
-    padding = -end % PAGE_BYTES
-    file.write(bytes(padding))
-    header["alloc_table_ptr"] = end + padding + extras.nbytes + beton.TRAILER.itemsize
-    front = b"".join(part.tobytes() for part in (header, fields, metadata))
-    for part in (extras, beton.make_trailer(extras, beton.structure_checksum(front, table)), table):
-        file.write(part)
-    file.seek(0)
-    file.write(front)
-
-
-def _encoded(source, encoding, num_workers, chunk_size, title):
-    """Encoded images in dataset order, at most chunk_size of them (two a worker at least) ahead of the consumer."""
-    def encode(index):
-        pixels = load_rgb(source.pictures[index], source.name(index))
-        if max(pixels.shape) > 65535:
-            raise InputError(f"{source.name(index)}: {pixels.shape[1]} x {pixels.shape[0]} pixels are more than a "
-                             f".beton holds (65535 a side); shrink or remove it")
-        try:
-            return encoding.encode(index, pixels)
-        except (cv2.error, ValueError) as error:
-            raise InputError(f"{source.name(index)}: {pixels.shape[1]} x {pixels.shape[0]} pixels cannot be stored "
-                             f"({first_line(error)}); replace or remove it") from error
-
-    cv2.setNumThreads(1)  # one thread a picture: the pool is the parallelism
-    pool = ThreadPoolExecutor(num_workers)
+    about = About({"rsb_ffcv": __version__, "pillow": version("pillow"), "opencv": cv2.__version__}, settings,
+                  {**(described or {}), "images": len(source), "fingerprint": source.fingerprint()}, source.classes, source.titles, {})
     try:
-        pending = deque()
-        indices = iter(range(len(source)))
-        for _ in tqdm(range(len(source)), desc=title, unit="img", smoothing=0.05):
-            while len(pending) < max(chunk_size, 2 * num_workers) and (index := next(indices, None)) is not None:
-                pending.append(pool.submit(encode, index))
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if path.exists():
+            return _finished(path, about)
+        with _journal(path, about) as journal:
+            unfinished = path.with_name(f".{path.name}.part")
+            with open(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
+                part = _Part(path, file, journal, source)
+                try:
+                    _write(part, source, store, num_workers, chunk_size, on_error, path.name)
+                except (InputError, KeyboardInterrupt):
+                    part.sync()
+                    raise
+            _finish(part, source, about, unfinished)
+            read_back(beton.read_beton(unfinished), num_workers, path.name)
+            os.rename(unfinished, path)
+            flush_folder(path.parent)
+            os.unlink(journal.name)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free space, see to permissions or choose another "
+                         f"cfg.write_path, and give the same command again: it goes on from there") from error
+    return beton.read_beton(path)
+
+
+def _finished(path: Path, about: About) -> Beton:
+    """The file that stands there, where it is the one that would be written."""
+    there = beton.read_beton(path)
+    mend = "remove it or choose another cfg.write_path"
+    if there.about is None:
+        raise InputError(f"{path}: exists, and this program did not write it; {mend}")
+    for what, old, new in (("settings", there.about.settings, about.settings), ("pictures", there.about.source, about.source)):
+        if old != new:
+            raise InputError(f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}")
+    _journal_path(path).unlink(missing_ok=True)  # left where the program was stopped between its last two steps
+    print(f"{path}: is there already, from these pictures with these settings; remove it to write it again", flush=True)
+    return there
+
+
+def _differing(old: dict, new: dict) -> str:
+    return ", ".join(f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key))
+
+
+def _journal_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.journal")
+
+
+@contextmanager
+def _journal(path: Path, about: About):
+    """The journal, locked, at its first record. Its first line holds the settings."""
+    name = _journal_path(path)
+    head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
+    with open(name, "ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{path}: another process is writing it; wait for it, or choose another cfg.write_path") from error
+        file.seek(0)
+        known, line_end, _ = file.read(1 << 20).partition(b"\n")
+        if line_end and known != head:
+            try:
+                why = _differing(json.loads(known), json.loads(head))
+            except ValueError:
+                why = "which cannot be read any more"
+            raise InputError(f"{path}: was begun with other settings ({why}); give those, or remove {name} to begin anew")
+        if not line_end:
+            file.truncate(0)
+            _write_all(file, head + b"\n")
+            flush_folder(path.parent)
+        file.seek(len(head) + 1)
+        yield file
+
+
+def _write_all(file, data):
+    """Raises OSError where an unbuffered file takes a part only."""
+    if file.write(data) != memoryview(data).nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Pages:
+    """Where images go in an open unbuffered file: one behind the other from `end` on."""
+
+    def __init__(self, file, end: int):
+        self.file, self.end = file, end
+        file.truncate(end)
+        file.seek(end)
+
+    def add(self, data: np.ndarray) -> int:
+        """The byte at which `data` (uint8, at most a page) now begins."""
+        room = -self.end % PAGE_BYTES or PAGE_BYTES
+        if data.nbytes > room:  # FFCV reads page by page: no image may cross a boundary
+            _write_all(self.file, bytes(room))
+            self.end += room
+        _write_all(self.file, data)
+        self.end += data.nbytes
+        return self.end - data.nbytes
+
+
+class _Part:
+    """The unfinished file. records: of the pictures so far, `count` of them; pages: where the next image goes."""
+
+    def __init__(self, path: Path, file, journal, source):
+        self.file, self.journal = file, journal
+        self.records = np.zeros(len(source), RECORD)
+        front = beton.front_bytes(len(source))
+        self.count, end = self._take_up(path, source, front + -front % PAGE_BYTES)
+        self.synced, self._synced_end, self._sync_at = self.count, end, time.monotonic() + SYNC_SECONDS
+        self.pages = Pages(file, end)
+
+    def _take_up(self, path: Path, source, start: int) -> tuple[int, int]:
+        """How many pictures of an earlier call are whole and still the source's, and where they end: those stay."""
+        head = self.journal.tell()
+        known = self.journal.read()
+        known = np.frombuffer(known[:len(known) // RECORD.itemsize * RECORD.itemsize], RECORD)[:len(source)]
+        there, count, last = os.fstat(self.file.fileno()).st_size, 0, start
+        for index in range(len(known)):
+            record = known[index:index + 1]
+            end = int(record["pointer"][0]) + int(record["size"][0]) + int(record["entry_bytes"][0])
+            if record["index"][0] != index or record["check"][0] != _check(record) or end > there:
+                break
+            if record["source"][0] != source.identity(index):
+                if index == 0:
+                    raise InputError(f"{path}: was begun from other pictures ('{source.names[0]}' is the first now); give those, or "
+                                     f"remove {_journal_path(path)} to begin anew")
+                break
+            count, last = index + 1, max(last, end)
+        self.records[:count] = known[:count]
+        self.journal.truncate(head + count * RECORD.itemsize)
+        return count, last
+
+    def add(self, index: int, source, stored: Stored | None):
+        """A picture in its turn; None: left out."""
+        record = self.records[index:index + 1]
+        record["index"], record["source"], record["label"] = index, source.identity(index), source.labels[index]
+        record["how"] = _LEFT_OUT
+        if stored is not None:
+            record["how"], record["pointer"] = HOW.index(stored.how), self.pages.add(stored.data)
+            record["checksum"], record["size"] = native.checksum(stored.data), stored.size
+            record["entry_bytes"] = stored.data.nbytes - stored.size
+            record["height"], record["width"], record["mode"] = stored.height, stored.width, stored.mode
+        record["check"] = _check(record)
+        self.count = index + 1
+        if self.pages.end - self._synced_end >= SYNC_BYTES or time.monotonic() >= self._sync_at:
+            self.sync()
+
+    def sync(self):
+        """Brings the images to the disk and then their records to the journal, which so never speaks of what is not there."""
+        os.fdatasync(self.file.fileno())
+        _write_all(self.journal, self.records[self.synced:self.count].tobytes())
+        self.synced, self._synced_end, self._sync_at = self.count, self.pages.end, time.monotonic() + SYNC_SECONDS
+
+
+def _check(record: np.ndarray) -> int:
+    return native.checksum(record.view(np.uint8)[:-8])
+
+
+def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_error: OnError, title: str):
+    left_out = []
+
+    def try_to_store(index):
+        try:
+            return store(index)
+        except BadPicture as error:
+            if on_error.skip:
+                return error
+            raise
+
+    def leave_out(index, error):
+        left_out.append((index, str(error)))
+        if len(left_out) > on_error.most * len(source):
+            _report(on_error.report, source, left_out)
+            raise InputError(f"{len(left_out)} of {len(source)} pictures cannot be used, more than cfg.max_skipped="
+                             f"{on_error.most:g} allows (the last: {error}); see {on_error.report}, and mend them or raise the limit")
+
+    for index in np.flatnonzero(part.records["how"][:part.count] == _LEFT_OUT).tolist():  # by an earlier call: say why again
+        result = try_to_store(index)
+        if not isinstance(result, BadPicture):
+            raise InputError(f"{source.place(index)}: was left out by an earlier call and can be read now; remove "
+                             f"{part.journal.name} to begin anew")
+        leave_out(index, result)
+    if part.count:
+        print(f"{title}: going on after {part.count} of {len(source)} pictures", flush=True)
+    began, end_then = time.monotonic(), part.pages.end
+    with tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar:
+        results = ordered(try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place)
+        for index, result in enumerate(results, part.count):
+            bad = isinstance(result, BadPicture)
+            part.add(index, source, None if bad else result)
+            if bad:
+                leave_out(index, result)
+            bar.set_postfix_str(f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s", refresh=False)
+            bar.update()
+    part.sync()
+    if left_out:
+        _report(on_error.report, source, left_out)
+
+
+def _report(path: Path, source, left_out: list[tuple[int, str]]):
+    """CSV of the pictures that were left out: path, class, reason."""
+    with atomic_file(path, "choose another cfg.report") as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        rows = csv.writer(text)
+        rows.writerow(["path", "class", "reason"])
+        rows.writerows([source.names[index], source.classes[source.labels[index]], reason] for index, reason in left_out)
+        text.detach()
+
+
+def _finish(part: _Part, source, about: About, unfinished: Path):
+    """Everything around the images."""
+    known = part.records[part.records["how"] != _LEFT_OUT]
+    if not len(known):
+        raise InputError(f"{unfinished}: none of the {len(source)} pictures can be used; see their reasons")
+    counts = Counter(HOW[how] for how in part.records["how"].tolist())
+    metadata, table, extras = (np.zeros(len(known), kind) for kind in (beton.SAMPLE_METADATA, beton.ALLOCATION, beton.EXTRA))
+    for name in ("mode", "width", "height"):
+        metadata["f0"][name] = known[name]
+    metadata["f0"]["data_ptr"], metadata["f1"] = known["pointer"], known["label"]
+    table["sample_id"], table["ptr"], table["size"] = np.arange(len(known)), known["pointer"], known["size"]
+    for name in beton.EXTRA.names:
+        extras[name] = known[name]
+    beton.put_around(unfinished, part.pages.end, metadata, table, extras, [source.names[index] for index in known["index"].tolist()],
+                     replace(about, counts={how: counts[how] for how in HOW}))
+
+
+def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | None = None):
+    """Holds a file's images (default: all) against their checksums. Raises InputError naming one that is not as it was written."""
+    samples = np.arange(len(file)) if samples is None else samples
+    lengths = file.stored_bytes
+    with open(file.path, "rb", buffering=0) as opened:
+        def first_bad(chosen):
+            for index in chosen.tolist():
+                data = np.empty(int(lengths[index]), np.uint8)
+                got = os.preadv(opened.fileno(), [data], int(file.pointers[index]))
+                if got != data.nbytes or native.checksum(data) != file.extras["checksum"][index]:
+                    return index
+            return None
+
+        parts = np.array_split(samples, range(READ_AT_ONCE, len(samples), READ_AT_ONCE))
+        results = ordered(first_bad, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}")
+        with tqdm(total=len(samples), desc=f"{title}, reading back", unit="img", smoothing=0.05) as bar:
+            for part, bad in zip(parts, results):
+                if bad is not None:
+                    raise InputError(f"{file.path}: sample {bad} does not read back as it was written; see to the disk, remove the "
+                                     f"file and write it again")
+                bar.update(len(part))

@@ -195,8 +195,19 @@ class TrainLoader(_Loader):
             raise ValueError(f"resolution={self.resolution} is not a whole number of pixels, 1 or more")
         self.skipped = []
         order = epoch_order(self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes)
-        ops = [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
-        return self._iterate(ops, self._batches(order, epoch, start_step), order.indices)
+        return self._iterate(self._operations(), self._batches(order, epoch, start_step), order.indices)
+
+    def images_of(self, epoch: int, samples: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """What an epoch makes of some samples, for people to look at: images as `epoch` gives them, and their slots (of their
+        first copies, where there are several)."""
+        order = epoch_order(self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes)
+        slots = np.argsort(order.indices)[samples] * self.repeats
+        ops = self._operations()
+        images, _ = self._finish(ops, order.indices, *self._submit(ops, Address(self.seed, epoch, slots), samples))
+        return images, slots
+
+    def _operations(self) -> list:
+        return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
 
     def _batches(self, order, epoch: int, start_step: int):
         advised = 0

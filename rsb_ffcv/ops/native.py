@@ -4,6 +4,7 @@
 releases the interpreter lock. `csrc/rsb.h` says what each structure and function means.
 """
 import ctypes
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ def bind(path) -> ctypes.CDLL:
             ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
             ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer), ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
             ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
+            ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
             ("rsb_augment", integer, pointer, integer, integer, pointer, pointer)):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -71,6 +73,24 @@ library = bind(_find())
 DECODE, AUGMENT = (ctypes.cast(function, ctypes.c_void_p).value for function in (library.rsb_load, library.rsb_augment))
 
 
+class _Scratch:
+    """The core's buffers, grown and kept."""
+
+    def __init__(self):
+        self.pointer = library.rsb_scratch_new()
+
+    def __del__(self):
+        library.rsb_scratch_free(self.pointer)
+
+
+class _OfThread(threading.local):
+    def __init__(self):  # called in each thread that asks for an attribute; what it holds dies with the thread
+        self.scratch = _Scratch()
+
+
+_thread = _OfThread()
+
+
 def checksum(data) -> int:
     """XXH64 (seed 0) of a contiguous array's bytes."""
     return library.rsb_checksum(data.ctypes.data, data.nbytes)
@@ -78,11 +98,9 @@ def checksum(data) -> int:
 
 def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
     """The entry points (uint8, see csrc/jpeg.c) that let the decoder reach a window of this JPEG (uint8 bytes; sides in
-    pixels) without reading all that comes before it; none for a kind of JPEG that has no use for them."""
+    pixels) without reading all that comes before it; none for a kind of JPEG that has no use for them, or a damaged one."""
     room = np.empty(10 * -(-height // 8) * -(-width // 64), np.uint8)
-    scratch = library.rsb_scratch_new()
-    used = library.rsb_jpeg_entries(jpeg.ctypes.data, jpeg.nbytes, room.ctypes.data, room.nbytes, scratch)
-    library.rsb_scratch_free(scratch)
+    used = library.rsb_jpeg_entries(jpeg.ctypes.data, jpeg.nbytes, room.ctypes.data, room.nbytes, _thread.scratch.pointer)
     return room[:used].copy()
 
 
@@ -94,6 +112,17 @@ def load(file: int, sample, height: int, width: int) -> np.ndarray:
     return image
 
 
+def resized(data: np.ndarray, height: int, width: int, to_height: int, to_width: int) -> np.ndarray:
+    """(to_height, to_width, 3) uint8 of a whole image of height x width pixels, by Pillow's antialiased bicubic filter.
+    data: its JPEG (uint8 bytes), or its pixels (height, width, 3). Raises ValueError with the reason where it cannot be decoded."""
+    sample = np.zeros(1, SAMPLE)
+    sample["size"], sample["height"], sample["width"], sample["raw"] = data.nbytes, height, width, data.ndim == 3
+    sample["box"], sample["filter"] = (0, 0, height, width), BICUBIC
+    image, data = np.empty((to_height, to_width, 3), np.uint8), np.ascontiguousarray(data)
+    _run(library.rsb_decode, data.ctypes.data, sample.ctypes.data, image.ctypes.data, to_height, to_width)
+    return image
+
+
 def augment(image: np.ndarray, layer) -> np.ndarray:
     """One (H, W, 3) uint8 image through one LAYER record: a new array. What the loader's threads do in place."""
     image, layer = np.array(image, np.uint8, order="C"), np.array(layer, LAYER)
@@ -102,8 +131,6 @@ def augment(image: np.ndarray, layer) -> np.ndarray:
 
 
 def _run(function, *arguments):
-    scratch = library.rsb_scratch_new()
-    status = function(*arguments, scratch)
-    library.rsb_scratch_free(scratch)
+    status = function(*arguments, _thread.scratch.pointer)
     if status:
         raise ValueError(f"the image {reason(status)}")

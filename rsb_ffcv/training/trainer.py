@@ -21,15 +21,13 @@ from rsb_ffcv import InputError
 from rsb_ffcv.config import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
 from rsb_ffcv.learning.loss import Loss
-from rsb_ffcv.learning.model import build_model, check_arch, check_input_size
+from rsb_ffcv.learning.model import check_arch
 from rsb_ffcv.learning.optimizer import build_optimizer, check_optimizer
-from rsb_ffcv.learning.schedule import Schedule
-from rsb_ffcv.loading import EvalLoader, TrainLoader
-from rsb_ffcv.loading.batch import MEAN, BatchTransform, normalize
+from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.ops import draws
 from rsb_ffcv.options import as_dict
 from rsb_ffcv.reporting import log
-from rsb_ffcv.training import checkpoint, compute
+from rsb_ffcv.training import build, checkpoint, compute
 from rsb_ffcv.training.evaluate import evaluate, read_label_sets
 from rsb_ffcv.training.health import MOST_RETURNS, GoBack, Health, Stop
 from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
@@ -64,19 +62,22 @@ class Trainer:
         self._say(self.compute.describe())
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
-        self.train_loader, self.val_loader = (self._open.enter_context(closing(loader)) for loader in self._build_loaders())
-        self.num_classes = self._check_classes()
+        self.train_loader, self.val_loader = (
+            self._open.enter_context(closing(loader)) for loader in (build.train_loader(c, self.compute), build.val_loader(c, self.compute)))
+        self.num_classes = build.check_files(c, self.train_loader.beton, self.val_loader.beton)
         self.label_sets = read_label_sets(c.validation.labels, len(self.val_loader.beton), self.num_classes) \
             if c.validation.labels else None
         self.recipe = self._recipe()
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.schedule = self._build_schedule()
+        self.schedule = build.schedule(c, self.steps_per_epoch)
         self.folder = Path(c.logging.folder)
         self.store = self._open.enter_context(closing(checkpoint.Store(self.folder, c.checkpoint.keep, self._is_regular)))
         if not c.training.eval_only:
             compute.on_first_process(self.store.lock)
         found = self._newest()
-        self.model = self._build_model(new=found is None)
+        self.model = build.model(c, self.num_classes, self.compute, new=found is None)
+        if found is None and c.checkpoint.warm_start:
+            self._say(f"beginning from the weights of {c.checkpoint.warm_start}")
         self.ema = Ema(self.model, decay_of_step(c.ema.decay, c.ema.per_images, self.train_loader.global_batch), c.ema.warmup,
                        c.ema.warmup_power, c.ema.buffers) if c.ema.decay else None
         self.swa = Swa(self.model) if c.swa.epochs else None
@@ -90,10 +91,7 @@ class Trainer:
         wrapped = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
         if self.compute.world_size > 1:  # batch-norm statistics are averaged by the step, not copied from the first process
             wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
-        a = c.augment
-        transform = BatchTransform(c.training.seed, c.mix.mixup, c.mix.cutmix, c.mix.prob, c.mix.switch_prob, a.erase_prob,
-                                   a.erase_mode, (a.erase_min, a.erase_max), mode=c.mix.mode)
-        self.train_step = TrainStep(self.model, wrapped, self.optimizer, self.loss, transform, self.compute,
+        self.train_step = TrainStep(self.model, wrapped, self.optimizer, self.loss, build.batch_transform(c), self.compute,
                                     groups=self.train_loader.batches_per_step, seed=c.training.seed,
                                     grad_clip=c.training.grad_clip, ema=self.ema)
         if found is not None:
@@ -162,7 +160,7 @@ class Trainer:
         if done == self.steps_per_epoch:
             return
         loader, mixing = self.train_loader, self._mixing(epoch)
-        loader.resolution = self._resolution(epoch)
+        loader.resolution = build.resolution(self.config, epoch)
         self.train_step.wrapped.train()
         skipped_before = self.skipped
         with closing(loader.epoch(epoch, done)) as batches, self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar:
@@ -212,7 +210,7 @@ class Trainer:
             return
         swa.begin_batch_norm() if swa.batches < 0 else swa.resume_batch_norm()
         averaged = RunningStatistics(swa.module, 1)
-        loader.resolution = self._resolution(c.training.epochs - 1)
+        loader.resolution = build.resolution(c, c.training.epochs - 1)
         start = swa.batches // loader.batches_per_step
         with closing(loader.epoch(c.training.epochs, start)) as batches, self._bar("batch norm", needed, swa.batches) as bar:
             for _ in range(start * loader.batches_per_step, swa.batches):
@@ -237,7 +235,7 @@ class Trainer:
         row = {"epoch": epoch, "steps": self.steps_per_epoch,
                "loss": self.loss.name(self._mixing(epoch) and self.train_step.transform.mixes),
                "train_loss": loss / images if images else None, "train_top1": 100 * correct / images if images else None,
-               "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor, "resolution": self._resolution(epoch),
+               "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor, "resolution": build.resolution(self.config, epoch),
                "images_per_s": images / self.seconds, "seconds": self.seconds, "data_wait_s": self.waited,
                "peak_memory_mb": self._peak_memory_mb()}
         if found:
@@ -255,8 +253,8 @@ class Trainer:
             row["events"] = self.events
         self.health.end_epoch()
         self.rows = self.rows + [row]
-        if epoch + 1 < self.config.training.epochs and (self._mixing(epoch + 1), self._resolution(epoch + 1)) != \
-                (self._mixing(epoch), self._resolution(epoch)):
+        if epoch + 1 < self.config.training.epochs and (self._mixing(epoch + 1), build.resolution(self.config, epoch + 1)) != \
+                (self._mixing(epoch), build.resolution(self.config, epoch)):
             self.health.forget()
         self._begin_epoch()
         self._save(improved)
@@ -292,16 +290,6 @@ class Trainer:
 
     def _in_swa(self, epoch: int) -> bool:
         return epoch >= self.config.training.epochs - self.config.swa.epochs
-
-    def _resolution(self, epoch: int) -> int:
-        """ffcv-imagenet's progressive resizing."""
-        r = self.config.resolution
-        if epoch <= r.start_ramp:
-            return r.min_res
-        if epoch >= r.end_ramp:
-            return r.max_res
-        between = int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32)) * 32
-        return min(max(between, r.min_res), r.max_res)
 
     def _is_regular(self, step: int) -> bool:
         """Whether every run of this recipe and cadence is saved after `step` steps."""
@@ -436,61 +424,6 @@ class Trainer:
         kept["data"] = {"train_images": len(beton), "train_fingerprint": beton.fingerprint(), "order": self.config.data.order}
         kept["checkpoint"] = {"warm_start": self.config.checkpoint.warm_start}
         return kept
-
-    # ---------------------------------------------------------------- building
-
-    def _build_loaders(self):
-        c, a = self.config, self.config.augment
-        common = {"num_workers": c.data.num_workers, "rank": self.compute.rank, "world_size": self.compute.world_size,
-                  "device": self.compute.device}
-        train = TrainLoader(
-            c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
-            resolution=c.resolution.min_res, seed=c.training.seed, scale=(a.scale_min, a.scale_max), flip_prob=a.hflip,
-            rand_augment=a.rand_augment, color_jitter=(a.color_jitter,) * 3 + (0.0,), interpolation=a.interpolation,
-            repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, **common)
-        val = EvalLoader(c.data.val_dataset, batch_size=c.validation.batch_size, resolution=c.validation.resolution,
-                         crop_ratio=c.validation.crop_ratio, interpolation=c.validation.interpolation, **common)
-        return train, val
-
-    def _build_schedule(self) -> Schedule:
-        c = self.config
-        schedule = Schedule(
-            c.lr.lr_schedule_type, c.lr.lr, c.training.epochs, self.steps_per_epoch, c.lr.warmup_epochs, c.lr.warmup_lr,
-            c.lr.min_lr, c.lr.lr_peak_epoch, c.lr.step_ratio, c.lr.step_length, c.lr.power, c.swa.epochs, c.swa.lr,
-            c.swa.anneal_epochs)
-        if c.swa.epochs and c.swa.lr > schedule.before_swa:
-            raise InputError(f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought to "
-                             f"{schedule.before_swa:.3g} by then; lower it")
-        return schedule
-
-    def _build_model(self, new: bool):
-        """new: with the weights that a run begins from; otherwise a checkpoint's come later."""
-        c = self.config
-        torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
-        model = build_model(c.model.arch, self.num_classes, pretrained=c.model.pretrained and new, drop_path=c.model.drop_path,
-                            zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool, mean=MEAN)
-        if c.checkpoint.warm_start and new:
-            checkpoint.load_weights(model, Path(c.checkpoint.warm_start), c.checkpoint.warm_start_from)
-            self._say(f"beginning from the weights of {c.checkpoint.warm_start}")
-        sizes = {}
-        for side, option in ((c.resolution.min_res, "resolution.min_res"), (c.resolution.max_res, "resolution.max_res"),
-                             (c.validation.resolution, "validation.resolution"),
-                             *((self._resolution(epoch), "resolution.end_ramp") for epoch in range(c.training.epochs))):
-            sizes.setdefault(side, option)
-        for side, option in sizes.items():
-            check_input_size(model, c.model.arch, option, side)
-        return model.to(self.compute.device, memory_format=self.compute.memory_format)
-
-    def _check_classes(self) -> int:
-        wanted = self.config.model.num_classes
-        train, val = self.train_loader.beton, self.val_loader.beton
-        if wanted and train.num_classes != wanted:
-            raise InputError(f"model.num_classes={wanted}: {train.path} has labels up to {train.num_classes - 1}, that "
-                             f"is {train.num_classes} classes; correct one of them")
-        if val.num_classes > train.num_classes:
-            raise InputError(f"data.val_dataset={val.path}: has {val.num_classes} classes, the training file has "
-                             f"{train.num_classes}; write both from the same list of classes")
-        return train.num_classes
 
     # ---------------------------------------------------------------- what people see
 

@@ -7,8 +7,10 @@ table and trailer, or cut. Either the reader refuses it with an InputError, or e
 which answers with an image or a reason. Run it with the core built for AddressSanitizer, and its runtime preloaded.
 """
 import io
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +45,12 @@ def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:
     images.append(bytes(-end % 4096))
     end += -end % 4096
     header["version"], header["num_fields"], header["page_size"], header["num_samples"] = beton.VERSION, 2, 4096, count
-    header["alloc_table_ptr"] = end + (extras.nbytes + beton.TRAILER.itemsize if extras_too else 0)
+    names = np.frombuffer(b"".join(b"image %d\0" % i for i in range(count)), np.uint8)
+    about = np.frombuffer(json.dumps(asdict(beton.About({}, {}, {}, list("abcd"), [], {}))).encode(), np.uint8)
+    header["alloc_table_ptr"] = end + (sum(map(len, (names, about))) + extras.nbytes + beton.TRAILER.itemsize if extras_too else 0)
     start = header.tobytes() + fields.tobytes() + metadata.tobytes()
-    tail = [extras.tobytes(), beton.make_trailer(extras, beton.structure_checksum(start, table)).tobytes()] if extras_too else []
+    trailer = beton.make_trailer(extras, len(names), native.checksum(names), about, beton.structure_checksum(start, table))
+    tail = [part.tobytes() for part in (extras, names, about, trailer)] if extras_too else []
     return np.frombuffer(b"".join([start, *images, *tail, table.tobytes()]), np.uint8)
 
 
@@ -55,7 +60,7 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
     metadata = 24 + 2 * beton.FIELD.itemsize
     metadata_end = metadata + int(header["num_samples"]) * beton.SAMPLE_METADATA.itemsize
     regions = ((0, 24), (24, 24 + 20), (24 + beton.FIELD.itemsize, 24 + beton.FIELD.itemsize + 20), (metadata, metadata_end),
-               (int(header["alloc_table_ptr"]) - 200, len(whole)), (0, len(whole)))
+               (int(header["alloc_table_ptr"]) - 600, len(whole)), (0, len(whole)))
     for _ in range(rng.integers(1, 4)):
         low, high = regions[rng.integers(len(regions))]
         at = int(rng.integers(low, high))
@@ -70,11 +75,16 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
             data[at:at + rng.integers(1, 9)] = rng.choice([0, 255, 127])
         elif rng.integers(5) == 0:
             data = data[:at]
+    at = int(header["alloc_table_ptr"]) - beton.TRAILER.itemsize
+    if rng.integers(3) == 0 and len(data) == len(whole):  # a forger computes the checksum, too
+        trailer = data[at:at + beton.TRAILER.itemsize].view(beton.TRAILER)
+        trailer["trailer"] = native.checksum(trailer.view(np.uint8)[:-8])
     return data if len(data) else whole[:1].copy()
 
 
 def main(count: int, seed: int, core: str):
     native.library = native.bind(core)
+    native._thread = native._OfThread()
     rng, refused, loaded, reasons = np.random.default_rng(seed), 0, 0, {}
     files = [small_file(extras_too=with_extras) for with_extras in (True, False)]
     path = f"/dev/shm/fuzz-{os.getpid()}.beton" if os.path.isdir("/dev/shm") else f"/tmp/fuzz-{os.getpid()}.beton"
@@ -83,6 +93,7 @@ def main(count: int, seed: int, core: str):
             damage(files[number % 2], rng).tofile(path)
             try:
                 file = beton.read_beton(path)
+                file.names()
             except InputError:
                 refused += 1
                 continue

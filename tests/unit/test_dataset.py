@@ -5,7 +5,7 @@ from PIL import Image
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import JPG, RAW, read_beton
-from rsb_ffcv.dataset import write_splits
+from rsb_ffcv.dataset import Encoding, Place, write_splits
 from rsb_ffcv.dataset.picture import load_rgb
 from rsb_ffcv.dataset.synthetic import CLASSES, draw_picture, make_demo_images
 
@@ -43,7 +43,7 @@ def stored(mode: str, path):
 @pytest.mark.parametrize("mode", ["grey", "cmyk", "palette", "palette with transparency", "alpha", "16 bit", "1 bit"])
 def test_every_kind_of_picture_comes_out_as_right_rgb(mode, tmp_path):
     path, colour, tolerance = stored(mode, tmp_path)
-    pixels = load_rgb(path, str(path))
+    pixels = load_rgb(path.read_bytes(), str(path))
     assert pixels.shape == (24, 32, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - colour).max() <= tolerance
 
@@ -58,12 +58,12 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(turn(upright))).save(tmp_path / "x.jpg", quality=100, exif=exif)
-    pixels = load_rgb(tmp_path / "x.jpg", "x")
+    pixels = load_rgb((tmp_path / "x.jpg").read_bytes(), "x")
     assert pixels.shape == upright.shape and np.abs(pixels.astype(int) - upright).mean() < 3
 
 
-def write(pictures, target, **options):
-    write_splits("imagenet", str(pictures), str(target), **{"num_workers": 2, **options})
+def write(pictures, target, num_workers=2, chunk_size=100, subset=-1, **encoding):
+    write_splits(Place("imagenet", str(pictures)), str(target), "", subset, num_workers, chunk_size, Encoding(**encoding))
     return read_beton(target / "train.beton")
 
 
@@ -88,7 +88,7 @@ def test_raw_pixels_are_the_pictures(pictures, tmp_path):
     file = write(pictures, tmp_path, mode="raw")
     data = np.fromfile(file.path, np.uint8)
     first = data[file.pointers[0]:file.pointers[0] + file.sizes[0]].reshape(file.heights[0], file.widths[0], 3)
-    assert np.array_equal(first, load_rgb(pictures / "train" / "amber" / "0.jpg", ""))
+    assert np.array_equal(first, load_rgb((pictures / "train" / "amber" / "0.jpg").read_bytes(), ""))
 
 
 def test_the_longer_side_is_shrunk_and_small_pictures_stay(pictures, tmp_path):
@@ -126,15 +126,14 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
         damaged = bytearray(whole)
         for _ in range(3):
             damaged[start + int(rng.integers(0, length))] = int(rng.integers(0, 256))
-        (tmp_path / "y.jpg").write_bytes(damaged)
-        pixels = load_rgb(tmp_path / "y.jpg", "y.jpg")
+        pixels = load_rgb(bytes(damaged), "y.jpg")
         assert sorted(pixels.shape) == [3, 24, 32] and np.abs(pixels.astype(int) - COLOUR).max() <= 6
 
 
 @pytest.mark.parametrize("name, file", [("val_500.ffcv", "val_500.ffcv"), ("folder/", "folder/val.beton"),
                                         ("x.beton", "x.beton"), ("plain", "plain")])
 def test_with_a_split_the_target_is_the_file(pictures, tmp_path, name, file):
-    write_splits("imagenet", str(pictures), f"{tmp_path}/{name}", "val", num_workers=1)
+    write_splits(Place("imagenet", str(pictures)), f"{tmp_path}/{name}", "val", num_workers=1)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
@@ -143,12 +142,12 @@ def test_one_split_alone_is_numbered_like_both(tmp_path):
     (source / "val" / "a" / "1.jpg").unlink()
     (source / "val" / "a").rmdir()
     with pytest.raises(InputError, match="same classes .a in one only"):
-        write_splits("imagenet", str(source), str(tmp_path / "val.beton"), "val", num_workers=1)
+        write_splits(Place("imagenet", str(source)), str(tmp_path / "val.beton"), "val", num_workers=1)
 
 
 def test_demo_pictures_that_cannot_be_put_anywhere_are_an_error(tmp_path):
     with pytest.raises(InputError, match="cfg.data_dir=/dev/null/x"):
-        write_splits("demo", "/dev/null/x", str(tmp_path), num_workers=1)
+        write_splits(Place("demo", "/dev/null/x"), str(tmp_path), num_workers=1)
 
 
 def make(tmp_path, *, skip=()):
@@ -189,23 +188,23 @@ def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
     elif damage == "other classes in val":
         (source / "val" / "b").rename(source / "val" / "c")
     with pytest.raises(InputError, match=message):
-        write_splits("imagenet", str(source), str(tmp_path / "out"), num_workers=2)
+        write_splits(Place("imagenet", str(source)), str(tmp_path / "out"), num_workers=2)
     left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
-    assert set(left) <= {"train.beton"}
+    assert {name for name in left if not name.startswith(".")} <= {"train.beton"}
 
 
 def test_a_target_that_cannot_be_written_is_named(pictures, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cfg.write_path=.*file"):
-        write_splits("imagenet", str(pictures), str(tmp_path / "file" / "out"), num_workers=1)
+        write_splits(Place("imagenet", str(pictures)), str(tmp_path / "file" / "out"), num_workers=1)
 
 
 def test_an_image_too_large_for_a_page_is_named(tmp_path):
     source = make(tmp_path)
     Image.new("RGB", (2000, 2000)).save(source / "train" / "a" / "huge.png")
     with pytest.raises(InputError, match="huge.png: 12000000 bytes"):
-        write_splits("imagenet", str(source), str(tmp_path / "out"), num_workers=1, mode="raw")
-    assert list((tmp_path / "out").iterdir()) == []
+        write_splits(Place("imagenet", str(source)), str(tmp_path / "out"), num_workers=1, encoding=Encoding("raw"))
+    assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
 def test_tiny_imagenets_own_layout(tmp_path):
@@ -218,12 +217,12 @@ def test_tiny_imagenets_own_layout(tmp_path):
         Image.new("RGB", (64, 64), COLOUR).save(tmp_path / "val" / "images" / f"val_{number}.JPEG")
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\nval_2.JPEG\tn2\t0\t0\t1\t1\n")
-    write_splits("tiny_imagenet", str(tmp_path), str(tmp_path / "out"), num_workers=1)
+    write_splits(Place("tiny_imagenet", str(tmp_path)), str(tmp_path / "out"), num_workers=1)
     assert read_beton(tmp_path / "out" / "train.beton").labels.tolist() == [0, 1]
     assert read_beton(tmp_path / "out" / "val.beton").labels.tolist() == [1, 0, 1]
     annotations.write_text("../../secret.JPEG\tn2\t0\t0\t1\t1\n")
     with pytest.raises(InputError, match="val_annotations.txt:1"):
-        write_splits("tiny_imagenet", str(tmp_path), str(tmp_path / "out2"), num_workers=1)
+        write_splits(Place("tiny_imagenet", str(tmp_path)), str(tmp_path / "out2"), num_workers=1)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenette"])
@@ -236,7 +235,7 @@ def test_a_download_that_fails_is_one_clear_error(dataset, tmp_path, monkeypatch
     monkeypatch.setattr(socket, "create_connection", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     with pytest.raises(InputError, match=f"{dataset} is neither in"):
-        write_splits(dataset, str(tmp_path), str(tmp_path / "out"), num_workers=1)
+        write_splits(Place(dataset, str(tmp_path)), str(tmp_path / "out"), num_workers=1)
 
 
 def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
@@ -261,7 +260,7 @@ def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [save("test_batch", part())])
     name, digest = save("batches.meta", {"label_names": [str(i) for i in range(10)]})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": digest})
-    write_splits("cifar10", str(tmp_path), str(tmp_path / "out"), num_workers=1, mode="raw")
+    write_splits(Place("cifar10", str(tmp_path)), str(tmp_path / "out"), num_workers=1, encoding=Encoding("raw"))
     train = read_beton(tmp_path / "out" / "train.beton")
     assert len(train) == 20 and train.labels.tolist() == [0, 1, 2, 9] * 5 and (train.heights == 32).all()
 

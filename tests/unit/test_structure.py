@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rsb_ffcv"
 MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": {"atomic"}, "loading": {"ops", "beton"},
               "dataset": {"ops", "beton", "atomic"}, "beton": {"ops"}, "config": {"options"}, "atomic": set(), "options": set(),
-              "training": {"ops", "loading", "learning", "reporting", "config", "options", "atomic"}}
+              "training": {"ops", "loading", "learning", "reporting", "config", "options", "atomic", "beton", "dataset"}}
 
 
 def imported_parts(path: Path) -> set[str]:

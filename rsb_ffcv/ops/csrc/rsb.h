@@ -140,6 +140,9 @@ typedef struct rsb_job {
 
 /* The decoder of raw and JPEG images: reads, checks, crops and resizes. */
 int rsb_load(int file, const rsb_sample *sample, uint8_t *out, int height, int width, rsb_scratch *scratch);
+
+/* The same of `bytes` in memory, without the checksum. */
+int rsb_decode(const uint8_t *bytes, const rsb_sample *sample, uint8_t *out, int height, int width, rsb_scratch *scratch);
 rsb_scratch *rsb_scratch_new(void);
 void rsb_scratch_free(rsb_scratch *scratch);
 uint64_t rsb_checksum(const uint8_t *bytes, size_t size);

@@ -1,0 +1,273 @@
+"""Where a source's bytes are: a local folder or anything that fsspec reaches, read by name and range; and what lies in tar files.
+
+Names are relative to the root that the user named, and nothing outside of it is read: no name with `..`, no absolute one,
+and no symbolic link that leaves the root, unless links are to be followed.
+"""
+import errno
+import io
+import os
+import posixpath
+import stat
+import tarfile
+import time
+from contextlib import contextmanager
+
+from rsb_ffcv import InputError, first_line
+from rsb_ffcv.dataset.picture import BadPicture
+
+MOST_BYTES = 1 << 30  # of one picture file
+TRIES, PAUSE = 4, 1.0  # of a remote read: how often, and the first pause in seconds, doubled each time
+_NETWORK = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+
+
+def is_url(path: str) -> bool:
+    return "://" in path or "::" in path
+
+
+def open_root(data_dir: str, follow_links: bool = False) -> tuple["Local | Remote", str]:
+    """(where to read, name): `data_dir` is a folder, and name empty; or a file in one, or a pattern of files."""
+    root = Remote(data_dir) if is_url(data_dir) else Local(data_dir, follow_links)
+    if root.is_folder(""):
+        return root, ""
+    parent, _, name = data_dir.rpartition("/")
+    if any(mark in data_dir for mark in "*?[{"):  # the folder above the first pattern
+        parent = posixpath.dirname(data_dir[:min(data_dir.find(mark) for mark in "*?[{" if mark in data_dir)])
+        name = data_dir[len(parent):].lstrip("/")
+    if not is_url(data_dir):
+        parent = parent or ("/" if data_dir.startswith("/") else ".")
+    return (Remote(parent) if is_url(data_dir) else Local(parent, follow_links)), name
+
+
+def inside(name: str) -> str:
+    """A relative path without `.` parts. Raises ValueError for one that could leave its folder."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or is_url(name) or not parts:
+        raise ValueError(f"'{name[:200]}' is not a path inside of its folder")
+    return "/".join(parts)
+
+
+class Local:
+    """A folder of this machine."""
+
+    def __init__(self, root: str, follow_links: bool):
+        self.root, self.follow_links = os.path.abspath(root), follow_links
+        self._real = os.path.realpath(root)
+        self._within = {}  # folder -> whether it lies below the root, links resolved
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def is_folder(self, name: str) -> bool:
+        return os.path.isdir(self.path(name))
+
+    def is_file(self, name: str) -> bool:
+        return os.path.isfile(self.path(name))
+
+    def folders(self, name: str) -> list[str]:
+        return sorted(entry.name for entry in os.scandir(self.path(name)) if entry.is_dir())
+
+    def list(self, name: str = "") -> list[str]:
+        """All files below, sorted; links to folders are entered, each once."""
+        def refuse(error):
+            raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); see to its permissions")
+
+        found, seen = [], set()
+        for where, folders, files in os.walk(self.path(name), onerror=refuse, followlinks=True):
+            real = os.path.realpath(where)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            below = os.path.relpath(where, self.root)
+            found += files if below == "." else [f"{below}/{file}" for file in files]
+        return sorted(found)
+
+    def size(self, name: str) -> int:
+        return os.stat(self.path(name)).st_size
+
+    def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
+        """Bytes of a file, all of them where length is -1. Raises BadPicture where it cannot be read or leaves the root,
+        InputError where a network file system has gone."""
+        try:
+            file = self._open(self.path(name))
+            try:
+                known = os.fstat(file)
+                if not stat.S_ISREG(known.st_mode):
+                    raise BadPicture(f"{self.path(name)}: not a regular file; replace or remove it")
+                length = known.st_size - start if length < 0 else length
+                _check_length(self.path(name), length)
+                parts = []
+                while length > 0 and (part := os.pread(file, length, start)):
+                    parts.append(part)
+                    start, length = start + len(part), length - len(part)
+            finally:
+                os.close(file)
+        except OSError as error:
+            if error.errno in _NETWORK:
+                raise InputError(f"{self.path(name)}: cannot be reached ({error.strerror}); give the same command again when it "
+                                 f"can: it goes on from there") from error
+            raise BadPicture(f"{self.path(name)}: cannot be read ({error.strerror}); replace or remove it") from error
+        if length > 0:
+            raise BadPicture(f"{self.path(name)}: ends {length} bytes early; replace or remove it")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _open(self, path: str) -> int:
+        if not self.follow_links:
+            folder = os.path.dirname(path)
+            if folder not in self._within:
+                self._within[folder] = self._is_below(folder)
+            if not self._within[folder] or os.path.islink(path) and not self._is_below(path):
+                raise BadPicture(f"{path}: a link that leaves {self.root}; copy what it points to, or give --cfg.follow_links=1")
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe must not hold us up
+
+    def _is_below(self, path: str) -> bool:
+        return os.path.commonpath([self._real, os.path.realpath(path)]) == self._real
+
+    def open(self, name: str):
+        """A binary file that can seek."""
+        return os.fdopen(self._open(self.path(name)), "rb")
+
+
+class Remote:
+    """A folder that fsspec reaches: s3://, gs://, http://, memory://, zip://...::..., as its URL says."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"cfg.data_dir={url}: {first_line(error)}; install what it names, or correct the URL") from error
+        self.url, self.root = url.rstrip("/"), root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """For people."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _ask(self, name: str, request):
+        """request(), again after a pause where the network fails."""
+        for attempt in range(TRIES):
+            try:
+                return request()
+            except FileNotFoundError as error:
+                raise BadPicture(f"{self.path(name)}: not there; replace or remove it") from error
+            except PermissionError as error:
+                raise BadPicture(f"{self.path(name)}: may not be read ({first_line(error)}); see to its permissions") from error
+            except Exception as error:  # every file system behind fsspec has its own kinds
+                if attempt == TRIES - 1:
+                    raise InputError(f"{self.path(name)}: cannot be reached ({type(error).__name__}: {first_line(error)}); give "
+                                     f"the same command again when it can: it goes on from there") from error
+                time.sleep(PAUSE * 2 ** attempt)
+
+    def is_folder(self, name: str) -> bool:
+        return self._ask(name, lambda: self.fs.isdir(self._at(name)))
+
+    def is_file(self, name: str) -> bool:
+        return self._ask(name, lambda: self.fs.isfile(self._at(name)))
+
+    def folders(self, name: str) -> list[str]:
+        entries = self._ask(name, lambda: self.fs.ls(self._at(name), detail=True))
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+
+    def list(self, name: str = "") -> list[str]:
+        found = self._ask(name, lambda: self.fs.find(self._at(name)))
+        below = f"{self.root}/"
+        return sorted(path[len(below):] for path in found if path.startswith(below))  # a web page may link anywhere
+
+    def size(self, name: str) -> int:
+        return self._ask(name, lambda: self.fs.size(self._at(name)))
+
+    def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
+        """As Local.read. Raises InputError where the network fails."""
+        if length < 0:
+            return self._ask(name, lambda: self.fs.cat_file(self._at(name)))
+        _check_length(self.path(name), length)
+        part = self._ask(name, lambda: self.fs.cat_file(self._at(name), start=start, end=start + length))
+        if len(part) > length:
+            raise InputError(f"{self.path(name)}: its server sends whole files where a part is asked for; download it first")
+        if len(part) < length:
+            raise BadPicture(f"{self.path(name)}: ends {length - len(part)} bytes early; replace or remove it")
+        return part
+
+    def open(self, name: str):
+        return self._ask(name, lambda: self.fs.open(self._at(name), "rb", block_size=1 << 20))
+
+
+def _check_length(path: str, length: int):
+    if length > MOST_BYTES:
+        raise BadPicture(f"{path}: {length} bytes are more than a picture has ({MOST_BYTES}); replace or remove it")
+
+
+def read_text(files, name: str) -> str:
+    try:
+        return files.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{files.path(name)}: not text in UTF-8 ({first_line(error)}); correct it") from error
+
+
+class _Window(io.RawIOBase):
+    """`length` bytes of a seekable file from `start` on, as a file."""
+
+    def __init__(self, file, start: int, length: int):
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def seekable(self):
+        return True
+
+    def readable(self):
+        return True
+
+    def tell(self):
+        return self.at
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        return self.at
+
+    def readinto(self, buffer):
+        self.file.seek(self.start + self.at)
+        part = self.file.read(max(0, min(len(buffer), self.length - self.at)))
+        buffer[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+@contextmanager
+def opened(files, name: str):
+    """A binary file that can seek; InputError where it cannot be read."""
+    try:
+        with files.open(name) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{files.path(name)}: cannot be read ({first_line(error)}); replace it, or give the same command again "
+                         f"when it can be") from error
+
+
+def tar_members(file, path: str, start: int = 0, length: int = -1):
+    """Yields (name, first byte, bytes) of each member of a tar file, which may lie within another; bytes -1: not a regular file
+    (a link, a device). Folders are left out. Only headers are read.
+
+    Raises InputError where the archive is damaged, ends early or is compressed, or a member's name leaves its folder.
+    """
+    if length < 0:
+        length = file.seek(0, os.SEEK_END)
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(_Window(file, start, length), 4096), mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # tarfile keeps them all
+                if member.isdir():
+                    continue
+                if member.isreg() and member.offset_data + member.size > length:
+                    raise InputError(f"{path}: ends inside of {member.name}; download it again")
+                yield inside(member.name), start + member.offset_data, member.size if member.isreg() and not member.issparse() else -1
+            rest = archive.offset
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a tar archive that can be used ({first_line(error)}); give it as downloaded, not compressed") from error
+    file.seek(start + rest)
+    if file.read(min(512, length - rest)).strip(b"\0"):  # tarfile takes a damaged header for the end
+        raise InputError(f"{path}: damaged at byte {start + rest}; download it again")

@@ -1,0 +1,220 @@
+"""What a `.beton` file holds, whether it is sound, and its images as files again."""
+import csv
+import io
+import json
+import os
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from rsb_ffcv import InputError, first_line
+from rsb_ffcv.atomic import atomic_file
+from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
+from rsb_ffcv.dataset.workers import ordered
+from rsb_ffcv.ops import native
+
+REMEMBER_SECONDS = 5.0  # how much work an interrupted verification loses
+SHOWN = 20  # damaged images that are printed
+WIDEST = 40  # characters of a histogram's bar
+
+
+def info(path) -> str:
+    """Several lines for people: samples, classes, sizes, modes, settings, bytes. Raises InputError as read_beton does."""
+    file = read_beton(path)
+    pixels, longer = file.heights.astype(int) * file.widths, np.maximum(file.heights, file.widths)
+    counts = np.bincount(file.labels, minlength=file.num_classes)
+    lines = [f"{file.path}: {len(file)} images, {file.num_classes} classes, {file.num_bytes} bytes ({file.num_bytes / 1e9:.3f} GB)"]
+    for mode, name in ((JPG, "jpg"), (RAW, "raw")):
+        if (chosen := file.modes == mode).any():
+            lines.append(f"{name}: {int(chosen.sum())} images, {int(file.sizes[chosen].sum())} bytes, mean "
+                         f"{file.sizes[chosen].mean() / 1e3:.1f} kB, {8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits a pixel")
+    for name, values in (("width", file.widths), ("height", file.heights), ("longer side", longer)):
+        low, five, half, most, high = np.percentile(values, (0, 5, 50, 95, 100)).round().astype(int)
+        lines.append(f"{name}: {low} .. {high} px, median {half}, 5 % .. 95 %: {five} .. {most}")
+    lines.append("images by longer side:")
+    edges = [0, *(64 * 2 ** (step / 2) for step in range(21))]
+    histogram, _ = np.histogram(longer, [*edges, np.inf])
+    for low, high, count in zip(edges, [*edges[1:], np.inf], histogram.tolist()):
+        if count:
+            bar = "#" * max(1, round(WIDEST * count / histogram.max()))
+            lines.append(f"  {low:6.0f} .. {f'{high:.0f}' if high < np.inf else '':6} {count:9} {bar}")
+    if file.about is None:
+        lines.append("written by another program: no checksums, names, settings or entry points in it")
+    else:
+        about = file.about
+        entered = int((file.extras["entry_bytes"] > 0).sum())
+        lines.append(f"entry points for partial decoding: {entered} images, {int(file.extras['entry_bytes'].sum())} bytes")
+        for title, table in (("written by", about.tool), ("settings", about.settings), ("source", about.source), ("pictures", about.counts)):
+            lines.append(f"{title}: " + ", ".join(f"{key}={value}" for key, value in table.items()))
+    lines.append(f"images of each class ({counts.min()} .. {counts.max()}):")
+    for label, count in enumerate(counts.tolist()):
+        title = file.about.titles[label] if file.about and file.about.titles else ""
+        lines.append(f"  {label:5} {file.class_name(label):12} {count:7}  {title}".rstrip())
+    return "\n".join(lines)
+
+
+def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
+    """Whether a file is sound: its structure, every image's checksum and entry points, and that images decode, to the sides the
+    metadata says: the share `decode` of them, spread evenly. Prints what is not, and names it in the CSV file `report`.
+
+    Interrupted, the next call with the same file and share goes on where it was: beside the file stands a hidden note, where the
+    folder can be written. Raises InputError where the file's structure is damaged.
+    """
+    file = read_beton(path)
+    note = file.path.with_name(f".{file.path.name}.verify")
+    known = os.stat(file.path)
+    mark = {"bytes": known.st_size, "changed": known.st_mtime_ns, "fingerprint": file.fingerprint(), "decode": decode}
+    done, bad = _remembered(note, mark)
+    if done:
+        print(f"{file.path}: going on after {done} of {len(file)} images", flush=True)
+    remember_at = time.monotonic() + REMEMBER_SECONDS
+    can_remember = True
+    with open(file.path, "rb", buffering=0) as opened, \
+            tqdm(total=len(file), initial=done, desc=file.path.name, unit="img", smoothing=0.05) as bar:
+        def check(index):
+            return why_damaged(opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode))
+
+        for index, why in enumerate(ordered(check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}"), done):
+            if why:
+                bad.append([index, why])
+            bar.update()
+            if can_remember and time.monotonic() > remember_at:
+                can_remember = _remember(note, {**mark, "done": index + 1, "bad": bad})
+                remember_at = time.monotonic() + REMEMBER_SECONDS
+    with suppress(OSError):
+        note.unlink(missing_ok=True)
+    names = file.names() if bad else []
+    for index, why in bad[:SHOWN]:
+        print(f"sample {index} ({names[index]}) {why}")
+    if len(bad) > SHOWN:
+        print(f"and {len(bad) - SHOWN} more")
+    if report:
+        _write_report(report, [(index, names[index], why) for index, why in bad])
+    decoded = int(len(file) * decode)
+    checked = "checksums not in the file" if file.extras is None else "all checksums compared"
+    print(f"{file.path}: {len(bad)} of {len(file)} images damaged; structure sound, {checked}, {decoded} images decoded", flush=True)
+    return not bad
+
+
+def why_damaged(opened: int, file: Beton, index: int, decode: bool) -> str:
+    """What is wrong with an image of an open file, or nothing."""
+    data = np.empty(int(file.stored_bytes[index]), np.uint8)
+    height, width, size = int(file.heights[index]), int(file.widths[index]), int(file.sizes[index])
+    try:
+        got = os.preadv(opened, [data], int(file.pointers[index]))
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if got != data.nbytes:
+        return "cannot be read: the file ends there"
+    if file.extras is not None and native.checksum(data) != file.extras["checksum"][index]:
+        return "is damaged: its bytes do not match their checksum"
+    if not decode or file.modes[index] == RAW:
+        return ""
+    try:
+        native.resized(data[:size], height, width, height, width)
+    except ValueError as error:
+        return first_line(error).removeprefix("the image ")
+    if data.nbytes > size and not np.array_equal(data[size:], native.entry_points(data[:size], height, width)):
+        return "has entry points that are not its own"
+    return ""
+
+
+def _remembered(note: Path, mark: dict) -> tuple[int, list]:
+    try:
+        known = json.loads(note.read_text())
+        return (known["done"], known["bad"]) if {name: known[name] for name in mark} == mark else (0, [])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of no use: begin anew
+        return 0, []
+
+
+def _remember(note: Path, content: dict) -> bool:
+    try:
+        with atomic_file(note, "") as file:
+            file.write(json.dumps(content).encode())
+    except InputError as error:
+        print(f"warning: {first_line(error)} an interrupted verification would begin anew", flush=True)
+        return False
+    return True
+
+
+def _write_report(path: str, rows):
+    with atomic_file(path, "choose another cfg.report") as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        table = csv.writer(text)
+        table.writerow(["sample", "path", "reason"])
+        table.writerows(rows)
+        text.detach()
+
+
+def export(path, write_path: str, num_workers: int):
+    """Writes each image to <write_path>/<class>/<name>: a JPEG as its bytes are, a raw one as PNG. An image that is damaged ends
+    it. The folder takes its name at the end; what an interrupted call has written is kept and not written again."""
+    file = read_beton(path)
+    target = Path(write_path)
+    if target.exists():
+        raise InputError(f"cfg.write_path={target}: exists; give a folder that does not, or remove it")
+    unfinished = target.with_name(f".{target.name}.part")
+    places = _places(file)
+    try:
+        for folder in {place.parent for place in places}:
+            (unfinished / folder).mkdir(parents=True, exist_ok=True)
+        with open(file.path, "rb", buffering=0) as opened:
+            def put(index):
+                why = why_damaged(opened.fileno(), file, index, False)
+                if why:
+                    raise InputError(f"{file.path}: sample {index} {why}; write the file again, or leave the sample out with subset")
+                data = np.empty(int(file.sizes[index]), np.uint8)
+                os.preadv(opened.fileno(), [data], int(file.pointers[index]))
+                place = unfinished / places[index]
+                if file.modes[index] == RAW:
+                    data = _png(data.reshape(int(file.heights[index]), int(file.widths[index]), 3))
+                if not place.exists() or place.stat().st_size != memoryview(data).nbytes:
+                    place.write_bytes(data)
+
+            bar = tqdm(ordered(put, range(len(file)), num_workers, name=lambda index: f"sample {index}"), total=len(file), desc=target.name,
+                       unit="img", smoothing=0.05)
+            for _ in bar:
+                pass
+        unfinished.rename(target)
+    except OSError as error:
+        raise InputError(f"cfg.write_path={target}: cannot be written ({error.strerror}); free space or choose another, and give the "
+                         f"same command again") from error
+    print(f"{target}: {len(file)} images in {len({place.parent for place in places})} classes", flush=True)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _places(file: Beton) -> list[Path]:
+    """<class>/<name> of each image, each another, none outside: names are what somebody wrote into a file."""
+    classes = [_plain(file.class_name(label)) for label in range(file.num_classes)]
+    if len(set(classes)) < len(classes):
+        classes = [f"{label:05d}_{name}" for label, name in enumerate(classes)]
+    taken, places = set(), []
+    for name, label, mode in zip(file.names(), file.labels.tolist(), file.modes.tolist()):
+        stem, suffix = os.path.splitext(_plain(name.rpartition("/")[2]))
+        suffix = ".png" if mode == RAW else suffix if suffix.lower() in (".jpg", ".jpeg") else ".jpg"
+        place, number = Path(classes[label], stem + suffix), 1
+        while place in taken:
+            place, number = Path(classes[label], f"{stem}_{number}{suffix}"), number + 1
+        taken.add(place)
+        places.append(place)
+    return places
+
+
+def _plain(name: str) -> str:
+    """A name of one file: no folder, not hidden, not too long for a file system."""
+    name = re.sub(r"[/\\\0]", "_", name).lstrip(".") or "_"
+    stem, suffix = os.path.splitext(name)
+    while len(os.fsencode(stem + suffix)) > 240:
+        stem = stem[:-1]
+        suffix = suffix[:20]
+    return stem + suffix
