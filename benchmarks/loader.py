@@ -48,7 +48,7 @@ def prepare(images: Path, work: Path, count: int) -> dict:
     for mode in ("jpg", "raw"):
         subprocess.run([sys.executable, HERE.parent / "write_ffcv.py", f"--cfg.data_dir={work / 'pictures'}", "--cfg.split=train",
                         f"--cfg.write_path={work / mode}.beton", "--cfg.max_resolution=500", f"--cfg.write_mode={mode}",
-                        "--cfg.num_workers=2"], check=True, stderr=subprocess.DEVNULL)
+                        "--cfg.num_workers=2", "--cfg.pass_through=0", "--cfg.follow_links=1"], check=True, stderr=subprocess.DEVNULL)
     file, data = read_beton(work / "jpg.beton"), np.memmap(work / "jpg.beton", np.uint8, "r")
     for number in range(count):
         to = work / "files" / f"{file.labels[number]:04d}"

@@ -335,7 +335,7 @@ def _append_images(append: _Append, target: Beton, itself: Samples, samples: Sam
                 pointer = pages.add(image.data)
                 metadata["f0"][place] = image.mode, image.width, image.height, pointer
                 table["ptr"][place], table["size"][place] = pointer, image.size
-                extras[place] = native.checksum(image.data), image.data.nbytes - image.size
+                extras[place] = image.checksum, image.data.nbytes - image.size
         os.fsync(file.fileno())
 
     def keep(front: bytes):

@@ -28,10 +28,11 @@ class BadPicture(InputError):
 
 
 class Stored(NamedTuple):
-    """An image as it stands in a file. data: uint8, its bytes and then its entry points; size: of the former. how: "kept",
-    "encoded" or "raw"."""
+    """An image as it stands in a file. data: uint8, its bytes and then its entry points; size: of the former; checksum: XXH64 of
+    both. how: "kept", "encoded" or "raw"."""
     data: np.ndarray
     size: int
+    checksum: int
     mode: int
     height: int
     width: int
@@ -128,7 +129,8 @@ def stored(data: np.ndarray, entries: np.ndarray, mode: int, height: int, width:
                          f"cfg.write_mode=jpg")
     if len(data) + len(entries) > beton.PAGE_BYTES:
         entries = entries[:0]
-    return Stored(np.concatenate([data, entries]), len(data), mode, height, width, how)
+    both = np.concatenate([data, entries])
+    return Stored(both, len(data), native.checksum(both), mode, height, width, how)
 
 
 def _decode(data, name, *sides) -> np.ndarray:

@@ -16,7 +16,8 @@ import json
 import os
 import time
 from collections import Counter
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -73,12 +74,11 @@ def write_beton(path, source, store, settings: dict, num_workers: int, chunk_siz
         with _journal(path, about) as journal:
             unfinished = path.with_name(f".{path.name}.part")
             with open(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
-                part = _Part(path, file, journal, source)
-                try:
-                    _write(part, source, store, num_workers, chunk_size, on_error, path.name)
-                except (InputError, KeyboardInterrupt):
-                    part.sync()
-                    raise
+                with closing(_Part(path, file, journal, source)) as part:
+                    try:
+                        _write(part, source, store, num_workers, chunk_size, on_error, path.name)
+                    finally:
+                        part.sync()
             _finish(part, source, about, unfinished)
             read_back(beton.read_beton(unfinished), num_workers, path.name)
             os.rename(unfinished, path)
@@ -173,6 +173,7 @@ class _Part:
         self.count, end = self._take_up(path, source, front + -front % PAGE_BYTES)
         self.synced, self._synced_end, self._sync_at = self.count, end, time.monotonic() + SYNC_SECONDS
         self.pages = Pages(file, end)
+        self._thread, self._syncing = ThreadPoolExecutor(1), None
 
     def _take_up(self, path: Path, source, start: int) -> tuple[int, int]:
         """How many pictures of an earlier call are whole and still the source's, and where they end: those stay."""
@@ -202,19 +203,35 @@ class _Part:
         record["how"] = _LEFT_OUT
         if stored is not None:
             record["how"], record["pointer"] = HOW.index(stored.how), self.pages.add(stored.data)
-            record["checksum"], record["size"] = native.checksum(stored.data), stored.size
+            record["checksum"], record["size"] = stored.checksum, stored.size
             record["entry_bytes"] = stored.data.nbytes - stored.size
             record["height"], record["width"], record["mode"] = stored.height, stored.width, stored.mode
         record["check"] = _check(record)
         self.count = index + 1
         if self.pages.end - self._synced_end >= SYNC_BYTES or time.monotonic() >= self._sync_at:
-            self.sync()
+            self.sync(wait=False)
 
-    def sync(self):
-        """Brings the images to the disk and then their records to the journal, which so never speaks of what is not there."""
-        os.fdatasync(self.file.fileno())
-        _write_all(self.journal, self.records[self.synced:self.count].tobytes())
+    def sync(self, wait: bool = True):
+        """Brings the images to the disk and then their records to the journal, which so never speaks of what is not there.
+        Unless it is to `wait`, another thread does it, and where that is not done yet, this is left for later."""
+        if self._syncing is not None:
+            if not wait and not self._syncing.done():
+                return
+            self._syncing.result()
+        known = self.records[self.synced:self.count].tobytes()
+
+        def bring():
+            os.fdatasync(self.file.fileno())
+            _write_all(self.journal, known)
+
+        self._syncing = self._thread.submit(bring)
         self.synced, self._synced_end, self._sync_at = self.count, self.pages.end, time.monotonic() + SYNC_SECONDS
+        if wait:
+            self._syncing.result()
+
+    def close(self):
+        """Waits for the thread."""
+        self._thread.shutdown()
 
 
 def _check(record: np.ndarray) -> int:
@@ -255,9 +272,9 @@ def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_err
             part.add(index, source, None if bad else result)
             if bad:
                 leave_out(index, result)
-            bar.set_postfix_str(f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s", refresh=False)
+            if index % 16 == 0:
+                bar.set_postfix_str(f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s", refresh=False)
             bar.update()
-    part.sync()
     if left_out:
         _report(on_error.report, source, left_out)
 

@@ -86,6 +86,8 @@ class _Scratch:
 class _OfThread(threading.local):
     def __init__(self):  # called in each thread that asks for an attribute; what it holds dies with the thread
         self.scratch = _Scratch()
+        self.scratch_of_entries = _Scratch()  # a second one: Huffman tables are kept from image to image, and what was just
+        # encoded has others than what was decoded for it
 
 
 _thread = _OfThread()
@@ -100,7 +102,7 @@ def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
     """The entry points (uint8, see csrc/jpeg.c) that let the decoder reach a window of this JPEG (uint8 bytes; sides in
     pixels) without reading all that comes before it; none for a kind of JPEG that has no use for them, or a damaged one."""
     room = np.empty(10 * -(-height // 8) * -(-width // 64), np.uint8)
-    used = library.rsb_jpeg_entries(jpeg.ctypes.data, jpeg.nbytes, room.ctypes.data, room.nbytes, _thread.scratch.pointer)
+    used = library.rsb_jpeg_entries(jpeg.ctypes.data, jpeg.nbytes, room.ctypes.data, room.nbytes, _thread.scratch_of_entries.pointer)
     return room[:used].copy()
 
 

@@ -108,9 +108,11 @@ def test_two_writers_of_one_file_do_not_meet(folder, tmp_path):
     first = begin(options(folder, tmp_path, 1))
     while not (tmp_path / ".train.beton.part").exists():
         time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
     second = begin(options(folder, tmp_path, 1))
     _, errors = second.communicate()
     assert second.returncode == 2 and "another process is writing it" in errors.splitlines()[-1]
+    first.send_signal(signal.SIGCONT)
     first.communicate()
     assert first.returncode == 0
 

@@ -30,7 +30,7 @@ static const uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 
 
 typedef struct {
     uint8_t counts[16], symbols[256]; /* as in the file; also the key under which the tables below are kept */
-    int ready;
+    int ready, has_pairs, has_skips; /* the latter two are built for those that read, and those that run over */
     uint16_t symbol[1 << LOOK]; /* length << 8 | symbol; 0: a longer code */
     uint16_t skip[1 << SKIP];   /* as many symbols as fit: advance << 8 | bits; 0: none */
     uint32_t pair[1 << LOOK];   /* of one or two symbols, from the top: value 2 (6 bits), value 1 (7), advance 1 + 2 (7),
@@ -89,7 +89,7 @@ static step look(const huffman *t, int window, int width, int used, int is_ac) {
     return (step){length + size, !is_ac ? 0 : size ? run + 1 : run == 15 ? 16 : END, value};
 }
 
-static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total, int is_ac) {
+static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total) {
     if (t->ready && !memcmp(t->counts, counts, 16) && !memcmp(t->symbols, symbols, total)) return RSB_OK;
     memset(t, 0, sizeof *t);
     memcpy(t->counts, counts, 16);
@@ -108,6 +108,12 @@ static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbo
     }
     t->max_code[17] = 1 << 16;
     t->ready = 1;
+    return RSB_OK;
+}
+
+static void build_pairs(huffman *t, int is_ac) {
+    if (t->has_pairs) return;
+    t->has_pairs = 1;
     for (int i = 0; i < 1 << LOOK; i++) {
         step first = look(t, i, LOOK, 0, is_ac), second = {0, 0, 0};
         if (!first.bits) continue;
@@ -124,7 +130,12 @@ static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbo
         t->pair[i] = (uint32_t)second.value << 26 | ((uint32_t)first.value & 127) << 19 | (uint32_t)both << 12 |
                      (uint32_t)one << 6 | (uint32_t)(first.bits + second.bits);
     }
-    for (int i = 0; is_ac && i < 1 << SKIP; i++) {
+}
+
+static void build_skips(huffman *t) {
+    if (t->has_skips) return;
+    t->has_skips = 1;
+    for (int i = 0; i < 1 << SKIP; i++) {
         int used = 0, advance = 0;
         while (advance < 64) {
             step next = look(t, i, SKIP, used, 1);
@@ -133,7 +144,6 @@ static int build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbo
         }
         t->skip[i] = (uint16_t)(used ? advance << 8 | used : 0);
     }
-    return RSB_OK;
 }
 
 /* ---- headers --------------------------------------------------------------------------------------------------- */
@@ -164,7 +174,7 @@ static int read_huffman(rsb_jpeg *j, const uint8_t *p, size_t n) {
         if (!is_ac)
             for (size_t i = 0; i < total; i++)
                 if (p[17 + i] > 11) return RSB_UNUSUAL;
-        if (build_huffman(is_ac ? &j->ac[which] : &j->dc[which], p + 1, p + 17, (int)total, is_ac)) return RSB_UNUSUAL;
+        if (build_huffman(is_ac ? &j->ac[which] : &j->dc[which], p + 1, p + 17, (int)total)) return RSB_UNUSUAL;
         *(is_ac ? &j->ac_known : &j->dc_known) |= 1 << which;
         p += 17 + total, n -= 17 + total;
     }
@@ -414,6 +424,15 @@ static int open_jpeg(const uint8_t *bytes, size_t size, rsb_scratch *scratch, ui
     return RSB_OK;
 }
 
+/* The tables that reading coefficients, and running over them, needs. */
+static void build_tables(rsb_jpeg *j, int reading, int running) {
+    for (int i = 0; i < j->count; i++) {
+        build_pairs(&j->dc[j->part[i].dc], 0);
+        if (reading) build_pairs(&j->ac[j->part[i].ac], 1);
+        if (running) build_skips(&j->ac[j->part[i].ac]);
+    }
+}
+
 static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height, int image_width, int top,
                        int left, int height, int width, rsb_scratch *scratch, rsb_window *window) {
     uint8_t *data = NULL;
@@ -440,6 +459,7 @@ static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, in
     if (!planes) return RSB_NO_MEMORY;
     for (int i = 0; i < j->count; planes += sizes[i++]) j->part[i].plane = planes;
     const kernels *k = pick_kernels();
+    build_tables(j, 1, row_start || column_start || column_end < j->columns);
     int spans = (j->columns + SPAN - 1) / SPAN, entered = entry_bytes == (size_t)RSB_ENTRY_BYTES * spans * j->rows;
     status = k->decode_planes(j, data, length, entered ? bytes + size : NULL, spans, j->columns, row_start, row_end,
                               column_start, column_end);
@@ -477,6 +497,7 @@ size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, siz
     size_t length = 0;
     if (open_jpeg(bytes, size, scratch, &data, &length) || length > UINT32_MAX / 8) return 0;
     rsb_jpeg *j = scratch->jpeg;
+    build_tables(j, 0, 1);
     for (int i = 0; i < j->count; i++) j->part[i].plane = NULL, j->part[i].stride = 0; /* nothing is decoded */
     size_t needed = (size_t)RSB_ENTRY_BYTES * ((j->columns + SPAN - 1) / SPAN) * j->rows;
     if (needed > room || pick_kernels()->find_entries(j, data, length, j->columns, j->rows, entries)) return 0;
