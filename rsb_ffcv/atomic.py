@@ -1,4 +1,6 @@
 """Files that appear under their name whole or not at all."""
+import csv
+import io
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,16 @@ def atomic_file(path, mend: str):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_table(path, head: list[str], rows, mend: str):
+    """A CSV file, whole or not at all. Raises InputError as atomic_file does."""
+    with atomic_file(path, mend) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        table = csv.writer(text)
+        table.writerow(head)
+        table.writerows(rows)
+        text.detach()  # flushed, and not closed
 
 
 def flush_folder(path):

@@ -108,6 +108,16 @@ class Beton:
         """uint64: of each image and its entry points."""
         return self.sizes if self.extras is None else self.sizes + self.extras["entry_bytes"]
 
+    def read(self, opened: int, index: int) -> np.ndarray:
+        """uint8: an image and its entry points as they are stored, from the open file's descriptor. Raises ValueError where they
+        are not as they were written, OSError where they cannot be read."""
+        data = np.empty(int(self.stored_bytes[index]), np.uint8)
+        if os.preadv(opened, [data], int(self.pointers[index])) != data.nbytes:
+            raise ValueError("cannot be read: the file ends there")
+        if self.extras is not None and checksum(data) != self.extras["checksum"][index]:
+            raise ValueError("is damaged: its bytes do not match their checksum")
+        return data
+
     def names(self) -> list[str]:
         """The samples' names: their paths within the source. Where the file has none, `sample_<number>`."""
         if self.names_at is None:

@@ -137,8 +137,8 @@ class Validation:
     crop_ratio: float = option(float, 224 / 256, "side of the central crop over the shorter side", 0.01, 1)
     interpolation: str = option(str, "bicubic", "of resizing, as timm evaluates", choices=("bilinear", "bicubic"))
     lr_tta: bool = flag(True, "add the outputs for the mirrored image")
-    labels: str = option(str, "", "JSON list of the labels (or lists of labels, as ImageNet-ReaL's) that each image may be given: "
-                         "top-1 by these is reported beside")
+    labels: str = option(str, "", "JSON list of the labels (or lists of labels, as ImageNet-ReaL's) that each image may be given, in "
+                         "the order of ImageNet's numbers in the images' names, else of the file: top-1 by these is reported beside")
 
 
 @dataclass(frozen=True, kw_only=True)

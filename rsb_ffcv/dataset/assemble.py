@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, beton
+from rsb_ffcv import InputError, beton, first_line
 from rsb_ffcv.atomic import atomic_file, flush_folder
 from rsb_ffcv.beton import JPG, PAGE_BYTES, About, Beton, read_beton
-from rsb_ffcv.dataset.inspect import why_damaged
+from rsb_ffcv.dataset.inspect import read_sound
 from rsb_ffcv.dataset.picture import BadPicture, Stored, stored
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import Pages, read_back, write_beton
@@ -57,10 +57,11 @@ class Samples:
         """The sample as it is stored, with entry points where its file has none. Raises BadPicture for a damaged one."""
         which, sample = self.choice[index].tolist()
         file, opened = self.files[which], self._opened[which].fileno()
-        if why := why_damaged(opened, file, sample, file.extras is None):
-            raise BadPicture(f"{self.place(index)} {why}; write that file again, or leave the sample out")
-        data = np.empty(int(file.stored_bytes[sample]), np.uint8)
-        os.preadv(opened, [data], int(file.pointers[sample]))
+        try:
+            data = read_sound(opened, file, sample, file.extras is None)
+        except ValueError as error:
+            raise BadPicture(f"{self.place(index)} {first_line(error).removeprefix('the image ')}; write that file again, or leave the "
+                             f"sample out") from error
         size, height, width = int(file.sizes[sample]), int(file.heights[sample]), int(file.widths[sample])
         entries = data[size:]
         if file.extras is None and file.modes[sample] == JPG:

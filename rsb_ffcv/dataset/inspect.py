@@ -1,5 +1,4 @@
 """What a `.beton` file holds, whether it is sound, and its images as files again."""
-import csv
 import io
 import json
 import os
@@ -13,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, first_line
-from rsb_ffcv.atomic import atomic_file
+from rsb_ffcv.atomic import atomic_file, write_table
 from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
@@ -77,7 +76,10 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
     with open(file.path, "rb", buffering=0) as opened, \
             tqdm(total=len(file), initial=done, desc=file.path.name, unit="img", smoothing=0.05) as bar:
         def check(index):
-            return why_damaged(opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode))
+            try:
+                read_sound(opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode))
+            except (ValueError, OSError) as error:
+                return first_line(error).removeprefix("the image ")
 
         for index, why in enumerate(ordered(check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}"), done):
             if why:
@@ -94,34 +96,22 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
     if len(bad) > SHOWN:
         print(f"and {len(bad) - SHOWN} more")
     if report:
-        _write_report(report, [(index, names[index], why) for index, why in bad])
+        write_table(report, ["sample", "path", "reason"], [(index, names[index], why) for index, why in bad], "choose another cfg.report")
     decoded = int(len(file) * decode)
     checked = "checksums not in the file" if file.extras is None else "all checksums compared"
     print(f"{file.path}: {len(bad)} of {len(file)} images damaged; structure sound, {checked}, {decoded} images decoded", flush=True)
     return not bad
 
 
-def why_damaged(opened: int, file: Beton, index: int, decode: bool) -> str:
-    """What is wrong with an image of an open file, or nothing."""
-    data = np.empty(int(file.stored_bytes[index]), np.uint8)
+def read_sound(opened: int, file: Beton, index: int, decode: bool) -> np.ndarray:
+    """Beton.read, and where `decode`, only of what decodes to the sides that the file says. Raises ValueError and OSError."""
+    data = file.read(opened, index)
     height, width, size = int(file.heights[index]), int(file.widths[index]), int(file.sizes[index])
-    try:
-        got = os.preadv(opened, [data], int(file.pointers[index]))
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if got != data.nbytes:
-        return "cannot be read: the file ends there"
-    if file.extras is not None and native.checksum(data) != file.extras["checksum"][index]:
-        return "is damaged: its bytes do not match their checksum"
-    if not decode or file.modes[index] == RAW:
-        return ""
-    try:
+    if decode and file.modes[index] == JPG:
         native.resized(data[:size], height, width, height, width)
-    except ValueError as error:
-        return first_line(error).removeprefix("the image ")
-    if data.nbytes > size and not np.array_equal(data[size:], native.entry_points(data[:size], height, width)):
-        return "has entry points that are not its own"
-    return ""
+        if data.nbytes > size and not np.array_equal(data[size:], native.entry_points(data[:size], height, width)):
+            raise ValueError("has entry points that are not its own")
+    return data
 
 
 def _remembered(note: Path, mark: dict) -> tuple[int, list]:
@@ -142,15 +132,6 @@ def _remember(note: Path, content: dict) -> bool:
     return True
 
 
-def _write_report(path: str, rows):
-    with atomic_file(path, "choose another cfg.report") as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        table = csv.writer(text)
-        table.writerow(["sample", "path", "reason"])
-        table.writerows(rows)
-        text.detach()
-
-
 def export(path, write_path: str, num_workers: int):
     """Writes each image to <write_path>/<class>/<name>: a JPEG as its bytes are, a raw one as PNG. An image that is damaged ends
     it. The folder takes its name at the end; what an interrupted call has written is kept and not written again."""
@@ -165,11 +146,11 @@ def export(path, write_path: str, num_workers: int):
             (unfinished / folder).mkdir(parents=True, exist_ok=True)
         with open(file.path, "rb", buffering=0) as opened:
             def put(index):
-                why = why_damaged(opened.fileno(), file, index, False)
-                if why:
-                    raise InputError(f"{file.path}: sample {index} {why}; write the file again, or leave the sample out with subset")
-                data = np.empty(int(file.sizes[index]), np.uint8)
-                os.preadv(opened.fileno(), [data], int(file.pointers[index]))
+                try:
+                    data = read_sound(opened.fileno(), file, index, False)[:int(file.sizes[index])]
+                except ValueError as error:
+                    raise InputError(f"{file.path}: sample {index} {error}; write the file again, or leave the sample out with "
+                                     f"subset") from error
                 place = unfinished / places[index]
                 if file.modes[index] == RAW:
                     data = _png(data.reshape(int(file.heights[index]), int(file.widths[index]), 3))

@@ -8,10 +8,8 @@ image is read back and held against its checksum; then the file takes its name.
 
 The bytes are a function of the pictures and the settings alone: not of threads, machine, place, time or interruptions.
 """
-import csv
 import errno
 import fcntl
-import io
 import json
 import os
 import time
@@ -27,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, __version__, beton
-from rsb_ffcv.atomic import atomic_file, flush_folder
+from rsb_ffcv.atomic import flush_folder, write_table
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton
 from rsb_ffcv.dataset.picture import BadPicture, Stored
 from rsb_ffcv.dataset.workers import ordered
@@ -280,13 +278,8 @@ def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_err
 
 
 def _report(path: Path, source, left_out: list[tuple[int, str]]):
-    """CSV of the pictures that were left out: path, class, reason."""
-    with atomic_file(path, "choose another cfg.report") as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        rows = csv.writer(text)
-        rows.writerow(["path", "class", "reason"])
-        rows.writerows([source.names[index], source.classes[source.labels[index]], reason] for index, reason in left_out)
-        text.detach()
+    rows = [[source.names[index], source.classes[source.labels[index]], reason] for index, reason in left_out]
+    write_table(path, ["path", "class", "reason"], rows, "choose another cfg.report")
 
 
 def _finish(part: _Part, source, about: About, unfinished: Path):
@@ -309,21 +302,17 @@ def _finish(part: _Part, source, about: About, unfinished: Path):
 def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | None = None):
     """Holds a file's images (default: all) against their checksums. Raises InputError naming one that is not as it was written."""
     samples = np.arange(len(file)) if samples is None else samples
-    lengths = file.stored_bytes
     with open(file.path, "rb", buffering=0) as opened:
-        def first_bad(chosen):
+        def check(chosen):
             for index in chosen.tolist():
-                data = np.empty(int(lengths[index]), np.uint8)
-                got = os.preadv(opened.fileno(), [data], int(file.pointers[index]))
-                if got != data.nbytes or native.checksum(data) != file.extras["checksum"][index]:
-                    return index
-            return None
+                try:
+                    file.read(opened.fileno(), index)
+                except ValueError as error:
+                    raise InputError(f"{file.path}: sample {index} {error}, just after it was written; see to the disk, remove the "
+                                     f"file and write it again") from error
 
         parts = np.array_split(samples, range(READ_AT_ONCE, len(samples), READ_AT_ONCE))
-        results = ordered(first_bad, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}")
+        results = ordered(check, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}")
         with tqdm(total=len(samples), desc=f"{title}, reading back", unit="img", smoothing=0.05) as bar:
-            for part, bad in zip(parts, results):
-                if bad is not None:
-                    raise InputError(f"{file.path}: sample {bad} does not read back as it was written; see to the disk, remove the "
-                                     f"file and write it again")
+            for part, _ in zip(parts, results):
                 bar.update(len(part))

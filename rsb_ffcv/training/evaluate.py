@@ -1,5 +1,6 @@
 """Accuracy on an evaluation file: exactly its images, each counted once, over any number of processes."""
 import json
+import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -13,22 +14,30 @@ from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.training.compute import Compute, sum_over_processes
 
 
-def read_label_sets(path: str, images: int, classes: int) -> torch.Tensor:
-    """The labels that each image may be given, from a JSON list with one entry an image, in the evaluation file's order: a
-    label, or a list of labels, empty where the image does not count (ImageNet-ReaL's form). int64 (images, most labels),
-    filled with -1."""
-    mend = "give a JSON list of labels, or of lists of labels, one an image in the order of data.val_dataset"
+def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
+    """The labels that each image may be given, from a JSON list with one entry an image: a label, or a list of labels, empty where
+    the image does not count (ImageNet-ReaL's form). names: the evaluation file's. Where they are ImageNet's
+    (ILSVRC2012_val_00000001.JPEG), entries go by these numbers, as ImageNet-ReaL's do; else by the file's order. int64 (images,
+    most labels), filled with -1."""
+    mend = "give a JSON list of labels, or of lists of labels, one an image of data.val_dataset"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"validation.labels={path}: cannot be read ({error}); {mend}") from error
     sets = [entry if isinstance(entry, list) else [entry] for entry in content] if isinstance(content, list) else []
-    if len(sets) != images:
-        raise InputError(f"validation.labels={path}: has {len(sets)} entries, data.val_dataset {images} images; {mend}")
+    numbered = [re.search(r"ILSVRC2012_val_(\d{8})\.\w+$", name) for name in names]
+    if all(numbered):
+        order = [int(found[1]) - 1 for found in numbered]
+        if not 0 <= min(order) <= max(order) < len(sets):
+            raise InputError(f"validation.labels={path}: has {len(sets)} entries, and data.val_dataset the image {names[order.index(max(order))]}; "
+                             f"{mend}")
+        sets = [sets[place] for place in order]
+    if len(sets) != len(names):
+        raise InputError(f"validation.labels={path}: has {len(sets)} entries, data.val_dataset {len(names)} images; {mend}")
     for number, labels in enumerate(sets):
         if not all(type(label) is int and 0 <= label < classes for label in labels):
-            raise InputError(f"validation.labels={path}: entry {number} is {labels}, classes are 0 .. {classes - 1}; {mend}")
-    table = torch.full((images, max(map(len, sets), default=0) or 1), -1)
+            raise InputError(f"validation.labels={path}: the entry of {names[number]} is {labels}, classes are 0 .. {classes - 1}; {mend}")
+    table = torch.full((len(sets), max(map(len, sets), default=0) or 1), -1)
     for row, labels in zip(table, sets):
         row[:len(labels)] = torch.tensor(labels, dtype=torch.int64)
     return table

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
-from rsb_ffcv.beton import Beton, read_beton
+from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.config import TrainConfig, read_config
 from rsb_ffcv.dataset.assemble import class_number, sample_numbers
 from rsb_ffcv.loading.batch import MEAN, STD
@@ -62,15 +62,13 @@ def _chosen(file: Beton, samples: str, classes: str, count: int) -> np.ndarray:
 def _stored(file: Beton, chosen: np.ndarray):
     with open(file.path, "rb") as opened:
         for index in chosen.tolist():
-            height, width = int(file.heights[index]), int(file.widths[index])
-            sample = np.zeros(1, native.SAMPLE)
-            for name in ("pointer", "size", "height", "width"):
-                sample[name] = getattr(file, f"{name}s")[index]
-            sample["raw"], sample["box"] = file.modes[index], (0, 0, height, width)
+            sides = int(file.heights[index]), int(file.widths[index])
             try:
-                yield native.load(opened.fileno(), sample, height, width)
+                data = file.read(opened.fileno(), index)[:int(file.sizes[index])]
+                yield data.reshape(*sides, 3) if file.modes[index] == RAW else native.resized(data, *sides, *sides)
             except ValueError as error:
-                raise InputError(f"{file.path}: sample {index}: {error}; verify tells of all that are damaged") from error
+                raise InputError(f"{file.path}: sample {index} {first_line(error).removeprefix('the image ')}; verify tells of all that "
+                                 f"are damaged") from error
 
 
 def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int):

@@ -65,7 +65,7 @@ class Trainer:
         self.train_loader, self.val_loader = (
             self._open.enter_context(closing(loader)) for loader in (build.train_loader(c, self.compute), build.val_loader(c, self.compute)))
         self.num_classes = build.check_files(c, self.train_loader.beton, self.val_loader.beton)
-        self.label_sets = read_label_sets(c.validation.labels, len(self.val_loader.beton), self.num_classes) \
+        self.label_sets = read_label_sets(c.validation.labels, self.val_loader.beton.names(), self.num_classes) \
             if c.validation.labels else None
         self.recipe = self._recipe()
         self.steps_per_epoch = self.train_loader.steps_per_epoch

@@ -1,4 +1,5 @@
 """Stock ffcv reads what this project writes, and this project reads what stock ffcv writes."""
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from torch.nn.functional import avg_pool2d
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 
 from rsb_ffcv.beton import JPG, RAW, read_beton
+from rsb_ffcv.dataset import Encoding, Place, concat, subset, write_splits
 from rsb_ffcv.loading import EvalLoader
 from rsb_ffcv.ops import crop, draws
 
@@ -21,42 +23,55 @@ def run_stock(code: str) -> str:
     return done.stdout
 
 
-def test_stock_loader_reads_our_files(betons, tmp_path):
-    """The same labels, and the same pictures as far as its faster DCT and its INTER_AREA allow."""
+def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
+    """The same labels, and the same pictures as far as its faster DCT and its INTER_AREA allow: JPEGs that were kept as they were,
+    raw and mixed files, a file with pictures left out, and one that another was appended to."""
+    (tmp_path / "in").mkdir()
+    shutil.copytree(pictures / "val", tmp_path / "in" / "val")
+    (tmp_path / "in" / "val" / "amber" / "0_bad.jpg").write_bytes(b"bad")
+    for mode in ("jpg", "raw", "smart", "proportion"):
+        write_splits(Place("imagenet", str(tmp_path / "in")), f"{tmp_path}/{mode}.beton", "val", num_workers=1, skip=True, max_skipped=0.1,
+                     encoding=Encoding(mode, smart_threshold=12000))
+    subset(str(tmp_path / "raw.beton"), str(tmp_path / "appended.beton"), 1, samples="0-13")
+    subset(str(tmp_path / "jpg.beton"), str(tmp_path / "rest.beton"), 1, samples="14-26")
+    concat(str(tmp_path / "appended.beton"), [str(tmp_path / "rest.beton")], 1)
+    names = ["jpg", "raw", "smart", "proportion", "appended"]
     run_stock(f"""
         import numpy as np, torch
         from ffcv.loader import Loader, OrderOption
         from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
         from ffcv.transforms import ToTensor
-        loader = Loader({str(betons / "val.beton")!r}, batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL,
-                        drop_last=False, pipelines={{"image": [CenterCropRGBImageDecoder((32, 32), 0.9), ToTensor()],
-                                                    "label": [IntDecoder(), ToTensor()]}})
-        images, labels = zip(*[(i.clone(), l.clone()) for i, l in loader])
-        torch.save((torch.cat(images), torch.cat(labels)[:, 0]), {str(tmp_path / "stock.pt")!r})
+        for name in {names!r}:
+            loader = Loader(f"{tmp_path}/{{name}}.beton", batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL,
+                            drop_last=False, pipelines={{"image": [CenterCropRGBImageDecoder((32, 32), 0.9), ToTensor()],
+                                                        "label": [IntDecoder(), ToTensor()]}})
+            images, labels = zip(*[(i.clone(), l.clone()) for i, l in loader])
+            torch.save((torch.cat(images), torch.cat(labels)[:, 0]), f"{tmp_path}/{{name}}.pt")
     """)
-    images, labels = torch.load(tmp_path / "stock.pt", weights_only=True)
-    ours = EvalLoader(betons / "val.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9, interpolation="bilinear")
-    our_images, our_labels = (torch.cat(parts) for parts in zip(*ours))
-    assert torch.equal(our_labels, labels)
-    ours, stock = (avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8) for batch in (our_images, images))
-    own, other = ((ours - shifted).abs().mean((1, 2, 3)) for shifted in (stock, stock.roll(1, 0)))
-    assert own.mean() < 4 and (own < 8).all() and own.mean() < other.mean() / 4, (own, other)
+    for name in names:
+        images, labels = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        ours = EvalLoader(tmp_path / f"{name}.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9, interpolation="bilinear")
+        our_images, our_labels = (torch.cat(parts) for parts in zip(*ours))
+        assert torch.equal(our_labels, labels) and len(labels) == 27
+        ours, stock = (avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8) for batch in (our_images, images))
+        own, other = ((ours - shifted).abs().mean((1, 2, 3)) for shifted in (stock, stock.roll(1, 0)))
+        assert own.mean() < 4 and (own < 8).all() and own.mean() < other.mean() / 4, (name, own, other)
 
 
-@pytest.mark.parametrize("mode", ["raw", "jpg", "proportion"])
+@pytest.mark.parametrize("mode", ["raw", "jpg", "proportion", "smart"])
 def test_files_of_the_stock_writer_are_read(pictures, tmp_path, mode):
     path = tmp_path / "stock.beton"
     run_stock(f"""
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
         from torchvision.datasets import ImageFolder
-        writer = DatasetWriter({str(path)!r}, {{"image": RGBImageField(write_mode={mode!r}), "label": IntField()}},
+        writer = DatasetWriter({str(path)!r}, {{"image": RGBImageField(write_mode={mode!r}, smart_threshold=12000), "label": IntField()}},
                                num_workers=2)
         writer.from_indexed_dataset(ImageFolder({str(pictures / "val")!r}))
     """)
     file = read_beton(path)
     assert len(file) == 27 and np.bincount(file.labels).tolist() == [9, 9, 9]
-    assert set(file.modes) == {"raw": {RAW}, "jpg": {JPG}, "proportion": {JPG, RAW}}[mode]
+    assert set(file.modes) == {"raw": {RAW}, "jpg": {JPG}, "proportion": {JPG, RAW}, "smart": {JPG, RAW}}[mode]
     images = torch.cat([images for images, _ in EvalLoader(path, batch_size=8, resolution=32, num_workers=2,
                                                            crop_ratio=1.0)])
     assert torch.equal(images.float().mean((1, 2)).argmax(1), torch.from_numpy(file.labels))

@@ -71,3 +71,20 @@ def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
         pytest.skip("libjpeg-turbo's headers (libjpeg62-turbo-dev) are not installed")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == 96
+
+
+@pytest.mark.parametrize("side", [0, 30])
+def test_both_writers_write_what_they_are_given(pictures, tmp_path, side):
+    code = f"""
+        import sys
+        sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT)!r}]
+        import writer
+        print(writer.Ours({str(pictures)!r}, {str(tmp_path)!r}, 1, {side}).repeat(), writer.StockFFCV({str(pictures)!r}, {str(tmp_path)!r}, 1, {side}).repeat())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split()[-2:] == ["96", "96"], done.stderr
+    from rsb_ffcv.beton import read_beton
+
+    for name in ("ours", "stock"):
+        file = read_beton(tmp_path / f"{name}.beton")
+        assert len(file) == 96 and (not side or max(file.heights.max(), file.widths.max()) <= side)

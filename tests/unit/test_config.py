@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rsb_ffcv import InputError
-from rsb_ffcv.config import TrainConfig, WriteConfig, read_config
+from rsb_ffcv.config import WRITE_COMMANDS, TrainConfig, read_config
 from rsb_ffcv.options import as_dict
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_a_missing_option_is_named():
         read([])
 
 
-@pytest.mark.parametrize("program", [TrainConfig, WriteConfig])
+@pytest.mark.parametrize("program", [TrainConfig, *WRITE_COMMANDS.values()])
 def test_help_shows_every_option_with_its_default(program, capsys):
     with pytest.raises(SystemExit) as ended:
         read_config(program, "A program.", ["--help"])

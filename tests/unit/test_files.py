@@ -107,7 +107,7 @@ def test_damaged_structure_is_an_error(copy):
 def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
     damage(copy, 3)
     monkeypatch.setattr(inspect, "REMEMBER_SECONDS", 0.0)
-    real, seen = inspect.why_damaged, []
+    real, seen = inspect.read_sound, []
 
     def interrupted(opened, file, index, decode):
         if index == 8 and not seen:
@@ -115,10 +115,10 @@ def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(opened, file, index, decode)
 
-    monkeypatch.setattr(inspect, "why_damaged", interrupted)
+    monkeypatch.setattr(inspect, "read_sound", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.verify(copy, 1.0, 1)
-    monkeypatch.setattr(inspect, "why_damaged", lambda opened, file, index, decode: seen.append(index) or real(opened, file, index, decode))
+    monkeypatch.setattr(inspect, "read_sound", lambda opened, file, index, decode: seen.append(index) or real(opened, file, index, decode))
     assert not dataset.verify(copy, 1.0, 1)
     shown = capsys.readouterr().out
     assert "going on after 8 of 12" in shown and "1 of 12 images damaged" in shown and seen == [8, 8, 9, 10, 11]
@@ -330,7 +330,7 @@ def test_exported_names_stay_below_the_folder(tmp_path):
 
 
 def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_path, monkeypatch):
-    real = inspect.why_damaged
+    real = inspect.read_sound
 
     def interrupted(opened, file, index, decode):
         if index == 6:
@@ -338,7 +338,7 @@ def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_pa
         return real(opened, file, index, decode)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inspect, "why_damaged", interrupted)
+        patched.setattr(inspect, "read_sound", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
     assert not (tmp_path / "out").exists()

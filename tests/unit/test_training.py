@@ -243,10 +243,46 @@ def test_batch_norm_statistics_move_once_a_step_by_the_mean_over_its_groups(grou
 def test_label_sets_are_checked(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text("[[1, 2], [], 0]")
-    assert read_label_sets(str(path), 3, 3).tolist() == [[1, 2], [-1, -1], [0, -1]]
-    for content, message in (("[1, 2]", "has 2 entries"), ("[1, 2, 3]", "entry 2 is"), ("{", "cannot be read"), ("[1, [true], 'x']", "read")):
+    names = ["b/x.jpg", "a/y.jpg", "c/z.jpg"]
+    assert read_label_sets(str(path), names, 3).tolist() == [[1, 2], [-1, -1], [0, -1]]
+    numbered = [f"n0{number}/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 1)]  # as a folder of classes is listed
+    assert read_label_sets(str(path), numbered, 3).tolist() == [[0, -1], [1, 2]]
+    with pytest.raises(InputError, match="has 3 entries, and data.val_dataset the image ILSVRC2012_val_00000004.JPEG"):
+        read_label_sets(str(path), ["ILSVRC2012_val_00000004.JPEG"], 3)
+    for content, message in (("[1, 2]", "has 2 entries"), ("[1, 2, 3]", "the entry of c/z.jpg is"), ("{", "cannot be read"), ("[1, [true], 'x']", "read")):
         path.write_text(content)
         with pytest.raises(InputError, match=f"validation.labels=.*{message}"):
-            read_label_sets(str(path), 3, 3)
+            read_label_sets(str(path), names, 3)
     with pytest.raises(InputError, match="cannot be read"):
-        read_label_sets(str(tmp_path / "absent.json"), 3, 3)
+        read_label_sets(str(tmp_path / "absent.json"), names, 3)
+
+
+def test_files_that_do_not_fit_the_recipe_or_each_other_are_refused_by_name(betons, tmp_path):
+    from dataclasses import replace
+
+    from rsb_ffcv.beton import About, read_beton
+    from rsb_ffcv.config import TrainConfig, read_config
+    from rsb_ffcv.training.build import check_files
+
+    def config(**more):
+        return read_config(TrainConfig, "", [f"--data.train_dataset={betons}/train.beton", f"--data.val_dataset={betons}/val.beton",
+                                             "--data.num_workers=1", "--data.in_memory=0", "--logging.folder=x",
+                                             *(f"--{name}={value}" for name, value in more.items())])
+
+    def with_about(file, **changed):
+        return replace(file, about=About(**{**vars(file.about), **changed}))
+
+    train, val = read_beton(betons / "train.beton"), read_beton(betons / "val.beton")
+    assert check_files(config(), train, val) == check_files(config(**{"model.num_classes": 3}), train, val) == 3
+    stock = replace(val, about=None)
+    assert check_files(config(), train, stock) == 3
+    for arguments, message in (
+            ((config(**{"model.num_classes": 4}), train, val), "model.num_classes=4: data.train_dataset=.*train.beton has 3 classes"),
+            ((config(), train, with_about(val, classes=["amber", "cyan", "blue"])), "class 1 is 'cyan', and that of .*train.beton is 'blue'"),
+            ((config(), train, with_about(val, classes=["amber", "blue", "cyan", "red"])), "has 4 classes, the training file has 3"),
+            ((config(), val, train), "train_dataset=.*val.beton was written from the split val.*exchange them"),
+            ((config(**{"resolution.max_res": 160}), with_about(train, settings={"max_resolution": 128}), val),
+             "resolution.max_res=160: the images of .*train.beton were shrunk to cfg.max_resolution=128"),
+            ((config(), train, with_about(val, settings={"max_resolution": 200})), "validation.resolution=224: .*val.beton")):
+        with pytest.raises(InputError, match=message):
+            check_files(*arguments)
