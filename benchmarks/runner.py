@@ -75,6 +75,7 @@ def race(contestants: dict, repeats: int) -> dict:
     made = [Contestant(name, *what) for name, what in contestants.items()]
     for number in range(repeats + 1):
         for contestant in made:
+            os.sync()  # what the one before has left unwritten is not at the next one's cost
             time.sleep(SETTLE_SECONDS)
             contestant.repeat()
             if number == 0:

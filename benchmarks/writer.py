@@ -10,6 +10,7 @@ one that writes a tenth of them. Out: results.json, table.md.
 """
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -73,6 +74,7 @@ def processes(work: Path, workers: int, shrink: int, repeats: int) -> dict:
     for number in range(repeats):
         for row, side in (("kept", 0), ("shrunk", shrink)):
             for name, kind in (("ours", "Ours"), ("stock ffcv", "StockFFCV")):
+                os.sync()
                 code = f"import writer; writer.{kind}({str(work / 'pictures')!r}, {str(work)!r}, {workers}, {side}).repeat()"
                 began = time.perf_counter()
                 subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

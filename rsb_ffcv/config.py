@@ -253,7 +253,8 @@ class Write(_Source):
     on_error: str = option(str, "fail", "a picture that cannot be used: end, or skip: leave it out, and name it in the report",
                            choices=("fail", "skip"))
     max_skipped: float = option(float, 0.01, "skip: end where more than this share is left out", 0, 1)
-    report: str = option(str, "", "skip: CSV file of path, class and reason; empty: <file>.skipped.csv")
+    report: str = option(str, "", "skip: CSV file of path, class and reason (of two splits: with .train and .val before its suffix); "
+                         "empty: <file>.skipped.csv")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from rsb_ffcv.dataset.inspect import export, info, verify
 from rsb_ffcv.dataset.picture import BadPicture, Encoding
 from rsb_ffcv.dataset.sources import Place, Source, open_sources
 from rsb_ffcv.dataset.workers import ordered
-from rsb_ffcv.dataset.writer import OnError, write_beton
+from rsb_ffcv.dataset.writer import OnError, part_path, write_beton
 
 __all__ = ["Encoding", "Place", "concat", "estimate_splits", "export", "info", "merge", "shard", "subset", "verify", "write_splits"]
 SAMPLED = 100  # pictures that an estimate encodes
@@ -24,7 +24,8 @@ def write_splits(place: Place, write_path: str, split: str = "", subset: int = -
 
     write_path: with `split` the file, else a folder for train.beton and val.beton (with `split` too, where it is a folder
     or ends in "/"). subset: first images of each split; -1: all. skip: leave out pictures that cannot be used, at most the share
-    max_skipped; report: the CSV file that names them (default: <file>.skipped.csv). All sources are opened, and the estimate
+    max_skipped; report: the CSV file that names them (default: <file>.skipped.csv; of two
+    splits, <name>.train.csv and <name>.val.csv). All sources are opened, and the estimate
     held against the free space, before the first file is begun.
     """
     target = Path(write_path)
@@ -38,8 +39,8 @@ def write_splits(place: Place, write_path: str, split: str = "", subset: int = -
     try:
         folder = target.parent if one_file else target
         folder.mkdir(parents=True, exist_ok=True)
-        there = sum(path.stat().st_size for path in folder.glob(".*.beton.part"))
-        free = shutil.disk_usage(folder).free + there
+        begun = [part for path in targets.values() if (part := part_path(path)).exists()]
+        free = shutil.disk_usage(folder).free + sum(part.stat().st_size for part in begun)
     except OSError as error:
         raise InputError(f"cfg.write_path={target}: cannot be made ({error.strerror}); choose another") from error
     if needed > free:
@@ -48,7 +49,10 @@ def write_splits(place: Place, write_path: str, split: str = "", subset: int = -
     for name, source in sources.items():
         began = time.monotonic()
         path = targets[name]
-        on_error = OnError(skip, max_skipped, Path(report) if report else path.with_name(f"{path.name}.skipped.csv"))
+        named = Path(report) if report else path.with_name(f"{path.name}.skipped.csv")
+        if report and len(sources) > 1:
+            named = named.with_name(f"{named.stem}.{name}{named.suffix}")
+        on_error = OnError(skip, max_skipped, named)
         written = write_beton(path, source, storing(source, encoding), settings_of(encoding), num_workers, chunk_size, on_error,
                               {"dataset": place.dataset, "split": name})
         _summary(written, source, time.monotonic() - began, on_error.report)
@@ -117,10 +121,12 @@ def _summary(written: beton.Beton, source: Source, seconds: float, report: Path)
           f"({', '.join(f'{count} {how}' for how, count in counts.items() if count)})")
     print("images of each class: " + ", ".join(f"{name} {has}" + (f" of {had}" if has < had else "")
                                                for name, has, had in zip(source.classes, there.tolist(), wanted.tolist())))
-    _, firsts, copies = np.unique(written.extras["checksum"], return_inverse=True, return_counts=True)
-    if (copies > 1).any():
-        different = sum(len(set(written.labels[firsts == which])) > 1 for which in np.flatnonzero(copies > 1)[:1000])
-        print(f"{int((copies - 1).sum())} images are byte for byte another's copy; {different} pictures stand in two classes")
+    order = np.argsort(written.extras["checksum"], kind="stable")
+    firsts = np.flatnonzero(np.diff(written.extras["checksum"][order], prepend=~written.extras["checksum"][order[:1]]))
+    if len(firsts) < len(order):
+        lowest, highest = (kind.reduceat(written.labels[order], firsts) for kind in (np.minimum, np.maximum))
+        print(f"{len(order) - len(firsts)} images are byte for byte another's copy; {int((lowest < highest).sum())} pictures stand in "
+              f"two classes or more")
     if counts["left out"]:
         print(f"{counts['left out']} pictures were left out: {report}")
     print(end="", flush=True)

@@ -70,7 +70,7 @@ def write_beton(path, source, store, settings: dict, num_workers: int, chunk_siz
         if path.exists():
             return _finished(path, about)
         with _journal(path, about) as journal:
-            unfinished = path.with_name(f".{path.name}.part")
+            unfinished = part_path(path)
             with open(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
                 with closing(_Part(path, file, journal, source)) as part:
                     try:
@@ -104,6 +104,11 @@ def _finished(path: Path, about: About) -> Beton:
 
 def _differing(old: dict, new: dict) -> str:
     return ", ".join(f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key))
+
+
+def part_path(path: Path) -> Path:
+    """Where a file stands while it is being written."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _journal_path(path: Path) -> Path:
