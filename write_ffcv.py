@@ -9,6 +9,8 @@ from rsb_ffcv.config import WRITE_COMMANDS, read_config
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may be no text at all
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "write"
     if command not in WRITE_COMMANDS:

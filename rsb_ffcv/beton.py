@@ -66,7 +66,10 @@ class About:
         lists, tables = (self.classes, self.titles), (self.tool, self.settings, self.source, self.counts)
         if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists) \
                 or not all(isinstance(part, dict) for part in tables) or len(self.titles) not in (0, len(self.classes)) \
-                or not 0 < len(self.classes) <= MAX_CLASSES:
+                or not 0 < len(self.classes) <= MAX_CLASSES or len(set(self.classes)) < len(self.classes) \
+                or not all(isinstance(count, int) for count in self.counts.values()) or not isinstance(self.source.get("split"), str | None) \
+                or not isinstance(self.source.get("appended", []), list) or not isinstance(self.settings.get("max_resolution", 0), int) \
+                or not isinstance(self.settings.get("of_parts", []), list):
             raise ValueError("not as write_ffcv.py writes it")
 
 
@@ -223,6 +226,7 @@ def put_around(path, end: int, metadata: np.ndarray, table: np.ndarray, extras: 
     end += -end % PAGE_BYTES
     head["alloc_table_ptr"] = end + extras.nbytes + len(text) + len(known) + TRAILER.itemsize
     front = b"".join(part.tobytes() for part in (head, fields, metadata))
+    gap = bytes(max(0, int(metadata["f0"]["data_ptr"].min()) - len(front)))  # what once stood there is no part of the file
     text_part, known_part = np.frombuffer(text, np.uint8), np.frombuffer(known, np.uint8)
     trailer = make_trailer(extras, len(text), checksum(text_part), known_part, structure_checksum(front, table))
     with open(path, "r+b") as file:
@@ -232,9 +236,9 @@ def put_around(path, end: int, metadata: np.ndarray, table: np.ndarray, extras: 
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-        keep_front(front)
+        keep_front(front + gap)
         file.seek(0)
-        file.write(front)
+        file.write(front + gap)
         file.flush()
         os.fsync(file.fileno())
 
@@ -285,7 +289,8 @@ def _read_extras(file, header, table_start, metadata_end, structure, refuse):
     try:
         about = About(**json.loads(known.tobytes().decode("utf-8", "surrogateescape")))
         about.check()
-    except (ValueError, TypeError):
+        "".join(about.classes + about.titles).encode("utf-8", "surrogateescape")
+    except (ValueError, TypeError, RecursionError):
         refuse("what it says of itself cannot be read", "read it with the rsb_ffcv that wrote it")
     return extras, about, (start + extras.nbytes, names_bytes, int(trailer["names"][0]))
 

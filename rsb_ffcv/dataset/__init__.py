@@ -29,9 +29,13 @@ def write_splits(place: Place, write_path: str, split: str = "", subset: int = -
     held against the free space, before the first file is begun.
     """
     target = Path(write_path)
-    if not split and (target.suffix in (".beton", ".ffcv", ".dat") or target.is_file()):
+    try:
+        is_folder, is_file = target.is_dir(), target.is_file()
+    except OSError as error:
+        raise InputError(f"cfg.write_path={target}: cannot be used ({error.strerror}); choose another") from error
+    if not split and (target.suffix in (".beton", ".ffcv", ".dat") or is_file):
         raise InputError(f"cfg.write_path={target}: names one file for two splits; give a folder, or cfg.split")
-    one_file = bool(split) and not (target.is_dir() or write_path.endswith("/"))
+    one_file = bool(split) and not (is_folder or write_path.endswith("/"))
     sources = _sources(place, split, subset)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
     needed = sum(_estimate(targets[name], source, encoding, num_workers, chunk_size) for name, source in sources.items()
@@ -55,6 +59,8 @@ def write_splits(place: Place, write_path: str, split: str = "", subset: int = -
         on_error = OnError(skip, max_skipped, named)
         written = write_beton(path, source, storing(source, encoding), settings_of(encoding), num_workers, chunk_size, on_error,
                               {"dataset": place.dataset, "split": name})
+        if not report and not written.about.counts["left out"]:
+            named.unlink(missing_ok=True)  # an earlier call's
         _summary(written, source, time.monotonic() - began, on_error.report)
 
 

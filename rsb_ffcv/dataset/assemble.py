@@ -2,7 +2,8 @@
 import fcntl
 import json
 import os
-from contextlib import contextmanager
+import re
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,14 @@ class Samples:
         names = [file.names() for file in files]
         self.names = [names[which][sample] for which, sample in choice.tolist()]
         self.labels = np.array([numbers[which][files[which].labels[sample]] for which, sample in choice.tolist()], np.int64)
-        self._opened = [open(file.path, "rb", buffering=0) for file in files]
+        self._opened = []
+        try:
+            for file in files:
+                self._opened.append(open(file.path, "rb", buffering=0))
+        except OSError as error:
+            self.close()
+            raise InputError(f"{file.path}: cannot be opened as number {len(self._opened) + 1} ({error.strerror}); merge fewer at a time, "
+                             f"or raise `ulimit -n`") from error
 
     def __len__(self):
         return len(self.choice)
@@ -126,7 +134,7 @@ def sample_numbers(text: str, count: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not first.isdigit() or not last.isdigit() or not int(first) <= int(last) < count:
+        if not re.fullmatch("[0-9]{1,15}", first) or not re.fullmatch("[0-9]{1,15}", last) or not int(first) <= int(last) < count:
             raise InputError(f"cfg.samples={text}: '{part}' is no number or range below {count}; give such as 0-99,200")
         found += range(int(first), int(last) + 1)
     return found
@@ -137,7 +145,7 @@ def class_number(file: Beton, wanted: str) -> int:
     names = [file.class_name(label) for label in range(file.num_classes)]
     if wanted in names:
         return names.index(wanted)
-    if wanted.isdigit() and int(wanted) < len(names):
+    if re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < len(names):
         return int(wanted)
     raise InputError(f"cfg.classes: {file.path} has no class '{wanted}'; info lists its {len(names)}")
 
@@ -160,7 +168,8 @@ def _common_classes(files: list[Beton], first: Beton, fixed: bool = False) -> tu
     if not named:
         classes = [str(label) for label in range(max(file.num_classes for file in files))]
     else:
-        others = [name for name in dict.fromkeys(name for names in named for name in names) if name not in set(named[0])]
+        known = set(named[0])
+        others = [name for name in dict.fromkeys(name for names in named for name in names) if name not in known]
         classes = named[0] + others
         if others and not fixed:
             classes = sorted(classes, key=(lambda name: (len(name), name)) if all(map(str.isdigit, classes)) else None)
@@ -182,8 +191,11 @@ def _common_classes(files: list[Beton], first: Beton, fixed: bool = False) -> tu
 
 def _settings(files: list[Beton]) -> dict:
     """What the images were stored with: one answer, or the files' different ones."""
-    known = [file.about.settings if file.about else {"write_mode": "of another program"} for file in files]
-    return known[0] if all(settings == known[0] for settings in known) else {"of_parts": known}
+    known = []
+    for file in files:
+        settings = file.about.settings if file.about else {"write_mode": "of another program"}
+        known += [part for part in settings.get("of_parts", [settings]) if part not in known]
+    return known[0] if len(known) == 1 else {"of_parts": known}
 
 
 def _write(write_path: str, samples: Samples, num_workers: int) -> Beton:
@@ -231,23 +243,29 @@ class _Append:
         finally:
             os.close(folder)
 
-    def recover(self) -> dict:
+    def recover(self, num_workers: int) -> dict:
         """Ends what an interrupted append began: forward where its front is there, else back. The note of one that is now
         complete, or nothing."""
         if not self.note.exists():
             return {}
-        note, complete = json.loads(self.note.read_text()), self.front.exists()
-        if self.hidden.exists():
-            if self.path.exists():
-                raise InputError(f"{self.path}: stands beside {self.hidden}, of an interrupted append; move one of them away")
-            with open(self.hidden, "r+b") as file:
-                if complete:
-                    file.write(self.front.read_bytes())
-                else:
-                    file.truncate(note["bytes"])
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(self.hidden, self.path)
+        note = json.loads(self.note.read_text())
+        if not self.hidden.exists():  # stopped before or after all of it
+            self.finish()
+            return note if self.path.exists() and os.stat(self.path).st_size != note["bytes"] else {}
+        complete = self.front.exists()
+        if self.path.exists():
+            raise InputError(f"{self.path}: stands beside {self.hidden}, of an interrupted append; move one of them away")
+        with open(self.hidden, "r+b") as file:
+            if complete:
+                file.write(self.front.read_bytes())
+            else:
+                file.truncate(note["bytes"])
+            file.flush()
+            os.fsync(file.fileno())
+        if complete:
+            file = read_beton(self.hidden)
+            read_back(file, num_workers, self.path.name, np.flatnonzero(file.pointers >= note["bytes"]))
+        os.rename(self.hidden, self.path)
         self.finish()
         return note if complete else {}
 
@@ -264,11 +282,11 @@ def concat(path: str, paths: list[str], num_workers: int) -> Beton:
     While it works the file is hidden; whatever stops it, the next call brings it back, as it was or with all that was to be
     appended. Raises InputError, also for samples that are there already, by name.
     """
-    append = _Append(Path(path))
+    append = _Append(Path(path).resolve())  # the file itself, where `path` is a link
     try:
         with append.locked():
             wanted = [str(Path(part).resolve()) for part in paths]
-            if append.recover().get("paths") == wanted:
+            if append.recover(num_workers).get("paths") == wanted:
                 print(f"{path}: the interrupted append is complete now")
                 return read_beton(path)
             return _append(append, _read([path, *paths]), wanted, num_workers)
@@ -305,7 +323,7 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], num_workers:
         try:
             _append_images(append, target, itself, samples, num_workers, names + samples.names, about)
         except BaseException:
-            append.recover()
+            append.recover(num_workers)
             raise
     finally:
         samples.close()
@@ -331,12 +349,12 @@ def _append_images(append: _Append, target: Beton, itself: Samples, samples: Sam
     with open(append.hidden, "r+b", buffering=0) as file:
         pages = Pages(file, target.num_bytes + -target.num_bytes % PAGE_BYTES)
         for part, places in ((itself, itself.choice[:, 1]), (samples, range(old, count))):
-            images = ordered(part.store, range(len(part)), num_workers, name=part.place)
-            for place, image in tqdm(zip(places, images), total=len(part), desc=append.path.name, unit="img", disable=not len(part)):
-                pointer = pages.add(image.data)
-                metadata["f0"][place] = image.mode, image.width, image.height, pointer
-                table["ptr"][place], table["size"][place] = pointer, image.size
-                extras[place] = image.checksum, image.data.nbytes - image.size
+            with closing(ordered(part.store, range(len(part)), num_workers, name=part.place)) as images:
+                for place, image in tqdm(zip(places, images), total=len(part), desc=append.path.name, unit="img", disable=not len(part)):
+                    pointer = pages.add(image.data)
+                    metadata["f0"][place] = image.mode, image.width, image.height, pointer
+                    table["ptr"][place], table["size"][place] = pointer, image.size
+                    extras[place] = image.checksum, image.data.nbytes - image.size
         os.fsync(file.fileno())
 
     def keep(front: bytes):

@@ -17,7 +17,8 @@ from rsb_ffcv.dataset.picture import BadPicture
 
 MOST_BYTES = 1 << 30  # of one picture file
 TRIES, PAUSE = 4, 1.0  # of a remote read: how often, and the first pause in seconds, doubled each time
-_NETWORK = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+# What says nothing of the one file that was asked for
+_ELSEWHERE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 
 
 def is_url(path: str) -> bool:
@@ -26,6 +27,7 @@ def is_url(path: str) -> bool:
 
 def open_root(data_dir: str, follow_links: bool = False) -> tuple["Local | Remote", str]:
     """(where to read, name): `data_dir` is a folder, and name empty; or a file in one, or a pattern of files."""
+    data_dir = data_dir.removeprefix("file://")
     root = Remote(data_dir) if is_url(data_dir) else Local(data_dir, follow_links)
     if root.is_folder(""):
         return root, ""
@@ -82,8 +84,13 @@ class Local:
             found += files if below == "." else [f"{below}/{file}" for file in files]
         return sorted(found)
 
-    def size(self, name: str) -> int:
-        return os.stat(self.path(name)).st_size
+    def stamp(self, name: str) -> tuple:
+        """Changes where the file does: its size and time."""
+        try:
+            known = os.stat(self.path(name))
+        except OSError:  # reading it will say why
+            return ()
+        return known.st_size, known.st_mtime_ns
 
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
         """Bytes of a file, all of them where length is -1. Raises BadPicture where it cannot be read or leaves the root,
@@ -103,7 +110,8 @@ class Local:
             finally:
                 os.close(file)
         except OSError as error:
-            if error.errno in _NETWORK:
+            gone = error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(self.path(name)))  # with its whole folder
+            if gone or error.errno in _ELSEWHERE:
                 raise InputError(f"{self.path(name)}: cannot be reached ({error.strerror}); give the same command again when it "
                                  f"can: it goes on from there") from error
             raise BadPicture(f"{self.path(name)}: cannot be read ({error.strerror}); replace or remove it") from error
@@ -136,7 +144,7 @@ class Remote:
 
         try:
             self.fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # every file system behind fsspec has its own kinds
             raise InputError(f"cfg.data_dir={url}: {first_line(error)}; install what it names, or correct the URL") from error
         self.url, self.root = url.rstrip("/"), root.rstrip("/")
 
@@ -155,7 +163,8 @@ class Remote:
             except FileNotFoundError as error:
                 raise BadPicture(f"{self.path(name)}: not there; replace or remove it") from error
             except PermissionError as error:
-                raise BadPicture(f"{self.path(name)}: may not be read ({first_line(error)}); see to its permissions") from error
+                raise InputError(f"{self.path(name)}: may not be read ({first_line(error)}); see to its permissions or your "
+                                 f"credentials, and give the same command again: it goes on from there") from error
             except Exception as error:  # every file system behind fsspec has its own kinds
                 if attempt == TRIES - 1:
                     raise InputError(f"{self.path(name)}: cannot be reached ({type(error).__name__}: {first_line(error)}); give "
@@ -177,8 +186,9 @@ class Remote:
         below = f"{self.root}/"
         return sorted(path[len(below):] for path in found if path.startswith(below))  # a web page may link anywhere
 
-    def size(self, name: str) -> int:
-        return self._ask(name, lambda: self.fs.size(self._at(name)))
+    def stamp(self, name: str) -> tuple:
+        """Nothing: asking for a million files' times takes longer than it is worth."""
+        return ()
 
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
         """As Local.read. Raises InputError where the network fails."""
@@ -258,6 +268,8 @@ def tar_members(file, path: str, start: int = 0, length: int = -1):
         with tarfile.open(fileobj=io.BufferedReader(_Window(file, start, length), 4096), mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile keeps them all
+                if member.size < 0 or archive.offset <= member.offset:
+                    raise InputError(f"{path}: damaged at byte {start + member.offset}; download it again")
                 if member.isdir():
                     continue
                 if member.isreg() and member.offset_data + member.size > length:
@@ -269,5 +281,6 @@ def tar_members(file, path: str, start: int = 0, length: int = -1):
             raise
         raise InputError(f"{path}: not a tar archive that can be used ({first_line(error)}); give it as downloaded, not compressed") from error
     file.seek(start + rest)
-    if file.read(min(512, length - rest)).strip(b"\0"):  # tarfile takes a damaged header for the end
-        raise InputError(f"{path}: damaged at byte {start + rest}; download it again")
+    end = file.read(max(0, min(512, length - rest)))
+    if len(end) < 512 or end.strip(b"\0"):  # tarfile takes a damaged header, and the file's end anywhere, for the archive's
+        raise InputError(f"{path}: damaged or cut at byte {start + rest}; download it again")

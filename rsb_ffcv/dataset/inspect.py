@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,8 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
     folder can be written. Raises InputError where the file's structure is damaged.
     """
     file = read_beton(path)
+    if report and os.path.realpath(report) == os.path.realpath(path):
+        raise InputError(f"cfg.report={report}: is the file itself; choose another")
     note = file.path.with_name(f".{file.path.name}.verify")
     known = os.stat(file.path)
     mark = {"bytes": known.st_size, "changed": known.st_mtime_ns, "fingerprint": file.fingerprint(), "decode": decode}
@@ -81,13 +83,14 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
             except (ValueError, OSError) as error:
                 return first_line(error).removeprefix("the image ")
 
-        for index, why in enumerate(ordered(check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}"), done):
-            if why:
-                bad.append([index, why])
-            bar.update()
-            if can_remember and time.monotonic() > remember_at:
-                can_remember = _remember(note, {**mark, "done": index + 1, "bad": bad})
-                remember_at = time.monotonic() + REMEMBER_SECONDS
+        with closing(ordered(check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}")) as results:
+            for index, why in enumerate(results, done):
+                if why:
+                    bad.append([index, why])
+                bar.update()
+                if can_remember and time.monotonic() > remember_at:
+                    can_remember = _remember(note, {**mark, "done": index + 1, "bad": bad})
+                    remember_at = time.monotonic() + REMEMBER_SECONDS
     with suppress(OSError):
         note.unlink(missing_ok=True)
     names = file.names() if bad else []
@@ -137,11 +140,14 @@ def export(path, write_path: str, num_workers: int):
     it. The folder takes its name at the end; what an interrupted call has written is kept and not written again."""
     file = read_beton(path)
     target = Path(write_path)
-    if target.exists():
-        raise InputError(f"cfg.write_path={target}: exists; give a folder that does not, or remove it")
-    unfinished = target.with_name(f".{target.name}.part")
+    unfinished, mark = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.of")
     places = _places(file)
     try:
+        if target.exists():
+            raise InputError(f"cfg.write_path={target}: exists; give a folder that does not, or remove it")
+        if unfinished.exists() and (not mark.exists() or mark.read_text() != file.fingerprint()):
+            raise InputError(f"cfg.write_path={target}: an export of another file was begun; remove {unfinished}, or choose another")
+        mark.write_text(file.fingerprint())
         for folder in {place.parent for place in places}:
             (unfinished / folder).mkdir(parents=True, exist_ok=True)
         with open(file.path, "rb", buffering=0) as opened:
@@ -157,11 +163,11 @@ def export(path, write_path: str, num_workers: int):
                 if not place.exists() or place.stat().st_size != memoryview(data).nbytes:
                     place.write_bytes(data)
 
-            bar = tqdm(ordered(put, range(len(file)), num_workers, name=lambda index: f"sample {index}"), total=len(file), desc=target.name,
-                       unit="img", smoothing=0.05)
-            for _ in bar:
-                pass
+            with closing(ordered(put, range(len(file)), num_workers, name=lambda index: f"sample {index}")) as results:
+                for _ in tqdm(results, total=len(file), desc=target.name, unit="img", smoothing=0.05):
+                    pass
         unfinished.rename(target)
+        mark.unlink()
     except OSError as error:
         raise InputError(f"cfg.write_path={target}: cannot be written ({error.strerror}); free space or choose another, and give the "
                          f"same command again") from error
@@ -179,13 +185,14 @@ def _places(file: Beton) -> list[Path]:
     classes = [_plain(file.class_name(label)) for label in range(file.num_classes)]
     if len(set(classes)) < len(classes):
         classes = [f"{label:05d}_{name}" for label, name in enumerate(classes)]
-    taken, places = set(), []
+    taken, places, numbers = set(), [], {}
     for name, label, mode in zip(file.names(), file.labels.tolist(), file.modes.tolist()):
         stem, suffix = os.path.splitext(_plain(name.rpartition("/")[2]))
         suffix = ".png" if mode == RAW else suffix if suffix.lower() in (".jpg", ".jpeg") else ".jpg"
-        place, number = Path(classes[label], stem + suffix), 1
+        first = place = Path(classes[label], stem + suffix)
         while place in taken:
-            place, number = Path(classes[label], f"{stem}_{number}{suffix}"), number + 1
+            numbers[first] = numbers.get(first, 0) + 1
+            place = Path(classes[label], f"{stem}_{numbers[first]}{suffix}")
         taken.add(place)
         places.append(place)
     return places

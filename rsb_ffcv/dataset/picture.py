@@ -11,6 +11,7 @@ from rsb_ffcv import InputError, beton, first_line
 from rsb_ffcv.ops import native
 
 MAX_SIDE = 65535  # what a .beton's metadata can say
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]  # Pillow knows others, some of which start programs
 
 # load_rgb holds every picture against a limit of its own before it decodes it
 Image.MAX_IMAGE_PIXELS = None
@@ -69,6 +70,8 @@ class Encoding:
         """A picture file's bytes, or uint8 pixels (height, width, 3), as they go into the file. index: position in the
         source. Raises BadPicture naming the picture where it cannot be read or stored."""
         frame = jpeg_frame(picture) if isinstance(picture, bytes) else None
+        if frame:
+            self._sides(frame.height, frame.width, name)
         if frame and frame.kind in (0xC0, 0xC2) and frame.bits == 8 and frame.components in (1, 3):
             data = np.frombuffer(picture, np.uint8)
             height, width = self._sides(frame.height, frame.width, name)
@@ -136,8 +139,15 @@ def stored(data: np.ndarray, entries: np.ndarray, mode: int, height: int, width:
 def _decode(data, name, *sides) -> np.ndarray:
     try:
         return native.resized(data, *sides)
+    except MemoryError as error:
+        raise out_of_memory(name) from error
     except ValueError as error:
         raise BadPicture(f"{name}: not a readable picture (a JPEG that {first_line(error).removeprefix('the image ')}); replace or remove it") from error
+
+
+def out_of_memory(name: str) -> InputError:
+    return InputError(f"{name}: there is not enough memory for it; lower cfg.num_workers or cfg.max_pixels, and give the same command "
+                      f"again: it goes on from there")
 
 
 def jpeg_frame(data: bytes) -> Frame | None:
@@ -174,8 +184,9 @@ def jpeg_frame(data: bytes) -> Frame | None:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Mode RGB, EXIF orientation applied. Greyscale is replicated; CMYK, YCbCr, LAB and palettes are converted; alpha is
+    """Mode RGB, EXIF orientation applied (TIFF's, by Pillow as it loads). Greyscale is replicated; CMYK, YCbCr, LAB and palettes are converted; alpha is
     laid on white, as a browser's page would show it; 16-bit and float grey is scaled to 0 .. 255."""
+    picture.load()
     turn = _UPRIGHT.get(_orientation(picture))
     if turn is not None:
         picture = picture.transpose(turn)
@@ -203,13 +214,20 @@ def _orientation(picture: Image.Image):
 def load_rgb(data: bytes, name: str, max_pixels: int = Encoding.max_pixels) -> np.ndarray:
     """uint8 (H, W, 3) of a picture file's bytes. Raises BadPicture naming the picture where it cannot be read."""
     try:
-        with Image.open(BytesIO(data)) as opened:
+        if data[:2] == b"\xff\xd8":
+            native.check_jpeg(np.frombuffer(data, np.uint8))  # Pillow passes over libjpeg's warnings
+        with Image.open(BytesIO(data), formats=FORMATS) as opened:
+            if opened.format == "PNG":
+                opened.verify()  # the chunks' checksums, which loading passes over
+        with Image.open(BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > max_pixels:
                 raise BadPicture(f"{name}: {opened.width} x {opened.height} pixels are more than cfg.max_pixels={max_pixels}; "
                                  f"shrink or remove it, or raise the limit")
             return np.asarray(to_rgb(opened))
     except InputError:
         raise
+    except MemoryError as error:
+        raise out_of_memory(name) from error
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files: each means this picture
-        why = "it is empty" if not data else "of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        why = "it is empty" if not data else "of no kind that is read here" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise BadPicture(f"{name}: not a readable picture ({why}); replace or remove it") from error

@@ -2,7 +2,9 @@
 import fnmatch
 import json
 import posixpath
+import os
 import re
+import sys
 import tarfile
 import threading
 import zlib
@@ -35,7 +37,11 @@ def shard_names(place: Place, split: str, suffix: str):
                              f"give a pattern, such as {place.data_dir}/{{split}}-{{000..147}}{suffix}")
         return files, found
     found, listed = [], None
-    for wanted in bracex.iexpand(name, limit=100000):
+    try:
+        patterns = bracex.expand(name, limit=100000)
+    except bracex.ExpansionLimitException as error:
+        raise InputError(f"cfg.data_dir={place.data_dir}: names more than 100000 shards; correct the pattern") from error
+    for wanted in patterns:
         if any(mark in wanted for mark in "*?["):
             listed = files.list() if listed is None else listed
             matches = [path for path in listed if fnmatch.fnmatchcase(path, wanted)]
@@ -50,7 +56,7 @@ def shard_names(place: Place, split: str, suffix: str):
 def webdataset(place: Place, split: str) -> Source:
     """Samples are members of one key (the name up to its first dot): an image, and `.cls` or `.json` with its label."""
     files, shards = shard_names(place, split, ".tar")
-    index, labels = Index(files), []
+    index, labels, without = Index(files), [], []
     for shard in shards:
         index.paths.append(shard)
         with opened(files, shard) as file:
@@ -59,13 +65,16 @@ def webdataset(place: Place, split: str) -> Source:
                 folder, base = posixpath.split(name)
                 stem, _, extension = base.partition(".")
                 if posixpath.join(folder, stem) != key:
-                    _add_sample(index, labels, file, shard, key, parts)
+                    _add_sample(index, labels, without, file, shard, key, parts)
                     key, parts = posixpath.join(folder, stem), {}
                 extension = extension.lower()
                 if extension in parts:
                     raise InputError(f"{files.path(shard)}: holds {name} twice; write the shard again")
                 parts[extension] = start, length
-            _add_sample(index, labels, file, shard, key, parts)
+            _add_sample(index, labels, without, file, shard, key, parts)
+    if without:
+        print(f"{place.data_dir}: {len(without)} members left out, without an image of their key or beside another one: "
+              f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}", file=sys.stderr)
     classes, numbers = label_numbers(place.data_dir, {label for label in labels if label is not None})
     for place_in, label in enumerate(labels):
         if label is None:
@@ -75,9 +84,11 @@ def webdataset(place: Place, split: str) -> Source:
     return index.source(classes)
 
 
-def _add_sample(index: Index, labels: list, file, shard: str, key: str | None, parts: dict):
-    image = next((extension for extension in parts if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES), None)
+def _add_sample(index: Index, labels: list, without: list, file, shard: str, key: str | None, parts: dict):
+    image, *others = [extension for extension in parts if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES] or [None]
+    without += [f"{key}.{extension}" for extension in others]
     if image is None:
+        without += [f"{key}.{extension}" for extension in parts]
         return
     index.add_member(f"{posixpath.splitext(shard)[0]}/{key}.{image}", 0, *parts[image])
     labels.append(_sample_label(file, parts))
@@ -92,9 +103,9 @@ def _sample_label(file, parts: dict) -> str | None:
                 text = file.read(length).decode().strip()
                 label = text if extension == "cls" else next(json.loads(text)[key] for key in ("label", "cls", "class")
                                                              if key in json.loads(text))
-            except (ValueError, TypeError, StopIteration):  # not text, not JSON, no such key
+            except (ValueError, TypeError, StopIteration, RecursionError):  # not text, not JSON, no such key
                 continue
-            if isinstance(label, (int, str)) and not isinstance(label, bool) and str(label):
+            if isinstance(label, (int, str)) and not isinstance(label, bool) and str(label).isprintable() and str(label):
                 return str(label)
     return None
 
@@ -253,7 +264,11 @@ def hugging_face(place: Place, split: str) -> Source:
             return cell["bytes"]
         if not cell or not cell["path"]:
             raise BadPicture(f"{place.data_dir}: row {row} has no image; replace or remove it")
-        files, name = open_root(cell["path"], follow_links=True)  # the library's own cache, often of links
+        # A row may name any file: only the library's cache and the dataset's own folder are meant
+        path = os.path.realpath(cell["path"])
+        if not any(path.startswith(os.path.realpath(root) + os.sep) for root in (datasets.config.HF_CACHE_HOME, place.data_dir)):
+            raise BadPicture(f"{place.data_dir}: row {row} names {cell['path']}, outside of the dataset; replace or remove it")
+        files, name = open_root(path)
         return files.read(name)
 
     return _labelled(place, classes, [f"{row:08d}" for row in range(len(labels))], labels, read)

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -23,7 +24,7 @@ from rsb_ffcv.dataset.files import inside, open_root, opened, read_text, tar_mem
 from rsb_ffcv.dataset.picture import BadPicture
 from rsb_ffcv.ops.native import checksum
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".jfif", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid")}
 DEVKIT = "ILSVRC2012_devkit_t12"
 
@@ -33,7 +34,7 @@ class Source:
     """Labelled pictures. classes: names in the order of the labels; names: a picture's path within the source; labels: int64,
     0 .. len(classes) - 1. read(index): a picture file's bytes, or uint8 pixels (height, width, 3); raises BadPicture naming
     it. titles: what people call the classes, or empty. faults: what is wrong with a picture before it is read. origin: where
-    the first picture lies. place(index): where a picture is, for people."""
+    the first picture lies. place(index): where a picture is, for people. stamp(index): changes where the picture's file does."""
     classes: list[str]
     names: list[str]
     labels: np.ndarray
@@ -42,8 +43,10 @@ class Source:
     faults: dict[int, str] = field(default_factory=dict)
     origin: str = ""
     place: Callable | None = None
+    stamp: Callable = lambda index: ()
 
     def __post_init__(self):
+        self.names, self.classes, self.titles = ([_storable(name) for name in part] for part in (self.names, self.classes, self.titles))
         self.place = self.place or self.names.__getitem__
         self.labels = np.asarray(self.labels, np.int64)
         if len(set(self.names)) < len(self.names):
@@ -68,8 +71,9 @@ class Source:
         return self.read(index)
 
     def identity(self, index: int) -> int:
-        """CRC-32 of name and label."""
-        return zlib.crc32(self.names[index].encode("utf-8", "surrogateescape"), int(self.labels[index]))
+        """CRC-32 of name, label and stamp."""
+        known = f"{self.names[index]}\0{self.labels[index]}\0{self.stamp(index)}"
+        return zlib.crc32(known.encode("utf-8", "surrogateescape"))
 
     def fingerprint(self) -> str:
         """Tells apart sources with other names, labels, order or classes."""
@@ -78,11 +82,21 @@ class Source:
         return f"{checksum(np.frombuffer(text, np.uint8)):016x}"
 
 
+def _storable(name: str) -> str:
+    """As UTF-8 and without a zero byte, which ends a name in the file. Bytes of a file system that are no UTF-8 stay."""
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        name = name.encode("utf-8", "replace").decode()
+    return name.replace("\0", "_")
+
+
 class Index:
     """Pictures as ranges of files, in compact form: a million take tens of megabytes."""
 
     def __init__(self, files):
         self.files, self.paths, self.names, self.labels, self.faults = files, [], [], array("q"), {}
+        self._stamps = {}
         self._ranges = array("q")  # of each picture: number of its file, first byte, bytes (-1: all)
 
     def add_file(self, name: str, label: int, shown: str):
@@ -104,6 +118,14 @@ class Index:
         path, start, length = self._ranges[3 * index:3 * index + 3]
         return self.files.read(self.paths[path], start, length)
 
+    def stamp(self, index: int) -> tuple:
+        path, start, length = self._ranges[3 * index:3 * index + 3]
+        if length < 0:
+            return self.files.stamp(self.paths[path])
+        if path not in self._stamps:  # of a file that holds many
+            self._stamps[path] = self.files.stamp(self.paths[path])
+        return start, *self._stamps[path]
+
     def place(self, index: int) -> str:
         path, _, length = self._ranges[3 * index:3 * index + 3]
         return self.files.path(self.paths[path]) + (f": {self.names[index]}" if length >= 0 else "")
@@ -112,7 +134,7 @@ class Index:
         if not self.names:
             raise InputError(f"{self.files.path('')} holds no image; give a folder with labelled images")
         return Source(classes, self.names, np.frombuffer(self.labels, np.int64), self.read, list(titles), self.faults,
-                      f"{self.files.path(self.paths[0])}:{self._ranges[1]}", self.place)
+                      f"{self.files.path(self.paths[0])}:{self._ranges[1]}", self.place, self.stamp)
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,10 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
         raise InputError(str(error)) from error
     if place.class_names:
         sources = {split: _renamed(source, place.class_names) for split, source in sources.items()}
+    for source in sources.values():
+        twice = [name for name, count in Counter(source.classes).items() if count > 1]
+        if twice:
+            raise InputError(f"cfg.data_dir={place.data_dir}: two classes are called '{twice[0]}'; give other names with cfg.class_names")
     longest = max((source.classes for source in sources.values()), key=len)
     for split, source in sources.items():
         if source.classes != longest[:len(source.classes)]:
@@ -242,9 +268,12 @@ def _class_folders(index: Index, folder: str, classes: list[str], inner: str = "
                              f"add images or remove the folder")
         for path in images:
             index.add_file(path, label, path[len(folder) + 1:])
-    if left_out:
-        print(f"{index.files.path(folder)}: {left_out} files left out, whose names do not end in "
-              f"{', '.join(sorted(IMAGE_SUFFIXES))}", file=sys.stderr)
+    _say_left_out(index.files.path(folder), left_out)
+
+
+def _say_left_out(where: str, count: int):
+    if count:
+        print(f"{where}: {count} files left out, whose names do not end in {', '.join(sorted(IMAGE_SUFFIXES))}", file=sys.stderr)
 
 
 def _is_image(path: str) -> bool:
@@ -254,7 +283,9 @@ def _is_image(path: str) -> bool:
 def _image_tar(files, name: str, split: str) -> Source:
     path = files.path(name)
     with opened(files, name) as file:
-        members = sorted(member for member in tar_members(file, path) if _is_image(member[0]))
+        everything = list(tar_members(file, path))
+    members = sorted(member for member in everything if _is_image(member[0]))
+    _say_left_out(path, len(everything) - len(members))
     if not members:
         raise InputError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     prefix, wanted = "", []
@@ -313,6 +344,8 @@ def _archives(place: Place, split: str) -> Source:
                     raise InputError(f"{path}: {member} has no line among the ground truth's {len(kit.truth)}; use the devkit of "
                                      f"these images")
                 index.add_member(member, kit.truth[int(number[1]) - 1], *where)
+            if len(index.names) != len(kit.truth):
+                raise InputError(f"{path}: holds {len(index.names)} images, and the ground truth {len(kit.truth)}; download it again")
     return index.source(classes, kit.titles if kit else ())
 
 
@@ -396,17 +429,17 @@ def _kaggle(place: Place, split: str) -> Source:
     if not files.is_file(solution):
         raise InputError(f"{files.path(solution)} is missing; the labels of the validation images are in it")
     answers = {}
-    for row in csv.DictReader(io.StringIO(read_text(files, solution))):
+    for row in _rows(files, solution, csv.DictReader):
         wnid = (row.get("PredictionString") or "").split(" ")[0]
         if wnid not in numbers or not row.get("ImageId"):
             raise InputError(f"{files.path(solution)}: '{row.get('ImageId')}' has no class of {mapping}; download it again")
         answers[row["ImageId"]] = numbers[wnid]
-    for path in files.list(f"{base}/val"):
-        if _is_image(path):
-            name = PurePosixPath(path)
-            if name.stem not in answers:
-                raise InputError(f"{files.path(path)}: has no line in {solution}; download that again or remove the image")
-            index.add_file(path, answers[name.stem], name.name)
+    found = {PurePosixPath(path).stem: path for path in files.list(f"{base}/val") if _is_image(path)}
+    if without := sorted(set(found) - set(answers)):
+        raise InputError(f"{files.path(found[without[0]])}: has no line in {solution}; download that again or remove the image")
+    for stem in sorted(answers):  # one that is not there is a bad picture, found when it is read
+        path = found.get(stem, f"{base}/val/{stem}.JPEG")
+        index.add_file(path, answers[stem], PurePosixPath(path).name)
     return index.source(classes, [titles[wnid] for wnid in classes])
 
 
@@ -448,8 +481,15 @@ def _csv(place: Place, split: str) -> Source:
     return _listed(files, pairs, {label for _, label in others}, files.path(name))
 
 
+def _rows(files, name: str, reader) -> list:
+    try:
+        return list(reader(io.StringIO(read_text(files, name)), strict=True))
+    except csv.Error as error:
+        raise InputError(f"{files.path(name)}: not a table of comma-separated values ({first_line(error)}); correct it") from error
+
+
 def _csv_pairs(files, name: str) -> list[tuple[str, str]]:
-    rows = [row for row in csv.reader(io.StringIO(read_text(files, name))) if row]
+    rows = [row for row in _rows(files, name, csv.reader) if row]
     head = [cell.strip().lower() for cell in rows[0]] if rows else []
     path, label = 0, 1
     if "label" in head or "class" in head:

@@ -32,6 +32,7 @@ from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
 
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # how much work an interruption may cost
+SAMPLED = 20  # pictures that are looked at again before a begun or finished file is taken for theirs
 READ_AT_ONCE = 64  # pictures that are read back at a time
 HOW = ("kept", "encoded", "raw", "left out")
 _LEFT_OUT = HOW.index("left out")
@@ -68,7 +69,7 @@ def write_beton(path, source, store, settings: dict, num_workers: int, chunk_siz
                   {**(described or {}), "images": len(source), "fingerprint": source.fingerprint()}, source.classes, source.titles, {})
     try:
         if path.exists():
-            return _finished(path, about)
+            return _finished(path, about, source, store)
         with _journal(path, about) as journal:
             unfinished = part_path(path)
             with open(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
@@ -88,7 +89,12 @@ def write_beton(path, source, store, settings: dict, num_workers: int, chunk_siz
     return beton.read_beton(path)
 
 
-def _finished(path: Path, about: About) -> Beton:
+def _sampled(indices) -> list[int]:
+    """Some of them, evenly: to see whether pictures are still those that they were."""
+    return np.unique(indices[np.linspace(0, len(indices) - 1, min(SAMPLED, len(indices))).astype(int)]).tolist()
+
+
+def _finished(path: Path, about: About, source, store) -> Beton:
     """The file that stands there, where it is the one that would be written."""
     there = beton.read_beton(path)
     mend = "remove it or choose another cfg.write_path"
@@ -97,8 +103,12 @@ def _finished(path: Path, about: About) -> Beton:
     for what, old, new in (("settings", there.about.settings, about.settings), ("pictures", there.about.source, about.source)):
         if old != new:
             raise InputError(f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}")
+    if len(there) == len(source):  # samples are pictures, one for one
+        for index in _sampled(np.arange(len(there))):
+            if store(index).checksum != there.extras["checksum"][index]:
+                raise InputError(f"{path}: exists, and {source.place(index)} is another picture than when it was written; {mend}")
     _journal_path(path).unlink(missing_ok=True)  # left where the program was stopped between its last two steps
-    print(f"{path}: is there already, from these pictures with these settings; remove it to write it again", flush=True)
+    print(f"{path}: is there already, from pictures of these names with these settings; remove it to write it again", flush=True)
     return there
 
 
@@ -173,7 +183,8 @@ class _Part:
         self.file, self.journal = file, journal
         self.records = np.zeros(len(source), RECORD)
         front = beton.front_bytes(len(source))
-        self.count, end = self._take_up(path, source, front + -front % PAGE_BYTES)
+        self.start, self.journal_start = front + -front % PAGE_BYTES, journal.tell()
+        self.count, end = self._take_up(path, source, self.start)
         self.synced, self._synced_end, self._sync_at = self.count, end, time.monotonic() + SYNC_SECONDS
         self.pages = Pages(file, end)
         self._thread, self._syncing = ThreadPoolExecutor(1), None
@@ -187,7 +198,8 @@ class _Part:
         for index in range(len(known)):
             record = known[index:index + 1]
             end = int(record["pointer"][0]) + int(record["size"][0]) + int(record["entry_bytes"][0])
-            if record["index"][0] != index or record["check"][0] != _check(record) or end > there:
+            misplaced = record["how"][0] != _LEFT_OUT and last == start and record["pointer"][0] != start  # of a longer or shorter table
+            if misplaced or record["index"][0] != index or record["check"][0] != _check(record) or end > there:
                 break
             if record["source"][0] != source.identity(index):
                 if index == 0:
@@ -213,6 +225,15 @@ class _Part:
         self.count = index + 1
         if self.pages.end - self._synced_end >= SYNC_BYTES or time.monotonic() >= self._sync_at:
             self.sync(wait=False)
+
+    def keep(self, count: int):
+        """Forgets the pictures from number `count` on."""
+        self.sync()
+        kept = self.records[:count][self.records["how"][:count] != _LEFT_OUT]
+        end = int(kept[-1]["pointer"]) + int(kept[-1]["size"]) + int(kept[-1]["entry_bytes"]) if len(kept) else self.start
+        self.journal.truncate(self.journal_start + count * RECORD.itemsize)
+        self.pages, self.count = Pages(self.file, end), count
+        self.synced, self._synced_end = count, end
 
     def sync(self, wait: bool = True):
         """Brings the images to the disk and then their records to the journal, which so never speaks of what is not there.
@@ -262,22 +283,26 @@ def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_err
     for index in np.flatnonzero(part.records["how"][:part.count] == _LEFT_OUT).tolist():  # by an earlier call: say why again
         result = try_to_store(index)
         if not isinstance(result, BadPicture):
-            raise InputError(f"{source.place(index)}: was left out by an earlier call and can be read now; remove "
-                             f"{part.journal.name} to begin anew")
+            part.keep(index)  # it can be read by now: from there on, again
+            break
         leave_out(index, result)
+    for index in _sampled(np.flatnonzero(part.records["how"][:part.count] != _LEFT_OUT)):
+        if store(index).checksum != part.records["checksum"][index]:
+            raise InputError(f"{source.place(index)}: is another picture than when {title} was begun; give the same pictures, or remove "
+                             f"{part.journal.name} to begin anew")
     if part.count:
         print(f"{title}: going on after {part.count} of {len(source)} pictures", flush=True)
     began, end_then = time.monotonic(), part.pages.end
     with tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar:
-        results = ordered(try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place)
-        for index, result in enumerate(results, part.count):
-            bad = isinstance(result, BadPicture)
-            part.add(index, source, None if bad else result)
-            if bad:
-                leave_out(index, result)
-            if index % 16 == 0:
-                bar.set_postfix_str(f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s", refresh=False)
-            bar.update()
+        with closing(ordered(try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place)) as results:
+            for index, result in enumerate(results, part.count):
+                bad = isinstance(result, BadPicture)
+                part.add(index, source, None if bad else result)
+                if bad:
+                    leave_out(index, result)
+                if index % 16 == 0:
+                    bar.set_postfix_str(f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s", refresh=False)
+                bar.update()
     if left_out:
         _report(on_error.report, source, left_out)
 
@@ -317,7 +342,7 @@ def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | N
                                      f"file and write it again") from error
 
         parts = np.array_split(samples, range(READ_AT_ONCE, len(samples), READ_AT_ONCE))
-        results = ordered(check, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}")
-        with tqdm(total=len(samples), desc=f"{title}, reading back", unit="img", smoothing=0.05) as bar:
+        with closing(ordered(check, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}")) as results, \
+                tqdm(total=len(samples), desc=f"{title}, reading back", unit="img", smoothing=0.05) as bar:
             for part, _ in zip(parts, results):
                 bar.update(len(part))

@@ -27,6 +27,7 @@ STATUS = {1: "is not a decodable JPEG", 2: "has other sides than the file's meta
           3: "is damaged: its bytes do not match their checksum", 4: "cannot be read: the file ends or fails there",
           5: "has colours that are neither grey nor RGB", 6: "has more than 2 ** 28 pixels", 7: "needs more memory than there is",
           8: "was given parameters outside its range"}
+NO_MEMORY = 7
 DAMAGE = {1, 2, 3, 4, 5, 6}  # of these, what lies in the file
 
 
@@ -60,7 +61,8 @@ def bind(path) -> ctypes.CDLL:
             ("rsb_pool_new", pointer, integer), ("rsb_pool_stop", None, pointer), ("rsb_pool_free", None, pointer),
             ("rsb_pool_submit", None, pointer, pointer, integer), ("rsb_pool_progress", ctypes.c_uint64, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
             ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
-            ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer), ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
+            ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer), ("rsb_jpeg_check", integer, pointer, size, pointer),
+            ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
             ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
             ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
             ("rsb_augment", integer, pointer, integer, integer, pointer, pointer)):
@@ -114,6 +116,11 @@ def load(file: int, sample, height: int, width: int) -> np.ndarray:
     return image
 
 
+def check_jpeg(data: np.ndarray):
+    """Raises ValueError with the reason where a JPEG of any colours (uint8 bytes) does not decode to its end without a warning."""
+    _run(library.rsb_jpeg_check, data.ctypes.data, data.nbytes)
+
+
 def resized(data: np.ndarray, height: int, width: int, to_height: int, to_width: int) -> np.ndarray:
     """(to_height, to_width, 3) uint8 of a whole image of height x width pixels, by Pillow's antialiased bicubic filter.
     data: its JPEG (uint8 bytes), or its pixels (height, width, 3). Raises ValueError with the reason where it cannot be decoded."""
@@ -134,5 +141,7 @@ def augment(image: np.ndarray, layer) -> np.ndarray:
 
 def _run(function, *arguments):
     status = function(*arguments, _thread.scratch.pointer)
+    if status == NO_MEMORY:
+        raise MemoryError(f"the image {reason(status)}")
     if status:
         raise ValueError(f"the image {reason(status)}")

@@ -1,5 +1,6 @@
 """A contact sheet: images of a file as they are stored, and as a recipe's augmentation makes them."""
 import math
+import os
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -25,6 +26,8 @@ def show(path: str, write_path: str, samples: str, classes: str, count: int, rec
     file, evenly. recipe: YAML file; its crops, flips, RandAugment, jitter and erasing as they will be in each of the first `epochs`
     epochs stand beside the stored image (without mixup and cutmix, which need a batch)."""
     file = read_beton(path)
+    if os.path.realpath(path) == os.path.realpath(write_path):
+        raise InputError(f"cfg.write_path={write_path}: is the file itself; choose another")
     chosen = _chosen(file, samples, classes, count)
     if len(chosen) * (1 + epochs * bool(recipe)) > MOST_CELLS:
         raise InputError(f"{len(chosen)} images with {epochs} epochs each are more than {MOST_CELLS} pictures; choose fewer by "

@@ -211,6 +211,8 @@ def test_appending_leaves_what_is_there_in_its_place(copy, written, tmp_path):
     assert copy.read_bytes()[first:len(old)] == old[first:]
     assert file.about.counts["kept"] == 18 and file.about.source["images"] == 18 and dataset.verify(copy, 1.0, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
+    gap = slice(beton.front_bytes(18), first)
+    assert not any(copy.read_bytes()[gap])
     with pytest.raises(InputError, match="already, as 6 of the 6"):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
@@ -253,7 +255,7 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(copy, written, monkey
 
     before = copy.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(assemble._Append, "recover", lambda self: {})
+        patched.setattr(assemble._Append, "recover", lambda self, num_workers: {})
         if stop_at == "images":
             patched.setattr(assemble.Pages, "add", kill)
         elif stop_at == "tail":
@@ -405,3 +407,122 @@ def test_a_sheet_of_classes_has_their_names(written, tmp_path, call_program):
                                     f"--cfg.classes={WNIDS[0]},2", "--cfg.count=3")
     assert status == 0 and "6 images" in shown
     assert Image.open(tmp_path / "x.png").size == (3 * 196 + 4, 2 * 228 + 4)
+
+
+# ---- what a hostile reading of the code has found ---------------------------------------------------------------------
+
+def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(copy, written, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assemble, "read_back", kill)
+        with pytest.raises(Killed):
+            dataset.concat(str(copy), [str(written / "val.beton")], 1)
+    hidden = copy.with_name(".train.beton.appending")
+    file = read_beton(hidden)
+    whole = hidden.read_bytes()
+    with open(hidden, "r+b") as opened:
+        opened.seek(int(file.pointers[14]) + 300)
+        opened.write(b"\0\0\0\0")
+    with pytest.raises(InputError, match="sample 14 is damaged.*just after it was written"):
+        dataset.concat(str(copy), [str(written / "val.beton")], 1)
+    assert not copy.exists()
+    hidden.write_bytes(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(assemble._Append, "finish", kill)  # between the rename and the end
+        with pytest.raises(Killed):
+            dataset.concat(str(copy), [str(written / "val.beton")], 1)
+    assert len(dataset.concat(str(copy), [str(written / "val.beton")], 1)) == 18
+
+
+def test_an_append_through_a_link_hides_the_file_itself(copy, written, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.beton"
+    link.symlink_to(copy)
+    assert len(dataset.concat(str(link), [str(written / "val.beton")], 1)) == 18
+    assert link.is_symlink() and len(read_beton(copy)) == 18
+
+
+def test_many_appends_with_other_settings_stay_readable(written, tmp_path):
+    sources.folders(tmp_path / "in")
+    for number, quality in enumerate((90, 80, 70)):
+        write_splits(Place("imagenet", str(tmp_path / "in")), str(tmp_path / f"{number}.beton"), "val", num_workers=1,
+                     encoding=Encoding(pass_through=False, jpeg_quality=quality))
+        target = read_beton(tmp_path / f"{number}.beton")
+        names = [f"{number}/{name}" for name in target.names()]
+        source = dataset.sources.Source(WNIDS, names, target.labels, lambda index: sources.jpeg(0, index))
+        dataset.write_beton(tmp_path / f"{number}_named.beton", source, dataset.storing(source, Encoding()), target.about.settings, 1)
+    for number in (1, 2):
+        file = dataset.concat(str(tmp_path / "0_named.beton"), [str(tmp_path / f"{number}_named.beton")], 1)
+    assert [part["jpeg_quality"] for part in file.about.settings["of_parts"]] == [90, 80, 70]
+
+
+def test_an_export_does_not_take_another_files_beginnings_for_its_own(written, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inspect, "read_sound", stop)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
+    with pytest.raises(InputError, match="an export of another file was begun"):
+        dataset.export(str(written / "val.beton"), str(tmp_path / "out"), 1)
+    dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_many_equal_names_export_in_linear_time(tmp_path):
+    import time
+
+    file = type("File", (), {"num_classes": 1, "class_name": lambda self, label: "a", "names": lambda self: [f"{i}/rgb.jpg" for i in range(20000)],
+                             "labels": np.zeros(20000, int), "modes": np.zeros(20000, int)})()
+    began = time.monotonic()
+    places = inspect._places(file)
+    assert len(set(places)) == 20000 and time.monotonic() - began < 3
+
+
+def test_the_file_itself_is_no_place_for_a_report_or_a_sheet(copy, call_program):
+    before = copy.read_bytes()
+    for arguments in (("verify", f"--cfg.report={copy}"), ("show", f"--cfg.write_path={copy}")):
+        status, _, errors = call_program("write_ffcv.py", *arguments, f"--cfg.path={copy}")
+        assert status == 2 and "is the file itself" in errors
+    assert copy.read_bytes() == before
+
+
+def hostile(path, target, change):
+    """A file whose text about itself was changed by someone who can compute checksums."""
+    whole = bytearray(path.read_bytes())
+    table = int(np.frombuffer(whole, beton.HEADER, 1)["alloc_table_ptr"][0])
+    at = table - beton.TRAILER.itemsize
+    trailer = np.frombuffer(whole, beton.TRAILER, 1, at).copy()
+    about = json.loads(whole[at - int(trailer["about_bytes"][0]):at])
+    text = change(about)
+    start = at - int(trailer["about_bytes"][0])
+    part = np.frombuffer(text, np.uint8)
+    header = np.frombuffer(whole[:24], beton.HEADER, 1).copy()
+    header["alloc_table_ptr"] = table + len(text) - int(trailer["about_bytes"][0])
+    whole[:24] = header.tobytes()
+    rows = np.frombuffer(whole, beton.ALLOCATION, -1, table).copy()
+    trailer["about_bytes"], trailer["about"] = len(text), beton.checksum(part)
+    trailer["structure"] = beton.structure_checksum(bytes(whole[:beton.front_bytes(int(header["num_samples"][0]))]), rows)
+    trailer["trailer"] = beton.checksum(trailer.view(np.uint8)[:-8])
+    target.write_bytes(whole[:start] + text + trailer.tobytes() + rows.tobytes())
+    return target
+
+
+def test_what_a_forged_file_says_of_itself_is_checked(written, tmp_path):
+    def with_part(name, value):
+        return lambda about: json.dumps({**about, name: value}).encode()
+
+    path = written / "val.beton"
+    assert read_beton(hostile(path, tmp_path / "same.beton", lambda about: json.dumps(about).encode())).about == read_beton(path).about
+    for number, change in enumerate((
+            lambda about: b"[" * 100000, lambda about: b"{}", lambda about: b"nothing", with_part("classes", ["a", "a", "b"]),
+            with_part("classes", ["\ud800", "a", "b"]), with_part("classes", [1, 2, 3]), with_part("counts", {"kept": "x"}),
+            with_part("source", {"split": []}), with_part("settings", {"max_resolution": "x"}), with_part("source", 1), with_part("classes", ["a"]))):
+        with pytest.raises(InputError, match="what it says of itself|damaged: sample"):
+            read_beton(hostile(path, tmp_path / f"{number}.beton", change))

@@ -492,6 +492,20 @@ static int turbo_window(const uint8_t *bytes, size_t size, int image_height, int
     return status;
 }
 
+int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch) {
+    int w = 0, h = 0, sampling, colours;
+    tjhandle turbo = tjInitDecompress();
+    if (!turbo) return RSB_NO_MEMORY;
+    int status = tjDecompressHeader3(turbo, bytes, size, &w, &h, &sampling, &colours) || w < 1 || h < 1 ? RSB_BAD_JPEG : RSB_OK;
+    if (status == RSB_OK && (int64_t)w * h > RSB_MAX_PIXELS) status = RSB_TOO_LARGE;
+    uint8_t *pixels = status == RSB_OK ? rsb_buffer(scratch, RSB_IMAGE, 4 * (size_t)w * h) : NULL;
+    if (status == RSB_OK && !pixels) status = RSB_NO_MEMORY;
+    int format = colours == TJCS_CMYK || colours == TJCS_YCCK ? TJPF_CMYK : TJPF_RGBX;
+    if (status == RSB_OK && tjDecompress2(turbo, bytes, size, pixels, w, 4 * w, h, format, 0)) status = RSB_BAD_JPEG;
+    tjDestroy(turbo);
+    return status;
+}
+
 size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room, rsb_scratch *scratch) {
     uint8_t *data = NULL;
     size_t length = 0;

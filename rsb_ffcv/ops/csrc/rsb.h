@@ -60,6 +60,9 @@ typedef struct {
 int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height, int image_width, int top, int left,
                     int height, int width, rsb_scratch *scratch, rsb_window *window);
 
+/* Whether libjpeg-turbo decodes a JPEG of any colours to its end without a warning. */
+int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch);
+
 #define RSB_ENTRY_BYTES 10
 
 /* Writes the JPEG's entry points (see jpeg.c) to `entries`, which has `room` bytes, and returns how many bytes they take: 0
