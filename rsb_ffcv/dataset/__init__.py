@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from rsb_ffcv import InputError, beton
-from rsb_ffcv.dataset.assemble import concat, merge, shard, subset
+from rsb_ffcv.dataset.append import concat
+from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
 from rsb_ffcv.dataset.picture import BadPicture, Encoding
 from rsb_ffcv.dataset.sources import Place, Source, open_sources

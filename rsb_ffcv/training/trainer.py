@@ -12,7 +12,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -24,7 +23,6 @@ from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import check_arch
 from rsb_ffcv.learning.optimizer import build_optimizer, check_optimizer
 from rsb_ffcv.loading.batch import normalize
-from rsb_ffcv.ops import draws
 from rsb_ffcv.options import as_dict
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training import build, checkpoint, compute

@@ -441,7 +441,8 @@ def test_the_writer_shows_progress_and_a_line_for_each_file(pictures, tmp_path, 
                                    "--cfg.num_workers=2", "--cfg.max_resolution=60")
     assert status == 0, err
     assert "train.beton: 96 images, 3 classes" in out and "val.beton: 27 images" in out
-    assert "img/s" in err and "100%" in err
+    assert "img/s" in err and "MB/s" in err and "100%" in err and "images of each class: amber 32, blue 32, cyan 32" in out
+    assert "train.beton: about 0.01 GB and 0 s with 2 workers, judged by 96 of 96 images" in out
     status, out, err = call_program("write_ffcv.py", f"--cfg.data_dir={pictures}", "--cfg.split=val",
                                    f"--cfg.write_path={tmp_path}/only.beton", "--cfg.num_workers=2")
     assert status == 0 and (tmp_path / "only.beton").exists(), err

@@ -53,7 +53,6 @@ def test_a_file_without_checksums_is_read_and_says_so(betons, tmp_path):
 
 def test_every_flipped_bit_outside_of_the_images_is_noticed(betons, tmp_path):
     whole = np.fromfile(betons / "val.beton", np.uint8)
-    header = whole[:24].view(beton.HEADER)
     fields_end = 24 + 2 * beton.FIELD.itemsize
     metadata_end = fields_end + 27 * beton.SAMPLE_METADATA.itemsize
     trailer = extras_start(whole)

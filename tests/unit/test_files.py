@@ -12,7 +12,7 @@ from sources import WNIDS, contents, expected, pictures, put
 
 from rsb_ffcv import InputError, beton, dataset
 from rsb_ffcv.beton import read_beton
-from rsb_ffcv.dataset import Encoding, Place, assemble, inspect, write_splits
+from rsb_ffcv.dataset import Encoding, Place, append, inspect, write_splits
 from rsb_ffcv.loading import TrainLoader
 
 
@@ -220,7 +220,7 @@ def test_appending_leaves_what_is_there_in_its_place(copy, written, tmp_path):
 def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_path, monkeypatch):
     """A table for many samples is longer than what the file's first page left free."""
     monkeypatch.setattr(beton, "PAGE_BYTES", 4096 * 16)
-    for module in (assemble, dataset.writer):
+    for module in (append, dataset.writer):
         monkeypatch.setattr(module, "PAGE_BYTES", 4096 * 16)
     small = dataset.subset(str(written / "train.beton"), str(tmp_path / "small.beton"), 1)
     many = tmp_path / "many"
@@ -255,11 +255,11 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(copy, written, monkey
 
     before = copy.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(assemble._Append, "recover", lambda self, num_workers: {})
+        patched.setattr(append._Append, "recover", lambda self, num_workers: {})
         if stop_at == "images":
-            patched.setattr(assemble.Pages, "add", kill)
+            patched.setattr(append.Pages, "add", kill)
         elif stop_at == "tail":
-            patched.setattr(assemble.beton, "put_around", kill)
+            patched.setattr(append.beton, "put_around", kill)
         elif stop_at == "front":
             real = beton.put_around
 
@@ -272,9 +272,9 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(copy, written, monkey
 
                 real(path, end, metadata, table, extras, names, about, keep_and_die)
 
-            patched.setattr(assemble.beton, "put_around", half)
+            patched.setattr(append.beton, "put_around", half)
         else:
-            patched.setattr(assemble, "read_back", kill)
+            patched.setattr(append, "read_back", kill)
         with pytest.raises(Killed):
             dataset.concat(str(copy), [str(written / "val.beton")], 1)
     assert not copy.exists()
@@ -419,7 +419,7 @@ def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(copy, w
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(assemble, "read_back", kill)
+        patched.setattr(append, "read_back", kill)
         with pytest.raises(Killed):
             dataset.concat(str(copy), [str(written / "val.beton")], 1)
     hidden = copy.with_name(".train.beton.appending")
@@ -433,7 +433,7 @@ def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(copy, w
     assert not copy.exists()
     hidden.write_bytes(whole)
     with monkeypatch.context() as patched:
-        patched.setattr(assemble._Append, "finish", kill)  # between the rename and the end
+        patched.setattr(append._Append, "finish", kill)  # between the rename and the end
         with pytest.raises(Killed):
             dataset.concat(str(copy), [str(written / "val.beton")], 1)
     assert len(dataset.concat(str(copy), [str(written / "val.beton")], 1)) == 18

@@ -86,6 +86,20 @@ def test_a_callable_of_pairs(tmp_path, monkeypatch):
             write(tmp_path, Place("callable", "in", callable=wrong))
 
 
+def test_imagenette_as_unpacked(tmp_path):
+    from torchvision.datasets import Imagenette
+
+    wnids = sorted(Imagenette._WNID_TO_CLASS)
+    for split, count in (("train", 2), ("val", 1)):
+        for label, wnid in enumerate(wnids):
+            for number in range(count):
+                put(tmp_path / "imagenette2" / split / wnid / f"{wnid}_{number}.JPEG", sources.jpeg(label % 3, 10 * label + number))
+    out = write(tmp_path, Place("imagenette", str(tmp_path)))
+    assert contents(out / "train.beton") == sorted((label, sources.jpeg(label % 3, 10 * label + number)) for label in range(10) for number in range(2))
+    about = read_beton(out / "val.beton").about
+    assert about.classes == wnids and about.titles[0].startswith("tench") and read_beton(out / "val.beton").names()[0] == f"{wnids[0]}/{wnids[0]}_0.JPEG"
+
+
 def test_class_names_may_be_given(tmp_path):
     sources.webdataset(tmp_path / "in")
     (tmp_path / "names.txt").write_text("\n".join(WNIDS))
