@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("RSB_KILLS", "24"))
+KILLS = int(os.environ.get("RSB_KILLS", "20"))
 
 # The program, with work made safe after each picture instead of each second: a kill then finds more states
 PROGRAM = """
@@ -37,10 +37,10 @@ def begin(arguments, sync=0.0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """600 pictures of two classes, some to be shrunk, two that cannot be read."""
+    """500 pictures of two classes, some to be shrunk, two that cannot be read."""
     root = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(0)
-    for split, count in (("train", 500), ("val", 100)):
+    for split, count in (("train", 400), ("val", 100)):
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
         for number in range(count):
