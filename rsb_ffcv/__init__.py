@@ -4,6 +4,7 @@ Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `l
 `beton` holds the file format, which `dataset` writes and `loading` reads; `config` declares the
 programs' options and `options` reads them from flags and YAML.
 """
+import os
 import sys
 
 __version__ = "0.1.0"
@@ -24,7 +25,7 @@ def first_line(error: BaseException) -> str:
 
 def exit_status(program, *arguments) -> int:
     """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it raises InputError, 130 where
-    the user interrupts it."""
+    the user interrupts it, 141 where nobody reads its output any more (`| head`)."""
     try:
         return program(*arguments) or 0
     except InputError as error:
@@ -33,3 +34,6 @@ def exit_status(program, *arguments) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return 141

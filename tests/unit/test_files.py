@@ -52,6 +52,17 @@ def test_info_tells_what_is_in_the_file(written):
         assert part in text, (part, text)
 
 
+def test_a_reader_that_goes_away_is_no_error(written):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    command = f"{sys.executable} write_ffcv.py info --cfg.path={written}/train.beton | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)
+    assert done.returncode in (0, 141) and "12 images" in done.stdout and done.stderr == ""
+
+
 def test_info_of_a_file_of_another_program(written, tmp_path):
     path = stock(written / "train.beton", tmp_path / "stock.beton")
     text = dataset.info(path)
