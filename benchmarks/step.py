@@ -9,7 +9,6 @@ peak memory. Synthetic and loaded take turns. Out: step.json, and the table on s
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import sys
 import time
@@ -89,8 +88,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
             "synthetic_images_per_s": options.batch / middle["synthetic"], "loaded_images_per_s": options.batch / middle["loaded"],
             "loaded_of_synthetic": middle["synthetic"] / middle["loaded"], "waiting_for_data": middle["waiting"],
             "optimizer_and_ema_of_step": middle["update"] / middle["synthetic"],
-            "peak_memory_mb": (torch.cuda.max_memory_allocated() if cuda else
-                               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20,
+            "peak_memory_mb": where.peak_memory_mb(),
             "seconds": {name: [round(value, 5) for value in values] for name, values in found.items()}}
 
 

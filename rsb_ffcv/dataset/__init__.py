@@ -13,7 +13,7 @@ from rsb_ffcv.dataset.inspect import export, info, verify
 from rsb_ffcv.dataset.picture import BadPicture, Encoding
 from rsb_ffcv.dataset.sources import Place, Source, open_sources
 from rsb_ffcv.dataset.workers import ordered
-from rsb_ffcv.dataset.writer import OnError, part_path, write_beton
+from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
 
 __all__ = ["Encoding", "Place", "concat", "estimate_splits", "export", "info", "merge", "shard", "subset", "verify", "write_splits"]
 SAMPLED = 100  # pictures that an estimate encodes
@@ -100,7 +100,7 @@ def _estimate(title, source: Source, encoding: Encoding, num_workers: int, chunk
         except BadPicture:  # its turn will come, and be told
             return None
 
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int)).tolist()
+    chosen = evenly(len(source), SAMPLED).tolist()
     sizes = [got for got in ordered(size, chosen, num_workers, chunk_size, source.place) if got is not None]
     seconds = (time.monotonic() - began) / len(chosen) * len(source)
     each = (float(np.mean(sizes)) if sizes else 0.0)

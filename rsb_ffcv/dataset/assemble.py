@@ -60,7 +60,7 @@ class Samples:
         try:
             data = read_sound(opened, file, sample, file.extras is None)
         except ValueError as error:
-            raise BadPicture(f"{self.place(index)} {first_line(error).removeprefix('the image ')}; write that file again, or leave the "
+            raise BadPicture(f"{self.place(index)} {first_line(error)}; write that file again, or leave the "
                              f"sample out") from error
         size, height, width = int(file.sizes[sample]), int(file.heights[sample]), int(file.widths[sample])
         entries = data[size:]

@@ -81,7 +81,7 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
             try:
                 read_sound(opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode))
             except (ValueError, OSError) as error:
-                return first_line(error).removeprefix("the image ")
+                return first_line(error)
 
         with closing(ordered(check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}")) as results:
             for index, why in enumerate(results, done):

@@ -142,7 +142,7 @@ def _decode(data, name, *sides) -> np.ndarray:
     except MemoryError as error:
         raise out_of_memory(name) from error
     except ValueError as error:
-        raise BadPicture(f"{name}: not a readable picture (a JPEG that {first_line(error).removeprefix('the image ')}); replace or remove it") from error
+        raise BadPicture(f"{name}: not a readable picture (a JPEG that {first_line(error)}); replace or remove it") from error
 
 
 def out_of_memory(name: str) -> InputError:

@@ -89,9 +89,9 @@ def write_beton(path, source, store, settings: dict, num_workers: int, chunk_siz
     return beton.read_beton(path)
 
 
-def _sampled(indices) -> list[int]:
-    """Some of them, evenly: to see whether pictures are still those that they were."""
-    return np.unique(indices[np.linspace(0, len(indices) - 1, min(SAMPLED, len(indices))).astype(int)]).tolist()
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
 def _finished(path: Path, about: About, source, store) -> Beton:
@@ -104,7 +104,7 @@ def _finished(path: Path, about: About, source, store) -> Beton:
         if old != new:
             raise InputError(f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}")
     if len(there) == len(source):  # samples are pictures, one for one
-        for index in _sampled(np.arange(len(there))):
+        for index in evenly(len(there), SAMPLED).tolist():
             if store(index).checksum != there.extras["checksum"][index]:
                 raise InputError(f"{path}: exists, and {source.place(index)} is another picture than when it was written; {mend}")
     _journal_path(path).unlink(missing_ok=True)  # left where the program was stopped between its last two steps
@@ -286,7 +286,8 @@ def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_err
             part.keep(index)  # it can be read by now: from there on, again
             break
         leave_out(index, result)
-    for index in _sampled(np.flatnonzero(part.records["how"][:part.count] != _LEFT_OUT)):
+    stored = np.flatnonzero(part.records["how"][:part.count] != _LEFT_OUT)
+    for index in stored[evenly(len(stored), SAMPLED)].tolist():
         if store(index).checksum != part.records["checksum"][index]:
             raise InputError(f"{source.place(index)}: is another picture than when {title} was begun; give the same pictures, or remove "
                              f"{part.journal.name} to begin anew")

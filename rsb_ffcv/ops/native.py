@@ -142,6 +142,6 @@ def augment(image: np.ndarray, layer) -> np.ndarray:
 def _run(function, *arguments):
     status = function(*arguments, _thread.scratch.pointer)
     if status == NO_MEMORY:
-        raise MemoryError(f"the image {reason(status)}")
+        raise MemoryError(reason(status))
     if status:
-        raise ValueError(f"the image {reason(status)}")
+        raise ValueError(reason(status))

@@ -19,10 +19,10 @@ import torch
 
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
+from rsb_ffcv.reporting.log import MEND
 
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 KEYS = {"recipe", "step", "rows", "best", "model", "optimizer", "scaler", "ema", "swa", "epoch", "health"}
-MEND = "free space or choose another logging.folder"
 
 
 def warn(text: str):

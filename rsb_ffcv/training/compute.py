@@ -5,6 +5,7 @@ import uuid
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,12 @@ class Compute:
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def peak_memory_mb(self) -> float:
+        """Of the device on CUDA, else of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2 ** 20
+        return getrusage(RUSAGE_SELF).ru_maxrss / 2 ** 10
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \

@@ -13,6 +13,7 @@ from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.config import TrainConfig, read_config
 from rsb_ffcv.dataset.assemble import class_number, sample_numbers
+from rsb_ffcv.dataset.writer import evenly
 from rsb_ffcv.loading.batch import MEAN, STD
 from rsb_ffcv.ops import native
 from rsb_ffcv.training import build
@@ -59,7 +60,7 @@ def _chosen(file: Beton, samples: str, classes: str, count: int) -> np.ndarray:
         if not all(map(len, chosen)):
             raise InputError(f"cfg.classes={classes}: {file.path} has a class there without samples; info lists them")
         return np.concatenate(chosen)
-    return np.unique(np.linspace(0, len(file) - 1, count).astype(int))
+    return evenly(len(file), count)
 
 
 def _stored(file: Beton, chosen: np.ndarray):
@@ -70,7 +71,7 @@ def _stored(file: Beton, chosen: np.ndarray):
                 data = file.read(opened.fileno(), index)[:int(file.sizes[index])]
                 yield data.reshape(*sides, 3) if file.modes[index] == RAW else native.resized(data, *sides, *sides)
             except ValueError as error:
-                raise InputError(f"{file.path}: sample {index} {first_line(error).removeprefix('the image ')}; verify tells of all that "
+                raise InputError(f"{file.path}: sample {index} {first_line(error)}; verify tells of all that "
                                  f"are damaged") from error
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -235,7 +234,7 @@ class Trainer:
                "train_loss": loss / images if images else None, "train_top1": 100 * correct / images if images else None,
                "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor, "resolution": build.resolution(self.config, epoch),
                "images_per_s": images / self.seconds, "seconds": self.seconds, "data_wait_s": self.waited,
-               "peak_memory_mb": self._peak_memory_mb()}
+               "peak_memory_mb": self.compute.peak_memory_mb()}
         if found:
             row |= {"skipped": len(found), "skipped_samples": [f"sample {index} {reason}" for index, reason in found]}
         improved, beaten = False, self.best
@@ -449,12 +448,6 @@ class Trainer:
                   ("waiting for data", f"{wait:.1f} % of training time"),
                   ("weights, metrics, curves", f"{self.folder}/")]
         print(log.table(lines), flush=True)
-
-    def _peak_memory_mb(self) -> float:
-        """Of the device on CUDA, else of this process."""
-        if self.compute.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.compute.device) / 2 ** 20
-        return getrusage(RUSAGE_SELF).ru_maxrss / 2 ** 10
 
     def _bar(self, title: str, total: int, done: int = 0) -> tqdm:
         return tqdm(total=total, initial=done, desc=title, disable=not self.compute.is_main, leave=False, file=sys.stderr,
