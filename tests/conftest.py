@@ -74,11 +74,11 @@ def call_program(capfd):
 class Run:
     """A run of train_imagenet.py, one process or several of a job, forked from the zygote."""
 
-    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None):
+    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None, prepare: str = ""):
         self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
         self.out.write_text(""), self.err.write_text("")
         address = socket_address() if world > 1 else {}
-        self.processes = [ask(start=list(map(str, arguments)), out=str(self.out), err=str(self.err), largest_file=largest_file, env={
+        self.processes = [ask(start=list(map(str, arguments)), out=str(self.out), err=str(self.err), largest_file=largest_file, prepare=prepare, env={
             **address, **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                                        "LOCAL_WORLD_SIZE": str(world)} if world > 1 else {})}) for rank in range(world)]
 
@@ -104,8 +104,8 @@ def socket_address() -> dict:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
-    """train(arguments, world=1, largest_file=None): starts train_imagenet.py and returns a Run. largest_file: bytes beyond
-    which the kernel refuses to let a file grow, as a full disk would."""
+    """train(arguments, world=1, largest_file=None, prepare=""): starts train_imagenet.py and returns a Run. largest_file: bytes
+    beyond which the kernel refuses to let a file grow, as a full disk would. prepare: Python code that each process runs first."""
     process = subprocess.Popen([sys.executable, Path(__file__).with_name("zygote.py")], cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
 
@@ -115,6 +115,6 @@ def train(tmp_path_factory):
         return json.loads(process.stdout.readline())
 
     assert json.loads(process.stdout.readline()) == "ready"
-    yield lambda arguments, world=1, largest_file=None: Run(ask, tmp_path_factory.mktemp("output"), arguments, world, largest_file)
+    yield lambda arguments, world=1, **options: Run(ask, tmp_path_factory.mktemp("output"), arguments, world, **options)
     process.stdin.close()
     process.wait()

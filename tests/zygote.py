@@ -2,8 +2,8 @@
 of a second instead of the ten that the imports cost, so that tests can afford hundreds of starts.
 
 Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
-"largest_file": bytes or null} is answered by the child's number, {"wait": number} by its exit status (minus the signal that killed
-it).
+"largest_file": bytes or null, "prepare": Python code that runs before the program} is answered by the child's number,
+{"wait": number} by its exit status (minus the signal that killed it).
 """
 import json
 import os
@@ -60,6 +60,7 @@ def serve():
                 sys.argv = ["train_imagenet.py", *request["start"]]
                 status = 1
                 try:
+                    exec(request["prepare"], {})
                     status = exit_status(train_imagenet.main)
                 except SystemExit as error:
                     status = error.code

@@ -19,7 +19,8 @@ BEAT_SECONDS = 0.5
 class Votes:
     """Agreement of all processes, once a step: what one of them wants, all do, at the same step.
 
-    The vote of a step is counted during the next, so that nobody waits; with one process, at once.
+    The vote of a step is counted during the next, so that nobody waits; with one process, at once. What is granted in a step
+    is not asked for again in it: the processes had not yet heard of it when they voted.
     """
 
     def __init__(self):
@@ -30,10 +31,10 @@ class Votes:
         """The wishes of any process, of the step before this one."""
         if self._group is None:
             return wishes
-        counted = self.count()
-        votes = torch.tensor(wishes, dtype=torch.int32)
+        granted = self.count() or tuple(False for _ in wishes)
+        votes = torch.tensor([wish and not had for wish, had in zip(wishes, granted)], dtype=torch.int32)
         self._counting = votes, dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True)
-        return counted or tuple(False for _ in wishes)
+        return granted
 
     def count(self) -> tuple[bool, ...] | None:
         """Waits for the vote in progress; None where there is none."""

@@ -1,0 +1,48 @@
+"""What the processes of a job tell each other, in two processes of their own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import socket_address
+
+ROOT = Path(__file__).parents[2]
+JOIN = """
+import json, os, sys
+from datetime import timedelta
+import torch.distributed as dist
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank = dist.get_rank()
+"""
+LEAVE = """
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def in_two_processes(code: str) -> list:
+    """What `code`, run as two processes of a job, prints as JSON on each."""
+    address = socket_address()
+    processes = [subprocess.Popen([sys.executable, "-c", JOIN + code + LEAVE], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={
+        **os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
+    answers = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(answer) for answer in answers]
+
+
+def test_a_wish_that_is_granted_is_not_granted_twice():
+    """A timed save is due on both processes until it is done: here the second process notices a step after the first."""
+    granted = in_two_processes("""
+from rsb_ffcv.training.processes import Votes
+votes, due, saves = Votes(), False, []
+for step in range(12):
+    due |= step in (2 + rank, 7)
+    (save,) = votes.cast(due)
+    if save:
+        saves.append(step)
+        due = False
+votes.count()
+print(json.dumps(saves))
+""")
+    assert granted == [[3, 8], [3, 8]]
