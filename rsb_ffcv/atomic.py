@@ -1,11 +1,17 @@
-"""Files that appear under their name whole or not at all."""
+"""Files that appear under their name whole or not at all, and locks on them; on file systems without locks or without
+directories that can be flushed, too."""
 import csv
+import errno
+import fcntl
 import io
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line, warn
+
+# What flock says where the file system does not have it: Lustre mounted without, NFS without its lock service, some of FUSE
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextmanager
@@ -43,9 +49,33 @@ def write_table(path, head: list[str], rows, mend: str):
 
 
 def flush_folder(path):
-    """The names in a folder outlive a power failure from now on. Raises OSError."""
-    folder = os.open(path, os.O_RDONLY)
+    """The names in a folder outlive a power failure from now on. Some file systems (SMB, some of FUSE) cannot flush a folder:
+    a warning, once a folder, since the names are in place."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        _warn_once(f"{path}: this folder cannot be flushed ({first_line(error)}); after a power failure its newest names may be missing")
+
+
+def lock(file, path):
+    """Takes the exclusive lock of an open file, which ends with it. Raises BlockingIOError where another process has it. Where the
+    file system of `path` has no locks: a warning, once."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_once(f"{path}: its file system has no locks ({error.strerror}); take care that only one process writes there")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(text: str):
+    if text not in _warned:
+        _warned.add(text)
+        warn(text)

@@ -18,7 +18,7 @@ from fastargs import Param, Section
 from fastargs.config import Config
 from fastargs.validation import Checker
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, warn
 
 REQUIRED = object()
 
@@ -124,7 +124,7 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
                 continue
             _set(values, sections, name, key, value, f"in {path}")
     if met:
-        print(f"warning: {', '.join(met)}: known from other programs' files and without meaning here; ignored", file=sys.stderr)
+        warn(f"{', '.join(met)}: known from other programs' files and without meaning here; ignored")
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
             _set(values, sections, *flag_name.split(".", 1), value, "on the command line")

@@ -1,5 +1,4 @@
 """Samples behind those of a file, in place: what is there is not written again."""
-import fcntl
 import json
 import os
 from contextlib import closing, contextmanager
@@ -10,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, beton
-from rsb_ffcv.atomic import atomic_file, flush_folder
+from rsb_ffcv.atomic import atomic_file, flush_folder, lock
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton, read_beton
 from rsb_ffcv.dataset.assemble import Samples, all_samples, common_classes, common_settings, read_all
 from rsb_ffcv.dataset.workers import ordered
@@ -30,7 +29,7 @@ class _Append:
         """One append at a time in a folder."""
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(folder, self.path.parent)
             yield
         except BlockingIOError as error:
             raise InputError(f"{self.path.parent}: another process is appending to a file in it; wait for it") from error

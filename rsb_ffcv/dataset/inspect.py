@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, write_table
 from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
 from rsb_ffcv.dataset.workers import ordered
@@ -130,7 +130,7 @@ def _remember(note: Path, content: dict) -> bool:
         with atomic_file(note, "") as file:
             file.write(json.dumps(content).encode())
     except InputError as error:
-        print(f"warning: {first_line(error)} an interrupted verification would begin anew", flush=True)
+        warn(f"{first_line(error)} an interrupted verification would begin anew")
         return False
     return True
 

@@ -9,7 +9,6 @@ image is read back and held against its checksum; then the file takes its name.
 The bytes are a function of the pictures and the settings alone: not of threads, machine, place, time or interruptions.
 """
 import errno
-import fcntl
 import json
 import os
 import time
@@ -25,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, __version__, beton
-from rsb_ffcv.atomic import flush_folder, write_table
+from rsb_ffcv.atomic import flush_folder, lock, write_table
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton
 from rsb_ffcv.dataset.picture import BadPicture, Stored
 from rsb_ffcv.dataset.workers import ordered
@@ -132,7 +131,7 @@ def _journal(path: Path, about: About):
     head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
     with open(name, "ab+", buffering=0) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, path)
         except BlockingIOError as error:
             raise InputError(f"{path}: another process is writing it; wait for it, or choose another cfg.write_path") from error
         file.seek(0)

@@ -4,11 +4,9 @@ A checkpoint is one torch.save file, `checkpoint_<step>.pt`. Its ZIP container h
 torch writes and does not read; here every record is compared with it before the file is loaded. `best.pt` is a second name
 (a hard link) of the checkpoint that was best. Writing happens on a thread, from a copy, while training goes on.
 """
-import fcntl
 import io
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +15,12 @@ from pathlib import Path
 
 import torch
 
-from rsb_ffcv import InputError, first_line
-from rsb_ffcv.atomic import atomic_file
+from rsb_ffcv import InputError, first_line, warn
+from rsb_ffcv.atomic import atomic_file, flush_folder, lock
 from rsb_ffcv.reporting.log import MEND
 
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 KEYS = {"recipe", "step", "rows", "best", "model", "optimizer", "scaler", "ema", "swa", "epoch", "health"}
-
-
-def warn(text: str):
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def on_host(state):
@@ -83,7 +77,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, self.folder)
         except BlockingIOError:
             raise InputError(f"logging.folder={self.folder}: another process trains there; wait for it, end it, or choose "
                              f"another folder") from None
@@ -152,6 +146,24 @@ class Store:
             os.replace(temporary, best)
         except OSError as error:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {MEND}") from error
+
+    def give_up(self, step: int) -> bool:
+        """Removes the states of steps after `step`, the newest first, so that no later start finds one of them. Returns whether
+        the best was one. Raises InputError where one cannot be removed."""
+        self.finish()
+        later = [path for path in sorted(self.folder.glob(PATTERN), reverse=True) if _step(path) > step]
+        best = self.folder / BEST
+        with suppress(InputError):  # none, or a damaged one, which nothing reads as a state of the run
+            if read(best)["step"] > step:
+                later.append(best)
+        try:
+            for path in later:
+                path.unlink()
+        except OSError as error:
+            raise InputError(f"{self.folder}: states of steps that the run has given up cannot be removed ({error.strerror}); "
+                             f"see to permissions, and start again") from error
+        flush_folder(self.folder)
+        return best in later
 
     def _write(self, state: dict, best: bool):
         path = self.folder / NAME.format(state["step"])

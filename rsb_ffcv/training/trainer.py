@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, warn
 from rsb_ffcv.config import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
 from rsb_ffcv.learning.loss import Loss
@@ -32,6 +32,7 @@ from rsb_ffcv.training.processes import Heartbeat, Votes
 from rsb_ffcv.training.step import RunningStatistics, TrainStep
 
 REQUEUE_MARK = "requeue"  # in the folder while a run that was asked to end waits to be started again
+NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
 SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for the device
 
 
@@ -83,7 +84,7 @@ class Trainer:
         self.loss = Loss(c.training.loss, c.training.label_smoothing, c.training.bce_threshold, c.training.bce_sum)
         self.health = Health(self._note, c.health.non_finite, c.health.loss_rise, c.health.rise, c.health.chance,
                              c.health.chance_epoch, c.health.average, c.health.gap)
-        self.step, self.rows, self.best, self._beaten = 0, [], {"top1": -1.0, "epoch": -1, "step": -1}, None
+        self.step, self.rows, self.best, self._beaten = 0, [], dict(NO_BEST), None
         self._begin_epoch()
         wrapped = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
         if self.compute.world_size > 1:  # batch-norm statistics are averaged by the step, not copied from the first process
@@ -260,7 +261,7 @@ class Trainer:
             try:
                 log.write_metrics(self.folder, self.rows)
             except InputError as error:  # each epoch writes the whole log, and a restart does
-                checkpoint.warn(f"{error}; the run goes on")
+                warn(f"{error}; the run goes on")
             print(json.dumps(row), flush=True)
 
     def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
@@ -400,6 +401,9 @@ class Trainer:
             raise InputError(f"{request.reason}, and " + ("there is no checkpoint to go back to; set checkpoint.every_steps"
                              if found is None else f"going back {MOST_RETURNS} times did not mend it; lower lr.lr"))
         self._load(found[1])
+        # Before the state with the decision is saved: a kill in between repeats the steps and decides again
+        if compute.on_first_process(lambda: self.store.give_up(self.step)) and self.best["step"] != self.step:
+            self.best = dict(NO_BEST)
         self.health.returns, self.health.returned = returns, True
         self.health.lr_factor *= request.factor
         self.health.skipped_steps.extend(request.skip)
@@ -407,7 +411,7 @@ class Trainer:
         self._note(f"{request.reason}: back to step {self.step}, " + (
             f"leaving out step {' and '.join(map(str, request.skip))}" if request.skip else
             f"learning rate x {self.health.lr_factor:g} from here on"))
-        self._save(False)
+        self._save(self.best["step"] == self.step)
 
     def _recipe(self) -> dict:
         """What decides the run's result: a checkpoint belongs to one recipe."""
@@ -461,4 +465,4 @@ class Trainer:
         """A warning that the epoch's row keeps."""
         self.events = self.events + [text]
         if self.compute.is_main:
-            checkpoint.warn(text)
+            warn(text)
