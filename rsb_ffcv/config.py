@@ -33,7 +33,8 @@ class Data:
     """files and how they are read"""
     train_dataset: str = option(str, REQUIRED, ".beton file to train on")
     val_dataset: str = option(str, REQUIRED, ".beton file to evaluate on")
-    num_workers: int = option(int, REQUIRED, "loader threads of each process", 1, 1024)
+    num_workers: int | str = option(int, "auto", "loader threads of each process; auto: the cores shared among the machine's processes",
+                                    1, 1024, words=("auto",))
     in_memory: bool = option(bool, REQUIRED, "read the files into the page cache before training, if they fit")
     order: str = option(str, "random", "of training images; quasi_random: runs of 1 MiB, mixed 1 GiB at a time, for files "
                         "larger than memory", choices=("random", "sequential", "quasi_random"))
@@ -164,7 +165,8 @@ class Health:
     chance: str = option(str, "warn", "top-1 after epoch chance_epoch is what guessing gives; act: stop the run",
                          choices=("off", "warn", "act"))
     chance_epoch: int = option(int, 5, "chance: the epoch, counted from 1", 1)
-    average: str = option(str, "warn", "the EMA's top-1 is more than `gap` below the model's; act: the EMA starts again from the model",
+    average: str = option(str, "warn", "the EMA's top-1 is more than `gap` below the model's, and what it began from has less than "
+                          "1 % of it; act: the EMA starts again from the model",
                           choices=("off", "warn", "act"))
     gap: float = option(float, 10.0, "average: points of top-1", 0, 100)
 
@@ -178,16 +180,18 @@ class Logging:
 
 @dataclass(frozen=True, kw_only=True)
 class Dist:
-    """processes started by training.distributed=1"""
+    """the processes of a job; world_size, address and port are for those that training.distributed=1 starts"""
     world_size: int = option(int, 1, "number of processes, one a GPU", 1, 4096)
     address: str = option(str, "localhost", "of the process group")
     port: int = option(int, 12355, "of the process group", 1, 65535)
+    timeout_s: float = option(float, 120.0, "seconds without a sign of life of a process after which the others end with status 3",
+                              1, 86400)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """hardware"""
-    device: str = option(str, "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(str, "auto", "auto: cuda where there is one; an NVIDIA device that torch cannot use is an error", choices=("auto", "cpu", "cuda"))
     precision: str = option(str, "auto", "auto: fp16 on cuda; on the CPU bf16 where it is native, else fp32",
                             choices=("auto", "fp32", "fp16", "bf16"))
     compile: str = option(str, "auto", "torch.compile; auto: on cuda only", choices=("auto", "0", "1"))

@@ -24,12 +24,14 @@ REQUIRED = object()
 
 
 class _Value(Checker):
-    """A fastargs checker that reads one option: type, range and choices."""
+    """A fastargs checker that reads one option: type, range and choices, or one of `words`."""
 
-    def __init__(self, kind, low, high, choices, needed=False):
-        self.kind, self.low, self.high, self.choices, self.needed = kind, low, high, choices, needed
+    def __init__(self, kind, low, high, choices, words=(), needed=False):
+        self.kind, self.low, self.high, self.choices, self.words, self.needed = kind, low, high, choices, words, needed
 
     def check(self, value):
+        if value in self.words:
+            return value
         if self.kind is bool:
             text = str(value).lower()
             if text not in ("0", "1", "true", "false"):
@@ -66,6 +68,9 @@ class _Value(Checker):
         return int(number) if self.kind is int else number
 
     def help(self):
+        return " or ".join([self._help(), *self.words])
+
+    def _help(self):
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
         if self.kind is bool:
@@ -78,10 +83,10 @@ class _Value(Checker):
                 else f"{name}, at most {high}" if high else name)
 
 
-def option(kind, default, text, low=-math.inf, high=math.inf, choices=()):
-    """One option. text: meaning and unit, shown by --help."""
+def option(kind, default, text, low=-math.inf, high=math.inf, choices=(), words=()):
+    """One option. text: meaning and unit, shown by --help. words: values that are taken as they are, whatever the kind."""
     extra = {} if default is REQUIRED else {"default": default}
-    return field(metadata={"checker": _Value(kind, low, high, choices, default is REQUIRED), "text": text}, **extra)
+    return field(metadata={"checker": _Value(kind, low, high, choices, words, default is REQUIRED), "text": text}, **extra)
 
 
 def flag(default, text):

@@ -74,11 +74,11 @@ def call_program(capfd):
 class Run:
     """A run of train_imagenet.py, one process or several of a job, forked from the zygote."""
 
-    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None, prepare: str = ""):
+    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None, prepare: str = "", own: dict = {}):
         self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
         self.out.write_text(""), self.err.write_text("")
         address = socket_address() if world > 1 else {}
-        self.processes = [ask(start=list(map(str, arguments)), out=str(self.out), err=str(self.err), largest_file=largest_file, prepare=prepare, env={
+        self.processes = [ask(start=[*map(str, arguments), *own.get(rank, [])], out=str(self.out), err=str(self.err), largest_file=largest_file, prepare=prepare, env={
             **address, **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                                        "LOCAL_WORLD_SIZE": str(world)} if world > 1 else {})}) for rank in range(world)]
 
@@ -87,11 +87,11 @@ class Run:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def wait(self, seconds: float = 240) -> tuple[list[int], str, str]:
-        """Exit statuses, stdout, stderr. What still runs after `seconds` is killed."""
+    def wait(self, seconds: float = 240, rank: int | None = None) -> tuple[list[int], str, str]:
+        """Exit statuses, stdout, stderr, of one process or all. What still runs after `seconds` is killed."""
         hanging = Timer(seconds, self.signal, [signal.SIGKILL])
         hanging.start()
-        statuses = [self._ask(wait=process) for process in self.processes]
+        statuses = [self._ask(wait=process) for process in (self.processes if rank is None else [self.processes[rank]])]
         hanging.cancel()
         return statuses, self.out.read_text(), self.err.read_text()
 
@@ -105,7 +105,7 @@ def socket_address() -> dict:
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
     """train(arguments, world=1, largest_file=None, prepare=""): starts train_imagenet.py and returns a Run. largest_file: bytes
-    beyond which the kernel refuses to let a file grow, as a full disk would. prepare: Python code that each process runs first."""
+    beyond which the kernel refuses to let a file grow, as a full disk would. prepare: Python code that each process runs first. own: {rank: further arguments of this process}."""
     process = subprocess.Popen([sys.executable, Path(__file__).with_name("zygote.py")], cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
 

@@ -7,6 +7,7 @@ Sources matched: `ModelEmaV3` of timm 1.0.31 (`timm/utils/model_ema.py`) and tor
 `torch.optim.swa_utils` (`AveragedModel` with its equal average, `update_bn`).
 """
 import copy
+import math
 
 import torch
 from torch import nn
@@ -57,6 +58,13 @@ class Ema(_Average):
         if self.updates == 0:
             return 0.0  # the first update copies the model, as timm's does
         return min(self.decay, 1 - (1 + self.updates) ** -self.power) if self.warmup else self.decay
+
+    def initial_share(self) -> float:
+        """The share of the average that the weights it began from, those after the first update, still have: 1 .. 0."""
+        updates = int(self.updates)
+        if not self.warmup:
+            return self.decay ** max(0, updates - 1)
+        return math.prod(min(self.decay, 1 - (1 + update) ** -self.power) for update in range(1, updates))
 
     @torch.no_grad()
     def update(self, skipped: torch.Tensor | None = None):

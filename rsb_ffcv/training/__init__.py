@@ -2,6 +2,7 @@
 import os
 import signal
 import socket
+from contextlib import suppress
 
 from rsb_ffcv import InputError, exit_status
 from rsb_ffcv.config import TrainConfig
@@ -15,13 +16,16 @@ def run(config: TrainConfig):
     """
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
+    # Where a process is lost, one line says so; torch's store would add its C++ stacks
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)  # before the imports, and whatever else takes its time
     try:
-        from rsb_ffcv.training.compute import first_to_say, wait_for_others
+        from rsb_ffcv.training.compute import first_to_say, wait_for_others, within_memory
         from rsb_ffcv.training.trainer import Trainer
 
         try:
-            with Trainer(config, interrupt) as trainer:
+            with within_memory(f"model.arch={config.model.arch}", "choose a smaller model, or see what else uses the memory"), \
+                    Trainer(config, interrupt) as trainer:
                 trainer.evaluate_only() if config.training.eval_only else trainer.fit()
         except InputError as error:
             said = first_to_say(str(error))  # what is wrong on all processes is told by one
@@ -40,21 +44,14 @@ def _spawn(config: TrainConfig):
     except OSError as error:
         raise InputError(f"dist.address={config.dist.address}, dist.port={config.dist.port}: cannot be used "
                          f"({error.strerror}); give this machine's address (localhost) and a free port") from error
-    received, children = [], []
-
-    def forward(number, _frame):
-        received.append(signal.Signals(number))
-        for child in children:
-            os.kill(child, number)
-
-    for number in SIGNALS:
-        signal.signal(number, forward)
+    children = []
+    received = hand_on(children)
     from torch import multiprocessing
 
     processes = multiprocessing.spawn(_child, args=(config,), nprocs=config.dist.world_size, join=False)
     children += processes.pids()
     if received:  # before there was anybody to hand it to
-        forward(received[0], None)
+        signal.raise_signal(received[0])
     try:
         while not processes.join():
             pass
@@ -64,6 +61,21 @@ def _spawn(config: TrainConfig):
             raise SystemExit(REQUEUE) from None
         raise InputError(f"process {error.error_index} of {config.dist.world_size} ended ({error}); its own message is "
                          f"above") from error
+
+
+def hand_on(children: list[int]) -> list[signal.Signals]:
+    """From now on, requests to end go to the processes of `children`, which may grow. Returns the list of those received."""
+    received = []
+
+    def forward(number, _frame):
+        received.append(signal.Signals(number))
+        for child in children:
+            with suppress(ProcessLookupError):  # one that has ended
+                os.kill(child, number)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    return received
 
 
 def _child(rank: int, config: TrainConfig):

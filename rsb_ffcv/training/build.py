@@ -16,19 +16,19 @@ from rsb_ffcv.training import checkpoint
 from rsb_ffcv.training.compute import Compute
 
 
-def train_loader(c: TrainConfig, compute: Compute) -> TrainLoader:
+def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoader:
     a = c.augment
     return TrainLoader(
         c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
         resolution=c.resolution.min_res, seed=c.training.seed, scale=(a.scale_min, a.scale_max), flip_prob=a.hflip,
         rand_augment=a.rand_augment, color_jitter=(a.color_jitter,) * 3 + (0.0,), interpolation=a.interpolation,
-        repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, num_workers=c.data.num_workers,
+        repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, num_workers=num_workers,
         rank=compute.rank, world_size=compute.world_size, device=compute.device)
 
 
-def val_loader(c: TrainConfig, compute: Compute) -> EvalLoader:
+def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader:
     return EvalLoader(c.data.val_dataset, batch_size=c.validation.batch_size, resolution=c.validation.resolution,
-                      crop_ratio=c.validation.crop_ratio, interpolation=c.validation.interpolation, num_workers=c.data.num_workers,
+                      crop_ratio=c.validation.crop_ratio, interpolation=c.validation.interpolation, num_workers=num_workers,
                       rank=compute.rank, world_size=compute.world_size, device=compute.device)
 
 

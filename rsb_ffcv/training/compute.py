@@ -1,18 +1,26 @@
 """Which device, precision, compiler and processes a run uses: decided once, said in the first lines of output."""
+import math
 import os
+import socket
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from queue import Empty, Queue
 from resource import RUSAGE_SELF, getrusage
+from threading import Thread
 
 import torch
 import torch.distributed as dist
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, first_line, warn
 
 _stores = []  # of the process group: what processes can still tell each other when its collectives fail
+COLLECTIVE_SECONDS = 1800  # of collectives on both sides, where no process is silent: one may read a large file meanwhile
+# Of errors that torch does not raise as OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN, and the driver
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed", "cuda error: out of memory")
 MEETING_SECONDS = 600  # between the first and the last process of a job to be ready
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -26,6 +34,8 @@ class Compute:
     channels_last: bool
     rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1  # processes of the job on this machine
+    hosts: tuple[str, ...] = ()  # the name of each process's machine
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +51,17 @@ class Compute:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    def loader_threads(self, asked: int | str) -> int:
+        """What data.num_workers asks for. More than there are cores: a warning with the right number."""
+        cores = available_cores()
+        fitting = max(1, cores // self.local_world_size)
+        if asked == "auto":
+            return fitting
+        if self.is_main and asked * self.local_world_size > cores:
+            warn(f"data.num_workers={asked}: with {self.local_world_size} process{'es' if self.local_world_size > 1 else ''} on this machine "
+                 f"these are {asked * self.local_world_size} threads for {cores} cores; data.num_workers={fitting} (or auto) fits")
+        return asked
+
     def peak_memory_mb(self) -> float:
         """Of the device on CUDA, else of this process."""
         if self.device.type == "cuda":
@@ -55,29 +76,33 @@ class Compute:
                 f"{'es' if self.world_size > 1 else ''}, torch {torch.__version__}")
 
 
-def set_up(device: str, precision: str, compile: str, channels_last: bool, threads: int) -> Compute:
+def set_up(device: str, precision: str, compile: str, channels_last: bool, threads: int, timeout_s: float = 120.0) -> Compute:
     """Chooses what is "auto" and joins the process group that torchrun's environment describes, if there is one.
 
-    Raises InputError where CUDA or a precision is asked for that this machine lacks.
+    timeout_s: seconds after which a silent process is given up (see processes.Heartbeat).
+    Raises InputError where CUDA or a precision is asked for that this machine lacks, where it has a CUDA device that torch cannot use,
+    and where the environment describes a job only in part.
     """
+    rank, world_size, local_rank, local_world_size = _place_in_job()
     wrong = ""
-    if device == "cuda" and not torch.cuda.is_available():
-        wrong, device = "compute.device=cuda: this machine has no usable CUDA device; use compute.device=auto or cpu", "cpu"
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device != "cpu" and not torch.cuda.is_available():
+        there = nvidia_devices()
+        if there:
+            wrong = (f"compute.device={device}: this machine has {there}, and torch {torch.__version__} cannot use it ({_why_no_cuda()}); "
+                     f"install a driver or a torch that fit each other (https://pytorch.org/get-started), or train on the CPU by "
+                     f"compute.device=cpu")
+        elif device == "cuda":
+            wrong = "compute.device=cuda: this machine has no usable CUDA device; use compute.device=auto or cpu"
+        device = "cpu"
+    kind = "cuda" if device != "cpu" else "cpu"
     chosen = torch.device(kind)
     if kind == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} has no CUDA device of its own ({torch.cuda.device_count()} here); "
-                             f"start one process a GPU")
-        chosen = torch.device("cuda", local_rank)
+        chosen = torch.device("cuda", own_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-    # ffcv sets torch to one thread when it is imported, so "torch's choice" has to be made again here.
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # torchrun sets it to 1 unless the user did
     torch.set_num_threads(threads or (int(asked) if asked.isdigit() and asked != "0" else
-                          max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+                          max(1, available_cores() // local_world_size)))
     if precision == "auto":
         precision = "fp16" if kind == "cuda" else "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     if precision == "fp16" and kind == "cpu":
@@ -86,16 +111,103 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS)))
             store = _own_part(store, rank, world_size)
-            _stores.append(store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+            _stores.append(store.clone())  # a connection of its own: a collective that waits holds the other one
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+                                    timeout=timedelta(seconds=max(COLLECTIVE_SECONDS, 2 * timeout_s)))
         except (dist.DistError, OSError) as error:
             raise InputError(f"process {rank} of {world_size} cannot meet the others at {os.environ.get('MASTER_ADDR')}:"
                              f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); give an address and a free port that all "
                              f"of them reach") from error
     if wrong:  # told after the processes have met, so that one of them can speak for all
         raise InputError(wrong)
+    here = socket.gethostname(), _device_id(chosen)
+    places = gather([here])
+    check_devices(places)
     return Compute(chosen, precision, {"0": False, "1": True}.get(compile, kind == "cuda"), channels_last,
-                   rank, world_size)
+                   rank, world_size, local_world_size, tuple(host for host, _ in places))
+
+
+def _place_in_job() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises InputError where some of what torchrun sets is there and some is not."""
+    found = {}
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal():
+            raise InputError(f"{name}={text}: must be a whole number; start the job with torchrun, or unset it")
+        found[name] = int(text)
+    rank, world_size, local_rank, local_world_size = found.values()
+    if rank >= world_size or not 0 < local_world_size <= world_size:
+        raise InputError(f"RANK={rank} and LOCAL_WORLD_SIZE={local_world_size} do not fit WORLD_SIZE={world_size}; start the job with "
+                         f"torchrun, or unset them")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise InputError(f"WORLD_SIZE={world_size} is set and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not; start the job "
+                         f"with torchrun, or set them")
+    return rank, world_size, local_rank, local_world_size
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the container's share of processor time (cgroup v2), rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2
+        return cores
+
+
+def nvidia_devices(root: str = "/dev") -> str:
+    """The NVIDIA devices that this process may see, for a message; empty for none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
+        return ""
+    return ", ".join(sorted(str(path) for path in Path(root).glob("nvidia[0-9]*")))
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "it was built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "it finds no device"
+
+
+def own_device(local_rank: int, count: int) -> int:
+    """The number of this process's CUDA device among the `count` that it sees. One that sees a single device has it to itself, as
+    with `srun --gpus-per-task=1`; check_devices finds where that is not so."""
+    if count == 1:
+        return 0
+    if local_rank >= count:
+        raise InputError(f"LOCAL_RANK={local_rank}: this process has no CUDA device of its own ({count} here); start one process a GPU")
+    return local_rank
+
+
+def _device_id(device: torch.device) -> str:
+    """Names a GPU among those of its machine; empty for the CPU, and for a part of a GPU (MIG)."""
+    if device.type != "cuda" or "MIG" in torch.cuda.get_device_name(device):
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_devices(places: list[tuple[str, str]]):
+    """Raises InputError where two processes have one GPU. places: host and device of each process."""
+    for rank, place in enumerate(places):
+        first = places.index(place)
+        if place[1] and first != rank:
+            raise InputError(f"processes {first} and {rank} have the same GPU ({place[0]}, {place[1]}); start one process a GPU")
+
+
+@contextmanager
+def within_memory(what: str, mend: str):
+    """Raises InputError with `what` was being done and the mend where the memory of the device or of the machine does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in text for sign in OUT_OF_MEMORY):
+            raise
+        raise InputError(f"out of memory with {what} ({first_line(error)}); {mend}") from error
 
 
 def _own_part(store, rank: int, world_size: int):
@@ -176,6 +288,27 @@ def on_first_process(action):
     if wrong:
         raise InputError(wrong)
     return result
+
+
+def ask_store(question, seconds: float):
+    """`question(store)`, of what the processes can still tell each other when the job's collectives fail. Raises RuntimeError where
+    the store is gone, TimeoutError where it does not answer within `seconds`: a stopped machine keeps its connections."""
+    answers = Queue()
+
+    def ask():
+        try:
+            answers.put((question(_stores[0]), None))
+        except RuntimeError as error:
+            answers.put((None, error))
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"the store does not answer within {seconds} s") from None
+    if error is not None:
+        raise error
+    return answer
 
 
 def first_to_say(what: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 RECENT, BEFORE = 5, 25  # readings of the loss: the median of the newest against that of those before
+SMALL_SHARE = 0.01  # of the weights that the EMA began from: before, it is behind the model by design
 MOST_RETURNS = 10  # a run that goes back more often than this has a fault that going back does not mend
 
 
@@ -33,7 +34,8 @@ class Health:
     that step and the one before it, whose update may have been the cause.
     loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the learning rate.
     chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still what guessing gives. act: end the run.
-    average: the average's top-1 is more than `gap` points below the model's. act: the average starts again from the model.
+    average: the average's top-1 is more than `gap` points below the model's, though what it began from is forgotten. act: the
+    average starts again from the model.
     say: takes each message.
     """
     say: Callable[[str], None]
@@ -106,8 +108,9 @@ class Health:
                        f"leave such steps out")
         self.say(reason)
 
-    def check_accuracy(self, epoch: int, row: dict, classes: int) -> bool:
-        """After an epoch's validation. Returns whether the EMA is to start again. Raises Stop."""
+    def check_accuracy(self, epoch: int, row: dict, classes: int, initial_share: float = 0.0, ema_warmup: bool = False) -> bool:
+        """After an epoch's validation. initial_share: of the EMA, what the weights that it began from still have. Returns whether
+        the EMA is to start again. Raises Stop."""
         chance = 100 / classes
         looks = not self.chance_checked and epoch + 1 >= self.chance_epoch
         self.chance_checked |= looks
@@ -119,9 +122,9 @@ class Health:
                 raise Stop(f"{reason}; correct it, or use health.chance=warn to go on")
             self.say(reason)
         behind = row["top1"] - row.get("ema_top1", row["top1"])
-        if self.average != "off" and behind > self.gap:
+        if self.average != "off" and behind > self.gap and initial_share < SMALL_SHARE:
+            mend = "a lower ema.decay" if ema_warmup else "ema.warmup=1 or a lower ema.decay"
             self.say(f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} points below the model's: its decay is too high "
-                     f"for {'the steps so far' if epoch < 10 else 'this run'}; ema.warmup=1 or a lower ema.decay mends that"
-                     + ("; it starts again from the model" if self.average == "act" else ""))
+                     f"for this run; {mend} mends that" + ("; it starts again from the model" if self.average == "act" else ""))
             return self.average == "act"
         return False

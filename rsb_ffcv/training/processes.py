@@ -1,19 +1,67 @@
-"""What the processes of a job tell each other besides gradients: when to save, when to stop, that they are alive.
+"""What the processes of a job tell each other besides gradients: whether they agree, when to save, when to stop, that they live.
 
-Everything here runs on the CPU (gloo), so that no process waits for its GPU to hear of it.
+Everything here runs on the CPU (gloo and the job's store), so that no process waits for its GPU to hear of it.
 """
 import os
 import sys
 import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rsb_ffcv.training.compute import first_to_say
+from rsb_ffcv import InputError
+from rsb_ffcv.training.compute import ask_store, gather, on_first_process
 
-LOST = 3  # another process of the job has ended
+LOST = 3  # another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
+REPORT_SECONDS = 2.0  # in which the processes that are left report to each other: their beats fail at nearly the same time
+FOLDER_SECONDS = 5.0  # in which a network file system has to show a new file to the other machines
+
+
+def check_same(facts: dict[str, str]):
+    """Raises InputError, the same on every process, where a process's facts (name: value) are not those of the first."""
+    first, *others = gather([facts])
+    for rank, theirs in enumerate(others, 1):
+        differing = [f"{name}: {theirs.get(name)} there, {first.get(name)} on process 0" for name in {**first, **theirs}
+                     if theirs.get(name) != first.get(name)]
+        if differing:
+            raise InputError(f"process {rank} is not like process 0 ({'; '.join(differing)}); start all processes with the same recipe, "
+                             f"files and versions")
+
+
+def check_shared(folder: Path):
+    """Raises InputError, the same on every process, where one does not see a file that the first has just written to `folder`:
+    it could neither resume nor be resumed."""
+    path, content = folder / ".shared.part", f"{os.getpid()} {time.time_ns()}"
+
+    def write():
+        try:
+            path.write_text(content)
+        except OSError as error:
+            raise InputError(f"logging.folder={folder}: cannot be written ({error.strerror}); choose another") from error
+        return content
+
+    def seen() -> bool:
+        try:
+            return path.read_text() == content
+        except OSError:
+            return False
+
+    content, until = on_first_process(write), time.monotonic() + FOLDER_SECONDS
+    while not seen() and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = [str(rank) for rank, sees in enumerate(gather([seen()])) if not sees]
+
+    def judge():
+        path.unlink(missing_ok=True)
+        if blind:
+            raise InputError(f"logging.folder={folder}: process{'es' if blind[1:] else ''} {', '.join(blind)} cannot see what process 0 "
+                             f"writes there; use a folder that all machines of the job share")
+
+    on_first_process(judge)
 
 
 class Votes:
@@ -47,16 +95,21 @@ class Votes:
 
 
 class Heartbeat:
-    """Ends this process, with one line, soon after another process of the job has died.
+    """Ends this process, with status LOST, when another process of the job has ended or has been silent for `timeout_s` seconds;
+    one of those that are left says which.
 
-    A dead process closes its connections, which the others' beat notices within seconds; a collective of NCCL would
-    wait for its timeout.
+    A process that ends closes its connections, which the others' beat notices within a second. One that is stopped, or whose machine
+    or link is gone, does not answer. The collectives of training would wait for their own timeout, up to half an hour.
+
+    hosts: the name of each process's machine.
     """
 
-    def __init__(self):
-        self._leaving, self._thread = threading.Event(), None
+    def __init__(self, timeout_s: float, hosts: list[str]):
+        self._timeout_s, self._hosts = timeout_s, hosts
+        self._leaving, self._failed, self._ending, self._thread = threading.Event(), threading.Event(), threading.Lock(), None
         if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")
+            self._rank, self._size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
 
@@ -68,13 +121,54 @@ class Heartbeat:
                 if leaving:
                     return
                 self._leaving.wait(BEAT_SECONDS)
-        except RuntimeError:  # gloo's word for a connection that is gone
+        except RuntimeError as error:  # gloo's, of a connection that is gone or of its timeout
             if self._leaving.is_set():
                 return
-            if first_to_say("lost"):
-                print("error: a process of this job has ended (killed, or with a message of its own above); start the job "
-                      "again and it goes on from the last checkpoint", file=sys.stderr, flush=True)
-            os._exit(LOST)
+            self._end_job(error)
+
+    def _end_job(self, error: Exception):
+        """Ends this process because of a collective's `error`, which the beat or the run itself has met."""
+        self._failed.set()
+        self._ending.acquire()  # never released: whoever comes second waits here for the end
+        self._report("silent" if "timed out" in str(error).lower() else "ended")
+        os._exit(LOST)
+
+    def _report(self, what: str):
+        """Says which processes are lost: those that do not report a failed beat to the store as well.
+
+        The first process speaks, and where it is lost the first one left. It may have taken the store with it: then one process a
+        machine speaks, for they can no longer agree.
+        """
+        try:
+            ask_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
+            until, reports = time.monotonic() + REPORT_SECONDS, {}
+            while len(reports) < self._size and time.monotonic() < until:
+                reports = ask_store(self._reports, REPORT_SECONDS)
+                if self._rank and 0 in reports:
+                    return
+                time.sleep(0.02)
+        except (RuntimeError, TimeoutError):
+            reports = {rank: what for rank in range(1, self._size)}
+            speaks = self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+        else:
+            speaks = self._rank == min(reports)
+        if speaks:
+            lost = [rank for rank in range(self._size) if rank not in reports]
+            print(f"error: {self._told(lost, 'silent' in reports.values())}; start the job again and it goes on from the last checkpoint",
+                  file=sys.stderr, flush=True)
+
+    def _reports(self, store) -> dict[int, str]:
+        return {rank: store.get(f"beat/{rank}").decode() for rank in range(self._size) if store.check([f"beat/{rank}"])}
+
+    def _told(self, lost: list[int], silent: bool) -> str:
+        if not lost:  # all are there: a link between two of them failed, or one was silent and woke up
+            return f"the processes of this job lost contact for {self._timeout_s:g} s (dist.timeout_s)"
+        names = ", ".join(f"{rank} ({self._hosts[rank]})" for rank in lost)
+        who = f"process{'es' if len(lost) > 1 else ''} {names} of {self._size}"
+        if silent:
+            return (f"{who} gave no sign of life for {self._timeout_s:g} s (dist.timeout_s): stopped, or the machine or its network is "
+                    f"gone")
+        return f"{who} ended (killed, or with a message above)"
 
     def end(self):
         """Waits until all processes have called this."""
@@ -82,7 +176,12 @@ class Heartbeat:
             self._leaving.set()
             self._thread.join()
 
-    def verdict(self):
-        """After an error in a collective: gives the beat time to find that its cause was another process."""
-        if self._thread is not None:
-            time.sleep(4 * BEAT_SECONDS)
+    def verdict(self, error: Exception):
+        """After an `error` of the run: ends this process where it comes from another one that is lost. An error that does not say so
+        may still have that cause: the beat gets time to find it."""
+        if self._thread is None:
+            return
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            self._end_job(error)
+        if self._failed.wait(4 * BEAT_SECONDS):
+            self._thread.join()

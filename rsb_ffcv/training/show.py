@@ -82,7 +82,7 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int):
                                       "--training.batch_size=2", "--training.global_batch=2"])
     here = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
     transform = build.batch_transform(c)
-    with closing(build.train_loader(c, here)) as loader:
+    with closing(build.train_loader(c, here, c.data.num_workers)) as loader:
         for epoch in range(epochs):
             loader.resolution = build.resolution(c, min(epoch, c.training.epochs - 1))
             images, slots = loader.images_of(epoch, chosen)

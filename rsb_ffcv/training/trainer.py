@@ -5,34 +5,41 @@ the learning rate, and the seed that torch's own generator (stochastic depth) is
 is in `_state`, whole; so a run that is killed and started again ends with the bits of one that was not.
 """
 import json
+import platform
 import statistics
 import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import numpy
+import timm
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, warn
+from rsb_ffcv import InputError, __version__, warn
 from rsb_ffcv.config import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import check_arch
 from rsb_ffcv.learning.optimizer import build_optimizer, check_optimizer
 from rsb_ffcv.loading.batch import normalize
+from rsb_ffcv.ops.native import checksum
 from rsb_ffcv.options import as_dict
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training import build, checkpoint, compute
 from rsb_ffcv.training.evaluate import evaluate, read_label_sets
 from rsb_ffcv.training.health import MOST_RETURNS, GoBack, Health, Stop
 from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
-from rsb_ffcv.training.processes import Heartbeat, Votes
+from rsb_ffcv.training.processes import Heartbeat, Votes, check_same, check_shared
 from rsb_ffcv.training.step import RunningStatistics, TrainStep
 
 REQUEUE_MARK = "requeue"  # in the folder while a run that was asked to end waits to be started again
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
+# What each process of a job may have its own way: where it finds its files, which are compared by what they hold, and its threads
+OWN = {"data.train_dataset", "data.val_dataset", "data.num_workers", "data.in_memory", "validation.labels", "checkpoint.warm_start",
+       "logging.folder", "compute.threads", "compute.device", "compute.precision", "compute.compile", "dist.address", "dist.port"}
 SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for the device
 
 
@@ -49,29 +56,33 @@ class Trainer:
         except BaseException as error:
             self._open.close()
             if self.heartbeat is not None and isinstance(error, Exception) and not isinstance(error, InputError):
-                self.heartbeat.verdict()
+                self.heartbeat.verdict(error)
             raise
 
     def _build(self):
         c = self.config
         self.compute = compute.set_up(c.compute.device, c.compute.precision, c.compute.compile, c.compute.channels_last,
-                                      c.compute.threads)
-        self.heartbeat = Heartbeat()
+                                      c.compute.threads, c.dist.timeout_s)
+        self.heartbeat = Heartbeat(c.dist.timeout_s, self.compute.hosts)
         self._say(self.compute.describe())
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
-        self.train_loader, self.val_loader = (
-            self._open.enter_context(closing(loader)) for loader in (build.train_loader(c, self.compute), build.val_loader(c, self.compute)))
+        threads = self.compute.loader_threads(c.data.num_workers)
+        self.train_loader, self.val_loader = (self._open.enter_context(closing(make(c, self.compute, threads)))
+                                              for make in (build.train_loader, build.val_loader))
         self.num_classes = build.check_files(c, self.train_loader.beton, self.val_loader.beton)
         self.label_sets = read_label_sets(c.validation.labels, self.val_loader.beton.names(), self.num_classes) \
             if c.validation.labels else None
         self.recipe = self._recipe()
+        check_same(self._facts())
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.schedule = build.schedule(c, self.steps_per_epoch)
         self.folder = Path(c.logging.folder)
         self.store = self._open.enter_context(closing(checkpoint.Store(self.folder, c.checkpoint.keep, self._is_regular)))
         if not c.training.eval_only:
             compute.on_first_process(self.store.lock)
+            if self.compute.world_size > 1:
+                check_shared(self.folder)
         found = self._newest()
         self.model = build.model(c, self.num_classes, self.compute, new=found is None)
         if found is None and c.checkpoint.warm_start:
@@ -86,6 +97,11 @@ class Trainer:
                              c.health.chance_epoch, c.health.average, c.health.gap)
         self.step, self.rows, self.best, self._beaten = 0, [], dict(NO_BEST), None
         self._begin_epoch()
+        left_out = len(self.train_loader.beton) - self.steps_per_epoch * self.train_loader.global_batch
+        if left_out and c.augment.repeats == 1 and not c.training.eval_only:
+            self._say(f"{left_out} of {len(self.train_loader.beton)} training images do not fill a step of "
+                      f"{self.train_loader.global_batch} and are left out of each epoch"
+                      f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}")
         wrapped = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
         if self.compute.world_size > 1:  # batch-norm statistics are averaged by the step, not copied from the first process
             wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -101,14 +117,14 @@ class Trainer:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         self._open.close()
         if kind is None or kind is SystemExit:
             self.votes.count()
             self.heartbeat.end()
             compute.leave()
-        elif not issubclass(kind, InputError):
-            self.heartbeat.verdict()
+        elif issubclass(kind, Exception) and not issubclass(kind, InputError):
+            self.heartbeat.verdict(error)
 
     # ---------------------------------------------------------------- the run
 
@@ -161,7 +177,8 @@ class Trainer:
         loader.resolution = build.resolution(self.config, epoch)
         self.train_step.wrapped.train()
         skipped_before = self.skipped
-        with closing(loader.epoch(epoch, done)) as batches, self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar:
+        with self._within_memory("training", loader.resolution), closing(loader.epoch(epoch, done)) as batches, \
+                self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar:
             for step in range(done, self.steps_per_epoch):
                 started = time.perf_counter()
                 slots = [loader.slots(step * loader.batches_per_step + group) for group in range(loader.batches_per_step)]
@@ -179,10 +196,12 @@ class Trainer:
                 self.skipped = skipped_before + loader.skipped
                 if self.swa is not None and step + 1 == self.steps_per_epoch and self._in_swa(epoch):
                     self.swa.update()
-                if len(self.unread) == SYNC_EVERY or step + 1 == self.steps_per_epoch:
+                reads = len(self.unread) == SYNC_EVERY or step + 1 == self.steps_per_epoch
+                if reads:
                     self._read_losses()
-                    self._show(bar, lr)
                 self.seconds += time.perf_counter() - started
+                if reads:
+                    self._show(bar, lr)
                 bar.update()
                 self._heed(step + 1 < self.steps_per_epoch and self._is_regular(self.step))
 
@@ -210,7 +229,8 @@ class Trainer:
         averaged = RunningStatistics(swa.module, 1)
         loader.resolution = build.resolution(c, c.training.epochs - 1)
         start = swa.batches // loader.batches_per_step
-        with closing(loader.epoch(c.training.epochs, start)) as batches, self._bar("batch norm", needed, swa.batches) as bar:
+        with self._within_memory("training", loader.resolution), closing(loader.epoch(c.training.epochs, start)) as batches, \
+                self._bar("batch norm", needed, swa.batches) as bar:
             for _ in range(start * loader.batches_per_step, swa.batches):
                 next(batches)
             while swa.batches < needed:
@@ -241,7 +261,8 @@ class Trainer:
         improved, beaten = False, self.best
         if self.config.logging.log_level or epoch == self.config.training.epochs - 1:
             row |= self._evaluate(epoch == self.config.training.epochs - 1)
-            if self.health.check_accuracy(epoch, row, self.num_classes):
+            if self.health.check_accuracy(epoch, row, self.num_classes, self.ema.initial_share() if self.ema else 0.0,
+                                          self.config.ema.warmup):
                 self.ema.restart()
             top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
             improved = top1 > self.best["top1"]
@@ -272,7 +293,8 @@ class Trainer:
         if self.swa is not None and with_swa:
             models["swa_"] = self.swa.module
         for prefix, model in models.items():
-            with self._bar(f"validation {prefix[:-1].upper()}".strip(), len(self.val_loader)) as bar:
+            with self._within_memory("validation", c.resolution), \
+                    self._bar(f"validation {prefix[:-1].upper()}".strip(), len(self.val_loader)) as bar:
                 def after_batch(number: int):
                     bar.update()
                     if heed and number < common:
@@ -282,6 +304,12 @@ class Trainer:
             row |= {prefix + name: number for name, number in result.items() if name != "images"}
             row["val_images"] = result["images"]
         return row | {"val_seconds": time.perf_counter() - started}
+
+    def _within_memory(self, section: str, resolution: int):
+        """Around work on batches of `section`.batch_size images."""
+        lower = "lower training.batch_size (and keep training.global_batch: more groups are accumulated) or resolution.max_res"
+        return compute.within_memory(f"{section}.batch_size={getattr(self.config, section).batch_size} images of {resolution} px",
+                                     lower if section == "training" else "lower validation.batch_size or validation.resolution")
 
     def _mixing(self, epoch: int) -> bool:
         return epoch < self.config.training.epochs - self.config.mix.off_epochs
@@ -427,6 +455,21 @@ class Trainer:
         return kept
 
     # ---------------------------------------------------------------- what people see
+
+    def _facts(self) -> dict:
+        """What has to be the same on all processes: the recipe and its rhythm, what the files hold, versions."""
+        facts = {f"{section}.{name}": value for section, options in as_dict(self.config).items() for name, value in options.items()
+                 if f"{section}.{name}" not in OWN}
+        for name, loader in (("train", self.train_loader), ("val", self.val_loader)):
+            beton = loader.beton
+            facts[f"data.{name}_dataset"] = f"{len(beton)} images of {beton.num_classes} classes, fingerprint {beton.fingerprint()}, " \
+                                            f"labels {checksum(beton.labels):016x}"
+        if self.label_sets is not None:
+            facts["validation.labels"] = f"{checksum(self.label_sets.numpy()):016x}"
+        where = self.compute
+        return facts | {"device": where.device.type, "precision": where.precision, "compile": where.compile,
+                        "rsb_ffcv": __version__, "Python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__,
+                        "timm": timm.__version__, "numpy": numpy.__version__}
 
     def _open_folder(self):
         if self.compute.is_main:

@@ -469,3 +469,77 @@ def test_bad_images_end_a_run_or_are_skipped_and_named(betons, tmp_path, train, 
     (row,) = rows(tmp_path / "skipped")
     reason = "is damaged: its bytes do not match their checksum"
     assert row["skipped"] == 2 and row["skipped_samples"] == [f"sample 5 {reason}", f"sample 60 {reason}"]
+
+
+@pytest.mark.parametrize("kind, text", [(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."), (MemoryError, ""),
+                                        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED")])
+@pytest.mark.parametrize("where, message", [
+    ("train", "out of memory with training.batch_size=16 images of 32 px (.*); lower training.batch_size (and keep training.global_batch: "),
+    ("evaluate", "out of memory with validation.batch_size=10 images of 32 px (.*); lower validation.batch_size or "),
+    ("build", "out of memory with model.arch=resnet10t (.*); choose a smaller model")])
+def test_memory_that_does_not_suffice_is_one_line_with_what_to_lower(betons, tmp_path, call_program, monkeypatch, kind, text, where, message):
+    from rsb_ffcv.training import build, trainer
+
+    def fail(*_, **__):
+        raise kind(text)
+
+    target, name = {"train": (trainer.TrainStep, "__call__"), "evaluate": (trainer, "evaluate"), "build": (build, "model")}[where]
+    monkeypatch.setattr(target, name, fail)
+    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+    last = err.splitlines()[-1]
+    assert status == 2 and "Traceback" not in err and re.search(re.escape(message).replace(r"\.\*", ".*"), last) and text in last, err
+
+
+def test_a_machine_without_the_memory_for_a_batch_says_so(betons, tmp_path, run_program):
+    """The kernel refuses 200 GB to this process."""
+    status, _, err = run_program("train_imagenet.py", *options(betons, tmp_path / "run", **{"validation.resolution": 4096,
+                                 "validation.batch_size": 1000, "training.epochs": 1, "lr.warmup_epochs": 0, "model.arch": "test_resnet"}),
+                                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (20 << 30,) * 2))
+    assert status == 2 and "Traceback" not in err, err
+    assert re.search(r"out of memory with validation.batch_size=1000 images of 4096 px .*; lower validation", err.splitlines()[-1]), err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(betons, tmp_path, call_program, monkeypatch):
+    from rsb_ffcv.training import trainer
+
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer.TrainStep, "__call__", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+
+
+def test_images_that_do_not_fill_a_step_are_counted_once_and_the_bar_tells_a_true_rate(betons, tmp_path, call_program):
+    more = {"training.batch_size": 80, "training.global_batch": 80, "augment.repeats": 1, "model.arch": "test_resnet"}
+    status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **more))
+    assert status == 0, err
+    assert out.count("16 of 96 training images do not fill a step of 80 and are left out of each epoch, others each time") == 1
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in written] == [1, 1, 1]
+    shown = [float(rate) for rate in re.findall(r"img_s=([\d.e+]+)", err)]
+    assert len(shown) >= 3
+    for row in written:
+        assert any(rate == pytest.approx(row["images_per_s"], rel=0.01, abs=1) for rate in shown), (shown, row["images_per_s"])
+    status, out, _ = call_program("train_imagenet.py", *options(betons, tmp_path / "all", **{**more, "training.batch_size": 96, "training.global_batch": 96}))
+    assert status == 0 and "left out" not in out
+
+
+def test_a_signal_to_a_child_that_has_ended_is_nobodys_error(monkeypatch):
+    """The parent of training.distributed=1 hands a notice on to its children, one of which is gone."""
+    import signal as signals
+
+    from rsb_ffcv import training
+
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    before = {number: signals.getsignal(number) for number in training.SIGNALS}
+    try:
+        received = training.hand_on([done.pid, running.pid])
+        os.kill(os.getpid(), signals.SIGTERM)
+        assert running.wait(60) == -signals.SIGTERM and received == [signals.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signals.signal(number, handler)
+        running.kill()

@@ -226,3 +226,26 @@ def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
     ours, plain = run(range(6), True), run([step for step in range(6) if step not in overflows], False)
     for a, b in zip(ours, plain):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("decay, warmup", [(0.9, False), (0.99, True), (0.5, True)])
+def test_the_initial_share_is_what_the_first_weights_still_weigh(decay, warmup):
+    """The weight is 1 at the first update and 0 from then on: the average is the share."""
+    model = nn.Linear(1, 1, bias=False).double()
+    ema = Ema(model, decay, warmup)
+    for update in range(40):
+        nn.init.constant_(model.weight, float(update == 0))
+        ema.update()
+        assert ema.initial_share() == pytest.approx(ema.module.weight.item(), rel=1e-9), update
+    nn.init.constant_(model.weight, 1.0)
+    ema.restart()
+    assert ema.initial_share() == 1.0
+
+
+def test_the_recipes_average_is_judged_once_its_beginning_is_forgotten():
+    """EMA 0.9999 without warm-up, 625 steps an epoch: the share falls below 1 % in epoch 74."""
+    ema = Ema(nn.Linear(1, 1), 0.9999)
+    shares = []
+    for ema.updates in (625 * 20, 625 * 73, 625 * 74):
+        shares.append(ema.initial_share())
+    assert shares[0] > 0.28 and shares[1] > 0.01 > shares[2]

@@ -92,6 +92,16 @@ def test_an_average_far_below_the_model_is_told():
     assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, 1000)
 
 
+def test_an_average_that_still_holds_what_it_began_from_is_not_judged():
+    row = {"top1": 60.0, "ema_top1": 0.1}
+    checks, said = health(average="act")
+    assert not checks.check_accuracy(20, row, 1000, initial_share=0.011) and not said
+    assert checks.check_accuracy(20, row, 1000, initial_share=0.009)
+    assert "ema.warmup=1 or a lower ema.decay mends that" in said[0]
+    assert checks.check_accuracy(20, row, 1000, 0.0, ema_warmup=True)
+    assert "; a lower ema.decay mends that" in said[1] and "warmup" not in said[1]
+
+
 def test_what_health_remembers_is_saved():
     checks, _ = health(non_finite="act")
     feed(checks, 2.0, 3)
