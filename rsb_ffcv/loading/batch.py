@@ -1,4 +1,6 @@
-"""What happens to a whole batch on the device: normalize, random erasing, mixup or cutmix.
+"""What happens to a whole batch on the device: normalize, random erasing, then mixup or cutmix.
+
+Erasing before mixing is torchvision's order and timm's without its prefetcher, whose own loader mixes first.
 
 In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) in channels_last layout, and the share that
 each image kept of itself, from which the loss makes the targets. The random numbers are drawn on the host from the

@@ -133,6 +133,18 @@ def test_erasing_has_timms_distribution():
         assert stats.ks_2samp(erased[:, edge], theirs[:, edge]).pvalue > 0.001
 
 
+def test_images_are_erased_before_they_are_mixed():
+    """As torchvision's references do, and timm without its prefetcher: the erased boxes of both images show in the mix."""
+    slots = np.arange(8)
+    images = torch.randint(0, 256, (8, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = BatchTransform(3, mixup_alpha=1.0, erase_prob=1.0)
+    mixed, lam = transform(images.clone(), 2, slots)
+    erased = normalize(images)
+    erase(erased, erase_boxes(3, 2, slots, 40, 40, 1.0, 0.02, 1 / 3, 0.3, 1 / 0.3), "const", 0)
+    assert 0.05 < lam < 0.95 and (erased == 0).any()
+    torch.testing.assert_close(mixed, lam * erased + (1 - lam) * erased.flip(0))
+
+
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_erasing_fills_its_box_and_nothing_else(mode):
     images = torch.full((3, 3, 20, 30), 5.0).contiguous(memory_format=torch.channels_last)
