@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rsb_ffcv import InputError, first_line, warn
 
-# What flock says where the file system does not have it: Lustre mounted without, NFS without its lock service, some of FUSE
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+# What flock says where the file system does not have it: Lustre mounted without, NFS without its lock service and of folders (which
+# are open for reading only), some of FUSE
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def test_a_folder_that_only_the_first_process_sees_is_refused(betons, tmp_path, 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_silent_process_is_named_and_the_others_end(betons, tmp_path, train, silent):
     """Stopped in the middle of training. Woken up, it ends as well, and the same command goes on."""
-    more = {**TWO, "training.epochs": 2, "dist.timeout_s": 3, "checkpoint.every_minutes": 0}
+    more = {**TWO, "training.epochs": 2, "checkpoint.every_minutes": 0}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
     assert statuses == [0, 0], err
     wait = f"""
@@ -84,7 +84,7 @@ def held(self, regular):
     heed(self, regular)
 Trainer._heed = held
 """
-    run = train(options(betons, tmp_path / "run", **more), 2, prepare=wait)
+    run = train(options(betons, tmp_path / "run", **more, **{"dist.timeout_s": 10}), 2, prepare=wait)
     until = time.monotonic() + 200
     reached = [tmp_path / "reached0", tmp_path / "reached1", tmp_path / "run" / "checkpoint_000000003.pt"]
     while not all(path.exists() for path in reached):
@@ -94,7 +94,7 @@ Trainer._heed = held
     (tmp_path / "go").touch()
     (status,), _, err = run.wait(rank=1 - silent)
     assert status == 3 and err.count("error:") == 1 and "Traceback" not in err, err
-    assert re.search(rf"error: process {silent} \(.+\) of 2 gave no sign of life for 3 s \(dist.timeout_s\)", err), err
+    assert re.search(rf"error: process {silent} \(.+\) of 2 gave no sign of life for 10 s \(dist.timeout_s\)", err), err
     run.signal(signal.SIGCONT, rank=silent)
     (status,), _, err = run.wait(rank=silent)
     assert status == 3, err

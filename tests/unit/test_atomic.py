@@ -33,7 +33,7 @@ def test_a_file_in_place_is_written_though_its_folder_cannot_be_flushed(tmp_path
     assert err.count("warning:") == 1 and f"{tmp_path}: this folder cannot be flushed" in err
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
     def refuse(file, operation):
         raise OSError(number, os.strerror(number))
