@@ -12,17 +12,21 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import runner  # noqa: E402
 
 
-def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path):
+def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch):
+    """With a clock that goes as the test says: real seconds depend on what else the machine does."""
     log = tmp_path / "turns"
     (tmp_path / "who.py").write_text(textwrap.dedent(f"""
         import time
+        now = 0.0
+        time.perf_counter = lambda: now
         class Sleeper:
             def __init__(self, name, seconds):
-                self.name, self.seconds = name, seconds
+                self.name, self.seconds = name, iter(seconds)
             def repeat(self):
+                global now
                 open({str(log)!r}, "a").write(self.name)
                 print("noise on stdout")
-                time.sleep(self.seconds)
+                now += next(self.seconds)
                 return 10
         class Missing:
             def __init__(self):
@@ -32,14 +36,13 @@ def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path):
                 raise OSError("no such driver")
     """))
     source = str(tmp_path / "who.py")
-    result = runner.race({"a": (f"{source}:Sleeper", {"name": "a", "seconds": 0.05}), "gone": (f"{source}:Missing", {}),
-                          "b": (f"{source}:Sleeper", {"name": "b", "seconds": 0.1}), "broken": (f"{source}:Broken", {})}, 3)
+    monkeypatch.setattr(runner, "SETTLE_SECONDS", 0)
+    result = runner.race({"a": (f"{source}:Sleeper", {"name": "a", "seconds": [9, 0.05, 0.025, 0.1]}), "gone": (f"{source}:Missing", {}),
+                          "b": (f"{source}:Sleeper", {"name": "b", "seconds": [9, 1, 1, 1]}), "broken": (f"{source}:Broken", {})}, 3)
     assert log.read_text() == "abababab"  # one repeat to warm up, three that count
     assert "not installed" in result["gone"]["absent"] and "no such driver" in result["broken"]["absent"]
-    for name, expected in (("a", 200), ("b", 100)):
-        found = result[name]
-        assert len(found["repeats"]) == 3 and found["low"] <= found["images_per_s"] <= found["high"]
-        assert 0.7 * expected < found["images_per_s"] <= expected
+    assert result["a"]["repeats"] == [200, 400, 100] and result["b"]["repeats"] == [10, 10, 10]
+    assert [result["a"][key] for key in ("low", "images_per_s", "high")] == pytest.approx([100, 200, 400])
 
 
 def test_the_table_compares_and_judges(monkeypatch):
@@ -66,7 +69,7 @@ def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
         contestants.BATCH = 32
         print(json.dumps(contestants.{kind}(**{arguments}).repeat()))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900)
     if kind == "RegionDecode" and "headers" in done.stderr:
         pytest.skip("libjpeg-turbo's headers (libjpeg62-turbo-dev) are not installed")
     assert done.returncode == 0, done.stderr
@@ -80,7 +83,7 @@ def test_both_writers_write_what_they_are_given(pictures, tmp_path):
         import writer
         print(writer.Ours({str(pictures)!r}, {str(tmp_path)!r}, 1, 30).repeat(), writer.StockFFCV({str(pictures)!r}, {str(tmp_path)!r}, 1, 30).repeat())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and done.stdout.split()[-2:] == ["96", "96"], done.stderr
     from rsb_ffcv.beton import read_beton
 
