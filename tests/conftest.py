@@ -10,8 +10,11 @@ from pathlib import Path
 from threading import Timer
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
+
+from tests.stops import Stop, wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +48,7 @@ def betons(pictures, tmp_path_factory) -> Path:
 @pytest.fixture
 def run_program():
     """Runs an entry script of the project as a user would: (exit status, stdout, stderr)."""
-    def run(*arguments, timeout=300, env=None, **options):
+    def run(*arguments, timeout=900, env=None, **options):
         done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
                               timeout=timeout, env={**os.environ, **(env or {})}, **options)
         return done.returncode, done.stdout, done.stderr
@@ -74,20 +77,45 @@ def call_program(capfd):
 class Run:
     """A run of train_imagenet.py, one process or several of a job, forked from the zygote."""
 
-    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None, prepare: str = "", own: dict = {}):
+    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None, stop_at=None, prepare: str = "",
+                 own: dict = {}):
         self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
         self.out.write_text(""), self.err.write_text("")
-        address = socket_address() if world > 1 else {}
-        self.processes = [ask(start=[*map(str, arguments), *own.get(rank, [])], out=str(self.out), err=str(self.err), largest_file=largest_file, prepare=prepare, env={
-            **address, **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                                       "LOCAL_WORLD_SIZE": str(world)} if world > 1 else {})}) for rank in range(world)]
+        self._stop = stop_at and Stop(stop_at, folder, world)
+        job = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
+               "MASTER_PORT": str(a_free_port())} if world > 1 else {}
+        self.processes = [ask(start=[*map(str, arguments), *own.get(rank, [])], out=str(self.out), err=str(self.err),
+                              largest_file=largest_file, prepare=prepare, env={
+            **(self._stop.env if self._stop else {}), **job, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if job else {})})
+            for rank in range(world)]
+
+    def poll(self) -> str | None:
+        """None while all its processes run, else the last it has written to stderr."""
+        if all(psutil.Process(process).status() != psutil.STATUS_ZOMBIE for process in self.processes):
+            return None
+        return self.err.read_text()[-2000:] or "without a word"
+
+    def wait_until(self, condition):
+        wait_until(condition, self)
+
+    def wait_for_stop(self, or_end: bool = False):
+        """Returns when all its processes are at `stop_at`. or_end: or when one of them has ended."""
+        self.wait_until(lambda: self._stop.reached() or or_end and self.poll())
+
+    def go_on(self):
+        self._stop.go_on()
 
     def signal(self, number, rank: int | None = None):
         for process in self.processes if rank is None else [self.processes[rank]]:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def wait(self, seconds: float = 240, rank: int | None = None) -> tuple[list[int], str, str]:
+    def kill(self):
+        """Ends all its processes at one instant: none lives to see another one gone."""
+        self.signal(signal.SIGSTOP)
+        self.signal(signal.SIGKILL)
+
+    def wait(self, seconds: float = 600, rank: int | None = None) -> tuple[list[int], str, str]:
         """Exit statuses, stdout, stderr, of one process or all. What still runs after `seconds` is killed."""
         hanging = Timer(seconds, self.signal, [signal.SIGKILL])
         hanging.start()
@@ -96,16 +124,22 @@ class Run:
         return statuses, self.out.read_text(), self.err.read_text()
 
 
-def socket_address() -> dict:
+@pytest.fixture
+def free_port() -> int:
+    return a_free_port()
+
+
+def a_free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
-    """train(arguments, world=1, largest_file=None, prepare=""): starts train_imagenet.py and returns a Run. largest_file: bytes
-    beyond which the kernel refuses to let a file grow, as a full disk would. prepare: Python code that each process runs first. own: {rank: further arguments of this process}."""
+    """train(arguments, world=1, ...): starts train_imagenet.py and returns a Run. largest_file: bytes beyond which the kernel refuses
+    to let a file grow, as a full disk would. stop_at: where it is held (see Stop). prepare: Python code that each process runs first.
+    own: {rank: further arguments of this process}."""
     process = subprocess.Popen([sys.executable, Path(__file__).with_name("zygote.py")], cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
 

@@ -27,6 +27,7 @@ def serve():
     from rsb_ffcv.ops import augment, crop, draws
     from rsb_ffcv.ops.operation import Address
     from rsb_ffcv.training import trainer  # noqa: F401
+    from tests import stops
 
     # Compiled functions are loaded once, here: each child would take a second for it
     slots, sides = np.arange(4), np.full(4, 50, np.int32)
@@ -39,6 +40,7 @@ def serve():
     for kind in ("random", "quasi_random"):
         epoch_order(kind, 0, 0, np.arange(4, dtype=np.uint64), np.ones(4, np.uint64), 1 << 30)
     group_slots(0, 2, 0, 1, 1, 1)
+    stops.be_patient()
 
     answers = os.fdopen(os.dup(1), "w")
     print(json.dumps("ready"), file=answers, flush=True)
@@ -57,6 +59,7 @@ def serve():
                 os.environ.update(request["env"])
                 if request["largest_file"]:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+                stops.install()
                 sys.argv = ["train_imagenet.py", *request["start"]]
                 status = 1
                 try:

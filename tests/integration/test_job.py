@@ -3,7 +3,6 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -73,25 +72,11 @@ def test_a_silent_process_is_named_and_the_others_end(betons, tmp_path, train, s
     more = {**TWO, "training.epochs": 2, "checkpoint.every_minutes": 0}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
     assert statuses == [0, 0], err
-    wait = f"""
-import os, time
-from rsb_ffcv.training.trainer import Trainer
-heed = Trainer._heed
-def held(self, regular):
-    while self.step == 4 and not os.path.exists({str(tmp_path / "go")!r}):
-        open({str(tmp_path)!r} + f"/reached{{self.compute.rank}}", "w").close()
-        time.sleep(0.01)
-    heed(self, regular)
-Trainer._heed = held
-"""
-    run = train(options(betons, tmp_path / "run", **more, **{"dist.timeout_s": 10}), 2, prepare=wait)
-    until = time.monotonic() + 200
-    reached = [tmp_path / "reached0", tmp_path / "reached1", tmp_path / "run" / "checkpoint_000000003.pt"]
-    while not all(path.exists() for path in reached):
-        assert time.monotonic() < until, run.err.read_text()
-        time.sleep(0.02)
+    run = train(options(betons, tmp_path / "run", **more, **{"dist.timeout_s": 10}), 2, stop_at=("epoch 2", 1))
+    run.wait_for_stop()
+    run.wait_until((tmp_path / "run" / "checkpoint_000000003.pt").exists)
     run.signal(signal.SIGSTOP, rank=silent)
-    (tmp_path / "go").touch()
+    run.go_on()
     (status,), _, err = run.wait(rank=1 - silent)
     assert status == 3 and err.count("error:") == 1 and "Traceback" not in err, err
     assert re.search(rf"error: process {silent} \(.+\) of 2 gave no sign of life for 10 s \(dist.timeout_s\)", err), err

@@ -19,6 +19,7 @@ KILLS = int(os.environ.get("RSB_KILLS", "30"))
 EVERYTHING = {"model.arch": "test_resnet", "training.epochs": 4, "swa.epochs": 2, "swa.lr": 0.0005, "swa.anneal_epochs": 1, "checkpoint.every_steps": 1,
               "training.optimizer": "sgd", "lr.lr": 0.05, "health.rise": 100}
 PHASES = ("epoch 1", "epoch 2", "epoch 3", "epoch 4", "validation", "batch norm")
+MOST_MOVES = 16  # of the progress bars from a start to its kill; a whole run makes 45
 
 
 def phase(err: str) -> str:
@@ -30,48 +31,46 @@ def phase(err: str) -> str:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons, tmp_path, train, world):
     more = {**EVERYTHING, "training.batch_size": 16 // world}
-    started = time.monotonic()
     statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
     assert statuses == [0] * world, err
-    length = time.monotonic() - started
-    random.seed(world)
-    kills, chains, phases = 0, 0, {}
+    rng, kills, chains, phases = random.Random(world), 0, 0, {}
     while kills < (KILLS if world == 1 else max(3, KILLS // 10)):
         folder = tmp_path / f"chain{chains}"
         chains += 1
         for start in range(500):
-            run = train(options(betons, folder, **more), world)
-            if random.random() < 0.8:  # else the kill may come while it starts, which takes most of the time
-                until = time.monotonic() + 10 * length
-                while phase(run.err.read_text()) == "start" and "weights, metrics" not in run.out.read_text() and time.monotonic() < until:
-                    time.sleep(0.002)
-            time.sleep(random.uniform(0, 0.3 * length))
-            run.signal(signal.SIGKILL)
+            moves = rng.randrange(MOST_MOVES)
+            run = train(options(betons, folder, **more), world, stop_at=("", moves))
+            if moves:  # else the kill comes while it starts
+                run.wait_for_stop(or_end=True)
+                run.go_on()
+            time.sleep(rng.uniform(0, 0.1 if moves else 1.0))  # any instant after a known point, whatever it finds there
+            run.kill()
             statuses, out, err = run.wait()
             if statuses == [0] * world:
                 break
-            assert set(statuses) == {-signal.SIGKILL}, err
+            assert set(statuses) <= {-signal.SIGKILL, 0}, err  # one process may just have ended
             kills += 1
             phases[phase(err)] = phases.get(phase(err), 0) + 1
         assert_same_run(folder, tmp_path / "whole")
         shutil.rmtree(folder)
     print(json.dumps({"processes": world, "kills": kills, "runs": chains, "phases": phases}))
-    assert len(phases) > 2
+    assert len(phases) > 2 or kills < 20
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(betons, tmp_path, train, number, status):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(betons, tmp_path, train, number):
     """Two processes, only one of which gets the notice, and gets it twice, as from a parent that hands on its own."""
     more = {"checkpoint.every_minutes": 0, "training.epochs": 2, "training.batch_size": 8, "training.optimizer": "sgd"}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
     assert statuses == [0, 0], err
-    run = train(options(betons, tmp_path / "run", **more), 2)
-    while "epoch 1:" not in run.err.read_text():
-        time.sleep(0.02)
+    run = train(options(betons, tmp_path / "run", **more), 2, stop_at=("epoch 1", 1))
+    run.wait_for_stop()
     run.signal(number, rank=1)
+    run.wait_until(lambda: number.name in run.err.read_text())
     run.signal(signal.SIGTERM, rank=1)
+    run.go_on()
     statuses, out, err = run.wait()
-    assert statuses == [status, status] and number.name in err and "the same command goes on from here" in out
+    assert statuses == [75, 75] and "saved after step 2; the same command goes on from here" in out, err
     assert len(list((tmp_path / "run").glob("checkpoint_*.pt"))) == 1 and not rows(tmp_path / "run")
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()
     assert statuses == [0, 0] and "resuming" in out, err
@@ -79,10 +78,10 @@ def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(betons, tm
 
 
 def test_a_notice_before_the_first_step_is_heeded(betons, tmp_path, train):
-    run = train(options(betons, tmp_path / "run"))
-    while "device cpu" not in run.out.read_text():
-        time.sleep(0.005)
+    run = train(options(betons, tmp_path / "run"), stop_at=("device", 0))
+    run.wait_for_stop()
     run.signal(signal.SIGTERM)
+    run.go_on()
     statuses, out, err = run.wait()
     assert statuses == [75] and "saved after step 1" in out and (tmp_path / "run" / "requeue").exists(), err
     statuses, _, err = train(options(betons, tmp_path / "run")).wait()
@@ -100,23 +99,21 @@ def test_what_only_the_first_process_finds_wrong_ends_all_with_one_line(betons, 
 
 
 def test_a_second_notice_ends_at_once(betons, tmp_path, train):
-    run = train(options(betons, tmp_path / "run", **{"training.epochs": 50}))
-    while "epoch 1:" not in run.err.read_text():
-        time.sleep(0.02)
+    run = train(options(betons, tmp_path / "run"), stop_at=("epoch 1", 1))
+    run.wait_for_stop()
     run.signal(signal.SIGTERM)
+    run.wait_until(lambda: "SIGTERM" in run.err.read_text())
     run.signal(signal.SIGUSR1)
-    statuses, _, err = run.wait()
-    assert statuses[0] in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+    statuses, _, err = run.wait()  # nothing lets it go on
+    assert statuses == [128 + signal.SIGUSR1] and not list((tmp_path / "run").glob("*.pt")), err
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_that_dies_ends_the_job_in_seconds_with_one_line(betons, tmp_path, train, lost):
-    run = train(options(betons, tmp_path / "run", **{"training.epochs": 200, "training.batch_size": 8}), 2)
-    while "epoch 2:" not in run.err.read_text():
-        time.sleep(0.02)
+def test_a_process_that_dies_ends_the_job_with_one_line(betons, tmp_path, train, lost):
+    run = train(options(betons, tmp_path / "run", **{"training.epochs": 200, "training.batch_size": 8}), 2, stop_at=("epoch 2", 1))
+    run.wait_for_stop()
     run.signal(signal.SIGKILL, rank=lost)
-    started = time.monotonic()
-    statuses, _, err = run.wait()
-    assert time.monotonic() - started < 15
-    assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 3
+    run.go_on()
+    statuses, _, err = run.wait(120)  # a collective would wait for half an hour
+    assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 3, err
     assert err.count("error:") == 1 and re.search(rf"process {lost} \(.+\) of 2 ended", err) and "Traceback" not in err

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import socket_address
+from tests.conftest import a_free_port
 
 ROOT = Path(__file__).parents[2]
 JOIN = """
@@ -23,7 +23,7 @@ dist.destroy_process_group()
 
 def in_two_processes(code: str) -> list:
     """What `code`, run as two processes of a job, prints as JSON on each."""
-    address = socket_address()
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(a_free_port())}
     processes = [subprocess.Popen([sys.executable, "-c", JOIN + code + LEAVE], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={
         **os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
     answers = [process.communicate(timeout=120)[0] for process in processes]
