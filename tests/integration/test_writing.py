@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -14,25 +15,59 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("RSB_KILLS", "20"))
 
-# The program, with work made safe after each picture instead of each second: a kill then finds more states
+# The program, with work made safe after each picture instead of each second: a kill then finds more states. It tells of each
+# move of its progress bars, and after move number `hold` (from 1) it waits for a line.
 PROGRAM = """
-import sys
+import signal, sys
 sys.path.insert(0, {root!r})
 import rsb_ffcv.dataset.writer as writer
 from rsb_ffcv import exit_status
 import write_ffcv
-writer.SYNC_SECONDS = {sync}
+
+class Bar(writer.tqdm):
+    moves = 0
+    def update(self, by=1):
+        super().update(by)
+        Bar.moves += 1
+        if Bar.moves == {hold}:
+            print("held", flush=True)
+            sys.stdin.readline()
+
+writer.SYNC_SECONDS, writer.tqdm = {sync}, Bar
 sys.argv = ["write_ffcv.py", *{arguments!r}]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the shell of the tests may have set to be ignored
 print("begins", flush=True)
 sys.exit(exit_status(write_ffcv.main))
 """
 
 
-def begin(arguments, sync=0.0):
-    code = PROGRAM.format(root=str(ROOT), arguments=list(map(str, arguments)), sync=sync)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def begin(arguments, sync=0.0, hold=0):
+    code = PROGRAM.format(root=str(ROOT), arguments=list(map(str, arguments)), sync=sync, hold=hold)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "TQDM_MININTERVAL": "60"})  # few bars: nobody reads them while it works
     assert process.stdout.readline() == "begins\n"
     return process
+
+
+def wait_for_hold(process) -> tuple[bool, str]:
+    """Returns when the program is held (True) or has ended (False), with what it has written by then."""
+    hanging = Timer(300, process.kill)
+    hanging.start()
+    lines = []
+    while (line := process.stdout.readline()) not in ("held\n", ""):
+        lines.append(line)
+    hanging.cancel()
+    return line != "", "".join(lines)
+
+
+def end(process, line="go on\n"):
+    """Lets the program go on. Exit status, and what it then writes to stdout and stderr."""
+    try:
+        out, errors = process.communicate(line, timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, errors
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +97,7 @@ def files(target) -> dict[str, bytes]:
 
 
 def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_not(folder, tmp_path):
-    began = time.monotonic()
-    whole = begin(options(folder, tmp_path / "whole", 2))
-    assert whole.wait() == 0
-    lasts = time.monotonic() - began
+    assert end(begin(options(folder, tmp_path / "whole", 2)))[0] == 0
     wanted = files(tmp_path / "whole")
     assert sorted(wanted) == ["train.beton", "train.beton.skipped.csv", "val.beton", "val.beton.skipped.csv"]
     rng, kills, runs, resumed = random.Random(0), 0, 0, 0
@@ -73,72 +105,64 @@ def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_no
         target = tmp_path / f"run_{runs}"
         runs += 1
         while True:
-            process = begin(options(folder, target, rng.choice([1, 2, 3])), rng.choice([0.0, 0.02]))
-            try:
-                status = process.wait(rng.uniform(0.1, 0.8) * lasts if kills < KILLS else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            moves = rng.randrange(400) if kills < KILLS else 0  # of its bars; the whole work makes 512
+            process = begin(options(folder, target, rng.choice([1, 2, 3])), rng.choice([0.0, 0.02]), moves)
+            held, out = wait_for_hold(process) if moves else (kills < KILLS, "")
+            if held:
+                process.stdin.write("go on\n")
+                process.stdin.flush()
+                time.sleep(rng.uniform(0, 0.05 if moves else 1.0))  # any instant after a known point, whatever it finds there
+                process.kill()
+            status, rest, errors = end(process)
+            resumed += "going on after" in out + rest
+            if status != 0:
+                assert status == -signal.SIGKILL, errors
                 kills += 1
                 visible = {path.name for path in target.iterdir() if not path.name.startswith(".")} if target.exists() else set()
                 assert all((target / name).read_bytes() == wanted[name] for name in visible)
                 continue
-            out, errors = process.communicate()
-            assert status == 0, errors
-            resumed += "going on after" in out
             break
         assert files(target) == wanted
-    print(f"{kills} kills over {runs} conversions of {lasts:.1f} s, {resumed} of them ended from a part")
+    print(f"{kills} kills over {runs} conversions, which went on from a part {resumed} times")
     assert resumed
 
 
 def test_a_conversion_that_is_interrupted_keeps_all_that_is_done(folder, tmp_path):
-    process = begin(options(folder, tmp_path, 2), sync=100.0)
-    part = tmp_path / ".train.beton.part"
-    while not part.exists() or part.stat().st_size < 9_500_000:
-        time.sleep(0.001)
+    process = begin(options(folder, tmp_path, 2), sync=1000.0, hold=200)
+    assert wait_for_hold(process)[0]
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    process = begin(options(folder, tmp_path, 2))
-    out, _ = process.communicate()
-    assert process.returncode == 0 and "going on after" in out
+    status, _, errors = end(process, "")
+    assert status == 130, errors
+    status, out, errors = end(begin(options(folder, tmp_path, 2)))
+    assert status == 0 and "train.beton: going on after 200 of 401 pictures" in out, errors
 
 
 def test_two_writers_of_one_file_do_not_meet(folder, tmp_path):
-    first = begin(options(folder, tmp_path, 1))
-    while not (tmp_path / ".train.beton.part").exists():
-        time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)
-    second = begin(options(folder, tmp_path, 1))
-    _, errors = second.communicate()
-    assert second.returncode == 2 and "another process is writing it" in errors.splitlines()[-1]
-    first.send_signal(signal.SIGCONT)
-    first.communicate()
-    assert first.returncode == 0
+    first = begin(options(folder, tmp_path, 1), hold=1)
+    assert wait_for_hold(first)[0]
+    status, _, errors = end(begin(options(folder, tmp_path, 1)))
+    assert status == 2 and "another process is writing it" in errors.splitlines()[-1]
+    status, _, errors = end(first)
+    assert status == 0, errors
 
 
 def test_other_settings_do_not_go_on_with_what_was_begun(folder, tmp_path):
-    process = begin(options(folder, tmp_path, 2))
-    while not (tmp_path / ".train.beton.journal").exists() or (tmp_path / ".train.beton.journal").stat().st_size < 2000:
-        time.sleep(0.001)
+    process = begin(options(folder, tmp_path, 2), hold=50)
+    assert wait_for_hold(process)[0]
     process.kill()
-    process.wait()
+    end(process)
     for change, message in (("--cfg.jpeg_quality=80", "jpeg_quality 90, now 80"), ("--cfg.max_resolution=200", "max_resolution 300, now 200")):
-        other = begin([*options(folder, tmp_path, 2), change])
-        _, errors = other.communicate()
-        assert other.returncode == 2 and message in errors.splitlines()[-1]
-    assert begin(options(folder, tmp_path, 2)).wait() == 0
+        status, _, errors = end(begin([*options(folder, tmp_path, 2), change]))
+        assert status == 2 and message in errors.splitlines()[-1]
+    assert end(begin(options(folder, tmp_path, 2)))[0] == 0
     finished = (tmp_path / "train.beton").stat().st_mtime_ns
-    again = begin(options(folder, tmp_path, 2))
-    out, _ = again.communicate()
-    assert again.returncode == 0 and "is there already" in out and (tmp_path / "train.beton").stat().st_mtime_ns == finished
-    other = begin([*options(folder, tmp_path, 2), "--cfg.jpeg_quality=80"])
-    _, errors = other.communicate()
-    assert other.returncode == 2 and "written with other settings (jpeg_quality 90, now 80)" in errors.splitlines()[-1]
+    status, out, _ = end(begin(options(folder, tmp_path, 2)))
+    assert status == 0 and "is there already" in out and (tmp_path / "train.beton").stat().st_mtime_ns == finished
+    status, _, errors = end(begin([*options(folder, tmp_path, 2), "--cfg.jpeg_quality=80"]))
+    assert status == 2 and "written with other settings (jpeg_quality 90, now 80)" in errors.splitlines()[-1]
     assert (tmp_path / "train.beton").stat().st_mtime_ns == finished
 
 
-def test_a_read_only_target_is_named(folder, tmp_path):
-    process = begin(options(folder, "/proc/nowhere", 1))
-    _, errors = process.communicate()
-    assert process.returncode == 2 and "cfg.write_path=/proc/nowhere" in errors.splitlines()[-1]
+def test_a_read_only_target_is_named(folder):
+    status, _, errors = end(begin(options(folder, "/proc/nowhere", 1)))
+    assert status == 2 and "cfg.write_path=/proc/nowhere" in errors.splitlines()[-1]
