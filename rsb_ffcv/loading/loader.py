@@ -13,7 +13,6 @@ from contextlib import suppress
 import numpy as np
 import psutil
 import torch
-from ffcv.pipeline.graph import INITIAL_STATE
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import RAW, Beton, read_beton
@@ -29,7 +28,7 @@ MOST_REPLACEMENTS = 1000  # a file where this many neighbours are bad is no data
 
 
 class _Loader:
-    """A file, threads, and a list of Operations: a decoder first, then ops that change each image in place."""
+    """A file, threads, and a list of operations: a decoder first, then ops that change each image in place."""
 
     def __init__(self, path, batch_size: int, num_workers: int, device):
         if num_workers < 1:
@@ -75,11 +74,10 @@ class _Loader:
         crops = decoder.draw(address, samples["height"], samples["width"])
         for name in crops.dtype.names:
             samples[name] = crops[name]
-        state, memory = decoder.declare_state_and_memory(INITIAL_STATE)
-        heights, widths = (np.full(len(indices), side) for side in state.shape[:2])
+        heights, widths = (np.full(len(indices), side) for side in decoder.shape[:2])
         operations = [(op.generate_code(), np.ascontiguousarray(op.draw(address, heights, widths)), op.passes)
                       for op in others if op.passes]
-        images = self._pool.memory((len(indices), *memory.shape), self.device.type == "cuda")
+        images = self._pool.memory((len(indices), *decoder.shape), self.device.type == "cuda")
         batch = Batch(images, self._file.fileno(), decoder.generate_code(), samples, operations)
         self._pool.submit(batch, urgent)
         return batch, address, indices
@@ -135,7 +133,7 @@ class TrainLoader(_Loader):
     scale, ratio: area and aspect of torchvision's RandomResizedCrop. flip_prob: of mirroring. interpolation: of the crop
     and of geometric ops: "bilinear", "bicubic", or "random", one of both each time, as timm. rand_augment: timm's spec
     (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none. color_jitter: brightness, contrast, saturation, hue (see
-    ops.augment.ColorJitter), after it. ops: further DrawnOperations, after those.
+    ops.augment.ColorJitter), after it. ops: further DrawnOperations (see ops.operation), after those.
     repeats: repeated augmentation: copies of an image in an epoch, each drawn anew, dealt to different groups of the step;
     the number of steps stays. order: "random", "sequential" or "quasi_random", which reads the file in runs of 1 MiB and
     mixes `window_bytes` of it at a time, for files larger than memory. on_bad_sample: "raise", or "skip": an image that

@@ -1,1 +1,1 @@
-"""One image at a time: FFCV Operations, the compiled kernels under them, and the draws that feed them."""
+"""One image at a time: operations, the compiled kernels under them, and the draws that feed them."""

@@ -4,16 +4,14 @@ The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the ful
 single values (`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes: which part of which image, by which filter, mirrored or not.
 """
 import math
-from dataclasses import replace
 
 import numpy as np
-from ffcv.pipeline.allocation_query import AllocationQuery
 from numba import int64, njit
 
 from rsb_ffcv import InputError
 from rsb_ffcv.ops import draws as d
 from rsb_ffcv.ops.native import BICUBIC, BILINEAR, DECODE
-from rsb_ffcv.ops.operation import Address, DrawnOperation
+from rsb_ffcv.ops.operation import Address, Decoder
 
 # box: top, left, height, width in pixels
 CROP = np.dtype([("box", "<f8", 4), ("filter", "u1"), ("flip", "u1"), ("rows_first", "u1")])
@@ -73,17 +71,12 @@ def _random_boxes(seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio
     return boxes, filters, flips
 
 
-class _CropDecoder(DrawnOperation):
+class _CropDecoder(Decoder):
     """Reads a batch and resizes one box of each image. Draws: (n,) records of `CROP`."""
 
     def __init__(self, resolution: int, interpolation: str):
         super().__init__()
-        self.resolution, self.filter = resolution, filter_number(interpolation)
-
-    def declare_state_and_memory(self, previous_state):
-        shape = (self.resolution, self.resolution, 3)
-        return (replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")),
-                AllocationQuery(shape, np.dtype("u1")))
+        self.resolution, self.filter, self.shape = resolution, filter_number(interpolation), (resolution, resolution, 3)
 
     def generate_code(self):
         return DECODE

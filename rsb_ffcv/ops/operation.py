@@ -1,20 +1,27 @@
-"""What an op is here: a kernel, its draws, and an FFCV `Operation` that holds both together.
+"""What an op is here: a kernel, its draws, and a `DrawnOperation` that holds both together.
 
-FFCV gives an op the dataset indices of a batch but neither epoch nor slot, lets it draw from a generator whose state
-belongs to a thread, and compiles its code anew in each process. Here an op's randomness is computed first, from
-addresses, and its code is a function that is compiled already: C, or a cached numba `cfunc`.
-`declare_state_and_memory` is FFCV's. `generate_code` gives the address of a function
+FFCV's own operations get the dataset indices of a batch but neither epoch nor slot, draw from a generator whose state
+belongs to a thread, and are compiled anew in each process. Here an op's randomness is computed first, from addresses, and
+its code is a function that is compiled already: C, or a cached numba `cfunc`.
+
+    class Darken(DrawnOperation):
+        def draw(self, address, heights, widths):
+            return np.array([draws.uniform(address.seed, address.epoch, slot, MY_OP, 0) for slot in address.slots])
+
+        def generate_code(self):
+            return darken.address  # of a numba cfunc; ctypes.cast(function, ctypes.c_void_p).value for C
+
+An instance goes into the loader's `ops=[...]`. Its kernel is a function
 
     int32 kernel(uint8 *image, int32 height, int32 width, void *draw, void *scratch)
 
 that changes one height x width x 3 image in place, reads its parameters at `draw`, and returns 0, or 8 to refuse the
-sample. The loader's threads call it without the interpreter. A decoder's is `rsb_decoder` of csrc/rsb.h.
+sample. The loader's threads call it without the interpreter.
 """
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
-from ffcv.pipeline.operation import Operation
 
 
 class Address(NamedTuple):
@@ -24,15 +31,24 @@ class Address(NamedTuple):
     slots: np.ndarray
 
 
-class DrawnOperation(Operation):
-    """An FFCV Operation whose random numbers are a pure function of an `Address`."""
+class DrawnOperation(ABC):
+    """An operation on one image whose random numbers are a pure function of an `Address`."""
+
+    passes = 1  # how many times the kernel runs on an image, each time with the next of its draws
 
     @abstractmethod
     def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """The random parameters of a batch, C-contiguous: shape (n, ...), or (n, k, ...) with `passes` k.
         heights, widths: (n,) pixels of the images as they reach this op."""
 
-    passes = 1  # how many times the kernel runs on an image, each time with the next of its draws
+    @abstractmethod
+    def generate_code(self) -> int:
+        """The kernel's address. It must stay valid as long as the operation."""
 
-    def declare_state_and_memory(self, previous_state):
-        return previous_state, None
+
+class Decoder(DrawnOperation):
+    """What a loader's list of operations begins with: reads a stored image and makes one of `shape` from it.
+
+    Its draws are records whose fields are fields of `native.SAMPLE`; its kernel is an `rsb_decoder` of csrc/rsb.h."""
+
+    shape: tuple[int, int, int]  # of each image it makes: height, width, 3

@@ -1,6 +1,8 @@
 """The shape of the house: who may import whom, and that two lists of versions say the same."""
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -12,16 +14,21 @@ MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": {"atomic"}, "loading
               "training": {"ops", "loading", "learning", "reporting", "config", "options", "atomic", "beton", "dataset"}}
 
 
-def imported_parts(path: Path) -> set[str]:
-    """The parts of rsb_ffcv that a file imports, wherever in the file."""
+def imported_names(path: Path) -> set[str]:
+    """The dotted names that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("rsb_ffcv.")}
-    return found & set(MAY_IMPORT)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of rsb_ffcv that a file imports."""
+    return {name.split(".")[1] for name in imported_names(path) if name.startswith("rsb_ffcv.")} & set(MAY_IMPORT)
 
 
 def test_each_part_imports_only_the_parts_below_it():
@@ -35,6 +42,19 @@ def test_each_part_imports_only_the_parts_below_it():
 def test_no_part_is_left_out_of_the_rules():
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert parts - {"__init__"} == set(MAY_IMPORT)
+
+
+def test_only_the_module_for_it_may_import_ffcv():
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]:
+        imports = {name for name in imported_names(path) if name.split(".")[0] == "ffcv"}
+        assert not imports or path == PACKAGE / "ffcv.py", f"{path} imports {imports}"
+
+
+def test_a_run_imports_nothing_slow_that_its_first_step_does_not_need():
+    slow = ("ffcv", "cv2", "matplotlib")
+    code = f"import sys, rsb_ffcv.training.trainer; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def test_conda_and_pip_users_get_the_same_versions():
