@@ -76,6 +76,26 @@ def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
     assert json.loads(done.stdout.splitlines()[-1]) == 96
 
 
+def test_the_first_step_is_seen_and_its_run_ended(betons, tmp_path):
+    import start
+
+    for name in ("train.beton", "val.beton"):
+        (tmp_path / name).symlink_to(betons / name)
+    assert 0.5 < start.first_step(start.command(tmp_path, "test_resnet", 96, 32, 1), tmp_path) < 240
+    with pytest.raises(RuntimeError, match="no_such_net is not a model"):
+        start.first_step(start.command(tmp_path, "no_such_net", 96, 32, 1), tmp_path)
+
+
+def test_the_table_of_the_start_compares_and_judges():
+    import start
+
+    rows = {start.OURS: {"seconds": [3.0, 3.3, 3.2]}, start.IMPORTS: {"seconds": [4.0, 4.0, 5.0]}, start.FFCV: {"absent": "x"}}
+    lines = start.table({"rows": rows}).splitlines()
+    assert any("| 0.80 | 1.2 | reached |" in line for line in lines) and any("| x |" in line for line in lines)
+    rows[start.OURS] = {"seconds": [5.0]}
+    assert "| 1.25 | 1.2 | falls short |" in start.table({"rows": rows})
+
+
 def test_both_writers_write_what_they_are_given(pictures, tmp_path):
     code = f"""
         import sys
