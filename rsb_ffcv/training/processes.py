@@ -154,8 +154,8 @@ class Heartbeat:
             speaks = self._rank == min(reports)
         if speaks:
             lost = [rank for rank in range(self._size) if rank not in reports]
-            print(f"error: {self._told(lost, 'silent' in reports.values())}; start the job again and it goes on from the last checkpoint",
-                  file=sys.stderr, flush=True)
+            print(f"\nerror: {self._told(lost, 'silent' in reports.values())}; start the job again and it goes on from the last checkpoint",
+                  file=sys.stderr, flush=True)  # a progress bar may stand on the line
 
     def _reports(self, store) -> dict[int, str]:
         return {rank: store.get(f"beat/{rank}").decode() for rank in range(self._size) if store.check([f"beat/{rank}"])}
