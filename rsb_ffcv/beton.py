@@ -24,8 +24,8 @@ import numpy as np
 from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import checksum
 
-# Declared here rather than imported: ffcv.types pulls in torch, numba and every field, which costs seconds.
-# tests/unit/test_beton.py holds them equal to ffcv's own.
+# Declared here rather than imported: ffcv.types pulls in torch, numba and every field, and a check of a file's
+# header must not cost seconds. tests/unit/test_beton.py holds them equal to ffcv's own.
 VERSION = 2
 HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
                    ("alloc_table_ptr", "<u8")], align=True)

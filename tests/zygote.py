@@ -1,5 +1,5 @@
 """A process that has imported the project and forks a child for each run that a test asks for: starting one takes a fraction
-of a second instead of the seconds that the imports cost, so that tests can afford hundreds of starts.
+of a second instead of the ten that the imports cost, so that tests can afford hundreds of starts.
 
 Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
 "largest_file": bytes or null, "prepare": Python code that runs before the program} is answered by the child's number,
@@ -18,11 +18,28 @@ ROOT = Path(__file__).parents[1]
 def serve():
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
+    import numpy as np
+
     import train_imagenet
     from rsb_ffcv import exit_status
+    from rsb_ffcv.loading import batch
+    from rsb_ffcv.loading.order import epoch_order, group_slots
+    from rsb_ffcv.ops import augment, crop, draws
+    from rsb_ffcv.ops.operation import Address
     from rsb_ffcv.training import trainer  # noqa: F401
     from tests import stops
 
+    # Compiled functions are loaded once, here: each child would take a second for it
+    slots, sides = np.arange(4), np.full(4, 50, np.int32)
+    for op in (crop.RandomResizedCrop(32), augment.RandAugment("rand-m7-mstd0.5-inc1"), augment.ColorJitter(0.1)):
+        op.draw(Address(0, 0, slots), sides, sides)
+    batch.draw_mix(0, 0, 0, 8, 8, 0.2, 1.0)
+    batch.draw_mix(0, 0, 0, 8, 8, 0.2, 0.0)
+    batch.erase_boxes(0, 0, slots, 32, 32, 1.0, 0.02, 0.3, 0.3, 3.0)
+    draws.torch_seed(0, 0, 0, draws.DROP)
+    for kind in ("random", "quasi_random"):
+        epoch_order(kind, 0, 0, np.arange(4, dtype=np.uint64), np.ones(4, np.uint64), 1 << 30)
+    group_slots(0, 2, 0, 1, 1, 1)
     stops.be_patient()
 
     answers = os.fdopen(os.dup(1), "w")

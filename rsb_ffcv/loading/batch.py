@@ -15,9 +15,9 @@ from functools import cache
 
 import numpy as np
 import torch
+from numba import njit
 
 from rsb_ffcv.ops import draws as d
-from rsb_ffcv.ops.native import library
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0 .. 1
 
@@ -52,7 +52,7 @@ def draw_mix(seed: int, epoch: int, slot: int, height: int, width: int, mixup_al
     if not (mixup_alpha or cutmix_alpha) or uniform(0) >= prob:
         return Mix()
     cutmix = cutmix_alpha > 0 and (mixup_alpha == 0 or uniform(1) < switch_prob)
-    lam = d.beta(seed, epoch, slot, d.MIX, 8, float(cutmix_alpha if cutmix else mixup_alpha))
+    lam, _ = d.beta(seed, epoch, slot, d.MIX, 8, float(cutmix_alpha if cutmix else mixup_alpha))
     if not cutmix:
         return Mix(lam)
     return cutmix_box(lam, height, width, int(uniform(2) * height), int(uniform(3) * width))
@@ -92,14 +92,27 @@ def mix_each(images: torch.Tensor, mixes: list[Mix]) -> tuple[torch.Tensor, torc
     return torch.where(inside_boxes(boxes, images), partners, mixed), lam[:, None]
 
 
-def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect) -> np.ndarray:
+@njit(cache=True, nogil=True)
+def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect):
     """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros for none.
 
     Area uniform in [min_area, max_area] of the image's, aspect (height / width) log-uniform, 10 tries.
     """
-    slots, boxes = np.ascontiguousarray(slots, np.int64), np.empty((len(slots), 4), np.int64)
-    library.rsb_erase_boxes(seed, epoch, slots.ctypes.data, len(slots), height, width, prob, min_area, max_area, min_aspect,
-                            max_aspect, boxes.ctypes.data)
+    boxes = np.zeros((len(slots), 4), np.int64)
+    log_lo, log_hi = math.log(min_aspect), math.log(max_aspect)
+    for i in range(len(slots)):
+        if d.uniform(seed, epoch, slots[i], d.ERASE, 0) >= prob:
+            continue
+        for attempt in range(10):
+            k = 4 + 4 * attempt
+            area = height * width * (min_area + (max_area - min_area) * d.uniform(seed, epoch, slots[i], d.ERASE, k))
+            aspect = math.exp(log_lo + (log_hi - log_lo) * d.uniform(seed, epoch, slots[i], d.ERASE, k + 1))
+            h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
+            if h < height and w < width:
+                top = d.below(seed, epoch, slots[i], d.ERASE, k + 2, height - h + 1)
+                left = d.below(seed, epoch, slots[i], d.ERASE, k + 3, width - w + 1)
+                boxes[i] = (top, top + h, left, left + w)
+                break
     return boxes
 
 

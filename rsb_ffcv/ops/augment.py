@@ -2,24 +2,24 @@
 
 Sources matched: `timm/data/auto_augment.py` of timm 1.0.31 (`rand_augment_transform`, `AugmentOp.__call__`, the
 `_*_level_to_arg` functions, `auto_augment_policy_3a`), torchvision's `TrivialAugmentWide` and `ColorJitter`. Here are the
-policies; `csrc/draws.c` draws, with the same distributions from addressed random numbers; `csrc/augment.c` makes the pixels.
+draws, with the same distributions from addressed random numbers; the pixels are made by `csrc/augment.c`.
 """
-import ctypes
 import math
 import re
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from rsb_ffcv import InputError
+from rsb_ffcv.ops import draws as d
 from rsb_ffcv.ops import native as n
 from rsb_ffcv.ops.crop import filter_number
 from rsb_ffcv.ops.operation import Address, DrawnOperation
 
 FILL = (124, 116, 104)  # round(255 x ImageNet's mean): what timm puts where a geometric op uncovers nothing
 
-# How a level and a sign become an op's argument, numbered as in csrc/draws.c. timm's laws take level / 10; torchvision's the
-# magnitude itself.
+# How a level and a sign become an op's argument. timm's laws take level / 10; torchvision's the magnitude itself.
 (NONE, ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, BITS, BITS_INC, THRESHOLD, THRESHOLD_INC, ADD, ENHANCE, ENHANCE_INC,
  DESATURATE, SIGMA, SIGMA_RANDOM, PLAIN, SIGNED, DEGREES, SLANT_X, SLANT_Y, PIXELS_X, PIXELS_Y) = range(23)
 
@@ -121,6 +121,116 @@ def _wide_bins(op: int, law: int, first: float, last: float) -> np.ndarray:
     return bins.astype(np.float32).astype(np.float64)
 
 
+@njit(cache=True, nogil=True)
+def _rotation(argument, degrees, height, width):
+    """Pillow's Image.rotate about the centre."""
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    argument[:] = (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
+
+
+@njit(cache=True, nogil=True)
+def op_argument(argument, law, level, sign, uniform, height, width):
+    """Fills `argument` (6 numbers): what an op of this law takes. level: see the laws above; sign: +1 or -1; uniform: a
+    draw in [0, 1); height, width: of the image in pixels."""
+    share = level / 10.0
+    argument[:] = 0.0
+    if law == ROTATE:
+        _rotation(argument, sign * (share * 30.0), height, width)
+    elif law == DEGREES:
+        _rotation(argument, sign * level, height, width)
+    elif law == SHEAR_X:
+        argument[:] = (1.0, sign * (share * 0.3), 0.0, 0.0, 1.0, 0.0)
+    elif law == SHEAR_Y:
+        argument[:] = (1.0, 0.0, 0.0, sign * (share * 0.3), 1.0, 0.0)
+    elif law == TRANSLATE_X:
+        argument[:] = (1.0, 0.0, sign * (share * 0.45) * width, 0.0, 1.0, 0.0)
+    elif law == TRANSLATE_Y:
+        argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, sign * (share * 0.45) * height)
+    elif law == SLANT_X:  # torchvision shears by the tangent of an angle that it rounds to degrees and back
+        argument[:] = (1.0, math.tan(math.radians(math.degrees(math.atan(sign * level)))), 0.0, 0.0, 1.0, 0.0)
+    elif law == SLANT_Y:
+        argument[:] = (1.0, 0.0, 0.0, math.tan(math.radians(math.degrees(math.atan(sign * level)))), 1.0, 0.0)
+    elif law == PIXELS_X:
+        argument[:] = (1.0, 0.0, -float(int(sign * level)), 0.0, 1.0, 0.0)
+    elif law == PIXELS_Y:
+        argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, -float(int(sign * level)))
+    elif law == BITS:
+        argument[0] = int(share * 4)
+    elif law == BITS_INC:
+        argument[0] = 4 - int(share * 4)
+    elif law == THRESHOLD:
+        argument[0] = min(256, int(share * 256))
+    elif law == THRESHOLD_INC:
+        argument[0] = 256 - min(256, int(share * 256))
+    elif law == ADD:
+        argument[0] = min(128, int(share * 110))
+    elif law == ENHANCE:
+        argument[0] = share * 1.8 + 0.1
+    elif law == ENHANCE_INC:
+        argument[0] = max(0.1, 1.0 + sign * (share * 0.9))
+    elif law == DESATURATE:
+        argument[0] = min(1.0, max(0.0, 1.0 - max(0.5, min(1.0, 0.5 + 0.5 * share))))
+    elif law == SIGMA:
+        argument[0] = max(0.1, min(2.0, 0.1 + (2.0 - 0.1) * share))
+    elif law == SIGMA_RANDOM:
+        argument[0] = 0.1 + (2.0 * max(0.0, min(1.0, share)) - 0.1) * uniform
+    elif law == SIGNED:
+        argument[0] = 1.0 + sign * level
+    elif law == PLAIN:
+        argument[0] = level
+
+
+@njit(cache=True, nogil=True)
+def _choose(uniform, weights, chosen):
+    """An index, with probability proportional to its weight; none that `chosen` has."""
+    total = 0.0
+    for i in range(len(weights)):
+        total += 0.0 if chosen[i] else weights[i]
+    last = 0
+    for i in range(len(weights)):
+        if not chosen[i]:
+            last = i
+            uniform -= weights[i] / total
+            if uniform < 0.0:
+                break
+    chosen[last] = True
+    return last
+
+
+@njit(cache=True, nogil=True)
+def _draw_layers(seed, epoch, slots, heights, widths, ops, laws, bins, weights, layers, prob, magnitude, std, upper):
+    drawn = np.zeros((len(slots), layers), np.int32)
+    cubic = np.zeros((len(slots), layers), np.uint8)
+    arguments = np.zeros((len(slots), layers, 6))
+    for i in range(len(slots)):
+        chosen = np.zeros(len(weights), np.bool_)
+        for layer in range(layers):
+            k = 8 * layer
+            if len(weights):
+                which = _choose(d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k), weights, chosen)
+            else:
+                which = d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k, len(ops))
+            if d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 1) >= prob:
+                continue
+            level = magnitude
+            if bins.shape[1]:
+                level = bins[which, d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k + 2, bins.shape[1])]
+            else:
+                if std == np.inf:
+                    level = magnitude * d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 2)
+                elif std > 0.0:
+                    level = magnitude + std * d.normal(seed, epoch, slots[i], d.RAND_AUGMENT, k + 2)
+                level = max(0.0, min(level, upper))
+            sign = 1.0 if d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 4) < 0.5 else -1.0
+            cubic[i, layer] = d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k + 5, 2)
+            drawn[i, layer] = ops[which]
+            op_argument(arguments[i, layer], laws[which], level, sign,
+                        d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 6), float(heights[i]), float(widths[i]))
+    return drawn, cubic, arguments
+
+
 class _Layers(DrawnOperation):
     """Runs ops of the compiled core. Draws: (n, passes) records of `native.LAYER`."""
 
@@ -138,24 +248,36 @@ class RandAugment(_Layers):
     def __init__(self, policy: str, fill=FILL, interpolation: str = "random"):
         super().__init__()
         self.policy, self.fill, self.filter = parse_policy(policy), tuple(fill), filter_number(interpolation)
-        self.passes, p = self.policy.layers, self.policy
-        ops, laws = np.array(p.ops, np.int32).T.copy()
-        weights, bins = np.array(p.weights, np.float64), None if p.bins is None else np.ascontiguousarray(p.bins, np.float64)
-        self._kept = ops, laws, weights, bins  # the record points into them
-        self._record = n.PolicyRecord(
-            ops.ctypes.data, laws.ctypes.data, weights.ctypes.data if len(weights) else None,
-            None if bins is None else bins.ctypes.data, len(ops), 0 if bins is None else bins.shape[1], p.layers, p.prob,
-            p.magnitude, p.magnitude_std, p.magnitude_max)
+        self.passes = self.policy.layers
 
     def draw(self, address: Address, heights, widths):
-        slots, heights, widths = (np.ascontiguousarray(values, np.int64) for values in (address.slots, heights, widths))
-        layers = np.empty((len(slots), self.passes), n.LAYER)
-        n.library.rsb_draw_layers(address.seed, address.epoch, slots.ctypes.data, heights.ctypes.data, widths.ctypes.data,
-                                  len(slots), ctypes.byref(self._record), layers.ctypes.data)
+        p = self.policy
+        ops, laws = np.array(p.ops, np.int64).T
+        bins = np.empty((len(ops), 0)) if p.bins is None else p.bins
+        layers = np.zeros((len(heights), p.layers), n.LAYER)
+        layers["op"], layers["filter"], layers["argument"] = _draw_layers(
+            address.seed, address.epoch, address.slots, heights, widths, ops, laws, bins, np.array(p.weights, np.float64),
+            p.layers, float(p.prob), float(p.magnitude), float(p.magnitude_std), float(p.magnitude_max))
         layers["fill"] = self.fill
         if self.filter >= 0:
             layers["filter"] = self.filter
         return layers
+
+
+@njit(cache=True, nogil=True)
+def _draw_jitter(seed, epoch, slots, ops, low, high):
+    order = np.zeros((len(slots), len(ops)), np.int32)
+    factors = np.zeros((len(slots), len(ops)))
+    for i in range(len(slots)):
+        places = np.arange(len(ops))
+        for at in range(len(ops)):
+            other = at + d.below(seed, epoch, slots[i], d.JITTER, at, len(ops) - at)
+            places[at], places[other] = places[other], places[at]
+        for at in range(len(ops)):
+            order[i, at] = ops[places[at]]
+            share = d.uniform(seed, epoch, slots[i], d.JITTER, 4 + places[at])
+            factors[i, at] = low[places[at]] + (high[places[at]] - low[places[at]]) * share
+    return order, factors
 
 
 class ColorJitter(_Layers):
@@ -169,12 +291,11 @@ class ColorJitter(_Layers):
             raise InputError(f"color_jitter={strengths}: strengths are 0 or more, and hue at most 0.5")
         rows = [(op, max(0.0, 1 - x) if op != n.HUE else -x, 1 + x if op != n.HUE else x)
                 for op, x in zip((n.BRIGHTNESS, n.CONTRAST, n.COLOR, n.HUE), strengths) if x]
-        ops, self.low, self.high = np.array(rows, np.float64).reshape(-1, 3).T.copy()
-        self.ops, self.passes = ops.astype(np.int32), len(rows)
+        self.ops, self.low, self.high = np.array(rows, np.float64).reshape(-1, 3).T.copy()
+        self.passes = len(rows)
 
     def draw(self, address: Address, heights, widths):
-        slots = np.ascontiguousarray(address.slots, np.int64)
-        layers = np.empty((len(slots), self.passes), n.LAYER)
-        n.library.rsb_draw_jitter(address.seed, address.epoch, slots.ctypes.data, len(slots), self.ops.ctypes.data,
-                                  self.low.ctypes.data, self.high.ctypes.data, self.passes, layers.ctypes.data)
+        layers = np.zeros((len(heights), self.passes), n.LAYER)
+        layers["op"], layers["argument"][..., 0] = _draw_jitter(
+            address.seed, address.epoch, address.slots, self.ops.astype(np.int32), self.low, self.high)
         return layers

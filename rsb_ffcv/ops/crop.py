@@ -6,9 +6,11 @@ single values (`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes: which part
 import math
 
 import numpy as np
+from numba import int64, njit
 
 from rsb_ffcv import InputError
-from rsb_ffcv.ops.native import BICUBIC, BILINEAR, DECODE, library
+from rsb_ffcv.ops import draws as d
+from rsb_ffcv.ops.native import BICUBIC, BILINEAR, DECODE
 from rsb_ffcv.ops.operation import Address, Decoder
 
 # box: top, left, height, width in pixels
@@ -30,17 +32,42 @@ def rows_first(heights, widths, out_heights, out_widths):
     return (heights > out_heights) & (2 * (widths - out_widths) < heights - out_heights)
 
 
-def random_boxes(seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio_lo, ratio_hi, flip_prob):
-    """Of each image a box (float64 (n, 4): top, left, height, width in pixels) as torchvision's
-    RandomResizedCrop.get_params draws it, a filter's number, and whether to mirror (uint8 (n,)).
+@njit(cache=True, nogil=True)
+def random_resized_crop_box(seed, epoch, slot, height, width, scale_lo, scale_hi, ratio_lo, ratio_hi):
+    """(top, left, height, width) in pixels, as torchvision's RandomResizedCrop.get_params draws it.
 
     Area is uniform in [scale_lo, scale_hi] of the image's, aspect (width / height) log-uniform in [ratio_lo,
     ratio_hi]; after 10 tries that do not fit, the largest central crop whose aspect is in range.
     """
-    slots, heights, widths = (np.ascontiguousarray(values, np.int64) for values in (slots, heights, widths))
-    boxes, filters, flips = np.empty((len(slots), 4)), np.empty(len(slots), np.uint8), np.empty(len(slots), np.uint8)
-    library.rsb_crop_boxes(seed, epoch, slots.ctypes.data, heights.ctypes.data, widths.ctypes.data, len(slots), scale_lo,
-                           scale_hi, ratio_lo, ratio_hi, flip_prob, boxes.ctypes.data, filters.ctypes.data, flips.ctypes.data)
+    area = height * width
+    log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
+    for attempt in range(10):
+        k = 4 * attempt  # one Philox block an attempt
+        target = area * (scale_lo + (scale_hi - scale_lo) * d.uniform(seed, epoch, slot, d.CROP, k))
+        aspect = math.exp(log_lo + (log_hi - log_lo) * d.uniform(seed, epoch, slot, d.CROP, k + 1))
+        w = int(round(math.sqrt(target * aspect)))
+        h = int(round(math.sqrt(target / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            return (d.below(seed, epoch, slot, d.CROP, k + 2, height - h + 1),
+                    d.below(seed, epoch, slot, d.CROP, k + 3, width - w + 1), h, w)
+    h, w = height, width
+    if width / height < ratio_lo:
+        h = min(height, int(round(width / ratio_lo)))
+    elif width / height > ratio_hi:
+        w = min(width, int(round(height * ratio_hi)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@njit(cache=True, nogil=True)
+def _random_boxes(seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio_lo, ratio_hi, flip_prob):
+    boxes = np.empty((len(slots), 4))
+    flips = np.empty(len(slots), np.uint8)
+    filters = np.empty(len(slots), np.uint8)
+    for i in range(len(slots)):
+        boxes[i] = random_resized_crop_box(seed, epoch, slots[i], int64(heights[i]), int64(widths[i]),
+                                           scale_lo, scale_hi, ratio_lo, ratio_hi)
+        flips[i] = d.uniform(seed, epoch, slots[i], d.FLIP, 0) < flip_prob
+        filters[i] = d.below(seed, epoch, slots[i], d.CROP, 40, 2)
     return boxes, filters, flips
 
 
@@ -69,7 +96,7 @@ class RandomResizedCrop(_CropDecoder):
 
     def draw(self, address: Address, heights, widths):
         crops = np.empty(len(heights), CROP)
-        crops["box"], crops["filter"], crops["flip"] = random_boxes(
+        crops["box"], crops["filter"], crops["flip"] = _random_boxes(
             address.seed, address.epoch, address.slots, heights, widths, *self.numbers)
         crops["rows_first"] = rows_first(heights, widths, self.resolution, self.resolution)
         if self.filter >= 0:

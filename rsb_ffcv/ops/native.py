@@ -43,21 +43,6 @@ class Job(ctypes.Structure):
         ("next", ctypes.c_int32), ("done", ctypes.c_int32), ("after", ctypes.c_void_p)]
 
 
-class PolicyRecord(ctypes.Structure):
-    """rsb_policy of csrc/rsb.h; every pointer must outlive its use."""
-    _fields_ = [(name, ctypes.c_void_p) for name in ("ops", "laws", "weights", "bins")] + [
-        (name, ctypes.c_int32) for name in ("choices", "num_bins", "layers")] + [
-        (name, ctypes.c_double) for name in ("prob", "magnitude", "magnitude_std", "magnitude_max")]
-
-
-class _Part(ctypes.c_uint64):
-    """A part of an address: any whole number, numpy's too."""
-
-    @classmethod
-    def from_param(cls, value):
-        return ctypes.c_uint64(int(value))
-
-
 def _find() -> Path:
     folder = Path(__file__).parent
     for path in sorted(folder.glob("_native*.so")):
@@ -71,8 +56,7 @@ def bind(path) -> ctypes.CDLL:
         library = ctypes.CDLL(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be loaded ({error}); install libturbojpeg, or build it again with `make`") from error
-    pointer, size, integer, count, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-    stream, address = [_Part] * 2, [_Part] * 5  # seed and epoch; and slot, op, and k or block
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for name, result, *arguments in (
             ("rsb_pool_new", pointer, integer), ("rsb_pool_stop", None, pointer), ("rsb_pool_free", None, pointer),
             ("rsb_pool_submit", None, pointer, pointer, integer), ("rsb_pool_progress", ctypes.c_uint64, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
@@ -81,15 +65,7 @@ def bind(path) -> ctypes.CDLL:
             ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
             ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
             ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
-            ("rsb_augment", integer, pointer, integer, integer, pointer, pointer),
-            ("rsb_philox", None, *address, pointer), ("rsb_uniform", number, *address), ("rsb_below", count, *address, _Part),
-            ("rsb_normal", number, *address), ("rsb_beta", number, *address, number),
-            ("rsb_words64", None, *stream, _Part, count, pointer),
-            ("rsb_crop_boxes", None, *stream, *[pointer] * 3, count, *[number] * 5, *[pointer] * 3),
-            ("rsb_erase_boxes", None, *stream, pointer, *[count] * 3, *[number] * 5, pointer),
-            ("rsb_op_argument", None, pointer, integer, *[number] * 5),
-            ("rsb_draw_layers", None, *stream, *[pointer] * 3, count, pointer, pointer),
-            ("rsb_draw_jitter", None, *stream, pointer, count, *[pointer] * 3, integer, pointer)):
+            ("rsb_augment", integer, pointer, integer, integer, pointer, pointer)):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library

@@ -13,7 +13,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "rsb_ffcv" / "ops" / "csrc"
-SOURCES = [CSRC / f"{name}.c" for name in ("jpeg", "resample", "augment", "draws", "sample")]
+SOURCES = [CSRC / f"{name}.c" for name in ("jpeg", "resample", "augment", "sample")]
 FLAGS = ["-std=gnu11", "-g", "-fwrapv", "-ffp-contract=off", f"-I{CSRC}"]
 # Overflow is defined by -fwrapv; everything else ends the program.
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=signed-integer-overflow,shift-base", "-fno-sanitize-recover=all"]

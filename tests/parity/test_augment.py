@@ -42,7 +42,7 @@ def layer(op, *argument, cubic=0):
 
 def apply(image, pair, level, sign, cubic=0):
     argument = np.empty(6)
-    native.library.rsb_op_argument(argument.ctypes.data, pair[1], level, sign, 0.5, *image.shape[:2])
+    ours.op_argument(argument, pair[1], float(level), float(sign), 0.5, float(image.shape[0]), float(image.shape[1]))
     return native.augment(image, layer(pair[0], *argument, cubic=cubic))
 
 

@@ -103,7 +103,7 @@ def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
             patched.setattr(torch, "randint", randint)
             patched.setattr(torch, "log", lambda x: log(x.double()))
             theirs = TorchvisionCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3])
-        ours = crop.random_boxes(0, 0, [slot], [height], [width], 0.08, 1.0, 3 / 4, 4 / 3, 0.5)[0][0]
+        ours = crop.random_resized_crop_box(0, 0, slot, height, width, 0.08, 1.0, 3 / 4, 4 / 3)
         assert tuple(ours) == tuple(theirs), slot
 
 
@@ -111,8 +111,8 @@ def test_crops_lie_in_the_image_and_have_torchvisions_distribution():
     from scipy import stats
 
     height, width = 75, 130
-    sides = np.full(6000, height), np.full(6000, width)
-    ours, *_ = crop.random_boxes(0, 0, np.arange(6000), *sides, 0.08, 1.0, 3 / 4, 4 / 3, 0.5)
+    ours = np.array([crop.random_resized_crop_box(0, 0, slot, height, width, 0.08, 1.0, 3 / 4, 4 / 3)
+                     for slot in range(6000)])
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
     torch.manual_seed(0)
@@ -124,5 +124,5 @@ def test_crops_lie_in_the_image_and_have_torchvisions_distribution():
 
 def test_a_crop_that_never_fits_falls_back_as_torchvisions_does():
     for height, width in ((10, 1000), (1000, 10), (3, 3000)):
-        box = crop.random_boxes(0, 0, [0], [height], [width], 1.0, 1.0, 3 / 4, 4 / 3, 0.5)[0][0]
+        box = crop.random_resized_crop_box(0, 0, 0, height, width, 1.0, 1.0, 3 / 4, 4 / 3)
         assert tuple(box) == tuple(TorchvisionCrop.get_params(torch.zeros(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3]))

@@ -105,47 +105,6 @@ typedef struct {
 /* Applies the layer that `draw` points to, in place, to height x width RGB pixels. */
 int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scratch *scratch);
 
-/* ---- random numbers by address (see ops/draws.py) ---- */
-
-void rsb_philox(uint64_t seed, uint64_t epoch, uint64_t slot, uint64_t op, uint64_t block, uint32_t words[4]);
-double rsb_uniform(uint64_t seed, uint64_t epoch, uint64_t slot, uint64_t op, uint64_t k);
-int64_t rsb_below(uint64_t seed, uint64_t epoch, uint64_t slot, uint64_t op, uint64_t k, uint64_t n);
-double rsb_normal(uint64_t seed, uint64_t epoch, uint64_t slot, uint64_t op, uint64_t k);
-double rsb_beta(uint64_t seed, uint64_t epoch, uint64_t slot, uint64_t op, uint64_t first, double a);
-
-/* One word of 64 bits for each slot 0 .. count - 1. */
-void rsb_words64(uint64_t seed, uint64_t epoch, uint64_t op, int64_t count, uint64_t *out);
-
-/* Of `count` images: boxes (top, left, height, width), filters, and whether to mirror, as ops/crop.py wants them. */
-void rsb_crop_boxes(uint64_t seed, uint64_t epoch, const int64_t *slots, const int64_t *heights, const int64_t *widths,
-                    int64_t count, double scale_lo, double scale_hi, double ratio_lo, double ratio_hi, double flip_prob,
-                    double *boxes, uint8_t *filters, uint8_t *flips);
-
-/* Of `count` images of height x width pixels: top, bottom, left, right, or zeros. */
-void rsb_erase_boxes(uint64_t seed, uint64_t epoch, const int64_t *slots, int64_t count, int64_t height, int64_t width,
-                     double prob, double min_area, double max_area, double min_aspect, double max_aspect, int64_t *boxes);
-
-#define RSB_MOST_CHOICES 64
-
-/* Policy of ops/augment.py. ops, laws: of each choice. weights: of each, or NULL. bins: choices x num_bins. */
-typedef struct {
-    const int32_t *ops, *laws;
-    const double *weights, *bins;
-    int32_t choices, num_bins, layers;
-    double prob, magnitude, magnitude_std, magnitude_max;
-} rsb_policy;
-
-/* The argument of an op whose law is `law`. */
-void rsb_op_argument(double argument[6], int law, double level, double sign, double uniform, double height, double width);
-
-/* count x policy->layers layers; the colour that they fill with stays black. */
-void rsb_draw_layers(uint64_t seed, uint64_t epoch, const int64_t *slots, const int64_t *heights, const int64_t *widths,
-                     int64_t count, const rsb_policy *policy, rsb_layer *out);
-
-/* count x num_ops layers: the ops in random order, each with a factor in [low, high). */
-void rsb_draw_jitter(uint64_t seed, uint64_t epoch, const int64_t *slots, int64_t count, const int32_t *ops, const double *low,
-                     const double *high, int num_ops, rsb_layer *out);
-
 /* ---- batches ---- */
 
 /* Where an image stands in the file, and what is to become of it. */
