@@ -1,10 +1,11 @@
-# make demo: from nothing to a trained network in minutes. make test: the whole test suite.
-# Both set themselves up first, once: system packages (apt, when root), .venv, the versions of constraints.txt.
+# make demo: from nothing to a trained network in minutes. make test: the test suite, in minutes. make test-all: all of it at
+# length (hundreds of kills, 100,000 damaged inputs), with its log in records/.
+# All set themselves up first, once: system packages (apt, when root), .venv, the versions of constraints.txt.
 PYTHON ?= python3
 RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
 
-.PHONY: demo test set-up clean
+.PHONY: demo test test-all set-up clean
 
 set-up: $(CORE)
 
@@ -22,6 +23,9 @@ demo: set-up
 
 test: set-up
 	$(RUN) -m pytest
+
+test-all: set-up
+	$(RUN) tests/record.py
 
 clean:
 	rm -rf .venv demo build *.egg-info $(CORE)

@@ -14,9 +14,34 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.sizes import LONG
 from tests.stops import Stop, wait_until
 
 ROOT = Path(__file__).parents[1]
+TOLD = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[TOLD] = []
+
+
+def pytest_collection_modifyitems(items):
+    for item in items if not LONG else ():
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="long: RSB_LONG=1, or make test-all"))
+
+
+@pytest.fixture
+def tell(request):
+    """tell(text): something that the end of the session's output is to say of this test."""
+    return lambda text: request.config.stash[TOLD].append(f"{request.node.name}: {text}")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[TOLD]:
+        terminalreporter.section("what was done")
+        for line in config.stash[TOLD]:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

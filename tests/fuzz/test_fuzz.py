@@ -1,7 +1,4 @@
-"""The compiled core and the reader, built for the sanitizers, meet damaged files.
-
-RSB_FUZZ_INPUTS=100000 pytest tests/fuzz runs more of them; `records/` has a run of that size.
-"""
+"""The compiled core and the reader, built for the sanitizers, meet damaged files."""
 import os
 import subprocess
 import sys
@@ -11,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.sizes import FUZZ_INPUTS
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "rsb_ffcv" / "ops" / "csrc"
 SOURCES = [CSRC / f"{name}.c" for name in ("jpeg", "resample", "augment", "sample")]
 FLAGS = ["-std=gnu11", "-g", "-fwrapv", "-ffp-contract=off", f"-I{CSRC}"]
 # Overflow is defined by -fwrapv; everything else ends the program.
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=signed-integer-overflow,shift-base", "-fno-sanitize-recover=all"]
-INPUTS = int(os.environ.get("RSB_FUZZ_INPUTS", "10000"))
 
 
 def build(target, *arguments):
@@ -41,22 +39,24 @@ def seeds(tmp_path_factory):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-def test_damaged_images_never_reach_memory_that_is_not_theirs(seeds, tmp_path, portable):
+def test_damaged_images_never_reach_memory_that_is_not_theirs(seeds, tmp_path, tell, portable):
     build(tmp_path / "fuzz", *SANITIZE, *(["-DRSB_PORTABLE"] if portable else []), HERE / "fuzz_core.c", *SOURCES)
-    done = subprocess.run([tmp_path / "fuzz", str(INPUTS), "1", *seeds], capture_output=True, text=True, timeout=3600)
+    done = subprocess.run([tmp_path / "fuzz", str(FUZZ_INPUTS), "1", *seeds], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = [int(part.split(": ")[-1]) for part in done.stdout.split(" inputs:")[1].split(",")]
-    assert sum(statuses) == INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), done.stdout  # every gate was passed
+    assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), done.stdout  # every gate was passed
+    tell(done.stdout.strip())
 
 
-def test_a_damaged_structure_is_refused_or_harmless(tmp_path):
+def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
     build(tmp_path / "core.so", *SANITIZE, "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c")
     runtime = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    done = subprocess.run([sys.executable, HERE / "fuzz_header.py", str(max(1000, INPUTS // 10)), "1", tmp_path / "core.so"],
+    done = subprocess.run([sys.executable, HERE / "fuzz_header.py", str(max(1000, FUZZ_INPUTS // 10)), "1", tmp_path / "core.so"],
                           capture_output=True, text=True, timeout=3600,
                           env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert " refused whole; of the others " in done.stdout
+    tell(done.stdout.strip())
 
 
 def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_path):

@@ -1,9 +1,5 @@
-"""A run that is killed at any instant, and started again with the same command, ends as one that was never killed.
-
-RSB_KILLS=200 pytest tests/integration/test_kill.py kills more often; `records/` has a run of that size.
-"""
+"""A run that is killed at any instant, and started again with the same command, ends as one that was never killed."""
 import json
-import os
 import random
 import re
 import shutil
@@ -13,8 +9,8 @@ import time
 import pytest
 
 from tests.integration.runs import assert_same_run, options, rows
+from tests.sizes import KILLS
 
-KILLS = int(os.environ.get("RSB_KILLS", "30"))
 # Every kind of state at once: warm-up, accumulation, repeated augmentation, EMA, SWA with its batch-norm phase, validation
 EVERYTHING = {"model.arch": "test_resnet", "training.epochs": 4, "swa.epochs": 2, "swa.lr": 0.0005, "swa.anneal_epochs": 1, "checkpoint.every_steps": 1,
               "training.optimizer": "sgd", "lr.lr": 0.05, "health.rise": 100}
@@ -29,12 +25,12 @@ def phase(err: str) -> str:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons, tmp_path, train, world):
+def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons, tmp_path, train, tell, world):
     more = {**EVERYTHING, "training.batch_size": 16 // world}
     statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
     assert statuses == [0] * world, err
     rng, kills, chains, phases = random.Random(world), 0, 0, {}
-    while kills < (KILLS if world == 1 else max(3, KILLS // 10)):
+    while kills < (KILLS if world == 1 else max(3, KILLS // 5)):
         folder = tmp_path / f"chain{chains}"
         chains += 1
         for start in range(500):
@@ -53,7 +49,7 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons
             phases[phase(err)] = phases.get(phase(err), 0) + 1
         assert_same_run(folder, tmp_path / "whole")
         shutil.rmtree(folder)
-    print(json.dumps({"processes": world, "kills": kills, "runs": chains, "phases": phases}))
+    tell(f"{kills} kills of {chains} runs in {world} process(es), by phase: {json.dumps(phases)}")
     assert len(phases) > 2 or kills < 20
 
 

@@ -100,7 +100,7 @@ def assert_same_course(folder, other):
             assert (one - two).norm() <= 1e-2 * two.norm(), kind
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_any_split_of_a_step_over_processes_trains_the_same_model(betons, alone, tmp_path, train, world):
     statuses, out, err = train(options(betons, tmp_path / "run", **FIFTY), world).wait()
     assert statuses == [0] * world, err
@@ -162,13 +162,15 @@ def test_torchrun_brings_a_job_back_whose_process_died(betons, tmp_path, call_pr
         assert result[key] == pytest.approx(last[key], rel=1e-5), key
 
 
-def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(betons, finished, tmp_path, run_program):
-    status, out, err = run_program("train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.compile": 1}),
-                                   timeout=1800)
-    assert status == 0, err
-    assert "compile on" in out.splitlines()[0]
-    assert state(tmp_path / "run")["model"].keys() == state(finished[0])["model"].keys()
-    assert rows(tmp_path / "run")[0]["train_loss"] == pytest.approx(rows(finished[0])[0]["train_loss"], rel=1e-3)
+def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(betons, tmp_path, train, run_program):
+    more = {"model.arch": "test_resnet", "training.epochs": 2, "training.optimizer": "sgd", "lr.lr": 0.05}
+    statuses, _, err = train(options(betons, tmp_path / "plain", **more)).wait()
+    assert statuses == [0], err
+    status, out, err = run_program("train_imagenet.py", *options(betons, tmp_path / "compiled", **more, **{"compute.compile": 1}), timeout=1800)
+    assert status == 0 and "compile on" in out.splitlines()[0], err
+    assert state(tmp_path / "compiled")["model"].keys() == state(tmp_path / "plain")["model"].keys()
+    for ours, plain in zip(rows(tmp_path / "compiled"), rows(tmp_path / "plain"), strict=True):
+        assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("more, message", [

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.sizes import KILLS
+
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("RSB_KILLS", "20"))
 
 # The program, with work made safe after each picture instead of each second: a kill then finds more states. It tells of each
 # move of its progress bars, and after move number `hold` (from 1) it waits for a line.
@@ -96,7 +97,7 @@ def files(target) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
-def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_not(folder, tmp_path):
+def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_not(folder, tmp_path, tell):
     assert end(begin(options(folder, tmp_path / "whole", 2)))[0] == 0
     wanted = files(tmp_path / "whole")
     assert sorted(wanted) == ["train.beton", "train.beton.skipped.csv", "val.beton", "val.beton.skipped.csv"]
@@ -123,7 +124,7 @@ def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_no
                 continue
             break
         assert files(target) == wanted
-    print(f"{kills} kills over {runs} conversions, which went on from a part {resumed} times")
+    tell(f"{kills} kills over {runs} conversions, which went on from a part {resumed} times")
     assert resumed
 
 

@@ -59,7 +59,7 @@ def test_the_table_compares_and_judges(monkeypatch):
     assert any("DALI CPU | not installed" in line and "not compared" in line for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["Ours", "StockFFCV", "Timm", "RegionDecode"])
+@pytest.mark.parametrize("kind", ["Ours", "Timm", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("StockFFCV", "RegionDecode"))])
 def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
     arguments = {"threads": 1, **({"folder": str(pictures / "train")} if kind == "Timm" else {"path": str(betons / "train.beton")})}
     code = f"""
