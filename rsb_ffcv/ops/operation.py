@@ -4,9 +4,11 @@ FFCV's own operations get the dataset indices of a batch but neither epoch nor s
 belongs to a thread, and are compiled anew in each process. Here an op's randomness is computed first, from addresses, and
 its code is a function that is compiled already: C, or a cached numba `cfunc`.
 
+    DARKEN = 1000  # the op of its addresses: any number that ops/draws.py does not use
+
     class Darken(DrawnOperation):
         def draw(self, address, heights, widths):
-            return np.array([draws.uniform(address.seed, address.epoch, slot, MY_OP, 0) for slot in address.slots])
+            return np.array([draws.uniform(address.seed, address.epoch, slot, DARKEN, 0) for slot in address.slots])
 
         def generate_code(self):
             return darken.address  # of a numba cfunc; ctypes.cast(function, ctypes.c_void_p).value for C

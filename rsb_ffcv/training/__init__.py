@@ -14,10 +14,10 @@ def run(config: TrainConfig):
 
     Ends with SystemExit(75) where SIGTERM or SIGUSR1 asked for it: the run is saved, and the same command continues it.
     """
+    # Before torch is imported, here or in a child: where a process is lost one line says so, and torch's store would add C++ stacks
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
-    # Where a process is lost, one line says so; torch's store would add its C++ stacks
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)  # before the imports, and whatever else takes its time
     try:
         from rsb_ffcv.training.compute import first_to_say, wait_for_others, within_memory

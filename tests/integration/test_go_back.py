@@ -38,7 +38,8 @@ def whole(betons, tmp_path_factory, train):
     return folder
 
 
-@pytest.mark.parametrize("number, step", [*((signal.SIGTERM, step) for step in range(13, 24)), (signal.SIGKILL, 13), (signal.SIGKILL, 20)])
+@pytest.mark.parametrize("number, step", [*((signal.SIGTERM, step) for step in range(13, 24)), (signal.SIGKILL, 13), *(
+    pytest.param(signal.SIGKILL, step, marks=pytest.mark.long) for step in range(14, 24))])
 def test_a_run_interrupted_after_it_went_back_is_the_run_that_was_not(betons, whole, tmp_path, train, number, step):
     (status,), out, err = train(options(betons, tmp_path / "run", **MORE), prepare=NOTICE.format(step=step, number=int(number))).wait()
     assert status == (75 if number == signal.SIGTERM else -number), err

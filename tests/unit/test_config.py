@@ -53,6 +53,7 @@ def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
     ("mix:\n  prob: 1.5\n", ["mix.prob=1.5", "from 0 to 1"]),
     ("ema:\n  warmup: yes please\n", ["ema.warmup='yes please'", "0 or 1"]),
     ("data:\n  num_workers: 0\n", ["data.num_workers=0", "1"]),
+    ("data:\n  num_workers: many\n", ["data.num_workers='many'", "whole number from 1 to 1024 or auto"]),
     ("training: 3\n", ["section 'training'"]),
     ("just text\n", ["holds no sections"]),
     ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["'lr' stands there twice"]),
@@ -122,6 +123,12 @@ def test_help_shows_every_option_with_its_default(program, capsys):
 def test_every_recipe_is_valid(recipe, given):
     c = read([f"--config-file={recipe}", *given])
     assert as_dict(c)["data"]["num_workers"] == 2
+
+
+def test_loader_threads_may_be_left_to_the_machine(given):
+    others = [flag for flag in given if "num_workers" not in flag]
+    assert read(others).data.num_workers == "auto" == read([*others, "--data.num_workers=auto"]).data.num_workers
+    assert read([*others, "--data.num_workers=3"]).data.num_workers == 3
 
 
 def test_the_a2_recipe_says_what_it_must(given):
