@@ -1,7 +1,8 @@
 # make demo: from nothing to a trained network in minutes. make test: the test suite, in minutes. make test-all: all of it at
 # length (hundreds of kills, 100,000 damaged inputs), with its log in records/.
 # All set themselves up first, once: system packages (apt, when root), .venv, the versions of constraints.txt.
-PYTHON ?= python3
+# PYTHON: the interpreter for .venv (default: python3, or where that is not a supported one the newest that is found)
+PYTHON ?=
 RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
 
@@ -10,7 +11,7 @@ CORE = rsb_ffcv/ops/_native.abi3.so
 set-up: $(CORE)
 
 .venv/.ready: constraints.txt set_up.sh
-	PYTHON=$(PYTHON) ./set_up.sh
+	PYTHON="$(PYTHON)" ./set_up.sh
 
 $(CORE): .venv/.ready setup.py $(wildcard rsb_ffcv/ops/csrc/*)
 	$(RUN) setup.py -q build_ext --inplace --force

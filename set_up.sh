@@ -3,15 +3,29 @@
 # constraints.txt or this file has changed. Installs system packages with apt when root, else names what is missing.
 set -eu
 cd "$(dirname "$0")"
-python=${PYTHON:-python3}
+supported="3.14 3.13 3.12 3.11"
 venv=.venv
+
+# A name on PATH is no interpreter yet: pyenv leaves commands there that only print an error.
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
+is_supported() { case " $supported " in *" $(version_of "$1") "*) return 0 ;; *) return 1 ;; esac }
+
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ]; then  # python3, or else the newest
+    for version in $supported; do
+        is_supported "$python" || python=python$version
+    done
+fi
+if ! is_supported "$python"; then
+    python=${PYTHON:-python3}
+    found=$("$python" --version 2>&1) && found="is $found" || found="does not run"
+    echo "error: $python $found; rsb_ffcv needs Python 3.11, 3.12, 3.13 or 3.14 (set PYTHON=...)" >&2; exit 2
+fi
+echo "setting up with $python ($("$python" --version))"
 
 # ffcv builds against libturbojpeg and OpenCV. Of OpenCV it calls cv::resize alone: two small packages hold that,
 # where libopencv-dev would bring 249 packages and 841 MB.
 packages="build-essential pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev"
-if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then
-    echo "error: $python is $("$python" --version 2>&1); rsb_ffcv needs Python 3.11 or 3.12 (set PYTHON=...)" >&2; exit 2
-fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
 header=$("$python" -c 'import os, sysconfig; print(os.path.join(sysconfig.get_path("include"), "Python.h"))')
 [ -f "$header" ] || packages="$packages python3-dev"
