@@ -146,6 +146,7 @@ class Run:
         hanging.start()
         statuses = [self._ask(wait=process) for process in (self.processes if rank is None else [self.processes[rank]])]
         hanging.cancel()
+        self.threads = [path.read_text().split() for path in self.out.parent.glob("*.threads_*")]  # of each that ended by itself
         return statuses, self.out.read_text(), self.err.read_text()
 
 

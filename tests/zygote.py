@@ -3,7 +3,8 @@ of a second instead of the ten that the imports cost, so that tests can afford h
 
 Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
 "largest_file": bytes or null, "prepare": Python code that runs before the program} is answered by the child's number,
-{"wait": number} by its exit status (minus the signal that killed it).
+{"wait": number} by its exit status (minus the signal that killed it). A child that ends by itself leaves the names of its threads
+in <out>.threads_<its number>.
 """
 import json
 import os
@@ -72,6 +73,8 @@ def serve():
                     traceback.print_exc()
                 sys.stdout.flush()
                 sys.stderr.flush()
+                names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+                Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
                 os._exit(status)
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,4 +1,5 @@
 """Which device, precision, compiler and processes a run uses: decided once, said in the first lines of output."""
+import gc
 import math
 import os
 import socket
@@ -240,9 +241,11 @@ def _own_part(store, rank: int, world_size: int):
 
 
 def leave():
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one. The caller holds no group, and nothing that does, any more: their threads then end
+    here. One that still gave back a tensor while the interpreter ends would abort the process (pytorch/pytorch#179291)."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

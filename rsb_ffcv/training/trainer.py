@@ -122,6 +122,7 @@ class Trainer:
         if kind is None or kind is SystemExit:
             self.votes.count()
             self.heartbeat.end()
+            self.votes = self.heartbeat = self.train_step = None  # they hold process groups
             compute.leave()
         elif issubclass(kind, Exception) and not issubclass(kind, InputError):
             self.heartbeat.verdict(error)

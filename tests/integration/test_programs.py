@@ -117,6 +117,17 @@ def end_at_stop(run):
     assert statuses == [75] * len(statuses), err
 
 
+def test_a_job_leaves_no_thread_of_a_process_group_to_the_end_of_the_interpreter(betons, tmp_path, train):
+    """Which such a thread aborts, now and then, where it gives back its last tensor only then."""
+    run = train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 1", 1))
+    end_at_stop(run)
+    ended = train(options(betons, tmp_path / "run", **FIFTY, **{"training.eval_only": 1}), 2)
+    assert ended.wait()[0] == [0, 0]
+    for threads in run.threads + ended.threads:
+        assert threads and not [name for name in threads if "gloo" in name]
+    assert len(run.threads + ended.threads) == 4
+
+
 def test_the_average_may_be_finished_by_another_number_of_processes(betons, tmp_path, train):
     """Asked to end while its batch-norm statistics are estimated, and while it is evaluated."""
     more = {**FIFTY, "training.epochs": 3, "swa.epochs": 2, "swa.lr": 0.001, "model.arch": "test_resnet"}
