@@ -10,10 +10,13 @@ venv=.venv
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 is_supported() { case " $supported " in *" $(version_of "$1") "*) return 0 ;; *) return 1 ;; esac }
 
+has_venv() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
+
 python=${PYTHON:-python3}
-if [ -z "${PYTHON:-}" ]; then  # python3, or else the newest
-    for version in $supported; do
-        is_supported "$python" || python=python$version
+if [ -z "${PYTHON:-}" ]; then  # that of the .venv that is there, else python3, else the newest
+    ! has_venv || python=$venv/bin/python
+    for candidate in python3 $(printf 'python%s ' $supported); do
+        is_supported "$python" || python=$candidate
     done
 fi
 if ! is_supported "$python"; then
@@ -26,9 +29,10 @@ echo "setting up with $python ($("$python" --version))"
 # ffcv builds against libturbojpeg and OpenCV. Of OpenCV it calls cv::resize alone: two small packages hold that,
 # where libopencv-dev would bring 249 packages and 841 MB.
 packages="build-essential pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev"
-"$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
+debian=python$(version_of "$python")
+"$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages $debian-venv"
 header=$("$python" -c 'import os, sysconfig; print(os.path.join(sysconfig.get_path("include"), "Python.h"))')
-[ -f "$header" ] || packages="$packages python3-dev"
+[ -f "$header" ] || packages="$packages $debian-dev"
 missing=
 for package in $packages; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
@@ -44,7 +48,7 @@ if [ -n "$missing" ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
 fi
 
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || { rm -rf "$venv"; "$python" -m venv "$venv"; }
+has_venv && [ "$(version_of "$venv/bin/python")" = "$(version_of "$python")" ] || { rm -rf "$venv"; "$python" -m venv "$venv"; }
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 # ffcv comes last and without its dependencies: it asks for opencv-python, which needs display libraries;
 # constraints.txt has the headless build of the same module, and the rest of what ffcv imports.
