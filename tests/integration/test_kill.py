@@ -100,7 +100,7 @@ def test_a_second_notice_ends_at_once(betons, tmp_path, train):
     run.signal(signal.SIGTERM)
     run.wait_until(lambda: "SIGTERM" in run.err.read_text())
     run.signal(signal.SIGUSR1)
-    statuses, _, err = run.wait()  # nothing lets it go on
+    statuses, _, err = run.wait(120)  # nothing lets it go on
     assert statuses == [128 + signal.SIGUSR1] and not list((tmp_path / "run").glob("*.pt")), err
 
 

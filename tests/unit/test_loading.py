@@ -273,7 +273,7 @@ class Held(DrawnOperation):
             before = draw[0]
             self.begun.append(before - 123456789)
             self.came.release()
-            self.release.wait(300)
+            self.release.wait(60)
             self.kept.append(before == draw[0])
             return 0
 
@@ -545,13 +545,13 @@ def test_slow_images_are_not_taken_for_a_standstill(betons, monkeypatch):
         def rsb_pool_wait(self, handle, job, milliseconds):
             calls.append(milliseconds)
             if len(calls) % 3 == 0:
-                before, until = self.rsb_pool_progress(handle), time.monotonic() + 300
+                before, until = self.rsb_pool_progress(handle), time.monotonic() + 60
                 turns.release()
                 while self.rsb_pool_progress(handle) == before and time.monotonic() < until:
                     time.sleep(0.001)
             return native.library.rsb_pool_wait(handle, job, 0)
 
-    kernel = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(lambda *_: 0 if turns.acquire(timeout=300) else 1)
+    kernel = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(lambda *_: 0 if turns.acquire(timeout=60) else 1)
 
     class InTurn(Paint):
         def generate_code(self):

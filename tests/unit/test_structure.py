@@ -79,3 +79,20 @@ def test_pinned_versions_lie_within_the_ranges_of_pyproject():
         assert requirement.specifier.contains(pinned[name]), text
     torch = next(Requirement(text) for text in project["dependencies"] if text.startswith("torch>"))
     assert not torch.specifier.contains("2.13.0")
+
+
+def test_the_same_versions_of_python_are_named_everywhere():
+    import tomllib
+
+    from packaging.specifiers import SpecifierSet
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [text.rpartition(" ")[2] for text in project["classifiers"] if "Python :: 3." in text]
+    allowed = SpecifierSet(project["requires-python"])
+    assert named == [version for version in (f"3.{minor}" for minor in range(30)) if allowed.contains(version)]
+    listed = f"{', '.join(named[:-1])} or {named[-1]}"
+    set_up = (ROOT / "set_up.sh").read_text()
+    assert f'supported="{" ".join(reversed(named))}"' in set_up and f"needs Python {listed} " in set_up
+    assert f"On Debian with Python {listed} (the suite passes on each)" in (ROOT / "README.md").read_text()
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"][0].removeprefix("python=") in named
