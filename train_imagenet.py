@@ -1,4 +1,6 @@
-"""Trains an image classifier on .beton files: python train_imagenet.py --config-file rsb_configs/a2_300.yaml"""
+"""Trains an image classifier on .beton files: python train_imagenet.py --config-file
+rsb_configs/a2_300.yaml"""
+
 import sys
 
 from rsb_ffcv import exit_status
@@ -7,7 +9,9 @@ from rsb_ffcv.config import TrainConfig, read_config
 
 def main():
     config = read_config(TrainConfig, __doc__)
-    from rsb_ffcv.training import run  # torch takes seconds to import: wrong options are told of before
+    from rsb_ffcv.training import (
+        run,
+    )  # torch takes seconds to import: wrong options are told of before
 
     run(config)
 

@@ -1,7 +1,10 @@
-"""The loaders that benchmarks/loader.py lets race: each decodes `path` once a repeat, 224 px, uint8, batches of 128.
+"""The loaders that benchmarks/loader.py lets race: each decodes `path` once a repeat, 224 px,
+uint8, batches of 128.
 
-Imports are inside: a process has only what it measures. Peers are set up as their own documentation does it.
+Imports are inside: a process has only what it measures. Peers are set up as their own documentation
+does it.
 """
+
 import ctypes
 import subprocess
 import tempfile
@@ -13,13 +16,18 @@ MEAN = (124, 116, 104)
 
 
 class Ours:
-    def __init__(self, path: str, threads: int, rand_augment: str = "", evaluate: bool = False, **options):
+    def __init__(
+        self, path: str, threads: int, rand_augment: str = "", evaluate: bool = False, **options
+    ):
         from rsb_ffcv.loading import EvalLoader, TrainLoader
 
         self.epoch = 0
         common = {"batch_size": BATCH, "resolution": SIDE, "num_workers": threads}
-        self.loader = (EvalLoader(path, crop_ratio=0.95, interpolation="bicubic", **common) if evaluate else
-                       TrainLoader(path, rand_augment=rand_augment, **common, **options))
+        self.loader = (
+            EvalLoader(path, crop_ratio=0.95, interpolation="bicubic", **common)
+            if evaluate
+            else TrainLoader(path, rand_augment=rand_augment, **common, **options)
+        )
 
     def repeat(self) -> int:
         self.epoch += 1
@@ -30,15 +38,31 @@ class Ours:
 class StockFFCV:
     def __init__(self, path: str, threads: int, evaluate: bool = False):
         from ffcv.fields.basics import IntDecoder
-        from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
+        from ffcv.fields.rgb_image import (
+            CenterCropRGBImageDecoder,
+            RandomResizedCropRGBImageDecoder,
+        )
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import RandomHorizontalFlip, ToTensor
 
-        image = ([CenterCropRGBImageDecoder((SIDE, SIDE), 0.95), ToTensor()] if evaluate else
-                 [RandomResizedCropRGBImageDecoder((SIDE, SIDE)), RandomHorizontalFlip(), ToTensor()])
-        self.loader = Loader(path, batch_size=BATCH, num_workers=threads, os_cache=True, drop_last=False,
-                             order=OrderOption.SEQUENTIAL if evaluate else OrderOption.RANDOM,
-                             pipelines={"image": image, "label": [IntDecoder(), ToTensor()]})
+        image = (
+            [CenterCropRGBImageDecoder((SIDE, SIDE), 0.95), ToTensor()]
+            if evaluate
+            else [
+                RandomResizedCropRGBImageDecoder((SIDE, SIDE)),
+                RandomHorizontalFlip(),
+                ToTensor(),
+            ]
+        )
+        self.loader = Loader(
+            path,
+            batch_size=BATCH,
+            num_workers=threads,
+            os_cache=True,
+            drop_last=False,
+            order=OrderOption.SEQUENTIAL if evaluate else OrderOption.RANDOM,
+            pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
+        )
 
     def repeat(self) -> int:
         return sum(len(labels) for _, labels in self.loader)
@@ -54,12 +78,24 @@ class Dali:
         files = sorted(map(str, Path(folder).glob("*/*.jpg")))
         self.batches = len(files) // BATCH
 
-        @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, enable_conditionals=True)
+        @pipeline_def(
+            batch_size=BATCH, num_threads=threads, device_id=None, enable_conditionals=True
+        )
         def pipeline():
-            encoded, labels = fn.readers.file(files=files, labels=[0] * len(files), random_shuffle=True)
-            images = fn.decoders.image_random_crop(encoded, device="cpu", output_type=types.RGB, random_area=[0.08, 1.0],
-                                                   random_aspect_ratio=[3 / 4, 4 / 3], num_attempts=10)
-            images = fn.resize(images, resize_x=SIDE, resize_y=SIDE, interp_type=types.INTERP_LINEAR)
+            encoded, labels = fn.readers.file(
+                files=files, labels=[0] * len(files), random_shuffle=True
+            )
+            images = fn.decoders.image_random_crop(
+                encoded,
+                device="cpu",
+                output_type=types.RGB,
+                random_area=[0.08, 1.0],
+                random_aspect_ratio=[3 / 4, 4 / 3],
+                num_attempts=10,
+            )
+            images = fn.resize(
+                images, resize_x=SIDE, resize_y=SIDE, interp_type=types.INTERP_LINEAR
+            )
             images = fn.flip(images, horizontal=fn.random.coin_flip())
             if rand_augment:
                 images = dali_augment.rand_augment(images, n=2, m=7, fill_value=128)
@@ -73,7 +109,8 @@ class Dali:
 
 
 class Timm:
-    """timm's dataset, transform and collation up to the uint8 batch; what its prefetcher does is the GPU's work."""
+    """timm's dataset, transform and collation up to the uint8 batch; what its prefetcher does is
+    the GPU's work."""
 
     def __init__(self, folder: str, threads: int, rand_augment: str = ""):
         import torch
@@ -81,17 +118,31 @@ class Timm:
         from timm.data.loader import fast_collate
 
         dataset = ImageDataset(folder)
-        dataset.transform = create_transform(SIDE, is_training=True, use_prefetcher=True, auto_augment=rand_augment or None,
-                                             color_jitter=0.0, interpolation="random")
-        self.loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=threads, drop_last=True,
-                                                  persistent_workers=True, collate_fn=fast_collate)
+        dataset.transform = create_transform(
+            SIDE,
+            is_training=True,
+            use_prefetcher=True,
+            auto_augment=rand_augment or None,
+            color_jitter=0.0,
+            interpolation="random",
+        )
+        self.loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=BATCH,
+            shuffle=True,
+            num_workers=threads,
+            drop_last=True,
+            persistent_workers=True,
+            collate_fn=fast_collate,
+        )
 
     def repeat(self) -> int:
         return sum(len(labels) for _, labels in self.loader)
 
 
 class RegionDecode:
-    """libjpeg-turbo alone: the rows and columns of the crops that Ours makes, decoded and thrown away."""
+    """libjpeg-turbo alone: the rows and columns of the crops that Ours makes, decoded and thrown
+    away."""
 
     def __init__(self, path: str, threads: int):
         import numpy as np
@@ -102,23 +153,43 @@ class RegionDecode:
 
         library = Path(tempfile.mkdtemp()) / "region.so"
         source = Path(__file__).with_name("region.c")
-        built = subprocess.run(["cc", "-O3", "-shared", "-fPIC", source, "-o", library, "-ljpeg"], capture_output=True, text=True)
+        built = subprocess.run(
+            ["cc", "-O3", "-shared", "-fPIC", source, "-o", library, "-ljpeg"],
+            capture_output=True,
+            text=True,
+        )
         if built.returncode:
             raise ImportError(f"libjpeg-turbo's headers: {built.stderr.splitlines()[0]}")
         self.decode = ctypes.CDLL(library).decode_regions
         file = read_beton(path)
         self.data = np.fromfile(path, np.uint8)
         order = np.random.default_rng(0).permutation(len(file))
-        boxes = RandomResizedCrop(SIDE).draw(Address(0, 1, order), file.heights[order], file.widths[order])["box"]
-        self.work = [np.ascontiguousarray(part) for part in
-                     (file.pointers[order].astype(np.int64), file.sizes[order].astype(np.int64), boxes.astype(np.int64))]
+        boxes = RandomResizedCrop(SIDE).draw(
+            Address(0, 1, order), file.heights[order], file.widths[order]
+        )["box"]
+        self.work = [
+            np.ascontiguousarray(part)
+            for part in (
+                file.pointers[order].astype(np.int64),
+                file.sizes[order].astype(np.int64),
+                boxes.astype(np.int64),
+            )
+        ]
         self.pool, self.threads = ThreadPoolExecutor(threads), threads
 
     def repeat(self) -> int:
         count = len(self.work[0])
         pieces = range(0, count, 32)
-        failed = list(self.pool.map(lambda first: self.decode(
-            self.data.ctypes.data_as(ctypes.c_void_p), *(part.ctypes.data_as(ctypes.c_void_p) for part in self.work), first,
-            min(first + 32, count)), pieces))
+        failed = list(
+            self.pool.map(
+                lambda first: self.decode(
+                    self.data.ctypes.data_as(ctypes.c_void_p),
+                    *(part.ctypes.data_as(ctypes.c_void_p) for part in self.work),
+                    first,
+                    min(first + 32, count),
+                ),
+                pieces,
+            )
+        )
         assert not any(failed)
         return count

@@ -1,4 +1,6 @@
-"""Seconds from constructing a loader to its first batch, in a fresh process with warm caches: one number on stdout."""
+"""Seconds from constructing a loader to its first batch, in a fresh process with warm caches: one
+number on stdout."""
+
 import sys
 import time
 
@@ -13,6 +15,8 @@ else:
     import ffcv.loader
     import ffcv.transforms  # noqa: F401
 started = time.perf_counter()
-loader = getattr(contestants, kind)(path, int(threads), **({"rand_augment": rand_augment} if rand_augment else {})).loader
+loader = getattr(contestants, kind)(
+    path, int(threads), **({"rand_augment": rand_augment} if rand_augment else {})
+).loader
 next(iter(loader.epoch(0) if kind == "Ours" else loader))
 print(time.perf_counter() - started)

@@ -2,11 +2,13 @@
 
     python benchmarks/loader.py --images <folder of class folders> --out records/<date>_loader
 
-Writes the images at no more than 500 px, JPEG quality 90, and raw; repeats the list to `--count` images; lets ours, stock
-FFCV, DALI on the CPU and timm take turns on the same number of threads, with the files in the page cache; measures beside
-them what libjpeg-turbo's region decode alone reaches on our crops. Peers that are not installed are said to be absent.
-Out: results.json, table.md, rates.png.
+Writes the images at no more than 500 px, JPEG quality 90, and raw; repeats the list to `--count`
+images; lets ours, stock FFCV, DALI on the CPU and timm take turns on the same number of threads,
+with the files in the page cache; measures beside them what libjpeg-turbo's region decode alone
+reaches on our crops. Peers that are not installed are said to be absent. Out: results.json,
+table.md, rates.png.
 """
+
 import argparse
 import json
 import shutil
@@ -27,16 +29,25 @@ import numpy as np  # noqa: E402
 import runner  # noqa: E402
 
 SPEC = "rand-m7-mstd0.5-inc1"
-ROWS = {"crop": "RandomResizedCrop(0.08-1) + flip", "augment": f"the same + RandAugment {SPEC}", "raw": "raw images, RRC + flip",
-        "eval": "evaluation: resize + centre crop 0.95 bicubic"}
+ROWS = {
+    "crop": "RandomResizedCrop(0.08-1) + flip",
+    "augment": f"the same + RandAugment {SPEC}",
+    "raw": "raw images, RRC + flip",
+    "eval": "evaluation: resize + centre crop 0.95 bicubic",
+}
 # row: (peer, factor that is asked for); of the region decode a share
-ASKED = {"crop": {"stock ffcv": 2.5, "DALI CPU": 2.3, "timm": 6.0, "region decode only": 0.75},
-         "augment": {"DALI CPU": 5.0, "timm": 4.5}, "raw": {"stock ffcv": 2.0}, "eval": {"stock ffcv": 2.5}}
+ASKED = {
+    "crop": {"stock ffcv": 2.5, "DALI CPU": 2.3, "timm": 6.0, "region decode only": 0.75},
+    "augment": {"DALI CPU": 5.0, "timm": 4.5},
+    "raw": {"stock ffcv": 2.0},
+    "eval": {"stock ffcv": 2.5},
+}
 FIRST_BATCH_SECONDS = 1.0
 
 
 def prepare(images: Path, work: Path, count: int) -> dict:
-    """Two .beton files and a folder of JPEG files, `count` images each, all with the same pictures."""
+    """Two .beton files and a folder of JPEG files, `count` images each, all with the same
+    pictures."""
     from rsb_ffcv.beton import read_beton
 
     pictures = sorted(path for path in images.glob("*/*") if path.is_file())
@@ -46,58 +57,112 @@ def prepare(images: Path, work: Path, count: int) -> dict:
         to.mkdir(parents=True, exist_ok=True)
         (to / f"{number:06d}{picture.suffix}").symlink_to(picture.resolve())
     for mode in ("jpg", "raw"):
-        subprocess.run([sys.executable, HERE.parent / "write_ffcv.py", f"--cfg.data_dir={work / 'pictures'}", "--cfg.split=train",
-                        f"--cfg.write_path={work / mode}.beton", "--cfg.max_resolution=500", f"--cfg.write_mode={mode}",
-                        "--cfg.num_workers=2", "--cfg.pass_through=0", "--cfg.follow_links=1"], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                HERE.parent / "write_ffcv.py",
+                f"--cfg.data_dir={work / 'pictures'}",
+                "--cfg.split=train",
+                f"--cfg.write_path={work / mode}.beton",
+                "--cfg.max_resolution=500",
+                f"--cfg.write_mode={mode}",
+                "--cfg.num_workers=2",
+                "--cfg.pass_through=0",
+                "--cfg.follow_links=1",
+            ],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
     file, data = read_beton(work / "jpg.beton"), np.memmap(work / "jpg.beton", np.uint8, "r")
     for number in range(count):
         to = work / "files" / f"{file.labels[number]:04d}"
         to.mkdir(parents=True, exist_ok=True)
         start, size = int(file.pointers[number]), int(file.sizes[number])
-        (to / f"{number:06d}.jpg").write_bytes(data[start:start + size])
-    return {"images": count, "different": len(pictures), "mean_bytes": float(file.sizes.mean()),
-            "mean_pixels": float((file.heights.astype(int) * file.widths).mean())}
+        (to / f"{number:06d}.jpg").write_bytes(data[start : start + size])
+    return {
+        "images": count,
+        "different": len(pictures),
+        "mean_bytes": float(file.sizes.mean()),
+        "mean_pixels": float((file.heights.astype(int) * file.widths).mean()),
+    }
 
 
 def contestants(work: Path, threads: int) -> dict:
     source = f"{HERE / 'contestants.py'}"
     jpg, raw, files = str(work / "jpg.beton"), str(work / "raw.beton"), str(work / "files")
     at = {"threads": threads}
-    return {"crop": {"ours": (f"{source}:Ours", {"path": jpg, **at}), "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, **at}),
-                     "DALI CPU": (f"{source}:Dali", {"folder": files, **at}), "timm": (f"{source}:Timm", {"folder": files, **at}),
-                     "region decode only": (f"{source}:RegionDecode", {"path": jpg, **at})},
-            "augment": {"ours": (f"{source}:Ours", {"path": jpg, "rand_augment": SPEC, **at}),
-                        "DALI CPU": (f"{source}:Dali", {"folder": files, "rand_augment": True, **at}),
-                        "timm": (f"{source}:Timm", {"folder": files, "rand_augment": SPEC, **at})},
-            "raw": {"ours": (f"{source}:Ours", {"path": raw, **at}), "stock ffcv": (f"{source}:StockFFCV", {"path": raw, **at})},
-            "eval": {"ours": (f"{source}:Ours", {"path": jpg, "evaluate": True, **at}),
-                     "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, "evaluate": True, **at})}}
+    return {
+        "crop": {
+            "ours": (f"{source}:Ours", {"path": jpg, **at}),
+            "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, **at}),
+            "DALI CPU": (f"{source}:Dali", {"folder": files, **at}),
+            "timm": (f"{source}:Timm", {"folder": files, **at}),
+            "region decode only": (f"{source}:RegionDecode", {"path": jpg, **at}),
+        },
+        "augment": {
+            "ours": (f"{source}:Ours", {"path": jpg, "rand_augment": SPEC, **at}),
+            "DALI CPU": (f"{source}:Dali", {"folder": files, "rand_augment": True, **at}),
+            "timm": (f"{source}:Timm", {"folder": files, "rand_augment": SPEC, **at}),
+        },
+        "raw": {
+            "ours": (f"{source}:Ours", {"path": raw, **at}),
+            "stock ffcv": (f"{source}:StockFFCV", {"path": raw, **at}),
+        },
+        "eval": {
+            "ours": (f"{source}:Ours", {"path": jpg, "evaluate": True, **at}),
+            "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, "evaluate": True, **at}),
+        },
+    }
 
 
 def scaling(work: Path, cores: int, repeats: int) -> dict:
     """{threads: result} of ours, on 1, 2, 4, ... threads up to the cores, all taking turns."""
-    threads = sorted({min(2 ** i, cores) for i in range(10)})
-    return runner.race({str(n): (f"{HERE / 'contestants.py'}:Ours", {"path": str(work / "jpg.beton"), "threads": n})
-                        for n in threads}, repeats)
+    threads = sorted({min(2**i, cores) for i in range(10)})
+    return runner.race(
+        {
+            str(n): (
+                f"{HERE / 'contestants.py'}:Ours",
+                {"path": str(work / "jpg.beton"), "threads": n},
+            )
+            for n in threads
+        },
+        repeats,
+    )
 
 
 def first_batch(work: Path, threads: int, repeats: int) -> dict:
     """{name: seconds of each fresh process}, all taking turns, the first start of each left out."""
     found = {}
     for number in range(repeats + 1):
-        for name, kind, spec in (("ours", "Ours", ""), ("ours + RandAugment", "Ours", SPEC), ("stock ffcv", "StockFFCV", "")):
-            done = subprocess.run([sys.executable, HERE / "first_batch.py", kind, work / "jpg.beton", str(threads), spec],
-                                  capture_output=True, text=True)
+        for name, kind, spec in (
+            ("ours", "Ours", ""),
+            ("ours + RandAugment", "Ours", SPEC),
+            ("stock ffcv", "StockFFCV", ""),
+        ):
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    HERE / "first_batch.py",
+                    kind,
+                    work / "jpg.beton",
+                    str(threads),
+                    spec,
+                ],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 found[name] = {"absent": done.stderr.strip().splitlines()[-1]}
             elif number:
-                found.setdefault(name, {"seconds": []})["seconds"].append(float(done.stdout.split()[-1]))
+                found.setdefault(name, {"seconds": []})["seconds"].append(
+                    float(done.stdout.split()[-1])
+                )
     return found
 
 
 def class_mixing() -> dict:
-    """Classes in a batch of 256 by order, on a file the size of ImageNet's training set, class after class, 110 kB an
-    image, windows of 1 GiB."""
+    """Classes in a batch of 256 by order, on a file the size of ImageNet's training set, class
+    after class, 110 kB an image, windows of 1 GiB."""
     from rsb_ffcv.loading.order import epoch_order
 
     labels = np.repeat(np.arange(1000), 1281)
@@ -106,7 +171,7 @@ def class_mixing() -> dict:
     found = {}
     for kind in ("random", "quasi_random", "sequential"):
         indices = epoch_order(kind, 0, 0, pointers, sizes, 1 << 30).indices
-        batches = np.sort(labels[indices][:len(labels) // 256 * 256].reshape(-1, 256), 1)
+        batches = np.sort(labels[indices][: len(labels) // 256 * 256].reshape(-1, 256), 1)
         classes = 1 + (np.diff(batches) != 0).sum(1)
         found[kind] = {"median": float(np.median(classes)), "least": int(classes.min())}
     return found
@@ -114,7 +179,10 @@ def class_mixing() -> dict:
 
 def table(results: dict) -> str:
     """The results as Markdown, each factor beside what is asked for."""
-    lines = ["| pipeline | loader | images/s (low .. high) | ours / it | asked for | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| pipeline | loader | images/s (low .. high) | ours / it | asked for | |",
+        "|---|---|---|---|---|---|",
+    ]
     for row, title in ROWS.items():
         ours = results["rows"][row]["ours"].get("images_per_s")
         for name, result in results["rows"][row].items():
@@ -125,29 +193,58 @@ def table(results: dict) -> str:
             asked = ASKED[row].get(name)
             factor = ours / result["images_per_s"] if ours else float("nan")
             verdict = "" if asked is None else "reached" if factor >= asked else "falls short"
-            lines.append(f"| {title} | {name} | {rate} | {f'{factor:.2f}' if name != 'ours' else ''} | {asked or ''} | {verdict} |")
+            lines.append(
+                f"| {title} | {name} | {rate} | {f'{factor:.2f}' if name != 'ours' else ''} | "
+                f"{asked or ''} | {verdict} |"
+            )
     for name, result in results["first_batch"].items():
         if "absent" in result:
-            lines.append(f"| first batch, second start | {name} | {result['absent']} | | | not compared |")
+            lines.append(
+                f"| first batch, second start | {name} | {result['absent']} | | | not compared |"
+            )
             continue
         seconds = statistics.median(result["seconds"])
         asked = FIRST_BATCH_SECONDS if name.startswith("ours") else ""
         verdict = "" if asked == "" else "reached" if seconds <= asked else "falls short"
-        lines.append(f"| first batch, second start | {name} | {seconds:.2f} s ({min(result['seconds']):.2f} .. "
-                     f"{max(result['seconds']):.2f}) | | {asked and f'{asked} s'} | {verdict} |")
-    rates = "; ".join(f"{n} threads {r['images_per_s']:,.0f}" for n, r in results["scaling"].items())
-    mixing = "; ".join(f"{kind} {m['median']:.0f} (least {m['least']})" for kind, m in results["class_mixing"].items())
-    return "\n".join([*lines, "", f"Thread scaling of ours, images/s: {rates}.", "",
-                      f"Classes in a batch of 256 of 1000, file written class after class: {mixing}.", ""])
+        lines.append(
+            f"| first batch, second start | {name} | {seconds:.2f} s ({min(result['seconds']):.2f} "
+            f".. "
+            f"{max(result['seconds']):.2f}) | | {asked and f'{asked} s'} | {verdict} |"
+        )
+    rates = "; ".join(
+        f"{n} threads {r['images_per_s']:,.0f}" for n, r in results["scaling"].items()
+    )
+    mixing = "; ".join(
+        f"{kind} {m['median']:.0f} (least {m['least']})"
+        for kind, m in results["class_mixing"].items()
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Thread scaling of ours, images/s: {rates}.",
+            "",
+            f"Classes in a batch of 256 of 1000, file written class after class: {mixing}.",
+            "",
+        ]
+    )
 
 
 def plot(results: dict, path: Path):
     figure, axes = plt.subplots(1, len(ROWS), figsize=(15, 4.2), layout="constrained")
     for axis, (row, title) in zip(axes, ROWS.items()):
-        found = {name: result for name, result in results["rows"][row].items() if "absent" not in result}
+        found = {
+            name: result for name, result in results["rows"][row].items() if "absent" not in result
+        }
         rates = [result["images_per_s"] for result in found.values()]
-        spread = [[rate - r["low"] for rate, r in zip(rates, found.values())], [r["high"] - rate for rate, r in zip(rates, found.values())]]
-        colours = ["#2b6cb0" if name == "ours" else "#cbd5e0" if "only" in name else "#a0aec0" for name in found]
+        spread = [
+            [rate - r["low"] for rate, r in zip(rates, found.values())],
+            [r["high"] - rate for rate, r in zip(rates, found.values())],
+        ]
+        colours = [
+            "#2b6cb0" if name == "ours" else "#cbd5e0" if "only" in name else "#a0aec0"
+            for name in found
+        ]
         axis.bar(range(len(found)), rates, yerr=spread, color=colours, capsize=3)
         axis.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=8)
         axis.set_title(title.replace(" + ", " +\n", 1).replace(": ", ":\n"), fontsize=9)
@@ -157,20 +254,41 @@ def plot(results: dict, path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of class folders of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md and rates.png")
-    parser.add_argument("--threads", type=int, default=2, help="threads, or worker processes, of every loader")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of each contestant, after one to warm up")
-    parser.add_argument("--count", type=int, default=2048, help="images a repeat; the list is repeated to it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder of class folders of pictures"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results.json, table.md and rates.png"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads, or worker processes, of every loader"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repeats of each contestant, after one to warm up"
+    )
+    parser.add_argument(
+        "--count", type=int, default=2048, help="images a repeat; the list is repeated to it"
+    )
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
-        results = {"command": f"benchmarks/loader.py --images {options.images.name} --threads {options.threads} --repeats "
-                              f"{options.repeats} --count {options.count}", "threads": options.threads,
-                   "environment": runner.environment(["rsb_ffcv", "ffcv", "nvidia-dali-cuda120", "timm", "torch", "numba", "pillow"]),
-                   "data": prepare(options.images, work, options.count)}
-        results["rows"] = {row: runner.race(who, options.repeats) for row, who in contestants(work, options.threads).items()}
+        results = {
+            "command": f"benchmarks/loader.py --images {options.images.name} --threads "
+            f"{options.threads} --repeats "
+            f"{options.repeats} --count {options.count}",
+            "threads": options.threads,
+            "environment": runner.environment(
+                ["rsb_ffcv", "ffcv", "nvidia-dali-cuda120", "timm", "torch", "numba", "pillow"]
+            ),
+            "data": prepare(options.images, work, options.count),
+        }
+        results["rows"] = {
+            row: runner.race(who, options.repeats)
+            for row, who in contestants(work, options.threads).items()
+        }
         results["scaling"] = scaling(work, results["environment"]["cores"], options.repeats)
         results["first_batch"] = first_batch(work, options.threads, options.repeats)
         results["class_mixing"] = class_mixing()

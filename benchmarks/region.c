@@ -1,13 +1,14 @@
-/* libjpeg-turbo's region decode, the ceiling that benchmarks/loader.py measures: rows above and below the box skipped,
- * columns beside it cropped, accurate DCT and fancy upsampling, RGB, thrown away. */
+/* libjpeg-turbo's region decode, the ceiling that benchmarks/loader.py measures: rows above and
+ * below the box skipped, columns beside it cropped, accurate DCT and fancy upsampling, RGB, thrown
+ * away. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include <jpeglib.h>
 
-int decode_regions(const uint8_t *data, const int64_t *pointers, const int64_t *sizes, const int64_t (*boxes)[4], int first,
-                   int end) {
+int decode_regions(const uint8_t *data, const int64_t *pointers, const int64_t *sizes,
+                   const int64_t (*boxes)[4], int first, int end) {
     uint8_t *row = malloc(3 * 65536);
     for (int i = first; i < end; i++) {
         struct jpeg_decompress_struct info;

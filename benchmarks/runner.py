@@ -1,9 +1,12 @@
-"""What every benchmark here needs: contestants in processes of their own, taking turns, and an account of the machine.
+"""What every benchmark here needs: contestants in processes of their own, taking turns, and an
+account of the machine.
 
-A contestant is a Python file with a class; its process imports only what it measures, warms up, and then answers each
-"go" with (images, seconds) of one repeat. All contestants of a row repeat in turn, so that a slow minute of the machine
-falls on all of them, and the figures that matter are ratios within one row.
+A contestant is a Python file with a class; its process imports only what it measures, warms up, and
+then answers each "go" with (images, seconds) of one repeat. All contestants of a row repeat in
+turn, so that a slow minute of the machine falls on all of them, and the figures that matter are
+ratios within one row.
 """
+
 import importlib.metadata
 import json
 import os
@@ -15,7 +18,9 @@ import time
 import traceback
 from datetime import date
 
-SETTLE_SECONDS = 1.0  # some loaders go on prefetching after their repeat; not at the next one's cost
+SETTLE_SECONDS = (
+    1.0  # some loaders go on prefetching after their repeat; not at the next one's cost
+)
 
 
 def environment(packages) -> dict:
@@ -29,19 +34,34 @@ def environment(packages) -> dict:
     with open("/proc/cpuinfo") as file:
         facts = dict(line.split(":", 1) for line in file if ":" in line)
     facts = {key.strip(): value.strip() for key, value in facts.items()}
-    vectors = [flag for flag in ("avx2", "avx512f", "asimd") if flag in facts.get("flags", facts.get("Features", "")).split()]
-    return {"date": date.today().isoformat(), "processor": facts.get("model name", platform.machine()), "vectors": vectors,
-            "cores": len(os.sched_getaffinity(0)), "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * 4096 / 2 ** 30),
-            "python": platform.python_version(), "versions": versions}
+    vectors = [
+        flag
+        for flag in ("avx2", "avx512f", "asimd")
+        if flag in facts.get("flags", facts.get("Features", "")).split()
+    ]
+    return {
+        "date": date.today().isoformat(),
+        "processor": facts.get("model name", platform.machine()),
+        "vectors": vectors,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * 4096 / 2**30),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
 class Contestant:
-    """A process that measures. `factory` is "file.py:Class", `arguments` what the class is called with."""
+    """A process that measures. `factory` is "file.py:Class", `arguments` what the class is called
+    with."""
 
     def __init__(self, name: str, factory: str, arguments: dict):
         self.name, self.rates, self.absent = name, [], None
-        self._process = subprocess.Popen([sys.executable, __file__, factory, json.dumps(arguments)], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, factory, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._answer()
 
     def repeat(self):
@@ -55,7 +75,11 @@ class Contestant:
 
     def _answer(self):
         line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"absent": f"its process ended with status {self._process.wait()}"}
+        answer = (
+            json.loads(line)
+            if line
+            else {"absent": f"its process ended with status {self._process.wait()}"}
+        )
         self.absent = answer.get("absent")
         return None if self.absent else answer
 
@@ -66,12 +90,17 @@ class Contestant:
     def result(self) -> dict:
         if self.absent is not None:
             return {"absent": self.absent}
-        return {"images_per_s": statistics.median(self.rates), "low": min(self.rates), "high": max(self.rates),
-                "repeats": [round(rate, 1) for rate in self.rates]}
+        return {
+            "images_per_s": statistics.median(self.rates),
+            "low": min(self.rates),
+            "high": max(self.rates),
+            "repeats": [round(rate, 1) for rate in self.rates],
+        }
 
 
 def race(contestants: dict, repeats: int) -> dict:
-    """{name: result} of contestants {name: (factory, arguments)}, after one warm-up repeat of each."""
+    """{name: result} of contestants {name: (factory, arguments)}, after one warm-up repeat of
+    each."""
     made = [Contestant(name, *what) for name, what in contestants.items()]
     for number in range(repeats + 1):
         for contestant in made:
@@ -86,7 +115,8 @@ def race(contestants: dict, repeats: int) -> dict:
 
 
 def _serve(factory: str, arguments: str):
-    """The process of one contestant: whatever it prints goes to stderr, its answers to the real stdout."""
+    """The process of one contestant: whatever it prints goes to stderr, its answers to the real
+    stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -97,10 +127,14 @@ def _serve(factory: str, arguments: str):
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))
     try:
-        contestant = getattr(__import__(os.path.splitext(os.path.basename(path))[0]), name)(**json.loads(arguments))
+        contestant = getattr(__import__(os.path.splitext(os.path.basename(path))[0]), name)(
+            **json.loads(arguments)
+        )
     except ImportError as error:
         return answer(absent=f"not installed ({error})")
-    except Exception as error:  # said in the table: one peer that does not start must not hide the others
+    except (
+        Exception
+    ) as error:  # said in the table: one peer that does not start must not hide the others
         traceback.print_exc()
         return answer(absent=f"{type(error).__name__}: {error}")
     answer(ready=True)

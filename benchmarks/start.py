@@ -1,15 +1,18 @@
-"""How long a small run takes from its command to its first finished step, beside the imports that it cannot do without.
+"""How long a small run takes from its command to its first finished step, beside the imports that
+it cannot do without.
 
     python benchmarks/start.py --out records/<date>_start
 
-Makes a training file that holds one batch, and starts `train_imagenet.py` on it with the ingredients of the A2 recipe
-(LAMB, mixup and cutmix, RandAugment, random erasing, EMA), on the CPU in fp32. The first step is finished when its loss
-appears in the progress bar on stderr: the program reads the loss back before it shows it, and nothing is added to the
-program to be measured. The run is then killed; one before it has ended by itself, which warms the caches.
-`python -c "import torch, timm"` is timed as a whole process, and besides until both are imported, without the end of the
+Makes a training file that holds one batch, and starts `train_imagenet.py` on it with the
+ingredients of the A2 recipe (LAMB, mixup and cutmix, RandAugment, random erasing, EMA), on the CPU
+in fp32. The first step is finished when its loss appears in the progress bar on stderr: the program
+reads the loss back before it shows it, and nothing is added to the program to be measured. The run
+is then killed; one before it has ended by itself, which warms the caches. `python -c "import torch,
+timm"` is timed as a whole process, and besides until both are imported, without the end of the
 process, which the run does not come to either; `import ffcv` as a whole process. All take turns.
 Out: results.json, table.md.
 """
+
 import argparse
 import json
 import os
@@ -30,11 +33,17 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 import runner  # noqa: E402
 
 ASKED = 1.2  # first step / import torch, timm
-OURS, IMPORTS, IMPORTED, FFCV = "first step", "import torch, timm", "import torch, timm: until imported", "import ffcv"
+OURS, IMPORTS, IMPORTED, FFCV = (
+    "first step",
+    "import torch, timm",
+    "import torch, timm: until imported",
+    "import ffcv",
+)
 
 
 def make_files(folder: Path, batch: int, side: int):
-    """train.beton of one batch and val.beton of two images, noise of two classes, `side` pixels a side."""
+    """train.beton of one batch and val.beton of two images, noise of two classes, `side` pixels a
+    side."""
     from rsb_ffcv.dataset import Place, write_splits
 
     rng = np.random.default_rng(0)
@@ -47,18 +56,41 @@ def make_files(folder: Path, batch: int, side: int):
 
 
 def command(folder: Path, arch: str, batch: int, resolution: int, threads: int) -> list[str]:
-    flags = {"data.train_dataset": folder / "train.beton", "data.val_dataset": folder / "val.beton", "data.num_workers": 2,
-             "data.in_memory": 1, "logging.folder": folder / "run", "model.arch": arch, "resolution.min_res": resolution,
-             "resolution.max_res": resolution, "validation.resolution": resolution, "validation.batch_size": 2,
-             "training.epochs": 1, "training.batch_size": batch, "training.optimizer": "lamb", "training.weight_decay": 0.02,
-             "lr.lr": 0.005, "mix.mixup": 0.1, "mix.cutmix": 1.0, "augment.rand_augment": "rand-m7-mstd0.5-inc1",
-             "augment.erase_prob": 0.25, "ema.decay": 0.99, "compute.device": "cpu", "compute.precision": "fp32",
-             "compute.threads": threads}
-    return [sys.executable, str(ROOT / "train_imagenet.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    flags = {
+        "data.train_dataset": folder / "train.beton",
+        "data.val_dataset": folder / "val.beton",
+        "data.num_workers": 2,
+        "data.in_memory": 1,
+        "logging.folder": folder / "run",
+        "model.arch": arch,
+        "resolution.min_res": resolution,
+        "resolution.max_res": resolution,
+        "validation.resolution": resolution,
+        "validation.batch_size": 2,
+        "training.epochs": 1,
+        "training.batch_size": batch,
+        "training.optimizer": "lamb",
+        "training.weight_decay": 0.02,
+        "lr.lr": 0.005,
+        "mix.mixup": 0.1,
+        "mix.cutmix": 1.0,
+        "augment.rand_augment": "rand-m7-mstd0.5-inc1",
+        "augment.erase_prob": 0.25,
+        "ema.decay": 0.99,
+        "compute.device": "cpu",
+        "compute.precision": "fp32",
+        "compute.threads": threads,
+    }
+    return [
+        sys.executable,
+        str(ROOT / "train_imagenet.py"),
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
 
 
 def until(arguments: list[str], sign: bytes, stream: str) -> float:
-    """Seconds from the start of a process until it writes `sign` to its stdout or stderr; it is then killed."""
+    """Seconds from the start of a process until it writes `sign` to its stdout or stderr; it is
+    then killed."""
     began = time.perf_counter()
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: subprocess.PIPE}
     process = subprocess.Popen(arguments, cwd=ROOT, **streams)
@@ -67,7 +99,10 @@ def until(arguments: list[str], sign: bytes, stream: str) -> float:
         while sign not in seen:
             part = os.read(pipe.fileno(), 1 << 16)
             if not part:
-                raise RuntimeError(f"{arguments[1:3]} ended without {sign!r}: {seen.decode(errors='replace')[-2000:]}")
+                raise RuntimeError(
+                    f"{arguments[1:3]} ended without {sign!r}: "
+                    f"{seen.decode(errors='replace')[-2000:]}"
+                )
             seen += part
         return time.perf_counter() - began
     finally:
@@ -85,17 +120,30 @@ def first_step(arguments: list[str], folder: Path) -> float:
 def whole(code: str) -> float:
     """Seconds of a Python process that runs `code`."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     return time.perf_counter() - began
 
 
 def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
     """{row: {"seconds": [...]} or {"absent": why}}."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rows = {OURS: lambda: first_step(arguments, folder), IMPORTS: lambda: whole("import torch, timm"),
-            IMPORTED: lambda: until([sys.executable, "-c", "import torch, timm, os; os.write(1, b'.')"], b".", "stdout"),
-            FFCV: lambda: whole("import ffcv")}
+    subprocess.run(
+        arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    rows = {
+        OURS: lambda: first_step(arguments, folder),
+        IMPORTS: lambda: whole("import torch, timm"),
+        IMPORTED: lambda: until(
+            [sys.executable, "-c", "import torch, timm, os; os.write(1, b'.')"], b".", "stdout"
+        ),
+        FFCV: lambda: whole("import ffcv"),
+    }
     found = {name: {"seconds": []} for name in rows}
     for number in range(repeats + 1):
         for name, run in rows.items():
@@ -115,7 +163,10 @@ def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
 
 
 def table(results: dict) -> str:
-    lines = ["| from the command to | seconds, median (low .. high) | first step / it | asked for | |", "|---|---|---|---|---|"]
+    lines = [
+        "| from the command to | seconds, median (low .. high) | first step / it | asked for | |",
+        "|---|---|---|---|---|",
+    ]
     ours = statistics.median(results["rows"][OURS]["seconds"])
     for name, row in results["rows"].items():
         if "absent" in row:
@@ -126,30 +177,50 @@ def table(results: dict) -> str:
         judged = f"{ratio:.2f} | | " if name != OURS else " | | "
         if name == IMPORTS:
             judged = f"{ratio:.2f} | {ASKED} | {'reached' if ratio <= ASKED else 'falls short'}"
-        lines.append(f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} .. {max(seconds):.2f}) | {judged} |")
+        lines.append(
+            f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} .. "
+            f"{max(seconds):.2f}) | {judged} |"
+        )
     return "\n".join([*lines, ""])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and table.md")
-    parser.add_argument("--repeats", type=int, default=7, help="repeats of each, after one to warm up")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results.json and table.md"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="repeats of each, after one to warm up"
+    )
     parser.add_argument("--arch", default="resnet18", help="a model of timm")
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads in the run; 0: one a core. With several, a "
-                        "core that another program uses makes the step wait, which is not what is measured here")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="torch's threads in the run; 0: one a core. With several, a "
+        "core that another program uses makes the step wait, which is not what is measured here",
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="start-benchmark-"))
     try:
         make_files(folder, options.batch, 2 * options.resolution)
-        arguments = command(folder, options.arch, options.batch, options.resolution, options.threads)
+        arguments = command(
+            folder, options.arch, options.batch, options.resolution, options.threads
+        )
         found = measure(folder, arguments, options.repeats)
     finally:
         shutil.rmtree(folder)
-    results = {"command": f"benchmarks/start.py --repeats {options.repeats} --arch {options.arch} --batch {options.batch} "
-                          f"--resolution {options.resolution} --threads {options.threads}",
-               "environment": runner.environment(["rsb_ffcv", "torch", "timm", "ffcv"]), "rows": found}
+    results = {
+        "command": f"benchmarks/start.py --repeats {options.repeats} --arch {options.arch} --batch "
+        f"{options.batch} "
+        f"--resolution {options.resolution} --threads {options.threads}",
+        "environment": runner.environment(["rsb_ffcv", "torch", "timm", "ffcv"]),
+        "rows": found,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "table.md").write_text(table(results))

@@ -2,10 +2,12 @@
 
     python benchmarks/step.py --train train.beton --out records/<date>_step
 
-For each precision and memory format: images/s on one batch that stays on the device (synthetic) and on batches of the
-loader, the share of a loaded step that waits for data, the share of a step that the optimizer and the average take, and the
-peak memory. Synthetic and loaded take turns. Out: step.json, and the table on stdout.
+For each precision and memory format: images/s on one batch that stays on the device (synthetic) and
+on batches of the loader, the share of a loaded step that waits for data, the share of a step that
+the optimizer and the average take, and the peak memory. Synthetic and loaded take turns. Out:
+step.json, and the table on stdout.
 """
+
 import argparse
 import itertools
 import json
@@ -33,18 +35,47 @@ from rsb_ffcv.training.step import TrainStep  # noqa: E402
 def measure(options, precision: str, channels_last: bool) -> dict:
     where = compute.set_up("auto", precision, options.compile, channels_last, 0)
     cuda = where.device.type == "cuda"
-    loader = TrainLoader(options.train, batch_size=options.batch, resolution=options.resolution, num_workers=options.workers,
-                         rand_augment="rand-m7-mstd0.5-inc1", device=where.device)
-    model = build_model(options.arch, loader.beton.num_classes).to(where.device, memory_format=where.memory_format)
+    loader = TrainLoader(
+        options.train,
+        batch_size=options.batch,
+        resolution=options.resolution,
+        num_workers=options.workers,
+        rand_augment="rand-m7-mstd0.5-inc1",
+        device=where.device,
+    )
+    model = build_model(options.arch, loader.beton.num_classes).to(
+        where.device, memory_format=where.memory_format
+    )
     ema = Ema(model, 0.9999)
-    optimizer = build_optimizer(options.optimizer, model, 0.005, 0.02, 0.9, compiled=where.compile and cuda)
+    optimizer = build_optimizer(
+        options.optimizer, model, 0.005, 0.02, 0.9, compiled=where.compile and cuda
+    )
     wrapped = torch.compile(model, dynamic=False) if where.compile else model
-    step = TrainStep(model, wrapped.train(), optimizer, Loss("bce"), BatchTransform(0, 0.1, 1.0), where, groups=1, seed=0,
-                     grad_clip=0.0, ema=ema)
+    step = TrainStep(
+        model,
+        wrapped.train(),
+        optimizer,
+        Loss("bce"),
+        BatchTransform(0, 0.1, 1.0),
+        where,
+        groups=1,
+        seed=0,
+        grad_clip=0.0,
+        ema=ema,
+    )
     slots = [np.arange(options.batch)]
-    synthetic = itertools.repeat((torch.randint(0, 256, (options.batch, options.resolution, options.resolution, 3),
-                                                dtype=torch.uint8, device=where.device),
-                                  torch.zeros(options.batch, dtype=torch.int64, device=where.device)))
+    synthetic = itertools.repeat(
+        (
+            torch.randint(
+                0,
+                256,
+                (options.batch, options.resolution, options.resolution, 3),
+                dtype=torch.uint8,
+                device=where.device,
+            ),
+            torch.zeros(options.batch, dtype=torch.int64, device=where.device),
+        )
+    )
     epochs = itertools.count()
     loaded = (batch for epoch in epochs for batch in loader.epoch(epoch))
 
@@ -84,16 +115,25 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         found["update"].append(update())
     loader.close()
     middle = {name: statistics.median(values) for name, values in found.items()}
-    return {"precision": where.precision, "channels_last": channels_last, "compile": where.compile, "device": where.describe(),
-            "synthetic_images_per_s": options.batch / middle["synthetic"], "loaded_images_per_s": options.batch / middle["loaded"],
-            "loaded_of_synthetic": middle["synthetic"] / middle["loaded"], "waiting_for_data": middle["waiting"],
-            "optimizer_and_ema_of_step": middle["update"] / middle["synthetic"],
-            "peak_memory_mb": where.peak_memory_mb(),
-            "seconds": {name: [round(value, 5) for value in values] for name, values in found.items()}}
+    return {
+        "precision": where.precision,
+        "channels_last": channels_last,
+        "compile": where.compile,
+        "device": where.describe(),
+        "synthetic_images_per_s": options.batch / middle["synthetic"],
+        "loaded_images_per_s": options.batch / middle["loaded"],
+        "loaded_of_synthetic": middle["synthetic"] / middle["loaded"],
+        "waiting_for_data": middle["waiting"],
+        "optimizer_and_ema_of_step": middle["update"] / middle["synthetic"],
+        "peak_memory_mb": where.peak_memory_mb(),
+        "seconds": {name: [round(value, 5) for value in values] for name, values in found.items()},
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", type=Path, required=True, help=".beton file of training images")
     parser.add_argument("--out", type=Path, required=True, help="folder for step.json")
     parser.add_argument("--arch", default="resnet50", help="a model of timm")
@@ -103,19 +143,34 @@ def main():
     parser.add_argument("--optimizer", default="lamb", help="by name, as training.optimizer")
     parser.add_argument("--steps", type=int, default=20, help="steps a repeat")
     parser.add_argument("--repeats", type=int, default=5, help="repeats, after one to warm up")
-    parser.add_argument("--precisions", nargs="+", default=["auto"], help="fp32, fp16, bf16 or auto")
-    parser.add_argument("--formats", nargs="+", default=["channels_last"], choices=["channels_last", "contiguous"])
+    parser.add_argument(
+        "--precisions", nargs="+", default=["auto"], help="fp32, fp16, bf16 or auto"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", default=["channels_last"], choices=["channels_last", "contiguous"]
+    )
     parser.add_argument("--compile", default="auto", choices=["auto", "0", "1"])
     options = parser.parse_args()
-    results = {"command": " ".join(sys.argv), "environment": runner.environment(["rsb_ffcv", "torch", "timm"]), "rows": []}
-    print("| precision | format | synthetic img/s | loaded img/s | loaded / synthetic | waiting | optimizer + EMA | peak MB |")
+    results = {
+        "command": " ".join(sys.argv),
+        "environment": runner.environment(["rsb_ffcv", "torch", "timm"]),
+        "rows": [],
+    }
+    print(
+        "| precision | format | synthetic img/s | loaded img/s | loaded / synthetic | waiting | "
+        "optimizer + EMA | peak MB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for precision, form in itertools.product(options.precisions, options.formats):
         row = measure(options, precision, form == "channels_last")
         results["rows"].append(row)
-        print(f"| {row['precision']} | {form} | {row['synthetic_images_per_s']:,.1f} | {row['loaded_images_per_s']:,.1f} | "
-              f"{row['loaded_of_synthetic']:.3f} | {100 * row['waiting_for_data']:.1f} % | "
-              f"{100 * row['optimizer_and_ema_of_step']:.1f} % | {row['peak_memory_mb']:,.0f} |", flush=True)
+        print(
+            f"| {row['precision']} | {form} | {row['synthetic_images_per_s']:,.1f} | "
+            f"{row['loaded_images_per_s']:,.1f} | "
+            f"{row['loaded_of_synthetic']:.3f} | {100 * row['waiting_for_data']:.1f} % | "
+            f"{100 * row['optimizer_and_ema_of_step']:.1f} % | {row['peak_memory_mb']:,.0f} |",
+            flush=True,
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "step.json").write_text(json.dumps(results, indent=1) + "\n")
 

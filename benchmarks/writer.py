@@ -1,13 +1,16 @@
-"""How fast pictures become a .beton file, beside stock FFCV's writer, in one run; and how much memory that takes.
+"""How fast pictures become a .beton file, beside stock FFCV's writer, in one run; and how much
+memory that takes.
 
     python benchmarks/writer.py --images <folder of class folders> --out records/<date>_writer
 
-Repeats the pictures to `--count` images. Both writers take turns on the same number of workers, JPEG quality 90: once keeping
-every size (where ours stores JPEGs as they are), once shrinking all of them to `--shrink` pixels. Times are of whole conversions
-within a process that has imported what it needs: listing, encoding, flushing to disk (ours), reading back (ours). Whole processes,
-with their imports, are timed besides. Memory: the highest resident size of a process that writes `--small` small images, and of
-one that writes a tenth of them. Out: results.json, table.md.
+Repeats the pictures to `--count` images. Both writers take turns on the same number of workers,
+JPEG quality 90: once keeping every size (where ours stores JPEGs as they are), once shrinking all
+of them to `--shrink` pixels. Times are of whole conversions within a process that has imported what
+it needs: listing, encoding, flushing to disk (ours), reading back (ours). Whole processes, with
+their imports, are timed besides. Memory: the highest resident size of a process that writes
+`--small` small images, and of one that writes a tenth of them. Out: results.json, table.md.
 """
+
 import argparse
 import json
 import os
@@ -33,8 +36,13 @@ class Ours:
         from rsb_ffcv.dataset import Encoding, Place, write_splits
 
         self.target = Path(target) / "ours.beton"
-        self._write = lambda: write_splits(Place("imagenet", folder), str(self.target), "train", num_workers=workers,
-                                           encoding=Encoding(max_resolution=max_resolution))
+        self._write = lambda: write_splits(
+            Place("imagenet", folder),
+            str(self.target),
+            "train",
+            num_workers=workers,
+            encoding=Encoding(max_resolution=max_resolution),
+        )
 
     def repeat(self) -> int:
         from rsb_ffcv.beton import read_beton
@@ -52,8 +60,15 @@ class StockFFCV:
 
         def write():
             pictures = ImageFolder(f"{folder}/train")
-            fields = {"image": RGBImageField(write_mode="jpg", max_resolution=max_resolution or None, jpeg_quality=90), "label": IntField()}
-            DatasetWriter(f"{target}/stock.beton", fields, num_workers=workers).from_indexed_dataset(pictures)
+            fields = {
+                "image": RGBImageField(
+                    write_mode="jpg", max_resolution=max_resolution or None, jpeg_quality=90
+                ),
+                "label": IntField(),
+            }
+            DatasetWriter(
+                f"{target}/stock.beton", fields, num_workers=workers
+            ).from_indexed_dataset(pictures)
             return len(pictures)
 
         self.repeat = write
@@ -77,7 +92,13 @@ def processes(work: Path, workers: int, shrink: int, repeats: int) -> dict:
                 os.sync()
                 code = f"import writer; writer.{kind}({str(work / 'pictures')!r}, {str(work)!r}, {workers}, {side}).repeat()"
                 began = time.perf_counter()
-                subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.run(
+                    [sys.executable, "-c", code],
+                    cwd=HERE,
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
                 found.setdefault(row, {}).setdefault(name, []).append(time.perf_counter() - began)
     return found
 
@@ -108,56 +129,120 @@ def memory(work: Path, count: int, workers: int) -> dict:
 
     found = {}
     for number in (count // 10, count):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(number), str(work / f"{number}.beton"), str(workers)],
-                              cwd=HERE.parent, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(code),
+                str(number),
+                str(work / f"{number}.beton"),
+                str(workers),
+            ],
+            cwd=HERE.parent,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         before, peak = map(float, done.stdout.split()[-2:])
-        found[str(number)] = {"before_mib": round(before, 1), "peak_mib": round(peak, 1),
-                              "file_mib": round((work / f"{number}.beton").stat().st_size / 2 ** 20, 1)}
+        found[str(number)] = {
+            "before_mib": round(before, 1),
+            "peak_mib": round(peak, 1),
+            "file_mib": round((work / f"{number}.beton").stat().st_size / 2**20, 1),
+        }
     return found
 
 
 def table(results: dict) -> str:
-    lines = ["| conversion | writer | images/s (low .. high) | ours / it | asked for | | whole process |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| conversion | writer | images/s (low .. high) | ours / it | asked for | | whole process "
+        "|",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row, who in results["rows"].items():
         ours = who["ours"]["images_per_s"]
         for name, result in who.items():
             seconds = results["processes"][row][name]
             whole = f"{statistics.median(seconds):.1f} s ({min(seconds):.1f} .. {max(seconds):.1f})"
             if "absent" in result:
-                lines.append(f"| {TITLES[row]} | {name} | {result['absent']} | | | not compared | |")
+                lines.append(
+                    f"| {TITLES[row]} | {name} | {result['absent']} | | | not compared | |"
+                )
                 continue
             rate = f"{result['images_per_s']:,.0f} ({result['low']:,.0f} .. {result['high']:,.0f})"
             factor, asked = ours / result["images_per_s"], ASKED[row]
-            judged = f"{factor:.2f} | {asked} | {'reached' if factor >= asked else 'falls short'}" if name != "ours" else " | | "
+            judged = (
+                f"{factor:.2f} | {asked} | {'reached' if factor >= asked else 'falls short'}"
+                if name != "ours"
+                else " | | "
+            )
             lines.append(f"| {TITLES[row]} | {name} | {rate} | {judged} | {whole} |")
-        ratio = statistics.median(results["processes"][row]["stock ffcv"]) / statistics.median(results["processes"][row]["ours"])
+        ratio = statistics.median(results["processes"][row]["stock ffcv"]) / statistics.median(
+            results["processes"][row]["ours"]
+        )
         lines.append(f"| {TITLES[row]} | whole processes, stock / ours | | {ratio:.2f} | | | |")
-    used = "; ".join(f"{count} images {m['peak_mib']:.0f} MiB ({m['before_mib']:.0f} before, file {m['file_mib']:.0f})"
-                     for count, m in results["memory"].items())
+    used = "; ".join(
+        f"{count} images {m['peak_mib']:.0f} MiB ({m['before_mib']:.0f} before, file "
+        f"{m['file_mib']:.0f})"
+        for count, m in results["memory"].items()
+    )
     return "\n".join([*lines, "", f"Peak resident memory: {used}.", ""])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of class folders of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and table.md")
-    parser.add_argument("--workers", type=int, default=2, help="threads (ours) or processes (stock)")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of each, after one to warm up")
-    parser.add_argument("--count", type=int, default=5000, help="images a conversion; the list is repeated to it")
-    parser.add_argument("--shrink", type=int, default=200, help="longer side of the second conversion, in pixels")
-    parser.add_argument("--small", type=int, default=100000, help="small images of the memory's measurement")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder of class folders of pictures"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results.json and table.md"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="threads (ours) or processes (stock)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repeats of each, after one to warm up"
+    )
+    parser.add_argument(
+        "--count", type=int, default=5000, help="images a conversion; the list is repeated to it"
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=200, help="longer side of the second conversion, in pixels"
+    )
+    parser.add_argument(
+        "--small", type=int, default=100000, help="small images of the memory's measurement"
+    )
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="writer-benchmark-"))
     try:
         repeated(options.images, work, options.count)
-        results = {"command": f"benchmarks/writer.py --images {options.images.name} --workers {options.workers} --repeats {options.repeats} "
-                              f"--count {options.count} --shrink {options.shrink} --small {options.small}",
-                   "environment": runner.environment(["rsb_ffcv", "ffcv", "opencv-python-headless", "pillow", "torchvision"]), "rows": {}}
+        results = {
+            "command": f"benchmarks/writer.py --images {options.images.name} --workers "
+            f"{options.workers} --repeats {options.repeats} "
+            f"--count {options.count} --shrink {options.shrink} --small {options.small}",
+            "environment": runner.environment(
+                ["rsb_ffcv", "ffcv", "opencv-python-headless", "pillow", "torchvision"]
+            ),
+            "rows": {},
+        }
         for row, side in (("kept", 0), ("shrunk", options.shrink)):
-            arguments = {"folder": str(work / "pictures"), "target": str(work), "workers": options.workers, "max_resolution": side}
-            results["rows"][row] = runner.race({"ours": (f"{HERE / 'writer.py'}:Ours", arguments),
-                                                "stock ffcv": (f"{HERE / 'writer.py'}:StockFFCV", arguments)}, options.repeats)
-        results["processes"] = processes(work, options.workers, options.shrink, min(3, options.repeats))
+            arguments = {
+                "folder": str(work / "pictures"),
+                "target": str(work),
+                "workers": options.workers,
+                "max_resolution": side,
+            }
+            results["rows"][row] = runner.race(
+                {
+                    "ours": (f"{HERE / 'writer.py'}:Ours", arguments),
+                    "stock ffcv": (f"{HERE / 'writer.py'}:StockFFCV", arguments),
+                },
+                options.repeats,
+            )
+        results["processes"] = processes(
+            work, options.workers, options.shrink, min(3, options.repeats)
+        )
         results["memory"] = memory(work, options.small, options.workers)
     finally:
         shutil.rmtree(work)

@@ -1,9 +1,11 @@
-"""rsb_ffcv: ImageNet-scale image classifiers from `.beton` files, with the ResNet-Strikes-Back recipes.
+"""rsb_ffcv: ImageNet-scale image classifiers from `.beton` files, with the ResNet-Strikes-Back
+recipes.
 
-Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning` -> `training` -> `reporting`.
-`beton` holds the file format, which `dataset` writes and `loading` reads; `config` declares the
-programs' options and `options` reads them from flags and YAML.
+Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning` ->
+`training` -> `reporting`. `beton` holds the file format, which `dataset` writes and `loading`
+reads; `config` declares the programs' options and `options` reads them from flags and YAML.
 """
+
 import os
 import sys
 
@@ -11,10 +13,11 @@ __version__ = "0.1.0"
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: the thing, its value, and the mend.
+    """Something the user gave cannot be used. The message is one line: the thing, its value, and
+    the mend.
 
-    Programs print it without a traceback and exit with status 2; every other exception is a defect and keeps its
-    traceback.
+    Programs print it without a traceback and exit with status 2; every other exception is a defect
+    and keeps its traceback.
     """
 
 
@@ -29,8 +32,9 @@ def warn(text: str):
 
 
 def exit_status(program, *arguments) -> int:
-    """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it raises InputError, 130 where
-    the user interrupts it, 141 where nobody reads its output any more (`| head`)."""
+    """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it
+    raises InputError, 130 where the user interrupts it, 141 where nobody reads its output any more
+    (`| head`)."""
     try:
         return program(*arguments) or 0
     except InputError as error:
@@ -40,5 +44,7 @@ def exit_status(program, *arguments) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes it once more
         return 141

@@ -1,5 +1,6 @@
-"""Files that appear under their name whole or not at all, and locks on them; on file systems without locks or without
-directories that can be flushed, too."""
+"""Files that appear under their name whole or not at all, and locks on them; on file systems
+without locks or without directories that can be flushed, too."""
+
 import csv
 import errno
 import fcntl
@@ -10,18 +11,19 @@ from pathlib import Path
 
 from rsb_ffcv import InputError, first_line, warn
 
-# What flock says where the file system does not have it: Lustre mounted without, NFS without its lock service and of folders (which
-# are open for reading only), some of FUSE
+# What flock says where the file system does not have it: Lustre mounted without, NFS without its
+# lock service and of folders (which are open for reading only), some of FUSE
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 @contextmanager
 def atomic_file(path, mend: str):
-    """A binary file to write that takes the name `path` when the block ends: flushed to disk, renamed, and the
-    folder flushed as well.
+    """A binary file to write that takes the name `path` when the block ends: flushed to disk,
+    renamed, and the folder flushed as well.
 
-    Where the block raises, what stood under `path` before stays and the unfinished file is removed. Raises InputError
-    naming `path` and `mend` where the system refuses to write (no such folder, no permission, full disk).
+    Where the block raises, what stood under `path` before stays and the unfinished file is removed.
+    Raises InputError naming `path` and `mend` where the system refuses to write (no such folder, no
+    permission, full disk).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
@@ -50,8 +52,8 @@ def write_table(path, head: list[str], rows, mend: str):
 
 
 def flush_folder(path):
-    """The names in a folder outlive a power failure from now on. Some file systems (SMB, some of FUSE) cannot flush a folder:
-    a warning, once a folder, since the names are in place."""
+    """The names in a folder outlive a power failure from now on. Some file systems (SMB, some of
+    FUSE) cannot flush a folder: a warning, once a folder, since the names are in place."""
     try:
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -59,18 +61,24 @@ def flush_folder(path):
         finally:
             os.close(folder)
     except OSError as error:
-        _warn_once(f"{path}: this folder cannot be flushed ({first_line(error)}); after a power failure its newest names may be missing")
+        _warn_once(
+            f"{path}: this folder cannot be flushed ({first_line(error)}); after a power failure "
+            f"its newest names may be missing"
+        )
 
 
 def lock(file, path):
-    """Takes the exclusive lock of an open file, which ends with it. Raises BlockingIOError where another process has it. Where the
-    file system of `path` has no locks: a warning, once."""
+    """Takes the exclusive lock of an open file, which ends with it. Raises BlockingIOError where
+    another process has it. Where the file system of `path` has no locks: a warning, once."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        _warn_once(f"{path}: its file system has no locks ({error.strerror}); take care that only one process writes there")
+        _warn_once(
+            f"{path}: its file system has no locks ({error.strerror}); take care that only one "
+            f"process writes there"
+        )
 
 
 _warned: set[str] = set()

@@ -1,18 +1,21 @@
 """The `.beton` file: its layout, and a reader that checks every number before anything follows it.
 
-The layout is FFCV's, version 2 (libffcv/ffcv `ffcv/types.py`): a header, one descriptor a field, one metadata row a
-sample, pages of sample data, and at the end a table of (sample, pointer, size). FFCV reads such a file without a
-check, so a truncated one surfaces as "negative dimensions are not allowed" or as a read past the mapping. Here the
-header, the descriptors, the table and each image's pointer and size are held against the file's length first, and a raw
-image's size against its shape; whoever holds a `Beton` may hand its pointers to native code.
+The layout is FFCV's, version 2 (libffcv/ffcv `ffcv/types.py`): a header, one descriptor a field,
+one metadata row a sample, pages of sample data, and at the end a table of (sample, pointer, size).
+FFCV reads such a file without a check, so a truncated one surfaces as "negative dimensions are not
+allowed" or as a read past the mapping. Here the header, the descriptors, the table and each image's
+pointer and size are held against the file's length first, and a raw image's size against its shape;
+whoever holds a `Beton` may hand its pointers to native code.
 
-Files that this project writes carry more, in places that FFCV does not look at. After a JPEG's bytes stand its entry points
-(`ops/csrc/jpeg.c`), by which the decoder reaches a crop without reading what lies above it. Between the last page and the
-table stand, in this order: an `EXTRA` for each sample, in dataset order (checksum of image and entry points, how long the
-latter are); the samples' names, UTF-8, each ended by a zero byte; what is known of the file as a whole, JSON (`About`); and
-a `TRAILER`. FFCV's own files have none of this; theirs end pages and begin tables at a multiple of the page size, so that a
-trailer that is gone is noticed.
+Files that this project writes carry more, in places that FFCV does not look at. After a JPEG's
+bytes stand its entry points (`ops/csrc/jpeg.c`), by which the decoder reaches a crop without
+reading what lies above it. Between the last page and the table stand, in this order: an `EXTRA` for
+each sample, in dataset order (checksum of image and entry points, how long the latter are); the
+samples' names, UTF-8, each ended by a zero byte; what is known of the file as a whole, JSON
+(`About`); and a `TRAILER`. FFCV's own files have none of this; theirs end pages and begin tables at
+a multiple of the page size, so that a trailer that is gone is noticed.
 """
+
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -24,36 +27,64 @@ import numpy as np
 from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import checksum
 
-# Declared here rather than imported: ffcv.types pulls in torch, numba and every field, and a check of a file's
-# header must not cost seconds. tests/unit/test_beton.py holds them equal to ffcv's own.
+# Declared here rather than imported: ffcv.types pulls in torch, numba and every field, and a check
+# of a file's header must not cost seconds. tests/unit/test_beton.py holds them equal to ffcv's own.
 VERSION = 2
-HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
-                   ("alloc_table_ptr", "<u8")], align=True)
-FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype(
+    [("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True
+)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-IMAGE_METADATA = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+IMAGE_METADATA = np.dtype(
+    [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]
+)
 LABEL_METADATA = np.dtype("<i8")
 SAMPLE_METADATA = np.dtype([("f0", IMAGE_METADATA), ("f1", LABEL_METADATA)], align=True)
 EXTRA = np.dtype([("checksum", "<u8"), ("entry_bytes", "<u4")])
-# Lengths in bytes, and XXH64 throughout. samples: of the EXTRAs; structure: of header, descriptors, metadata and table;
-# trailer: of the bytes before it
-TRAILER = np.dtype([("magic", "S8"), ("version", "<u8"), ("names_bytes", "<u8"), ("about_bytes", "<u8"), ("samples", "<u8"),
-                    ("names", "<u8"), ("about", "<u8"), ("structure", "<u8"), ("trailer", "<u8")])
+# Lengths in bytes, and XXH64 throughout. samples: of the EXTRAs; structure: of header, descriptors,
+# metadata and table; trailer: of the bytes before it
+TRAILER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u8"),
+        ("names_bytes", "<u8"),
+        ("about_bytes", "<u8"),
+        ("samples", "<u8"),
+        ("names", "<u8"),
+        ("about", "<u8"),
+        ("structure", "<u8"),
+        ("trailer", "<u8"),
+    ]
+)
 MAGIC, TRAILER_VERSION = b"rsb_ffcv", 3
 PAGE_BYTES = 1 << 23  # of the files written here; FFCV's default: 8 MiB
 INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
 JPG, RAW = 0, 1
-MAX_CLASSES = 1 << 20  # beyond any labelled set: a larger label is damage, and would size the model's last layer
+MAX_CLASSES = (
+    1 << 20
+)  # beyond any labelled set: a larger label is damage, and would size the model's last layer
 
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of itself; the same for the same pictures and settings, wherever and whenever it was written.
+    """What a file says of itself; the same for the same pictures and settings, wherever and
+    whenever it was written.
 
-    tool: versions of what wrote it. settings: how images are stored. source: kind of dataset, split, number of pictures,
-    fingerprint of their names and labels. classes: in the order of the labels (wnids for ImageNet). titles: what people call
-    them, or empty. counts: pictures kept as they were, encoded, stored raw, left out.
+    tool: versions of what wrote it. settings: how images are stored. source: kind of dataset,
+    split, number of pictures, fingerprint of their names and labels. classes: in the order of the
+    labels (wnids for ImageNet). titles: what people call them, or empty. counts: pictures kept as
+    they were, encoded, stored raw, left out.
     """
+
     tool: dict
     settings: dict
     source: dict
@@ -63,25 +94,39 @@ class About:
 
     def check(self):
         """Raises ValueError where a part is not of its kind: the file's text may be anybody's."""
-        lists, tables = (self.classes, self.titles), (self.tool, self.settings, self.source, self.counts)
-        if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists) \
-                or not all(isinstance(part, dict) for part in tables) or len(self.titles) not in (0, len(self.classes)) \
-                or not 0 < len(self.classes) <= MAX_CLASSES or len(set(self.classes)) < len(self.classes) \
-                or not all(isinstance(count, int) for count in self.counts.values()) or not isinstance(self.source.get("split"), str | None) \
-                or not isinstance(self.source.get("appended", []), list) or not isinstance(self.settings.get("max_resolution", 0), int) \
-                or not isinstance(self.settings.get("of_parts", []), list):
+        lists, tables = (
+            (self.classes, self.titles),
+            (self.tool, self.settings, self.source, self.counts),
+        )
+        if (
+            not all(
+                isinstance(part, list) and all(isinstance(name, str) for name in part)
+                for part in lists
+            )
+            or not all(isinstance(part, dict) for part in tables)
+            or len(self.titles) not in (0, len(self.classes))
+            or not 0 < len(self.classes) <= MAX_CLASSES
+            or len(set(self.classes)) < len(self.classes)
+            or not all(isinstance(count, int) for count in self.counts.values())
+            or not isinstance(self.source.get("split"), str | None)
+            or not isinstance(self.source.get("appended", []), list)
+            or not isinstance(self.settings.get("max_resolution", 0), int)
+            or not isinstance(self.settings.get("of_parts", []), list)
+        ):
             raise ValueError("not as write_ffcv.py writes it")
 
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """An image file whose every pointer has been checked. Arrays have one entry a sample, in dataset order.
+    """An image file whose every pointer has been checked. Arrays have one entry a sample, in
+    dataset order.
 
-    pointers, sizes: uint64, bytes from the file's start / bytes of the stored image.
-    modes: uint8, `JPG` or `RAW`. heights, widths: uint16, pixels. labels: int64, 0 or more.
-    extras: EXTRA records; about: what the file says of itself; names_at: where its names stand (first byte, how many,
-    XXH64). All three are None in a file of FFCV's.
+    pointers, sizes: uint64, bytes from the file's start / bytes of the stored image. modes: uint8,
+    `JPG` or `RAW`. heights, widths: uint16, pixels. labels: int64, 0 or more. extras: EXTRA
+    records; about: what the file says of itself; names_at: where its names stand (first byte, how
+    many, XXH64). All three are None in a file of FFCV's.
     """
+
     path: Path
     num_bytes: int
     pointers: np.ndarray
@@ -112,8 +157,9 @@ class Beton:
         return self.sizes if self.extras is None else self.sizes + self.extras["entry_bytes"]
 
     def read(self, opened: int, index: int) -> np.ndarray:
-        """uint8: an image and its entry points as they are stored, from the open file's descriptor. Raises ValueError where they
-        are not as they were written, OSError where they cannot be read."""
+        """uint8: an image and its entry points as they are stored, from the open file's descriptor.
+        Raises ValueError where they are not as they were written, OSError where they cannot be
+        read."""
         data = np.empty(int(self.stored_bytes[index]), np.uint8)
         if os.preadv(opened, [data], int(self.pointers[index])) != data.nbytes:
             raise ValueError("cannot be read: the file ends there")
@@ -122,7 +168,8 @@ class Beton:
         return data
 
     def names(self) -> list[str]:
-        """The samples' names: their paths within the source. Where the file has none, `sample_<number>`."""
+        """The samples' names: their paths within the source. Where the file has none,
+        `sample_<number>`."""
         if self.names_at is None:
             return [f"sample_{number:08d}" for number in range(len(self))]
         start, length, expected = self.names_at
@@ -131,11 +178,15 @@ class Beton:
             text = np.fromfile(file, np.uint8, length)
         names = text.tobytes().split(b"\0")[:-1]
         if checksum(text) != expected or len(names) != len(self):
-            raise InputError(f"{self.path}: damaged: the samples' names are not as they were written; write it again with write_ffcv.py")
+            raise InputError(
+                f"{self.path}: damaged: the samples' names are not as they were written; write it "
+                f"again with write_ffcv.py"
+            )
         return [name.decode("utf-8", "surrogateescape") for name in names]
 
     def fingerprint(self) -> str:
-        """Tells apart files with other images, labels or order; the same for a copy under another name."""
+        """Tells apart files with other images, labels or order; the same for a copy under another
+        name."""
         parts = [self.pointers, self.sizes, self.labels.astype(np.uint64)]
         if self.extras is not None:
             parts.append(self.extras["checksum"])
@@ -143,10 +194,12 @@ class Beton:
 
 
 def read_beton(path) -> Beton:
-    """Opens `path` and checks it whole: header, fields, table, and each image's pointer, size and shape.
+    """Opens `path` and checks it whole: header, fields, table, and each image's pointer, size and
+    shape.
 
-    Raises InputError naming the file and what is wrong with it: missing, not a .beton, truncated, without an image
-    and an int field named `image` and `label`, or with a sample that points outside the file.
+    Raises InputError naming the file and what is wrong with it: missing, not a .beton, truncated,
+    without an image and an int field named `image` and `label`, or with a sample that points
+    outside the file.
     """
     path = Path(path)
 
@@ -161,7 +214,10 @@ def read_beton(path) -> Beton:
             header = np.frombuffer(file.read(HEADER.itemsize), HEADER)[0]
             num_fields, num_samples = int(header["num_fields"]), int(header["num_samples"])
             if header["version"] != VERSION or not 0 < num_fields <= 64:
-                refuse(f"not a .beton file of version {VERSION} (version {header['version']}, {num_fields} fields)")
+                refuse(
+                    f"not a .beton file of version {VERSION} (version {header['version']}, "
+                    f"{num_fields} fields)"
+                )
             if num_samples == 0:
                 refuse("holds no sample")
             table_start = int(header["alloc_table_ptr"])
@@ -174,19 +230,35 @@ def read_beton(path) -> Beton:
             metadata_type = _metadata_type(fields, refuse)
             metadata_end = metadata_start + num_samples * metadata_type.itemsize
             if metadata_end > num_bytes:
-                refuse(f"truncated: {num_bytes} bytes, and the metadata of {num_samples} samples end at {metadata_end}")
+                refuse(
+                    f"truncated: {num_bytes} bytes, and the metadata of {num_samples} samples end "
+                    f"at {metadata_end}"
+                )
             metadata = np.fromfile(file, metadata_type, num_samples)
-            if not metadata_end <= table_start < num_bytes or (num_bytes - table_start) % ALLOCATION.itemsize:
-                refuse(f"truncated: {num_bytes} bytes do not hold the allocation table that starts at {table_start}")
+            if (
+                not metadata_end <= table_start < num_bytes
+                or (num_bytes - table_start) % ALLOCATION.itemsize
+            ):
+                refuse(
+                    f"truncated: {num_bytes} bytes do not hold the allocation table that starts at "
+                    f"{table_start}"
+                )
             file.seek(table_start)
             table = np.fromfile(file, ALLOCATION)
             file.seek(0)
             structure = structure_checksum(file.read(metadata_end), table)
-            extras, about, names_at = _read_extras(file, header, table_start, metadata_end, structure, refuse)
+            extras, about, names_at = _read_extras(
+                file, header, table_start, metadata_end, structure, refuse
+            )
     except OSError as error:
         if path.with_name(f".{path.name}.appending").exists():
-            refuse("an append to it was interrupted", "give the same concat command again: it brings the file back")
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a .beton file") from error
+            refuse(
+                "an append to it was interrupted",
+                "give the same concat command again: it brings the file back",
+            )
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a .beton file"
+        ) from error
 
     names = [bytes(name).split(b"\0")[0] for name in fields["name"]]
     image, labels = metadata[f"f{names.index(b'image')}"], metadata[f"f{names.index(b'label')}"]
@@ -196,39 +268,80 @@ def read_beton(path) -> Beton:
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
 
-    # Compared as `size > room` with room >= 0, so that no sum of two file-supplied 64-bit numbers can wrap around.
-    outside = (pointers < metadata_end) | (pointers > num_bytes) | (stored > num_bytes - np.minimum(pointers, num_bytes))
+    # Compared as `size > room` with room >= 0, so that no sum of two file-supplied 64-bit numbers
+    # can wrap around.
+    outside = (
+        (pointers < metadata_end)
+        | (pointers > num_bytes)
+        | (stored > num_bytes - np.minimum(pointers, num_bytes))
+    )
     outside |= stored < sizes
     most = len(about.classes) if about else MAX_CLASSES
     raw_bytes = heights.astype(np.uint64) * widths * 3
-    for bad, what in ((outside, "points outside the file"), ((heights == 0) | (widths == 0), "has no pixels"),
-                      (modes > RAW, "has an unknown storage mode"), (sizes == 0, "has no data"),
-                      ((modes == RAW) & (sizes != raw_bytes), "has a size that is not height x width x 3"),
-                      ((labels < 0) | (labels >= most), f"has a label outside 0 .. {most - 1}")):
+    for bad, what in (
+        (outside, "points outside the file"),
+        ((heights == 0) | (widths == 0), "has no pixels"),
+        (modes > RAW, "has an unknown storage mode"),
+        (sizes == 0, "has no data"),
+        ((modes == RAW) & (sizes != raw_bytes), "has a size that is not height x width x 3"),
+        ((labels < 0) | (labels >= most), f"has a label outside 0 .. {most - 1}"),
+    ):
         if bad.any():
             refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
-    return Beton(path, num_bytes, pointers, sizes, modes, heights, widths, np.ascontiguousarray(labels), extras, about, names_at)
+    return Beton(
+        path,
+        num_bytes,
+        pointers,
+        sizes,
+        modes,
+        heights,
+        widths,
+        np.ascontiguousarray(labels),
+        extras,
+        about,
+        names_at,
+    )
 
 
-def put_around(path, end: int, metadata: np.ndarray, table: np.ndarray, extras: np.ndarray, names: list[str], about: About,
-               keep_front=lambda front: None):
-    """Writes into a file everything around its images, which end at byte `end`: first what stands behind them, and once
-    that is on the disk, header, descriptors and `metadata`, which keep_front is given before. metadata, table, extras:
-    SAMPLE_METADATA, ALLOCATION and EXTRA, one a sample. Raises OSError."""
+def put_around(
+    path,
+    end: int,
+    metadata: np.ndarray,
+    table: np.ndarray,
+    extras: np.ndarray,
+    names: list[str],
+    about: About,
+    keep_front=lambda front: None,
+):
+    """Writes into a file everything around its images, which end at byte `end`: first what stands
+    behind them, and once that is on the disk, header, descriptors and `metadata`, which keep_front
+    is given before. metadata, table, extras: SAMPLE_METADATA, ALLOCATION and EXTRA, one a sample.
+    Raises OSError."""
     head = np.zeros(1, HEADER)
-    head["version"], head["num_fields"], head["page_size"], head["num_samples"] = VERSION, 2, PAGE_BYTES, len(metadata)
+    head["version"], head["num_fields"], head["page_size"], head["num_samples"] = (
+        VERSION,
+        2,
+        PAGE_BYTES,
+        len(metadata),
+    )
     fields = np.zeros(2, FIELD)
     for row, (name, type_id) in zip(fields, (("image", IMAGE_TYPE_ID), ("label", INT_TYPE_ID))):
         row["type_id"] = type_id
-        row["name"][:len(name)] = np.frombuffer(name.encode(), np.uint8)
+        row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     text = b"".join(name.encode("utf-8", "surrogateescape") + b"\0" for name in names)
-    known = json.dumps(asdict(about), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogateescape")
+    known = json.dumps(asdict(about), ensure_ascii=False, separators=(",", ":")).encode(
+        "utf-8", "surrogateescape"
+    )
     end += -end % PAGE_BYTES
     head["alloc_table_ptr"] = end + extras.nbytes + len(text) + len(known) + TRAILER.itemsize
     front = b"".join(part.tobytes() for part in (head, fields, metadata))
-    gap = bytes(max(0, int(metadata["f0"]["data_ptr"].min()) - len(front)))  # what once stood there is no part of the file
+    gap = bytes(
+        max(0, int(metadata["f0"]["data_ptr"].min()) - len(front))
+    )  # what once stood there is no part of the file
     text_part, known_part = np.frombuffer(text, np.uint8), np.frombuffer(known, np.uint8)
-    trailer = make_trailer(extras, len(text), checksum(text_part), known_part, structure_checksum(front, table))
+    trailer = make_trailer(
+        extras, len(text), checksum(text_part), known_part, structure_checksum(front, table)
+    )
     with open(path, "r+b") as file:
         file.truncate(end)
         file.seek(end)
@@ -253,16 +366,33 @@ def structure_checksum(front: bytes, table: np.ndarray) -> int:
     return checksum(np.frombuffer(front + table.tobytes(), np.uint8))
 
 
-def make_trailer(extras: np.ndarray, names_bytes: int, names_checksum: int, about: np.ndarray, structure: int) -> np.ndarray:
+def make_trailer(
+    extras: np.ndarray, names_bytes: int, names_checksum: int, about: np.ndarray, structure: int
+) -> np.ndarray:
     """The TRAILER. about: uint8, its JSON; structure: structure_checksum's."""
-    trailer = np.array([(MAGIC, TRAILER_VERSION, names_bytes, about.nbytes, checksum(extras), names_checksum, checksum(about),
-                         structure, 0)], TRAILER)
+    trailer = np.array(
+        [
+            (
+                MAGIC,
+                TRAILER_VERSION,
+                names_bytes,
+                about.nbytes,
+                checksum(extras),
+                names_checksum,
+                checksum(about),
+                structure,
+                0,
+            )
+        ],
+        TRAILER,
+    )
     trailer["trailer"] = checksum(trailer.view(np.uint8)[:-8])
     return trailer
 
 
 def _read_extras(file, header, table_start, metadata_end, structure, refuse):
-    """(the samples' EXTRAs, About, where the names are), or Nones where the file is one of FFCV's."""
+    """(the samples' EXTRAs, About, where the names are), or Nones where the file is one of
+    FFCV's."""
     count = int(header["num_samples"])
     at, trailer = table_start - TRAILER.itemsize, np.zeros(1, TRAILER)
     if at >= metadata_end:
@@ -270,11 +400,17 @@ def _read_extras(file, header, table_start, metadata_end, structure, refuse):
         trailer = np.fromfile(file, TRAILER, 1)
     if trailer["magic"][0] != MAGIC:
         if header["page_size"] == 0 or table_start % int(header["page_size"]):
-            refuse("damaged, or written before version 3 of this program's checksums: they are not where they should be")
+            refuse(
+                "damaged, or written before version 3 of this program's checksums: they are not "
+                "where they should be"
+            )
         return None, None, None
     if trailer["version"][0] != TRAILER_VERSION:
-        refuse(f"has checksums of version {trailer['version'][0]}, and this program knows {TRAILER_VERSION}",
-               "write it again with write_ffcv.py, or read it with the rsb_ffcv that wrote it")
+        refuse(
+            f"has checksums of version {trailer['version'][0]}, and this program knows "
+            f"{TRAILER_VERSION}",
+            "write it again with write_ffcv.py, or read it with the rsb_ffcv that wrote it",
+        )
     names_bytes, about_bytes = int(trailer["names_bytes"][0]), int(trailer["about_bytes"][0])
     start = at - EXTRA.itemsize * count - names_bytes - about_bytes
     damaged = "damaged: header, metadata, table or checksums are not as they were written"
@@ -296,16 +432,25 @@ def _read_extras(file, header, table_start, metadata_end, structure, refuse):
 
 
 def _metadata_type(fields, refuse):
-    """The dtype of a metadata row. Only fields of known width are accepted: any other would shift what follows."""
-    widths = {0: np.dtype("<f8"), INT_TYPE_ID: LABEL_METADATA, IMAGE_TYPE_ID: IMAGE_METADATA,
-              3: np.dtype([("ptr", "<u8"), ("size", "<u8")]), 4: np.dtype("<u8"),
-              5: np.dtype([("ptr", "<u8"), ("size", "<u8")]), 6: np.dtype("<u8")}
+    """The dtype of a metadata row. Only fields of known width are accepted: any other would shift
+    what follows."""
+    widths = {
+        0: np.dtype("<f8"),
+        INT_TYPE_ID: LABEL_METADATA,
+        IMAGE_TYPE_ID: IMAGE_METADATA,
+        3: np.dtype([("ptr", "<u8"), ("size", "<u8")]),
+        4: np.dtype("<u8"),
+        5: np.dtype([("ptr", "<u8"), ("size", "<u8")]),
+        6: np.dtype("<u8"),
+    }
     found = {bytes(field["name"]).split(b"\0")[0]: int(field["type_id"]) for field in fields}
     if len(found) < len(fields):
         refuse(f"has two fields of one name ({len(fields)} fields, {len(found)} names)")
     if found.get(b"image") != IMAGE_TYPE_ID or found.get(b"label") != INT_TYPE_ID:
-        refuse(f"needs an image field 'image' and an int field 'label', has "
-               f"{ {name.decode('ascii', 'replace'): kind for name, kind in found.items()} }")
+        refuse(
+            f"needs an image field 'image' and an int field 'label', has "
+            f"{ {name.decode('ascii', 'replace'): kind for name, kind in found.items()} }"
+        )
     unknown = set(found.values()) - set(widths)
     if unknown:
         refuse(f"has a field of unknown type {unknown}")
@@ -318,6 +463,8 @@ def _image_sizes(pointers, table, refuse):
     rows = np.minimum(np.searchsorted(table["ptr"], pointers), len(table) - 1)
     missing = table["ptr"][rows] != pointers
     if missing.any():
-        refuse(f"damaged: sample {int(np.argmax(missing))} is not in the allocation table "
-               f"({int(missing.sum())} such samples)")
+        refuse(
+            f"damaged: sample {int(np.argmax(missing))} is not in the allocation table "
+            f"({int(missing.sum())} such samples)"
+        )
     return table["size"][rows].copy()

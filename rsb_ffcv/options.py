@@ -1,10 +1,12 @@
 """How options are declared, and read from flags and YAML files: the mechanism under `config`.
 
-An option is a dataclass field that carries its meaning, unit and range; fastargs gets its sections, its `--help` and its
-flags from there. fastargs by itself ignores what it does not know and turns `bool("0")` into True; here every key and
-value of a file or a flag is checked before anything else happens, and the first wrong one ends the program with its name,
-value, place and the nearest valid name.
+An option is a dataclass field that carries its meaning, unit and range; fastargs gets its sections,
+its `--help` and its flags from there. fastargs by itself ignores what it does not know and turns
+`bool("0")` into True; here every key and value of a file or a flag is checked before anything else
+happens, and the first wrong one ends the program with its name, value, place and the nearest valid
+name.
 """
+
 import difflib
 import math
 import os
@@ -27,7 +29,14 @@ class _Value(Checker):
     """A fastargs checker that reads one option: type, range and choices, or one of `words`."""
 
     def __init__(self, kind, low, high, choices, words=(), needed=False):
-        self.kind, self.low, self.high, self.choices, self.words, self.needed = kind, low, high, choices, words, needed
+        self.kind, self.low, self.high, self.choices, self.words, self.needed = (
+            kind,
+            low,
+            high,
+            choices,
+            words,
+            needed,
+        )
 
     def check(self, value):
         if value in self.words:
@@ -78,15 +87,32 @@ class _Value(Checker):
         if self.kind is str:
             return "text, not empty" if self.needed else "text"
         name = "whole number" if self.kind is int else "number"
-        low, high = (f"{x:g}" if abs(x) < 2 ** 31 else str(x) if math.isfinite(x) else None for x in (self.low, self.high))
-        return (f"{name} from {low} to {high}" if low and high else f"{name}, {low} or more" if low
-                else f"{name}, at most {high}" if high else name)
+        low, high = (
+            f"{x:g}" if abs(x) < 2**31 else str(x) if math.isfinite(x) else None
+            for x in (self.low, self.high)
+        )
+        return (
+            f"{name} from {low} to {high}"
+            if low and high
+            else f"{name}, {low} or more"
+            if low
+            else f"{name}, at most {high}"
+            if high
+            else name
+        )
 
 
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=(), words=()):
-    """One option. text: meaning and unit, shown by --help. words: values that are taken as they are, whatever the kind."""
+    """One option. text: meaning and unit, shown by --help. words: values that are taken as they
+    are, whatever the kind."""
     extra = {} if default is REQUIRED else {"default": default}
-    return field(metadata={"checker": _Value(kind, low, high, choices, words, default is REQUIRED), "text": text}, **extra)
+    return field(
+        metadata={
+            "checker": _Value(kind, low, high, choices, words, default is REQUIRED),
+            "text": text,
+        },
+        **extra,
+    )
 
 
 def flag(default, text):
@@ -94,22 +120,33 @@ def flag(default, text):
 
 
 def read_options(program: type, description: str, arguments=None, ignored=frozenset()):
-    """The `program` dataclass, whose fields are sections (dataclasses of `option`s), from the command line.
+    """The `program` dataclass, whose fields are sections (dataclasses of `option`s), from the
+    command line.
 
-    Flags are `--section.name=value`; `--config-file FILE` reads YAML, may be repeated, and later files and flags win.
-    ignored: names that files may carry and nothing reads; those that do are named in one warning on stderr. Raises InputError for anything unknown, mistyped, out of range or missing.
+    Flags are `--section.name=value`; `--config-file FILE` reads YAML, may be repeated, and later
+    files and flags win. ignored: names that files may carry and nothing reads; those that do are
+    named in one warning on stderr. Raises InputError for anything unknown, mistyped, out of range
+    or missing.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sections = {section.name: section.type for section in fields(program)}
     config = Config()
     for name, section in sections.items():
-        Section(name, section.__doc__, config).params(**{
-            item.name: Param(item.metadata["checker"], item.metadata["text"],
-                             default=None if item.default is MISSING else _shown(item.default),
-                             required=item.default is MISSING) for item in fields(section)})
+        Section(name, section.__doc__, config).params(
+            **{
+                item.name: Param(
+                    item.metadata["checker"],
+                    item.metadata["text"],
+                    default=None if item.default is MISSING else _shown(item.default),
+                    required=item.default is MISSING,
+                )
+                for item in fields(section)
+            }
+        )
     parser = _Parser(description=description, allow_abbrev=False)
     _check_flags(arguments, sections)
-    # fastargs would read the files named in sys.argv and the variables of the environment, without a check
+    # fastargs would read the files named in sys.argv and the variables of the environment, without
+    # a check
     saved, sys.argv = (sys.argv, dict(os.environ)), sys.argv[:1]
     os.environ.clear()
     try:
@@ -117,7 +154,9 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
     finally:
         sys.argv = saved[0]
         os.environ.update(saved[1])
-    parser.epilog = _options_text(sections)  # fastargs' own is drawn for a VT100 and speaks of environment variables
+    parser.epilog = _options_text(
+        sections
+    )  # fastargs' own is drawn for a VT100 and speaks of environment variables
     given = parser.parse_args(arguments)
 
     values = {name: {} for name in sections}
@@ -129,22 +168,32 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
                 continue
             _set(values, sections, name, key, value, f"in {path}")
     if met:
-        warn(f"{', '.join(met)}: known from other programs' files and without meaning here; ignored")
+        warn(
+            f"{', '.join(met)}: known from other programs' files and without meaning here; ignored"
+        )
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
             _set(values, sections, *flag_name.split(".", 1), value, "on the command line")
     for name, section in sections.items():
         for item in fields(section):
             if item.default is MISSING and item.name not in values[name]:
-                raise InputError(f"{name}.{item.name} is missing ({item.metadata['text']}); give --{name}.{item.name}=... "
-                                 f"or set it in the file of --config-file")
+                raise InputError(
+                    f"{name}.{item.name} is missing ({item.metadata['text']}); give "
+                    f"--{name}.{item.name}=... "
+                    f"or set it in the file of --config-file"
+                )
     return program(**{name: section(**values[name]) for name, section in sections.items()})
 
 
 def as_dict(config) -> dict:
     """{section: {option: value}} of a config: plain values, ready for JSON."""
-    return {section.name: {item.name: getattr(getattr(config, section.name), item.name)
-                           for item in fields(section.type)} for section in fields(config)}
+    return {
+        section.name: {
+            item.name: getattr(getattr(config, section.name), item.name)
+            for item in fields(section.type)
+        }
+        for section in fields(config)
+    }
 
 
 class _Parser(ArgumentParser):
@@ -159,19 +208,25 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         repeated = [key for key in keys if keys.count(key) > 1]
         if repeated:
-            raise yaml.constructor.ConstructorError(problem=f"'{repeated[0]}' stands there twice",
-                                                    problem_mark=node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                problem=f"'{repeated[0]}' stands there twice", problem_mark=node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
 def _options_text(sections):
-    lines = ["Options, as --section.name=value or in the YAML file as 'section:' and below it '  name: value':"]
+    lines = [
+        "Options, as --section.name=value or in the YAML file as 'section:' and below it '  name: "
+        "value':"
+    ]
     for name, section in sections.items():
         lines += ["", f"{name}: {section.__doc__}"]
         for item in fields(section):
             default = "required" if item.default is MISSING else f"default {_shown(item.default)}"
-            lines.append(f"  --{name}.{item.name}  [{default}; {item.metadata['checker'].help()}]\n"
-                         f"        {item.metadata['text']}")
+            lines.append(
+                f"  --{name}.{item.name}  [{default}; {item.metadata['checker'].help()}]\n"
+                f"        {item.metadata['text']}"
+            )
     return "\n".join(lines)
 
 
@@ -195,26 +250,40 @@ def _read_yaml(path):
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
-        raise InputError(f"--config-file={path}: cannot be read ({error.strerror}); recipes are in rsb_configs/") from error
+        raise InputError(
+            f"--config-file={path}: cannot be read ({error.strerror}); recipes are in rsb_configs/"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config-file={path}: not a recipe in YAML ({' '.join(str(error).split())[:160]}); correct it") from error
+        raise InputError(
+            f"--config-file={path}: not a recipe in YAML ({' '.join(str(error).split())[:160]}); "
+            f"correct it"
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"--config-file={path}: holds no sections; write 'section:' and below it '  key: value'")
+        raise InputError(
+            f"--config-file={path}: holds no sections; write 'section:' and below it '  key: value'"
+        )
     for name, section in content.items():
         if not isinstance(section, dict):
-            raise InputError(f"--config-file={path}: section '{name}' must hold 'key: value' lines, holds {section!r}")
+            raise InputError(
+                f"--config-file={path}: section '{name}' must hold 'key: value' lines, holds "
+                f"{section!r}"
+            )
         for key, value in section.items():
             yield str(name), str(key), value
 
 
 def _find(sections, name, key, where):
     """The field behind `name.key`, or InputError with the nearest valid name."""
-    known = {f"{section_name}.{item.name}": item for section_name, section in sections.items()
-             for item in fields(section)}
+    known = {
+        f"{section_name}.{item.name}": item
+        for section_name, section in sections.items()
+        for item in fields(section)
+    }
     if f"{name}.{key}" not in known:
         given = f"{name}.{key}" if key else name
-        near = ([full for full in known if full.split(".")[1] in (key, given)]
-                or difflib.get_close_matches(given, [*known, "config-file", "help"], 1, 0.5))
+        near = [
+            full for full in known if full.split(".")[1] in (key, given)
+        ] or difflib.get_close_matches(given, [*known, "config-file", "help"], 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(sections)}"
         raise InputError(f"{given} {where} is not an option; {hint}")
     return known[f"{name}.{key}"]
@@ -225,4 +294,6 @@ def _set(values, sections, name, key, value, where):
     try:
         values[name][key] = item.metadata["checker"].check(value)
     except ValueError as error:
-        raise InputError(f"{name}.{key}={value!r} {where}: must be {item.metadata['checker'].help()}") from error
+        raise InputError(
+            f"{name}.{key}={value!r} {where}: must be {item.metadata['checker'].help()}"
+        ) from error

@@ -1,4 +1,5 @@
 """Small real datasets that every test may use: made once a session, read only."""
+
 import json
 import os
 import signal
@@ -46,7 +47,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """train/ and val/ of three classes: noisy pictures of 40 .. 90 px whose hue tells the class. 32 + 8 a class."""
+    """train/ and val/ of three classes: noisy pictures of 40 .. 90 px whose hue tells the class. 32
+    + 8 a class."""
     root = tmp_path_factory.mktemp("pictures")
     for split, count in (("train", 32), ("val", 9)):
         for label, name in enumerate(("amber", "blue", "cyan")):
@@ -56,7 +58,9 @@ def pictures(tmp_path_factory) -> Path:
                 height, width = rng.integers(40, 91, 2)
                 pixels = rng.integers(0, 120, (height, width, 3))
                 pixels[..., label] += 100
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.jpg", quality=92)
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    root / split / name / f"{number}.jpg", quality=92
+                )
     return root
 
 
@@ -73,16 +77,27 @@ def betons(pictures, tmp_path_factory) -> Path:
 @pytest.fixture
 def run_program():
     """Runs an entry script of the project as a user would: (exit status, stdout, stderr)."""
+
     def run(*arguments, timeout=900, env=None, **options):
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=timeout, env={**os.environ, **(env or {})}, **options)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
+            **options,
+        )
         return done.returncode, done.stdout, done.stderr
+
     return run
 
 
 @pytest.fixture
 def call_program(capfd):
-    """An entry script's main() in this process, which has paid for its imports: (exit status, stdout, stderr)."""
+    """An entry script's main() in this process, which has paid for its imports: (exit status,
+    stdout, stderr)."""
+
     def call(script, *arguments):
         import importlib
 
@@ -96,27 +111,58 @@ def call_program(capfd):
         finally:
             sys.argv = saved
         return status, *capfd.readouterr()
+
     return call
 
 
 class Run:
     """A run of train_imagenet.py, one process or several of a job, forked from the zygote."""
 
-    def __init__(self, ask, folder: Path, arguments, world: int = 1, largest_file: int | None = None, stop_at=None, prepare: str = "",
-                 own: dict = {}):
+    def __init__(
+        self,
+        ask,
+        folder: Path,
+        arguments,
+        world: int = 1,
+        largest_file: int | None = None,
+        stop_at=None,
+        prepare: str = "",
+        own: dict = {},
+    ):
         self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
         self.out.write_text(""), self.err.write_text("")
         self._stop = stop_at and Stop(stop_at, folder, world)
-        job = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
-               "MASTER_PORT": str(a_free_port())} if world > 1 else {}
-        self.processes = [ask(start=[*map(str, arguments), *own.get(rank, [])], out=str(self.out), err=str(self.err),
-                              largest_file=largest_file, prepare=prepare, env={
-            **(self._stop.env if self._stop else {}), **job, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if job else {})})
-            for rank in range(world)]
+        job = (
+            {
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(a_free_port()),
+            }
+            if world > 1
+            else {}
+        )
+        self.processes = [
+            ask(
+                start=[*map(str, arguments), *own.get(rank, [])],
+                out=str(self.out),
+                err=str(self.err),
+                largest_file=largest_file,
+                prepare=prepare,
+                env={
+                    **(self._stop.env if self._stop else {}),
+                    **job,
+                    **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if job else {}),
+                },
+            )
+            for rank in range(world)
+        ]
 
     def poll(self) -> str | None:
         """None while all its processes run, else the last it has written to stderr."""
-        if all(psutil.Process(process).status() != psutil.STATUS_ZOMBIE for process in self.processes):
+        if all(
+            psutil.Process(process).status() != psutil.STATUS_ZOMBIE for process in self.processes
+        ):
             return None
         return self.err.read_text()[-2000:] or "without a word"
 
@@ -124,7 +170,8 @@ class Run:
         wait_until(condition, self)
 
     def wait_for_stop(self, or_end: bool = False):
-        """Returns when all its processes are at `stop_at`. or_end: or when one of them has ended."""
+        """Returns when all its processes are at `stop_at`. or_end: or when one of them has
+        ended."""
         self.wait_until(lambda: self._stop.reached() or or_end and self.poll())
 
     def go_on(self):
@@ -141,12 +188,18 @@ class Run:
         self.signal(signal.SIGKILL)
 
     def wait(self, seconds: float = 600, rank: int | None = None) -> tuple[list[int], str, str]:
-        """Exit statuses, stdout, stderr, of one process or all. What still runs after `seconds` is killed."""
+        """Exit statuses, stdout, stderr, of one process or all. What still runs after `seconds` is
+        killed."""
         hanging = Timer(seconds, self.signal, [signal.SIGKILL])
         hanging.start()
-        statuses = [self._ask(wait=process) for process in (self.processes if rank is None else [self.processes[rank]])]
+        statuses = [
+            self._ask(wait=process)
+            for process in (self.processes if rank is None else [self.processes[rank]])
+        ]
         hanging.cancel()
-        self.threads = [path.read_text().split() for path in self.out.parent.glob("*.threads_*")]  # of each that ended by itself
+        self.threads = [
+            path.read_text().split() for path in self.out.parent.glob("*.threads_*")
+        ]  # of each that ended by itself
         return statuses, self.out.read_text(), self.err.read_text()
 
 
@@ -163,11 +216,17 @@ def a_free_port() -> int:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
-    """train(arguments, world=1, ...): starts train_imagenet.py and returns a Run. largest_file: bytes beyond which the kernel refuses
-    to let a file grow, as a full disk would. stop_at: where it is held (see Stop). prepare: Python code that each process runs first.
-    own: {rank: further arguments of this process}."""
-    process = subprocess.Popen([sys.executable, Path(__file__).with_name("zygote.py")], cwd=ROOT, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    """train(arguments, world=1, ...): starts train_imagenet.py and returns a Run. largest_file:
+    bytes beyond which the kernel refuses to let a file grow, as a full disk would. stop_at: where
+    it is held (see Stop). prepare: Python code that each process runs first. own: {rank: further
+    arguments of this process}."""
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("zygote.py")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def ask(**request):
         process.stdin.write(json.dumps(request) + "\n")
@@ -175,6 +234,8 @@ def train(tmp_path_factory):
         return json.loads(process.stdout.readline())
 
     assert json.loads(process.stdout.readline()) == "ready"
-    yield lambda arguments, world=1, **options: Run(ask, tmp_path_factory.mktemp("output"), arguments, world, **options)
+    yield lambda arguments, world=1, **options: Run(
+        ask, tmp_path_factory.mktemp("output"), arguments, world, **options
+    )
     process.stdin.close()
     process.wait()

@@ -1,8 +1,11 @@
-"""The whole suite, `long` tests too, with its log and what it ran on in records/<date>_test_all/: what `make test-all` runs.
+"""The whole suite, `long` tests too, with its log and what it ran on in records/<date>_test_all/:
+what `make test-all` runs.
 
-The folder's README.md says the commit, whether the files were those of the commit, the sizes, the versions and the machine. It
-takes the place of earlier folders of this kind, also where tests failed: then it says so.
+The folder's README.md says the commit, whether the files were those of the commit, the sizes, the
+versions and the machine. It takes the place of earlier folders of this kind, also where tests
+failed: then it says so.
 """
+
 import os
 import shutil
 import subprocess
@@ -22,14 +25,29 @@ PYTEST = ["-m", "pytest", "-rs", "--durations=40", "--color=no"]
 
 
 def git(*arguments) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def main() -> int:
-    pinned = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
-    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", ":!records/*_test_all")
+    pinned = [
+        line.partition("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    ]
+    commit, changed = (
+        git("rev-parse", "HEAD"),
+        git("status", "--porcelain", "--", ".", ":!records/*_test_all"),
+    )
     began, lines = datetime.now(), []
-    process = subprocess.Popen([sys.executable, *PYTEST], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *PYTEST],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line)

@@ -1,4 +1,5 @@
 """The same few labelled pictures in every form that people own ImageNet in."""
+
 import csv
 import io
 import json
@@ -12,7 +13,11 @@ from rsb_ffcv.beton import read_beton
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 WORDS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "great white shark, white shark"]
-IDS = {"n01440764": 2, "n01443537": 3, "n01484850": 1}  # the devkit's numbers have an order of their own
+IDS = {
+    "n01440764": 2,
+    "n01443537": 3,
+    "n01484850": 1,
+}  # the devkit's numbers have an order of their own
 
 
 def jpeg(label: int, number: int, side: int = 40) -> bytes:
@@ -25,11 +30,19 @@ def jpeg(label: int, number: int, side: int = 40) -> bytes:
 
 
 def pictures(split: str) -> list[tuple[str, str, bytes]]:
-    """(wnid, file name, bytes): four a class for train, two for val, whose names do not tell the class."""
+    """(wnid, file name, bytes): four a class for train, two for val, whose names do not tell the
+    class."""
     if split == "train":
-        return [(wnid, f"{wnid}_{number}.JPEG", jpeg(label, number)) for label, wnid in enumerate(WNIDS) for number in range(4)]
+        return [
+            (wnid, f"{wnid}_{number}.JPEG", jpeg(label, number))
+            for label, wnid in enumerate(WNIDS)
+            for number in range(4)
+        ]
     order = [2, 0, 1, 1, 2, 0]
-    return [(WNIDS[label], f"ILSVRC2012_val_{number:08d}.JPEG", jpeg(label, 10 + number)) for number, label in enumerate(order, 1)]
+    return [
+        (WNIDS[label], f"ILSVRC2012_val_{number:08d}.JPEG", jpeg(label, 10 + number))
+        for number, label in enumerate(order, 1)
+    ]
 
 
 def put_tar(path, members: list[tuple[str, bytes]]):
@@ -53,7 +66,14 @@ def folders(root: Path):
 
 def tar_of_folders(root: Path):
     root.mkdir()
-    put_tar(root / "all.tar", [(f"top/{split}/{wnid}/{name}", data) for split in ("train", "val") for wnid, name, data in pictures(split)])
+    put_tar(
+        root / "all.tar",
+        [
+            (f"top/{split}/{wnid}/{name}", data)
+            for split in ("train", "val")
+            for wnid, name, data in pictures(split)
+        ],
+    )
     return root / "all.tar"
 
 
@@ -61,20 +81,34 @@ def devkit_tables(root: Path, mat: bool, truth_as_mat: bool = False) -> dict[str
     from scipy.io import savemat
 
     numbers = [IDS[wnid] for wnid, *_ in pictures("val")]
-    tables = {"ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in numbers).encode()}
+    tables = {
+        "ILSVRC2012_validation_ground_truth.txt": "".join(
+            f"{number}\n" for number in numbers
+        ).encode()
+    }
     if truth_as_mat:
         stream = io.BytesIO()
         savemat(stream, {"truth": np.array(numbers)[:, None]})
         tables = {"ILSVRC2012_validation_ground_truth.mat": stream.getvalue()}
     if mat:
-        rows = [(IDS[wnid], wnid, words, "a fish", 0) for wnid, words in zip(WNIDS, WORDS)] + [(4, "n00015388", "animal", "a group", 3)]
-        kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+        rows = [(IDS[wnid], wnid, words, "a fish", 0) for wnid, words in zip(WNIDS, WORDS)] + [
+            (4, "n00015388", "animal", "a group", 3)
+        ]
+        kind = [
+            ("ILSVRC2012_ID", "O"),
+            ("WNID", "O"),
+            ("words", "O"),
+            ("gloss", "O"),
+            ("num_children", "O"),
+        ]
         stream = io.BytesIO()
         savemat(stream, {"synsets": np.array(rows, kind)[:, None]})
         tables["meta.mat"] = stream.getvalue()
     else:
-        tables["map_clsloc.txt"] = "".join(f"{wnid} {IDS[wnid]} {words.split(',')[0].replace(' ', '_')}\n"
-                                           for wnid, words in zip(WNIDS, WORDS)).encode()
+        tables["map_clsloc.txt"] = "".join(
+            f"{wnid} {IDS[wnid]} {words.split(',')[0].replace(' ', '_')}\n"
+            for wnid, words in zip(WNIDS, WORDS)
+        ).encode()
     return tables
 
 
@@ -82,11 +116,16 @@ def archives(root: Path, mat: bool = True, packed: bool = True, truth_as_mat: bo
     root.mkdir()
     inner = []
     for wnid in reversed(WNIDS):  # not in the order of the labels
-        put_tar(root / "one.tar", [(name, data) for its, name, data in pictures("train") if its == wnid])
+        put_tar(
+            root / "one.tar", [(name, data) for its, name, data in pictures("train") if its == wnid]
+        )
         inner.append((f"{wnid}.tar", (root / "one.tar").read_bytes()))
     (root / "one.tar").unlink()
     put_tar(root / "ILSVRC2012_img_train.tar", inner)
-    put_tar(root / "ILSVRC2012_img_val.tar", [(name, data) for _, name, data in reversed(pictures("val"))])
+    put_tar(
+        root / "ILSVRC2012_img_val.tar",
+        [(name, data) for _, name, data in reversed(pictures("val"))],
+    )
     tables = devkit_tables(root, mat, truth_as_mat)
     if packed:
         with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
@@ -107,7 +146,9 @@ def kaggle(root: Path):
         put(root / "ILSVRC/Data/CLS-LOC/val" / name, data)
         lines.append(f"{Path(name).stem},{wnid} 85 1 499 272 {wnid} 1 2 3 4 ")
     (root / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
-    (root / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, WORDS)))
+    (root / "LOC_synset_mapping.txt").write_text(
+        "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, WORDS))
+    )
 
 
 def webdataset(root: Path, with_json: bool = False):
@@ -119,9 +160,16 @@ def webdataset(root: Path, with_json: bool = False):
             for number, (wnid, name, data) in list(enumerate(known))[shard::2]:
                 key = f"{split}/sample_{number:06d}"
                 label = WNIDS.index(wnid)
-                beside = ("json", json.dumps({"label": label, "filename": name}).encode()) if with_json else ("cls", str(label).encode())
-                members += [(f"{key}.{beside[0]}", beside[1]), (f"{key}.jpg", data)] if number % 2 else [
-                    (f"{key}.jpg", data), (f"{key}.{beside[0]}", beside[1])]
+                beside = (
+                    ("json", json.dumps({"label": label, "filename": name}).encode())
+                    if with_json
+                    else ("cls", str(label).encode())
+                )
+                members += (
+                    [(f"{key}.{beside[0]}", beside[1]), (f"{key}.jpg", data)]
+                    if number % 2
+                    else [(f"{key}.jpg", data), (f"{key}.{beside[0]}", beside[1])]
+                )
             put_tar(root / f"imagenet-{split}-{shard:04d}.tar", members)
 
 
@@ -136,11 +184,25 @@ def parquet(root: Path, hugging_face: bool = True):
             part = known[shard::2]
             labels = pa.array([WNIDS.index(wnid) for wnid, *_ in part])
             if hugging_face:
-                table = pa.table({"image": pa.array([{"bytes": data, "path": name} for _, name, data in part]), "label": labels})
-                features = {"image": {"_type": "Image"}, "label": {"names": WNIDS, "_type": "ClassLabel"}}
-                table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+                table = pa.table(
+                    {
+                        "image": pa.array(
+                            [{"bytes": data, "path": name} for _, name, data in part]
+                        ),
+                        "label": labels,
+                    }
+                )
+                features = {
+                    "image": {"_type": "Image"},
+                    "label": {"names": WNIDS, "_type": "ClassLabel"},
+                }
+                table = table.replace_schema_metadata(
+                    {"huggingface": json.dumps({"info": {"features": features}})}
+                )
             else:
-                table = pa.table({"jpeg": pa.array([data for *_, data in part], pa.binary()), "target": labels})
+                table = pa.table(
+                    {"jpeg": pa.array([data for *_, data in part], pa.binary()), "target": labels}
+                )
             pq.write_table(table, root / f"{name}-{shard:05d}-of-00002.parquet", row_group_size=2)
 
 
@@ -159,17 +221,23 @@ def tiny_imagenet(root: Path):
         put(root / "train" / wnid / "images" / name, data)
     for _, name, data in pictures("val"):
         put(root / "val" / "images" / name, data)
-    (root / "val" / "val_annotations.txt").write_text("".join(f"{name}\t{wnid}\t0\t0\t9\t9\n" for wnid, name, _ in pictures("val")))
+    (root / "val" / "val_annotations.txt").write_text(
+        "".join(f"{name}\t{wnid}\t0\t0\t9\t9\n" for wnid, name, _ in pictures("val"))
+    )
     (root / "wnids.txt").write_text("\n".join(reversed(WNIDS)) + "\n")
-    (root / "words.txt").write_text("".join(f"{wnid}\t{words}\n" for wnid, words in zip(WNIDS, WORDS)))
+    (root / "words.txt").write_text(
+        "".join(f"{wnid}\t{words}\n" for wnid, words in zip(WNIDS, WORDS))
+    )
 
 
 def contents(path) -> list[tuple[int, bytes]]:
     """(label, stored image) of each sample, sorted."""
     file = read_beton(path)
     data = Path(path).read_bytes()
-    return sorted((int(label), data[start:start + size])
-                  for label, start, size in zip(file.labels, file.pointers.tolist(), file.sizes.tolist()))
+    return sorted(
+        (int(label), data[start : start + size])
+        for label, start, size in zip(file.labels, file.pointers.tolist(), file.sizes.tolist())
+    )
 
 
 def expected(split: str) -> list[tuple[int, bytes]]:

@@ -1,14 +1,16 @@
-"""Holds a run of train_imagenet.py at a known point until the test lets it go on: what a test does there (a signal, a kill) does
-not depend on how fast the machine is.
+"""Holds a run of train_imagenet.py at a known point until the test lets it go on: what a test does
+there (a signal, a kill) does not depend on how fast the machine is.
 
-The environment variable RSB_TEST_STOP is {"at": [title, count], "folder": path}. The point is where the progress bar `title`
-has made `count` moves, counted from the beginning of what it shows ("epoch 2", 1: after the first step, before what is saved
-then); with an empty title, any bar, counted from the start of the process; or where the run prints a line that begins with the
-word `title` (count 0). There the process writes its number to <folder>/reached_<rank> and waits for <folder>/go. Its other
-threads go on, and signals are handled.
+The environment variable RSB_TEST_STOP is {"at": [title, count], "folder": path}. The point is where
+the progress bar `title` has made `count` moves, counted from the beginning of what it shows ("epoch
+2", 1: after the first step, before what is saved then); with an empty title, any bar, counted from
+the start of the process; or where the run prints a line that begins with the word `title` (count
+0). There the process writes its number to <folder>/reached_<rank> and waits for <folder>/go. Its
+other threads go on, and signals are handled.
 
 As a program, with the arguments of train_imagenet.py: that program with such a stop, for torchrun.
 """
+
 import functools
 import json
 import os
@@ -21,9 +23,11 @@ VARIABLE = "RSB_TEST_STOP"
 
 # ---- in the test
 
+
 def wait_until(condition, process, seconds: float = 300):
-    """Returns when `condition()` holds. Fails the test where `process` (a Popen or a Run) ends before, or after `seconds`: far more
-    than it takes on a machine that is busy with something else."""
+    """Returns when `condition()` holds. Fails the test where `process` (a Popen or a Run) ends
+    before, or after `seconds`: far more than it takes on a machine that is busy with something
+    else."""
     until = time.monotonic() + seconds
     while not condition():
         if (status := process.poll()) is not None and not condition():
@@ -54,6 +58,7 @@ class Stop:
 
 
 # ---- in the run
+
 
 def install():
     """Makes this process stop where RSB_TEST_STOP says, if it says anything."""
@@ -98,8 +103,9 @@ def install():
 
 
 def be_patient():
-    """What a process waits for others, before it takes them for gone or for silent, is made for people. Where the machine is
-    busy with something else it would run out, and which message comes would depend on that."""
+    """What a process waits for others, before it takes them for gone or for silent, is made for
+    people. Where the machine is busy with something else it would run out, and which message comes
+    would depend on that."""
     from rsb_ffcv.training import compute, interrupt
 
     compute.wait_for_others = functools.partial(compute.wait_for_others, 60.0)

@@ -1,11 +1,14 @@
-"""A process that has imported the project and forks a child for each run that a test asks for: starting one takes a fraction
-of a second instead of the ten that the imports cost, so that tests can afford hundreds of starts.
+"""A process that has imported the project and forks a child for each run that a test asks for:
+starting one takes a fraction of a second instead of the ten that the imports cost, so that tests
+can afford hundreds of starts.
 
-Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
-"largest_file": bytes or null, "prepare": Python code that runs before the program} is answered by the child's number,
-{"wait": number} by its exit status (minus the signal that killed it). A child that ends by itself leaves the names of its threads
-in <out>.threads_<its number>.
+Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out":
+path, "err": path, "largest_file": bytes or null, "prepare": Python code that runs before the
+program} is answered by the child's number, {"wait": number} by its exit status (minus the signal
+that killed it). A child that ends by itself leaves the names of its threads in <out>.threads_<its
+number>.
 """
+
 import json
 import os
 import resource
@@ -32,7 +35,11 @@ def serve():
 
     # Compiled functions are loaded once, here: each child would take a second for it
     slots, sides = np.arange(4), np.full(4, 50, np.int32)
-    for op in (crop.RandomResizedCrop(32), augment.RandAugment("rand-m7-mstd0.5-inc1"), augment.ColorJitter(0.1)):
+    for op in (
+        crop.RandomResizedCrop(32),
+        augment.RandAugment("rand-m7-mstd0.5-inc1"),
+        augment.ColorJitter(0.1),
+    ):
         op.draw(Address(0, 0, slots), sides, sides)
     batch.draw_mix(0, 0, 0, 8, 8, 0.2, 1.0)
     batch.draw_mix(0, 0, 0, 8, 8, 0.2, 0.0)
@@ -56,7 +63,9 @@ def serve():
                 os.setsid()
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 for descriptor, name in ((1, "out"), (2, "err")):
-                    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+                    os.dup2(
+                        os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor
+                    )
                 os.environ.update(request["env"])
                 if request["largest_file"]:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
@@ -70,10 +79,14 @@ def serve():
                     status = error.code
                 except BaseException:
                     import traceback
+
                     traceback.print_exc()
                 sys.stdout.flush()
                 sys.stderr.flush()
-                names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+                names = [
+                    Path(f"/proc/self/task/{thread}/comm").read_text()
+                    for thread in os.listdir("/proc/self/task")
+                ]
                 Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
                 os._exit(status)
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,4 +1,6 @@
-"""Offline: where raw images come from, how they become a `.beton` file, and what can be asked of and done with such files."""
+"""Offline: where raw images come from, how they become a `.beton` file, and what can be asked of
+and done with such files."""
+
 import shutil
 import time
 from dataclasses import asdict
@@ -15,42 +17,78 @@ from rsb_ffcv.dataset.sources import Place, Source, open_sources
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
 
-__all__ = ["Encoding", "Place", "concat", "estimate_splits", "export", "info", "merge", "shard", "subset", "verify", "write_splits"]
+__all__ = [
+    "Encoding",
+    "Place",
+    "concat",
+    "estimate_splits",
+    "export",
+    "info",
+    "merge",
+    "shard",
+    "subset",
+    "verify",
+    "write_splits",
+]
 SAMPLED = 100  # pictures that an estimate encodes
 
 
-def write_splits(place: Place, write_path: str, split: str = "", subset: int = -1, num_workers: int = 1, chunk_size: int = 100,
-                 encoding: Encoding = Encoding(), skip: bool = False, max_skipped: float = 0.01, report: str = ""):
-    """Writes `split`, or where it is empty train and val, and prints what they will take, and then what they hold.
+def write_splits(
+    place: Place,
+    write_path: str,
+    split: str = "",
+    subset: int = -1,
+    num_workers: int = 1,
+    chunk_size: int = 100,
+    encoding: Encoding = Encoding(),
+    skip: bool = False,
+    max_skipped: float = 0.01,
+    report: str = "",
+):
+    """Writes `split`, or where it is empty train and val, and prints what they will take, and then
+    what they hold.
 
-    write_path: with `split` the file, else a folder for train.beton and val.beton (with `split` too, where it is a folder
-    or ends in "/"). subset: first images of each split; -1: all. skip: leave out pictures that cannot be used, at most the share
-    max_skipped; report: the CSV file that names them (default: <file>.skipped.csv; of two
-    splits, <name>.train.csv and <name>.val.csv). All sources are opened, and the estimate
-    held against the free space, before the first file is begun.
+    write_path: with `split` the file, else a folder for train.beton and val.beton (with `split`
+    too, where it is a folder or ends in "/"). subset: first images of each split; -1: all. skip:
+    leave out pictures that cannot be used, at most the share max_skipped; report: the CSV file that
+    names them (default: <file>.skipped.csv; of two splits, <name>.train.csv and <name>.val.csv).
+    All sources are opened, and the estimate held against the free space, before the first file is
+    begun.
     """
     target = Path(write_path)
     try:
         is_folder, is_file = target.is_dir(), target.is_file()
     except OSError as error:
-        raise InputError(f"cfg.write_path={target}: cannot be used ({error.strerror}); choose another") from error
+        raise InputError(
+            f"cfg.write_path={target}: cannot be used ({error.strerror}); choose another"
+        ) from error
     if not split and (target.suffix in (".beton", ".ffcv", ".dat") or is_file):
-        raise InputError(f"cfg.write_path={target}: names one file for two splits; give a folder, or cfg.split")
+        raise InputError(
+            f"cfg.write_path={target}: names one file for two splits; give a folder, or cfg.split"
+        )
     one_file = bool(split) and not (is_folder or write_path.endswith("/"))
     sources = _sources(place, split, subset)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
-    needed = sum(_estimate(targets[name], source, encoding, num_workers, chunk_size) for name, source in sources.items()
-                 if not targets[name].exists())
+    needed = sum(
+        _estimate(targets[name], source, encoding, num_workers, chunk_size)
+        for name, source in sources.items()
+        if not targets[name].exists()
+    )
     try:
         folder = target.parent if one_file else target
         folder.mkdir(parents=True, exist_ok=True)
         begun = [part for path in targets.values() if (part := part_path(path)).exists()]
         free = shutil.disk_usage(folder).free + sum(part.stat().st_size for part in begun)
     except OSError as error:
-        raise InputError(f"cfg.write_path={target}: cannot be made ({error.strerror}); choose another") from error
+        raise InputError(
+            f"cfg.write_path={target}: cannot be made ({error.strerror}); choose another"
+        ) from error
     if needed > free:
-        raise InputError(f"cfg.write_path={target}: about {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free "
-                         f"space, choose another, or lower cfg.max_resolution or cfg.jpeg_quality")
+        raise InputError(
+            f"cfg.write_path={target}: about {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} "
+            f"GB are free; free "
+            f"space, choose another, or lower cfg.max_resolution or cfg.jpeg_quality"
+        )
     for name, source in sources.items():
         began = time.monotonic()
         path = targets[name]
@@ -58,14 +96,24 @@ def write_splits(place: Place, write_path: str, split: str = "", subset: int = -
         if report and len(sources) > 1:
             named = named.with_name(f"{named.stem}.{name}{named.suffix}")
         on_error = OnError(skip, max_skipped, named)
-        written = write_beton(path, source, storing(source, encoding), settings_of(encoding), num_workers, chunk_size, on_error,
-                              {"dataset": place.dataset, "split": name})
+        written = write_beton(
+            path,
+            source,
+            storing(source, encoding),
+            settings_of(encoding),
+            num_workers,
+            chunk_size,
+            on_error,
+            {"dataset": place.dataset, "split": name},
+        )
         if not report and not written.about.counts["left out"]:
             named.unlink(missing_ok=True)  # an earlier call's
         _summary(written, source, time.monotonic() - began, on_error.report)
 
 
-def estimate_splits(place: Place, split: str, subset: int, num_workers: int, chunk_size: int, encoding: Encoding):
+def estimate_splits(
+    place: Place, split: str, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
+):
     """Prints what write_splits would take."""
     for name, source in _sources(place, split, subset).items():
         _estimate(name, source, encoding, num_workers, chunk_size)
@@ -75,7 +123,9 @@ def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
     if subset == 0:
         raise InputError("cfg.subset=0: no image would be written; use -1 for all")
     sources = open_sources(place, [split] if split else ["train", "val"])
-    return {name: source.first(subset) if subset > 0 else source for name, source in sources.items()}
+    return {
+        name: source.first(subset) if subset > 0 else source for name, source in sources.items()
+    }
 
 
 def storing(source: Source, encoding: Encoding):
@@ -86,12 +136,18 @@ def storing(source: Source, encoding: Encoding):
 def settings_of(encoding: Encoding) -> dict:
     """What the bytes of a stored image depend on: for the file to keep."""
     names = {"mode": "write_mode", "max_pixels": None}  # this one decides only what is refused
-    return {names.get(name, name): value for name, value in asdict(encoding).items() if names.get(name, name)} | {
-        "subsampling": "4:2:0", "filter": "bicubic, antialiased"}
+    return {
+        names.get(name, name): value
+        for name, value in asdict(encoding).items()
+        if names.get(name, name)
+    } | {"subsampling": "4:2:0", "filter": "bicubic, antialiased"}
 
 
-def _estimate(title, source: Source, encoding: Encoding, num_workers: int, chunk_size: int) -> float:
-    """Bytes that a file will take, judged by some pictures all over the source; prints them with the time."""
+def _estimate(
+    title, source: Source, encoding: Encoding, num_workers: int, chunk_size: int
+) -> float:
+    """Bytes that a file will take, judged by some pictures all over the source; prints them with
+    the time."""
     store, began = storing(source, encoding), time.monotonic()
 
     def size(index):
@@ -101,20 +157,34 @@ def _estimate(title, source: Source, encoding: Encoding, num_workers: int, chunk
             return None
 
     chosen = evenly(len(source), SAMPLED).tolist()
-    sizes = [got for got in ordered(size, chosen, num_workers, chunk_size, source.place) if got is not None]
+    sizes = [
+        got
+        for got in ordered(size, chosen, num_workers, chunk_size, source.place)
+        if got is not None
+    ]
     seconds = (time.monotonic() - began) / len(chosen) * len(source)
-    each = (float(np.mean(sizes)) if sizes else 0.0)
+    each = float(np.mean(sizes)) if sizes else 0.0
     names = sum(map(len, source.names)) + 64 * len(source)
     needed = each * len(source) * (1 + each / 2 / beton.PAGE_BYTES) + names + beton.PAGE_BYTES
-    print(f"{title}: about {needed / 1e9:.2f} GB and {duration(seconds)} with {num_workers} workers, judged by {len(chosen)} of "
-          f"{len(source)} images", flush=True)
+    print(
+        f"{title}: about {needed / 1e9:.2f} GB and {duration(seconds)} with {num_workers} workers, "
+        f"judged by {len(chosen)} of "
+        f"{len(source)} images",
+        flush=True,
+    )
     return needed
 
 
 def duration(seconds: float) -> str:
     """For people: 12 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{rest} s" if not minutes else f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return (
+        f"{rest} s"
+        if not minutes
+        else f"{minutes} min {rest} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
 
 
 def _summary(written: beton.Beton, source: Source, seconds: float, report: Path):
@@ -123,17 +193,34 @@ def _summary(written: beton.Beton, source: Source, seconds: float, report: Path)
     there = np.bincount(written.labels, minlength=len(source.classes))
     wanted = np.bincount(source.labels, minlength=len(source.classes))
     if wanted.sum() - there.sum() != counts["left out"] or (there > wanted).any():
-        raise AssertionError(f"{written.path}: {there.sum()} images of {wanted.sum()}, {counts['left out']} left out")
-    print(f"{written.path}: {len(written)} images, {len(source.classes)} classes, {written.num_bytes / 1e6:.1f} MB, in {duration(seconds)} "
-          f"({', '.join(f'{count} {how}' for how, count in counts.items() if count)})")
-    print("images of each class: " + ", ".join(f"{name} {has}" + (f" of {had}" if has < had else "")
-                                               for name, has, had in zip(source.classes, there.tolist(), wanted.tolist())))
+        raise AssertionError(
+            f"{written.path}: {there.sum()} images of {wanted.sum()}, {counts['left out']} left out"
+        )
+    print(
+        f"{written.path}: {len(written)} images, {len(source.classes)} classes, "
+        f"{written.num_bytes / 1e6:.1f} MB, in {duration(seconds)} "
+        f"({', '.join(f'{count} {how}' for how, count in counts.items() if count)})"
+    )
+    print(
+        "images of each class: "
+        + ", ".join(
+            f"{name} {has}" + (f" of {had}" if has < had else "")
+            for name, has, had in zip(source.classes, there.tolist(), wanted.tolist())
+        )
+    )
     order = np.argsort(written.extras["checksum"], kind="stable")
-    firsts = np.flatnonzero(np.diff(written.extras["checksum"][order], prepend=~written.extras["checksum"][order[:1]]))
+    firsts = np.flatnonzero(
+        np.diff(written.extras["checksum"][order], prepend=~written.extras["checksum"][order[:1]])
+    )
     if len(firsts) < len(order):
-        lowest, highest = (kind.reduceat(written.labels[order], firsts) for kind in (np.minimum, np.maximum))
-        print(f"{len(order) - len(firsts)} images are byte for byte another's copy; {int((lowest < highest).sum())} pictures stand in "
-              f"two classes or more")
+        lowest, highest = (
+            kind.reduceat(written.labels[order], firsts) for kind in (np.minimum, np.maximum)
+        )
+        print(
+            f"{len(order) - len(firsts)} images are byte for byte another's copy; "
+            f"{int((lowest < highest).sum())} pictures stand in "
+            f"two classes or more"
+        )
     if counts["left out"]:
         print(f"{counts['left out']} pictures were left out: {report}")
     print(end="", flush=True)

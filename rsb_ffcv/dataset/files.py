@@ -1,8 +1,10 @@
-"""Where a source's bytes are: a local folder or anything that fsspec reaches, read by name and range; and what lies in tar files.
+"""Where a source's bytes are: a local folder or anything that fsspec reaches, read by name and
+range; and what lies in tar files.
 
-Names are relative to the root that the user named, and nothing outside of it is read: no name with `..`, no absolute one,
-and no symbolic link that leaves the root, unless links are to be followed.
+Names are relative to the root that the user named, and nothing outside of it is read: no name with
+`..`, no absolute one, and no symbolic link that leaves the root, unless links are to be followed.
 """
+
 import errno
 import io
 import os
@@ -16,9 +18,24 @@ from rsb_ffcv import InputError, first_line
 from rsb_ffcv.dataset.picture import BadPicture
 
 MOST_BYTES = 1 << 30  # of one picture file
-TRIES, PAUSE = 4, 1.0  # of a remote read: how often, and the first pause in seconds, doubled each time
+TRIES, PAUSE = (
+    4,
+    1.0,
+)  # of a remote read: how often, and the first pause in seconds, doubled each time
 # What says nothing of the one file that was asked for
-_ELSEWHERE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+_ELSEWHERE = {
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+}
 
 
 def is_url(path: str) -> bool:
@@ -26,15 +43,18 @@ def is_url(path: str) -> bool:
 
 
 def open_root(data_dir: str, follow_links: bool = False) -> tuple["Local | Remote", str]:
-    """(where to read, name): `data_dir` is a folder, and name empty; or a file in one, or a pattern of files."""
+    """(where to read, name): `data_dir` is a folder, and name empty; or a file in one, or a pattern
+    of files."""
     data_dir = data_dir.removeprefix("file://")
     root = Remote(data_dir) if is_url(data_dir) else Local(data_dir, follow_links)
     if root.is_folder(""):
         return root, ""
     parent, _, name = data_dir.rpartition("/")
     if any(mark in data_dir for mark in "*?[{"):  # the folder above the first pattern
-        parent = posixpath.dirname(data_dir[:min(data_dir.find(mark) for mark in "*?[{" if mark in data_dir)])
-        name = data_dir[len(parent):].lstrip("/")
+        parent = posixpath.dirname(
+            data_dir[: min(data_dir.find(mark) for mark in "*?[{" if mark in data_dir)]
+        )
+        name = data_dir[len(parent) :].lstrip("/")
     if not is_url(data_dir):
         parent = parent or ("/" if data_dir.startswith("/") else ".")
     return (Remote(parent) if is_url(data_dir) else Local(parent, follow_links)), name
@@ -70,8 +90,11 @@ class Local:
 
     def list(self, name: str = "") -> list[str]:
         """All files below, sorted; links to folders are entered, each once."""
+
         def refuse(error):
-            raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); see to its permissions")
+            raise InputError(
+                f"{error.filename}: cannot be listed ({error.strerror}); see to its permissions"
+            )
 
         found, seen = [], set()
         for where, folders, files in os.walk(self.path(name), onerror=refuse, followlinks=True):
@@ -93,8 +116,8 @@ class Local:
         return known.st_size, known.st_mtime_ns
 
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
-        """Bytes of a file, all of them where length is -1. Raises BadPicture where it cannot be read or leaves the root,
-        InputError where a network file system has gone."""
+        """Bytes of a file, all of them where length is -1. Raises BadPicture where it cannot be
+        read or leaves the root, InputError where a network file system has gone."""
         try:
             file = self._open(self.path(name))
             try:
@@ -110,11 +133,18 @@ class Local:
             finally:
                 os.close(file)
         except OSError as error:
-            gone = error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(self.path(name)))  # with its whole folder
+            gone = error.errno == errno.ENOENT and not os.path.isdir(
+                os.path.dirname(self.path(name))
+            )  # with its whole folder
             if gone or error.errno in _ELSEWHERE:
-                raise InputError(f"{self.path(name)}: cannot be reached ({error.strerror}); give the same command again when it "
-                                 f"can: it goes on from there") from error
-            raise BadPicture(f"{self.path(name)}: cannot be read ({error.strerror}); replace or remove it") from error
+                raise InputError(
+                    f"{self.path(name)}: cannot be reached ({error.strerror}); give the same "
+                    f"command again when it "
+                    f"can: it goes on from there"
+                ) from error
+            raise BadPicture(
+                f"{self.path(name)}: cannot be read ({error.strerror}); replace or remove it"
+            ) from error
         if length > 0:
             raise BadPicture(f"{self.path(name)}: ends {length} bytes early; replace or remove it")
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -125,8 +155,13 @@ class Local:
             if folder not in self._within:
                 self._within[folder] = self._is_below(folder)
             if not self._within[folder] or os.path.islink(path) and not self._is_below(path):
-                raise BadPicture(f"{path}: a link that leaves {self.root}; copy what it points to, or give --cfg.follow_links=1")
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe must not hold us up
+                raise BadPicture(
+                    f"{path}: a link that leaves {self.root}; copy what it points to, or give "
+                    f"--cfg.follow_links=1"
+                )
+        return os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # a named pipe must not hold us up
 
     def _is_below(self, path: str) -> bool:
         return os.path.commonpath([self._real, os.path.realpath(path)]) == self._real
@@ -137,7 +172,8 @@ class Local:
 
 
 class Remote:
-    """A folder that fsspec reaches: s3://, gs://, http://, memory://, zip://...::..., as its URL says."""
+    """A folder that fsspec reaches: s3://, gs://, http://, memory://, zip://...::..., as its URL
+    says."""
 
     def __init__(self, url: str):
         import fsspec
@@ -145,7 +181,10 @@ class Remote:
         try:
             self.fs, root = fsspec.core.url_to_fs(url)
         except Exception as error:  # every file system behind fsspec has its own kinds
-            raise InputError(f"cfg.data_dir={url}: {first_line(error)}; install what it names, or correct the URL") from error
+            raise InputError(
+                f"cfg.data_dir={url}: {first_line(error)}; install what it names, or correct the "
+                f"URL"
+            ) from error
         self.url, self.root = url.rstrip("/"), root.rstrip("/")
 
     def path(self, name: str) -> str:
@@ -163,13 +202,19 @@ class Remote:
             except FileNotFoundError as error:
                 raise BadPicture(f"{self.path(name)}: not there; replace or remove it") from error
             except PermissionError as error:
-                raise InputError(f"{self.path(name)}: may not be read ({first_line(error)}); see to its permissions or your "
-                                 f"credentials, and give the same command again: it goes on from there") from error
+                raise InputError(
+                    f"{self.path(name)}: may not be read ({first_line(error)}); see to its "
+                    f"permissions or your "
+                    f"credentials, and give the same command again: it goes on from there"
+                ) from error
             except Exception as error:  # every file system behind fsspec has its own kinds
                 if attempt == TRIES - 1:
-                    raise InputError(f"{self.path(name)}: cannot be reached ({type(error).__name__}: {first_line(error)}); give "
-                                     f"the same command again when it can: it goes on from there") from error
-                time.sleep(PAUSE * 2 ** attempt)
+                    raise InputError(
+                        f"{self.path(name)}: cannot be reached ({type(error).__name__}: "
+                        f"{first_line(error)}); give "
+                        f"the same command again when it can: it goes on from there"
+                    ) from error
+                time.sleep(PAUSE * 2**attempt)
 
     def is_folder(self, name: str) -> bool:
         return self._ask(name, lambda: self.fs.isdir(self._at(name)))
@@ -179,12 +224,18 @@ class Remote:
 
     def folders(self, name: str) -> list[str]:
         entries = self._ask(name, lambda: self.fs.ls(self._at(name), detail=True))
-        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+        return sorted(
+            entry["name"].rstrip("/").rpartition("/")[2]
+            for entry in entries
+            if entry["type"] == "directory"
+        )
 
     def list(self, name: str = "") -> list[str]:
         found = self._ask(name, lambda: self.fs.find(self._at(name)))
         below = f"{self.root}/"
-        return sorted(path[len(below):] for path in found if path.startswith(below))  # a web page may link anywhere
+        return sorted(
+            path[len(below) :] for path in found if path.startswith(below)
+        )  # a web page may link anywhere
 
     def stamp(self, name: str) -> tuple:
         """Nothing: asking for a million files' times takes longer than it is worth."""
@@ -195,11 +246,18 @@ class Remote:
         if length < 0:
             return self._ask(name, lambda: self.fs.cat_file(self._at(name)))
         _check_length(self.path(name), length)
-        part = self._ask(name, lambda: self.fs.cat_file(self._at(name), start=start, end=start + length))
+        part = self._ask(
+            name, lambda: self.fs.cat_file(self._at(name), start=start, end=start + length)
+        )
         if len(part) > length:
-            raise InputError(f"{self.path(name)}: its server sends whole files where a part is asked for; download it first")
+            raise InputError(
+                f"{self.path(name)}: its server sends whole files where a part is asked for; "
+                f"download it first"
+            )
         if len(part) < length:
-            raise BadPicture(f"{self.path(name)}: ends {length - len(part)} bytes early; replace or remove it")
+            raise BadPicture(
+                f"{self.path(name)}: ends {length - len(part)} bytes early; replace or remove it"
+            )
         return part
 
     def open(self, name: str):
@@ -208,14 +266,19 @@ class Remote:
 
 def _check_length(path: str, length: int):
     if length > MOST_BYTES:
-        raise BadPicture(f"{path}: {length} bytes are more than a picture has ({MOST_BYTES}); replace or remove it")
+        raise BadPicture(
+            f"{path}: {length} bytes are more than a picture has ({MOST_BYTES}); replace or remove "
+            f"it"
+        )
 
 
 def read_text(files, name: str) -> str:
     try:
         return files.read(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{files.path(name)}: not text in UTF-8 ({first_line(error)}); correct it") from error
+        raise InputError(
+            f"{files.path(name)}: not text in UTF-8 ({first_line(error)}); correct it"
+        ) from error
 
 
 class _Window(io.RawIOBase):
@@ -240,7 +303,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer):
         self.file.seek(self.start + self.at)
         part = self.file.read(max(0, min(len(buffer), self.length - self.at)))
-        buffer[:len(part)] = part
+        buffer[: len(part)] = part
         self.at += len(part)
         return len(part)
 
@@ -252,35 +315,52 @@ def opened(files, name: str):
         with files.open(name) as file:
             yield file
     except OSError as error:
-        raise InputError(f"{files.path(name)}: cannot be read ({first_line(error)}); replace it, or give the same command again "
-                         f"when it can be") from error
+        raise InputError(
+            f"{files.path(name)}: cannot be read ({first_line(error)}); replace it, or give the "
+            f"same command again "
+            f"when it can be"
+        ) from error
 
 
 def tar_members(file, path: str, start: int = 0, length: int = -1):
-    """Yields (name, first byte, bytes) of each member of a tar file, which may lie within another; bytes -1: not a regular file
-    (a link, a device). Folders are left out. Only headers are read.
+    """Yields (name, first byte, bytes) of each member of a tar file, which may lie within another;
+    bytes -1: not a regular file (a link, a device). Folders are left out. Only headers are read.
 
-    Raises InputError where the archive is damaged, ends early or is compressed, or a member's name leaves its folder.
+    Raises InputError where the archive is damaged, ends early or is compressed, or a member's name
+    leaves its folder.
     """
     if length < 0:
         length = file.seek(0, os.SEEK_END)
     try:
-        with tarfile.open(fileobj=io.BufferedReader(_Window(file, start, length), 4096), mode="r:") as archive:
+        with tarfile.open(
+            fileobj=io.BufferedReader(_Window(file, start, length), 4096), mode="r:"
+        ) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile keeps them all
                 if member.size < 0 or archive.offset <= member.offset:
-                    raise InputError(f"{path}: damaged at byte {start + member.offset}; download it again")
+                    raise InputError(
+                        f"{path}: damaged at byte {start + member.offset}; download it again"
+                    )
                 if member.isdir():
                     continue
                 if member.isreg() and member.offset_data + member.size > length:
                     raise InputError(f"{path}: ends inside of {member.name}; download it again")
-                yield inside(member.name), start + member.offset_data, member.size if member.isreg() and not member.issparse() else -1
+                yield (
+                    inside(member.name),
+                    start + member.offset_data,
+                    member.size if member.isreg() and not member.issparse() else -1,
+                )
             rest = archive.offset
     except (tarfile.TarError, ValueError, EOFError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not a tar archive that can be used ({first_line(error)}); give it as downloaded, not compressed") from error
+        raise InputError(
+            f"{path}: not a tar archive that can be used ({first_line(error)}); give it as "
+            f"downloaded, not compressed"
+        ) from error
     file.seek(start + rest)
     end = file.read(max(0, min(512, length - rest)))
-    if len(end) < 512 or end.strip(b"\0"):  # tarfile takes a damaged header, and the file's end anywhere, for the archive's
+    if len(end) < 512 or end.strip(
+        b"\0"
+    ):  # tarfile takes a damaged header, and the file's end anywhere, for the archive's
         raise InputError(f"{path}: damaged or cut at byte {start + rest}; download it again")

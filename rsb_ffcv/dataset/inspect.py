@@ -1,4 +1,5 @@
 """What a `.beton` file holds, whether it is sound, and its images as files again."""
+
 import io
 import json
 import os
@@ -23,15 +24,22 @@ WIDEST = 40  # characters of a histogram's bar
 
 
 def info(path) -> str:
-    """Several lines for people: samples, classes, sizes, modes, settings, bytes. Raises InputError as read_beton does."""
+    """Several lines for people: samples, classes, sizes, modes, settings, bytes. Raises InputError
+    as read_beton does."""
     file = read_beton(path)
     pixels, longer = file.heights.astype(int) * file.widths, np.maximum(file.heights, file.widths)
     counts = np.bincount(file.labels, minlength=file.num_classes)
-    lines = [f"{file.path}: {len(file)} images, {file.num_classes} classes, {file.num_bytes} bytes ({file.num_bytes / 1e9:.3f} GB)"]
+    lines = [
+        f"{file.path}: {len(file)} images, {file.num_classes} classes, {file.num_bytes} bytes "
+        f"({file.num_bytes / 1e9:.3f} GB)"
+    ]
     for mode, name in ((JPG, "jpg"), (RAW, "raw")):
         if (chosen := file.modes == mode).any():
-            lines.append(f"{name}: {int(chosen.sum())} images, {int(file.sizes[chosen].sum())} bytes, mean "
-                         f"{file.sizes[chosen].mean() / 1e3:.1f} kB, {8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits a pixel")
+            lines.append(
+                f"{name}: {int(chosen.sum())} images, {int(file.sizes[chosen].sum())} bytes, mean "
+                f"{file.sizes[chosen].mean() / 1e3:.1f} kB, "
+                f"{8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits a pixel"
+            )
     for name, values in (("width", file.widths), ("height", file.heights), ("longer side", longer)):
         low, five, half, most, high = np.percentile(values, (0, 5, 50, 95, 100)).round().astype(int)
         lines.append(f"{name}: {low} .. {high} px, median {half}, 5 % .. 95 %: {five} .. {most}")
@@ -41,14 +49,26 @@ def info(path) -> str:
     for low, high, count in zip(edges, [*edges[1:], np.inf], histogram.tolist()):
         if count:
             bar = "#" * max(1, round(WIDEST * count / histogram.max()))
-            lines.append(f"  {low:6.0f} .. {f'{high:.0f}' if high < np.inf else '':6} {count:9} {bar}")
+            lines.append(
+                f"  {low:6.0f} .. {f'{high:.0f}' if high < np.inf else '':6} {count:9} {bar}"
+            )
     if file.about is None:
-        lines.append("written by another program: no checksums, names, settings or entry points in it")
+        lines.append(
+            "written by another program: no checksums, names, settings or entry points in it"
+        )
     else:
         about = file.about
         entered = int((file.extras["entry_bytes"] > 0).sum())
-        lines.append(f"entry points for partial decoding: {entered} images, {int(file.extras['entry_bytes'].sum())} bytes")
-        for title, table in (("written by", about.tool), ("settings", about.settings), ("source", about.source), ("pictures", about.counts)):
+        lines.append(
+            f"entry points for partial decoding: {entered} images, "
+            f"{int(file.extras['entry_bytes'].sum())} bytes"
+        )
+        for title, table in (
+            ("written by", about.tool),
+            ("settings", about.settings),
+            ("source", about.source),
+            ("pictures", about.counts),
+        ):
             lines.append(f"{title}: " + ", ".join(f"{key}={value}" for key, value in table.items()))
     lines.append(f"images of each class ({counts.min()} .. {counts.max()}):")
     for label, count in enumerate(counts.tolist()):
@@ -58,32 +78,48 @@ def info(path) -> str:
 
 
 def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
-    """Whether a file is sound: its structure, every image's checksum and entry points, and that images decode, to the sides the
-    metadata says: the share `decode` of them, spread evenly. Prints what is not, and names it in the CSV file `report`.
+    """Whether a file is sound: its structure, every image's checksum and entry points, and that
+    images decode, to the sides the metadata says: the share `decode` of them, spread evenly. Prints
+    what is not, and names it in the CSV file `report`.
 
-    Interrupted, the next call with the same file and share goes on where it was: beside the file stands a hidden note, where the
-    folder can be written. Raises InputError where the file's structure is damaged.
+    Interrupted, the next call with the same file and share goes on where it was: beside the file
+    stands a hidden note, where the folder can be written. Raises InputError where the file's
+    structure is damaged.
     """
     file = read_beton(path)
     if report and os.path.realpath(report) == os.path.realpath(path):
         raise InputError(f"cfg.report={report}: is the file itself; choose another")
     note = file.path.with_name(f".{file.path.name}.verify")
     known = os.stat(file.path)
-    mark = {"bytes": known.st_size, "changed": known.st_mtime_ns, "fingerprint": file.fingerprint(), "decode": decode}
+    mark = {
+        "bytes": known.st_size,
+        "changed": known.st_mtime_ns,
+        "fingerprint": file.fingerprint(),
+        "decode": decode,
+    }
     done, bad = _remembered(note, mark)
     if done:
         print(f"{file.path}: going on after {done} of {len(file)} images", flush=True)
     remember_at = time.monotonic() + REMEMBER_SECONDS
     can_remember = True
-    with open(file.path, "rb", buffering=0) as opened, \
-            tqdm(total=len(file), initial=done, desc=file.path.name, unit="img", smoothing=0.05) as bar:
+    with (
+        open(file.path, "rb", buffering=0) as opened,
+        tqdm(total=len(file), initial=done, desc=file.path.name, unit="img", smoothing=0.05) as bar,
+    ):
+
         def check(index):
             try:
-                read_sound(opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode))
+                read_sound(
+                    opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode)
+                )
             except (ValueError, OSError) as error:
                 return first_line(error)
 
-        with closing(ordered(check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}")) as results:
+        with closing(
+            ordered(
+                check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}"
+            )
+        ) as results:
             for index, why in enumerate(results, done):
                 if why:
                     bad.append([index, why])
@@ -99,20 +135,32 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
     if len(bad) > SHOWN:
         print(f"and {len(bad) - SHOWN} more")
     if report:
-        write_table(report, ["sample", "path", "reason"], [(index, names[index], why) for index, why in bad], "choose another cfg.report")
+        write_table(
+            report,
+            ["sample", "path", "reason"],
+            [(index, names[index], why) for index, why in bad],
+            "choose another cfg.report",
+        )
     decoded = int(len(file) * decode)
     checked = "checksums not in the file" if file.extras is None else "all checksums compared"
-    print(f"{file.path}: {len(bad)} of {len(file)} images damaged; structure sound, {checked}, {decoded} images decoded", flush=True)
+    print(
+        f"{file.path}: {len(bad)} of {len(file)} images damaged; structure sound, {checked}, "
+        f"{decoded} images decoded",
+        flush=True,
+    )
     return not bad
 
 
 def read_sound(opened: int, file: Beton, index: int, decode: bool) -> np.ndarray:
-    """Beton.read, and where `decode`, only of what decodes to the sides that the file says. Raises ValueError and OSError."""
+    """Beton.read, and where `decode`, only of what decodes to the sides that the file says. Raises
+    ValueError and OSError."""
     data = file.read(opened, index)
     height, width, size = int(file.heights[index]), int(file.widths[index]), int(file.sizes[index])
     if decode and file.modes[index] == JPG:
         native.resized(data[:size], height, width, height, width)
-        if data.nbytes > size and not np.array_equal(data[size:], native.entry_points(data[:size], height, width)):
+        if data.nbytes > size and not np.array_equal(
+            data[size:], native.entry_points(data[:size], height, width)
+        ):
             raise ValueError("has entry points that are not its own")
     return data
 
@@ -120,7 +168,11 @@ def read_sound(opened: int, file: Beton, index: int, decode: bool) -> np.ndarray
 def _remembered(note: Path, mark: dict) -> tuple[int, list]:
     try:
         known = json.loads(note.read_text())
-        return (known["done"], known["bad"]) if {name: known[name] for name in mark} == mark else (0, [])
+        return (
+            (known["done"], known["bad"])
+            if {name: known[name] for name in mark} == mark
+            else (0, [])
+        )
     except (OSError, ValueError, KeyError, TypeError):  # none, or of no use: begin anew
         return 0, []
 
@@ -136,42 +188,65 @@ def _remember(note: Path, content: dict) -> bool:
 
 
 def export(path, write_path: str, num_workers: int):
-    """Writes each image to <write_path>/<class>/<name>: a JPEG as its bytes are, a raw one as PNG. An image that is damaged ends
-    it. The folder takes its name at the end; what an interrupted call has written is kept and not written again."""
+    """Writes each image to <write_path>/<class>/<name>: a JPEG as its bytes are, a raw one as PNG.
+    An image that is damaged ends it. The folder takes its name at the end; what an interrupted call
+    has written is kept and not written again."""
     file = read_beton(path)
     target = Path(write_path)
-    unfinished, mark = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.of")
+    unfinished, mark = (
+        target.with_name(f".{target.name}.part"),
+        target.with_name(f".{target.name}.of"),
+    )
     places = _places(file)
     try:
         if target.exists():
-            raise InputError(f"cfg.write_path={target}: exists; give a folder that does not, or remove it")
+            raise InputError(
+                f"cfg.write_path={target}: exists; give a folder that does not, or remove it"
+            )
         if unfinished.exists() and (not mark.exists() or mark.read_text() != file.fingerprint()):
-            raise InputError(f"cfg.write_path={target}: an export of another file was begun; remove {unfinished}, or choose another")
+            raise InputError(
+                f"cfg.write_path={target}: an export of another file was begun; remove "
+                f"{unfinished}, or choose another"
+            )
         mark.write_text(file.fingerprint())
         for folder in {place.parent for place in places}:
             (unfinished / folder).mkdir(parents=True, exist_ok=True)
         with open(file.path, "rb", buffering=0) as opened:
+
             def put(index):
                 try:
-                    data = read_sound(opened.fileno(), file, index, False)[:int(file.sizes[index])]
+                    data = read_sound(opened.fileno(), file, index, False)[: int(file.sizes[index])]
                 except ValueError as error:
-                    raise InputError(f"{file.path}: sample {index} {error}; write the file again, or leave the sample out with "
-                                     f"subset") from error
+                    raise InputError(
+                        f"{file.path}: sample {index} {error}; write the file again, or leave the "
+                        f"sample out with "
+                        f"subset"
+                    ) from error
                 place = unfinished / places[index]
                 if file.modes[index] == RAW:
                     data = _png(data.reshape(int(file.heights[index]), int(file.widths[index]), 3))
                 if not place.exists() or place.stat().st_size != memoryview(data).nbytes:
                     place.write_bytes(data)
 
-            with closing(ordered(put, range(len(file)), num_workers, name=lambda index: f"sample {index}")) as results:
-                for _ in tqdm(results, total=len(file), desc=target.name, unit="img", smoothing=0.05):
+            with closing(
+                ordered(put, range(len(file)), num_workers, name=lambda index: f"sample {index}")
+            ) as results:
+                for _ in tqdm(
+                    results, total=len(file), desc=target.name, unit="img", smoothing=0.05
+                ):
                     pass
         unfinished.rename(target)
         mark.unlink()
     except OSError as error:
-        raise InputError(f"cfg.write_path={target}: cannot be written ({error.strerror}); free space or choose another, and give the "
-                         f"same command again") from error
-    print(f"{target}: {len(file)} images in {len({place.parent for place in places})} classes", flush=True)
+        raise InputError(
+            f"cfg.write_path={target}: cannot be written ({error.strerror}); free space or choose "
+            f"another, and give the "
+            f"same command again"
+        ) from error
+    print(
+        f"{target}: {len(file)} images in {len({place.parent for place in places})} classes",
+        flush=True,
+    )
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -181,14 +256,17 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _places(file: Beton) -> list[Path]:
-    """<class>/<name> of each image, each another, none outside: names are what somebody wrote into a file."""
+    """<class>/<name> of each image, each another, none outside: names are what somebody wrote into
+    a file."""
     classes = [_plain(file.class_name(label)) for label in range(file.num_classes)]
     if len(set(classes)) < len(classes):
         classes = [f"{label:05d}_{name}" for label, name in enumerate(classes)]
     taken, places, numbers = set(), [], {}
     for name, label, mode in zip(file.names(), file.labels.tolist(), file.modes.tolist()):
         stem, suffix = os.path.splitext(_plain(name.rpartition("/")[2]))
-        suffix = ".png" if mode == RAW else suffix if suffix.lower() in (".jpg", ".jpeg") else ".jpg"
+        suffix = (
+            ".png" if mode == RAW else suffix if suffix.lower() in (".jpg", ".jpeg") else ".jpg"
+        )
         first = place = Path(classes[label], stem + suffix)
         while place in taken:
             numbers[first] = numbers.get(first, 0) + 1

@@ -1,4 +1,6 @@
-"""Sources whose pictures lie in folders, lists and archives: ImageNet as downloaded, unpacked or from Kaggle, Tiny-ImageNet, CSV."""
+"""Sources whose pictures lie in folders, lists and archives: ImageNet as downloaded, unpacked or
+from Kaggle, Tiny-ImageNet, CSV."""
+
 import csv
 import io
 import re
@@ -22,8 +24,11 @@ def demo(place: Place, split: str) -> Source:
     try:
         synthetic.make_demo_images(Path(place.data_dir))
     except OSError as error:
-        raise InputError(f"cfg.data_dir={place.data_dir}: the demo pictures cannot be put there ({error.strerror}); "
-                         f"choose another") from error
+        raise InputError(
+            f"cfg.data_dir={place.data_dir}: the demo pictures cannot be put there "
+            f"({error.strerror}); "
+            f"choose another"
+        ) from error
     return image_folder(place, split)
 
 
@@ -32,26 +37,38 @@ def _root(place: Place):
     if not name:
         return files
     if files.is_file(name):
-        raise InputError(f"cfg.data_dir={place.data_dir}: is a file; cfg.dataset={place.dataset} needs the folder above it")
-    raise InputError(f"cfg.data_dir: {place.data_dir} is not a folder; give the folder that holds the images")
+        raise InputError(
+            f"cfg.data_dir={place.data_dir}: is a file; cfg.dataset={place.dataset} needs the "
+            f"folder above it"
+        )
+    raise InputError(
+        f"cfg.data_dir: {place.data_dir} is not a folder; give the folder that holds the images"
+    )
 
 
 def image_folder(place: Place, split: str) -> Source:
-    """<split>/<class>/.../<image> of a folder, or of a tar file (there also <class>/<image>, which is every split)."""
+    """<split>/<class>/.../<image> of a folder, or of a tar file (there also <class>/<image>, which
+    is every split)."""
     files, name = open_root(place.data_dir, place.follow_links)
     if name.endswith(".tar"):
         return _image_tar(files, name, split)
     files = _root(place)
     if not files.is_folder(split):
         found = files.folders("")[:5]
-        raise InputError(f"cfg.split: {place.data_dir} has no folder '{split}' (it has {', '.join(found) or 'no folder'}); "
-                         f"give the folder above train/<class>/ and val/<class>/")
+        raise InputError(
+            f"cfg.split: {place.data_dir} has no folder '{split}' (it has "
+            f"{', '.join(found) or 'no folder'}); "
+            f"give the folder above train/<class>/ and val/<class>/"
+        )
     classes = _subfolders(files, split)
     other = "val" if split == "train" else "train"
     if files.is_folder(other) and (differing := set(classes) ^ set(_subfolders(files, other))):
         # A class more or less in one split would shift the numbers of all that follow
-        raise InputError(f"{place.data_dir}: train and val do not have the same classes ({', '.join(sorted(differing)[:5])} "
-                         f"in one only); add or remove class folders")
+        raise InputError(
+            f"{place.data_dir}: train and val do not have the same classes "
+            f"({', '.join(sorted(differing)[:5])} "
+            f"in one only); add or remove class folders"
+        )
     index = Index(files)
     _class_folders(index, split, classes)
     return index.source(classes)
@@ -60,7 +77,9 @@ def image_folder(place: Place, split: str) -> Source:
 def _subfolders(files, name: str) -> list[str]:
     classes = files.folders(name)
     if not classes:
-        raise InputError(f"{files.path(name)} has no class folder; images belong in {files.path(name)}/<class>/")
+        raise InputError(
+            f"{files.path(name)} has no class folder; images belong in {files.path(name)}/<class>/"
+        )
     return classes
 
 
@@ -70,22 +89,32 @@ def _class_folders(index: Index, folder: str, classes: list[str], inner: str = "
     for label, name in enumerate(classes):
         where = f"{folder}/{name}/{inner}".rstrip("/")
         if not index.files.is_folder(where):
-            raise InputError(f"class '{name}' has no folder {index.files.path(where)}; add its images or take the class out "
-                             f"of the list")
+            raise InputError(
+                f"class '{name}' has no folder {index.files.path(where)}; add its images or take "
+                f"the class out "
+                f"of the list"
+            )
         found = index.files.list(where)
         images = [path for path in found if is_image(path)]
         left_out += len(found) - len(images)
         if not images:
-            raise InputError(f"class '{name}' has no image in {index.files.path(where)} ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                             f"add images or remove the folder")
+            raise InputError(
+                f"class '{name}' has no image in {index.files.path(where)} "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))}); "
+                f"add images or remove the folder"
+            )
         for path in images:
-            index.add_file(path, label, path[len(folder) + 1:])
+            index.add_file(path, label, path[len(folder) + 1 :])
     _say_left_out(index.files.path(folder), left_out)
 
 
 def _say_left_out(where: str, count: int):
     if count:
-        print(f"{where}: {count} files left out, whose names do not end in {', '.join(sorted(IMAGE_SUFFIXES))}", file=sys.stderr)
+        print(
+            f"{where}: {count} files left out, whose names do not end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}",
+            file=sys.stderr,
+        )
 
 
 def _image_tar(files, name: str, split: str) -> Source:
@@ -99,95 +128,153 @@ def _image_tar(files, name: str, split: str) -> Source:
     prefix, wanted = "", []
     while True:  # folders around all of it come off, but for the class's own
         wanted = [member for member in members if member[0].startswith(f"{prefix}{split}/")]
-        tops = {member[0][len(prefix):].split("/")[0] for member in members}
-        if wanted or len(tops) > 1 or any(member[0][len(prefix):].count("/") < 2 for member in members):
+        tops = {member[0][len(prefix) :].split("/")[0] for member in members}
+        if (
+            wanted
+            or len(tops) > 1
+            or any(member[0][len(prefix) :].count("/") < 2 for member in members)
+        ):
             break
         prefix += f"{tops.pop()}/"
     if wanted:
         prefix, members = f"{prefix}{split}/", wanted
-    outside = next((member[0] for member in members if "/" not in member[0][len(prefix):]), None)
-    if outside is not None or prefix.rstrip("/").rpartition("/")[2] in {"train", "val"} - {split} or tops & {"train", "val"} and not wanted:
-        raise InputError(f"{path}: {f'{outside} lies in no class folder' if outside else f'has no folder {split}'}; it should hold "
-                         f"{split}/<class>/<image>, or <class>/<image>")
-    classes = sorted({member[0][len(prefix):].split("/")[0] for member in members})
+    outside = next((member[0] for member in members if "/" not in member[0][len(prefix) :]), None)
+    if (
+        outside is not None
+        or prefix.rstrip("/").rpartition("/")[2] in {"train", "val"} - {split}
+        or tops & {"train", "val"}
+        and not wanted
+    ):
+        raise InputError(
+            f"{path}: {f'{outside} lies in no class folder' if outside else f'has no folder {split}'}; it should hold "
+            f"{split}/<class>/<image>, or <class>/<image>"
+        )
+    classes = sorted({member[0][len(prefix) :].split("/")[0] for member in members})
     numbers = {wnid: number for number, wnid in enumerate(classes)}
     index = Index(files)
     index.paths.append(name)
     for member, start, length in members:
-        shown = member[len(prefix):]
+        shown = member[len(prefix) :]
         index.add_member(shown, numbers[shown.split("/")[0]], start, length)
     return index.source(classes)
 
 
 def archives(place: Place, split: str) -> Source:
-    """ILSVRC2012_img_train.tar (a tar a class) or ILSVRC2012_img_val.tar with the devkit, as downloaded."""
+    """ILSVRC2012_img_train.tar (a tar a class) or ILSVRC2012_img_val.tar with the devkit, as
+    downloaded."""
     files = _root(place)
     kit = _devkit(files)
     index = Index(files)
     name = f"ILSVRC2012_img_{split}.tar"
     if not files.is_file(name):
-        raise InputError(f"{files.path(name)} is missing; cfg.data_dir must hold ImageNet's archives as downloaded")
+        raise InputError(
+            f"{files.path(name)} is missing; cfg.data_dir must hold ImageNet's archives as "
+            f"downloaded"
+        )
     index.paths.append(name)
     with opened(files, name) as file:
         path = files.path(name)
         if split == "train":
-            inner = [(PurePosixPath(member).stem, start, length) for member, start, length in tar_members(file, path)
-                     if member.endswith(".tar")]
+            inner = [
+                (PurePosixPath(member).stem, start, length)
+                for member, start, length in tar_members(file, path)
+                if member.endswith(".tar")
+            ]
             classes = sorted(wnid for wnid, *_ in inner)
             if not classes:
-                raise InputError(f"{path}: holds no tar of a class; cfg.data_dir must hold ImageNet's archives as downloaded")
+                raise InputError(
+                    f"{path}: holds no tar of a class; cfg.data_dir must hold ImageNet's archives "
+                    f"as downloaded"
+                )
             if kit and classes != kit.classes:
-                raise InputError(f"{path}: its classes are not the devkit's ({len(classes)} here, {len(kit.classes)} there; "
-                                 f"{', '.join(sorted(set(classes) ^ set(kit.classes))[:5])} in one only); use the devkit of these images")
+                raise InputError(
+                    f"{path}: its classes are not the devkit's ({len(classes)} here, "
+                    f"{len(kit.classes)} there; "
+                    f"{', '.join(sorted(set(classes) ^ set(kit.classes))[:5])} in one only); use "
+                    f"the devkit of these images"
+                )
             for wnid, start, length in sorted(inner):
                 for member, *where in tar_members(file, f"{path}: {wnid}.tar", start, length):
                     index.add_member(f"{wnid}/{member}", classes.index(wnid), *where)
         else:
             if not kit or not kit.truth:
-                raise InputError(f"{files.path('')}: {DEVKIT}.tar.gz is missing or holds no ground truth; the labels of "
-                                 f"{name} are in it")
+                raise InputError(
+                    f"{files.path('')}: {DEVKIT}.tar.gz is missing or holds no ground truth; the "
+                    f"labels of "
+                    f"{name} are in it"
+                )
             classes = kit.classes
             for member, *where in sorted(tar_members(file, path)):
-                if not (number := re.search(r"_(\d+)\.\w+$", member)) or not 0 < int(number[1]) <= len(kit.truth):
-                    raise InputError(f"{path}: {member} has no line among the ground truth's {len(kit.truth)}; use the devkit of "
-                                     f"these images")
+                if not (number := re.search(r"_(\d+)\.\w+$", member)) or not 0 < int(
+                    number[1]
+                ) <= len(kit.truth):
+                    raise InputError(
+                        f"{path}: {member} has no line among the ground truth's {len(kit.truth)}; "
+                        f"use the devkit of "
+                        f"these images"
+                    )
                 index.add_member(member, kit.truth[int(number[1]) - 1], *where)
             if len(index.names) != len(kit.truth):
-                raise InputError(f"{path}: holds {len(index.names)} images, and the ground truth {len(kit.truth)}; download it again")
+                raise InputError(
+                    f"{path}: holds {len(index.names)} images, and the ground truth "
+                    f"{len(kit.truth)}; download it again"
+                )
     return index.source(classes, kit.titles if kit else ())
 
 
 @dataclass
 class _Devkit:
     """truth: labels of the validation images, by their numbers."""
+
     classes: list[str]
     titles: list[str]
     truth: list[int]
 
 
 def _devkit(files) -> _Devkit | None:
-    """From the archive, its folder, or its files lying beside the images: the ground truth (a number or wnid a line, or
-    .mat), and the synset table, which gives the numbers' wnids: meta.mat, or text, `wnid number word...` a line."""
+    """From the archive, its folder, or its files lying beside the images: the ground truth (a
+    number or wnid a line, or .mat), and the synset table, which gives the numbers' wnids: meta.mat,
+    or text, `wnid number word...` a line."""
     texts = {}
     if files.is_file(f"{DEVKIT}.tar.gz"):
         try:
-            with opened(files, f"{DEVKIT}.tar.gz") as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
+            with (
+                opened(files, f"{DEVKIT}.tar.gz") as file,
+                tarfile.open(fileobj=file, mode="r:gz") as archive,
+            ):
                 for member in archive:
                     if member.isreg() and "/data/" in member.name and member.size < 1 << 26:
                         texts[PurePosixPath(member.name).name] = archive.extractfile(member).read()
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise InputError(f"{files.path(f'{DEVKIT}.tar.gz')}: cannot be read ({first_line(error)}); download it again") from error
+            raise InputError(
+                f"{files.path(f'{DEVKIT}.tar.gz')}: cannot be read ({first_line(error)}); download "
+                f"it again"
+            ) from error
     else:
         for folder in (f"{DEVKIT}/data/", "data/", ""):
-            for name in ("ILSVRC2012_validation_ground_truth.txt", "ILSVRC2012_validation_ground_truth.mat", "meta.mat",
-                         "map_clsloc.txt", "synsets.txt"):
+            for name in (
+                "ILSVRC2012_validation_ground_truth.txt",
+                "ILSVRC2012_validation_ground_truth.mat",
+                "meta.mat",
+                "map_clsloc.txt",
+                "synsets.txt",
+            ):
                 if name not in texts and files.is_file(folder + name):
                     texts[name] = files.read(folder + name)
     try:
         return _read_devkit(texts) if texts else None
-    except (ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:  # what a table of another shape gives
-        raise InputError(f"{files.path('')}: the devkit's tables cannot be used ({type(error).__name__}: {first_line(error)}); "
-                         f"download it again") from error
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        NotImplementedError,
+    ) as error:  # what a table of another shape gives
+        raise InputError(
+            f"{files.path('')}: the devkit's tables cannot be used ({type(error).__name__}: "
+            f"{first_line(error)}); "
+            f"download it again"
+        ) from error
 
 
 def _read_devkit(texts: dict[str, bytes]) -> _Devkit:
@@ -197,7 +284,9 @@ def _read_devkit(texts: dict[str, bytes]) -> _Devkit:
 
         table = np.atleast_1d(loadmat(io.BytesIO(texts["meta.mat"]), squeeze_me=True)["synsets"])
         if "num_children" in table.dtype.names:
-            table = table[table["num_children"].astype(int) == 0]  # the others are groups of classes
+            table = table[
+                table["num_children"].astype(int) == 0
+            ]  # the others are groups of classes
         for number, wnid, word in zip(table["ILSVRC2012_ID"], table["WNID"], table["words"]):
             wnids[int(number)], words[str(wnid)] = str(wnid), str(word)
     for name in ("map_clsloc.txt", "synsets.txt"):
@@ -211,22 +300,40 @@ def _read_devkit(texts: dict[str, bytes]) -> _Devkit:
         from scipy.io import loadmat
 
         content = loadmat(io.BytesIO(texts["ILSVRC2012_validation_ground_truth.mat"]))
-        truth = [str(int(number)) for key, value in content.items() if not key.startswith("__") for number in np.ravel(value)]
+        truth = [
+            str(int(number))
+            for key, value in content.items()
+            if not key.startswith("__")
+            for number in np.ravel(value)
+        ]
     named = [wnids[int(text)] if text.isdigit() else text for text in truth]
     classes = sorted(set(wnids.values()) or set(named))
     numbers = {wnid: number for number, wnid in enumerate(classes)}
-    return _Devkit(classes, [words[wnid] for wnid in classes] if words else [], [numbers[wnid] for wnid in named])
+    return _Devkit(
+        classes,
+        [words[wnid] for wnid in classes] if words else [],
+        [numbers[wnid] for wnid in named],
+    )
 
 
 def kaggle(place: Place, split: str) -> Source:
     """ILSVRC/Data/CLS-LOC/{train/<wnid>,val}, LOC_val_solution.csv, LOC_synset_mapping.txt."""
     files = _root(place)
-    base = next((base for base in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC") if files.is_folder(base)), None)
+    base = next(
+        (base for base in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC") if files.is_folder(base)), None
+    )
     mapping = "LOC_synset_mapping.txt"
     if base is None or not files.is_file(mapping):
-        raise InputError(f"{files.path(mapping if base else 'ILSVRC/Data/CLS-LOC')} is missing; cfg.data_dir must be Kaggle's "
-                         f"download, unpacked")
-    titles = dict((line.split(" ", 1) + [""])[:2] for line in read_text(files, mapping).splitlines() if line.strip())
+        raise InputError(
+            f"{files.path(mapping if base else 'ILSVRC/Data/CLS-LOC')} is missing; cfg.data_dir "
+            f"must be Kaggle's "
+            f"download, unpacked"
+        )
+    titles = dict(
+        (line.split(" ", 1) + [""])[:2]
+        for line in read_text(files, mapping).splitlines()
+        if line.strip()
+    )
     classes = sorted(titles)
     index = Index(files)
     if split == "train":
@@ -235,16 +342,24 @@ def kaggle(place: Place, split: str) -> Source:
     numbers = {wnid: number for number, wnid in enumerate(classes)}
     solution = "LOC_val_solution.csv"
     if not files.is_file(solution):
-        raise InputError(f"{files.path(solution)} is missing; the labels of the validation images are in it")
+        raise InputError(
+            f"{files.path(solution)} is missing; the labels of the validation images are in it"
+        )
     answers = {}
     for row in _rows(files, solution, csv.DictReader):
         wnid = (row.get("PredictionString") or "").split(" ")[0]
         if wnid not in numbers or not row.get("ImageId"):
-            raise InputError(f"{files.path(solution)}: '{row.get('ImageId')}' has no class of {mapping}; download it again")
+            raise InputError(
+                f"{files.path(solution)}: '{row.get('ImageId')}' has no class of {mapping}; "
+                f"download it again"
+            )
         answers[row["ImageId"]] = numbers[wnid]
     found = {PurePosixPath(path).stem: path for path in files.list(f"{base}/val") if is_image(path)}
     if without := sorted(set(found) - set(answers)):
-        raise InputError(f"{files.path(found[without[0]])}: has no line in {solution}; download that again or remove the image")
+        raise InputError(
+            f"{files.path(found[without[0]])}: has no line in {solution}; download that again or "
+            f"remove the image"
+        )
     for stem in sorted(answers):  # one that is not there is a bad picture, found when it is read
         path = found.get(stem, f"{base}/val/{stem}.JPEG")
         index.add_file(path, answers[stem], PurePosixPath(path).name)
@@ -252,14 +367,22 @@ def kaggle(place: Place, split: str) -> Source:
 
 
 def tiny_imagenet(place: Place, split: str) -> Source:
-    """The archive's own layout: train/<wnid>/images/*.JPEG; val/images with val_annotations.txt; wnids.txt, words.txt."""
+    """The archive's own layout: train/<wnid>/images/*.JPEG; val/images with val_annotations.txt;
+    wnids.txt, words.txt."""
     files = _root(place)
     if not files.is_file("wnids.txt"):
-        raise InputError(f"{files.path('wnids.txt')} is missing; cfg.data_dir must be Tiny-ImageNet's unpacked folder")
+        raise InputError(
+            f"{files.path('wnids.txt')} is missing; cfg.data_dir must be Tiny-ImageNet's unpacked "
+            f"folder"
+        )
     wnids = sorted(read_text(files, "wnids.txt").split())
     titles = []
     if files.is_file("words.txt"):
-        words = dict(line.split("\t", 1) for line in read_text(files, "words.txt").splitlines() if "\t" in line)
+        words = dict(
+            line.split("\t", 1)
+            for line in read_text(files, "words.txt").splitlines()
+            if "\t" in line
+        )
         titles = [words[wnid] for wnid in wnids] if all(wnid in words for wnid in wnids) else []
     index = Index(files)
     if split == "train":
@@ -267,22 +390,32 @@ def tiny_imagenet(place: Place, split: str) -> Source:
         return index.source(wnids, titles)
     annotations = "val/val_annotations.txt"
     if not files.is_file(annotations):
-        raise InputError(f"{files.path(annotations)} is missing; cfg.data_dir must be Tiny-ImageNet's unpacked folder")
+        raise InputError(
+            f"{files.path(annotations)} is missing; cfg.data_dir must be Tiny-ImageNet's unpacked "
+            f"folder"
+        )
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
     for line_number, line in enumerate(read_text(files, annotations).splitlines(), 1):
         name, wnid = (line.split("\t") + [""])[:2]
         if wnid not in numbers or not name or PurePosixPath(name).name != name:
-            raise InputError(f"{files.path(annotations)}:{line_number}: '{line[:60]}' is not an image of a class in wnids.txt")
+            raise InputError(
+                f"{files.path(annotations)}:{line_number}: '{line[:60]}' is not an image of a "
+                f"class in wnids.txt"
+            )
         index.add_file(f"val/images/{name}", numbers[wnid], name)
     return index.source(wnids, titles)
 
 
 def csv_list(place: Place, split: str) -> Source:
-    """<split>.csv in a folder, or one file: `path,label` a line, with or without a head; paths relative to the file's folder."""
+    """<split>.csv in a folder, or one file: `path,label` a line, with or without a head; paths
+    relative to the file's folder."""
     files, name = open_root(place.data_dir, place.follow_links)
     name = name or f"{split}.csv"
     if not files.is_file(name):
-        raise InputError(f"{files.path(name)} is missing; give the folder of train.csv and val.csv, or one file with cfg.split")
+        raise InputError(
+            f"{files.path(name)} is missing; give the folder of train.csv and val.csv, or one file "
+            f"with cfg.split"
+        )
     pairs = _csv_pairs(files, name)
     other = f"{'val' if split == 'train' else 'train'}.csv"
     others = _csv_pairs(files, other) if name == f"{split}.csv" and files.is_file(other) else []
@@ -293,7 +426,10 @@ def _rows(files, name: str, reader) -> list:
     try:
         return list(reader(io.StringIO(read_text(files, name)), strict=True))
     except csv.Error as error:
-        raise InputError(f"{files.path(name)}: not a table of comma-separated values ({first_line(error)}); correct it") from error
+        raise InputError(
+            f"{files.path(name)}: not a table of comma-separated values ({first_line(error)}); "
+            f"correct it"
+        ) from error
 
 
 def _csv_pairs(files, name: str) -> list[tuple[str, str]]:
@@ -302,12 +438,21 @@ def _csv_pairs(files, name: str) -> list[tuple[str, str]]:
     path, label = 0, 1
     if "label" in head or "class" in head:
         label = head.index("label") if "label" in head else head.index("class")
-        path = next((head.index(cell) for cell in ("path", "image", "file", "filename", "filepath", "image_path") if cell in head),
-                    int(label == 0))
+        path = next(
+            (
+                head.index(cell)
+                for cell in ("path", "image", "file", "filename", "filepath", "image_path")
+                if cell in head
+            ),
+            int(label == 0),
+        )
         rows = rows[1:]
     for number, row in enumerate(rows, 1):
         if len(row) <= max(path, label) or not row[label].strip() or not row[path]:
-            raise InputError(f"{files.path(name)}: image {number} ('{','.join(row)[:60]}') has no path or no label; correct the line")
+            raise InputError(
+                f"{files.path(name)}: image {number} ('{','.join(row)[:60]}') has no path or no "
+                f"label; correct the line"
+            )
     return [(row[path], row[label].strip()) for row in rows]
 
 
@@ -318,13 +463,22 @@ def python_callable(place: Place, split: str) -> Source:
     files = _root(place)
     module, _, function = place.callable.partition(":")
     if not module or not function:
-        raise InputError(f"cfg.callable={place.callable!r}: give module:function, which takes a split and gives (path, label) pairs")
+        raise InputError(
+            f"cfg.callable={place.callable!r}: give module:function, which takes a split and gives "
+            f"(path, label) pairs"
+        )
     sys.path.insert(0, "")  # modules of the current folder, as `python -m` finds them
     try:
-        pairs = [(str(path), str(label)) for path, label in getattr(import_module(module), function)(split)]
+        pairs = [
+            (str(path), str(label))
+            for path, label in getattr(import_module(module), function)(split)
+        ]
     except Exception as error:  # the user's own code
-        raise InputError(f"cfg.callable={place.callable}: {type(error).__name__}: {first_line(error)}; it has to give (path, label) "
-                         f"pairs") from error
+        raise InputError(
+            f"cfg.callable={place.callable}: {type(error).__name__}: {first_line(error)}; it has "
+            f"to give (path, label) "
+            f"pairs"
+        ) from error
     finally:
         sys.path.remove("")
     return _listed(files, pairs, set(), f"cfg.callable={place.callable}")
@@ -339,6 +493,9 @@ def _listed(files, pairs, other_labels, where: str) -> Source:
         try:
             shown = inside(path.removeprefix(root))
         except ValueError as error:
-            raise InputError(f"{where}: {first_line(error)}; paths are relative to {files.path('')} and stay below it") from error
+            raise InputError(
+                f"{where}: {first_line(error)}; paths are relative to {files.path('')} and stay "
+                f"below it"
+            ) from error
         index.add_file(shown, numbers[label], shown)
     return index.source(classes)

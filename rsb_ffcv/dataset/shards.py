@@ -1,4 +1,6 @@
-"""Sources whose pictures lie in shards: WebDataset's tar files, Hugging Face's parquet files and datasets, torchvision's own."""
+"""Sources whose pictures lie in shards: WebDataset's tar files, Hugging Face's parquet files and
+datasets, torchvision's own."""
+
 import fnmatch
 import json
 import posixpath
@@ -17,30 +19,47 @@ import numpy as np
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.dataset.files import open_root, opened, tar_members
 from rsb_ffcv.dataset.picture import BadPicture
-from rsb_ffcv.dataset.sources import IMAGE_SUFFIXES, SPLIT_NAMES, Index, Place, Source, label_numbers
+from rsb_ffcv.dataset.sources import (
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    Index,
+    Place,
+    Source,
+    label_numbers,
+)
 
 GROUPS_KEPT = 4  # row groups of parquet in memory at once
 
 
 def shard_names(place: Place, split: str, suffix: str):
-    """(where to read, names of the split's shards). data_dir: a folder, of whose shards those are taken that lie in a folder
-    of the split's name or have it in theirs; or a pattern (`{split}`, `{000..147}`, `{a,b}`, `*`)."""
+    """(where to read, names of the split's shards). data_dir: a folder, of whose shards those are
+    taken that lie in a folder of the split's name or have it in theirs; or a pattern (`{split}`,
+    `{000..147}`, `{a,b}`, `*`)."""
     import bracex
 
     pattern = place.data_dir.replace("{split}", split)
     files, name = open_root(pattern, place.follow_links)
     if not name:
         words = "|".join(SPLIT_NAMES[split])
-        found = [path for path in files.list() if path.endswith(suffix) and re.search(rf"(^|[^a-z])({words})([^a-z]|$)", path.lower())]
+        found = [
+            path
+            for path in files.list()
+            if path.endswith(suffix) and re.search(rf"(^|[^a-z])({words})([^a-z]|$)", path.lower())
+        ]
         if not found:
-            raise InputError(f"cfg.data_dir={place.data_dir}: holds no {suffix} file with {words.replace('|', ' or ')} in its name; "
-                             f"give a pattern, such as {place.data_dir}/{{split}}-{{000..147}}{suffix}")
+            raise InputError(
+                f"cfg.data_dir={place.data_dir}: holds no {suffix} file with "
+                f"{words.replace('|', ' or ')} in its name; "
+                f"give a pattern, such as {place.data_dir}/{{split}}-{{000..147}}{suffix}"
+            )
         return files, found
     found, listed = [], None
     try:
         patterns = bracex.expand(name, limit=100000)
     except bracex.ExpansionLimitException as error:
-        raise InputError(f"cfg.data_dir={place.data_dir}: names more than 100000 shards; correct the pattern") from error
+        raise InputError(
+            f"cfg.data_dir={place.data_dir}: names more than 100000 shards; correct the pattern"
+        ) from error
     for wanted in patterns:
         if any(mark in wanted for mark in "*?["):
             listed = files.list() if listed is None else listed
@@ -48,13 +67,16 @@ def shard_names(place: Place, split: str, suffix: str):
         else:
             matches = [wanted] if files.is_file(wanted) else []
         if not matches:
-            raise InputError(f"{files.path(wanted)} is missing; correct cfg.data_dir={place.data_dir}")
+            raise InputError(
+                f"{files.path(wanted)} is missing; correct cfg.data_dir={place.data_dir}"
+            )
         found += matches
     return files, found
 
 
 def webdataset(place: Place, split: str) -> Source:
-    """Samples are members of one key (the name up to its first dot): an image, and `.cls` or `.json` with its label."""
+    """Samples are members of one key (the name up to its first dot): an image, and `.cls` or
+    `.json` with its label."""
     files, shards = shard_names(place, split, ".tar")
     index, labels, without = Index(files), [], []
     for shard in shards:
@@ -69,13 +91,21 @@ def webdataset(place: Place, split: str) -> Source:
                     key, parts = posixpath.join(folder, stem), {}
                 extension = extension.lower()
                 if extension in parts:
-                    raise InputError(f"{files.path(shard)}: holds {name} twice; write the shard again")
+                    raise InputError(
+                        f"{files.path(shard)}: holds {name} twice; write the shard again"
+                    )
                 parts[extension] = start, length
             _add_sample(index, labels, without, file, shard, key, parts)
     if without:
-        print(f"{place.data_dir}: {len(without)} members left out, without an image of their key or beside another one: "
-              f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}", file=sys.stderr)
-    classes, numbers = label_numbers(place.data_dir, {label for label in labels if label is not None})
+        print(
+            f"{place.data_dir}: {len(without)} members left out, without an image of their key or "
+            f"beside another one: "
+            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
+            file=sys.stderr,
+        )
+    classes, numbers = label_numbers(
+        place.data_dir, {label for label in labels if label is not None}
+    )
     for place_in, label in enumerate(labels):
         if label is None:
             index.faults[place_in] = "has no label (no .cls and no .json with label or cls)"
@@ -84,8 +114,12 @@ def webdataset(place: Place, split: str) -> Source:
     return index.source(classes)
 
 
-def _add_sample(index: Index, labels: list, without: list, file, shard: str, key: str | None, parts: dict):
-    image, *others = [extension for extension in parts if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES] or [None]
+def _add_sample(
+    index: Index, labels: list, without: list, file, shard: str, key: str | None, parts: dict
+):
+    image, *others = [
+        extension for extension in parts if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
+    ] or [None]
     without += [f"{key}.{extension}" for extension in others]
     if image is None:
         without += [f"{key}.{extension}" for extension in parts]
@@ -101,17 +135,35 @@ def _sample_label(file, parts: dict) -> str | None:
             file.seek(start)
             try:
                 text = file.read(length).decode().strip()
-                label = text if extension == "cls" else next(json.loads(text)[key] for key in ("label", "cls", "class")
-                                                             if key in json.loads(text))
-            except (ValueError, TypeError, StopIteration, RecursionError):  # not text, not JSON, no such key
+                label = (
+                    text
+                    if extension == "cls"
+                    else next(
+                        json.loads(text)[key]
+                        for key in ("label", "cls", "class")
+                        if key in json.loads(text)
+                    )
+                )
+            except (
+                ValueError,
+                TypeError,
+                StopIteration,
+                RecursionError,
+            ):  # not text, not JSON, no such key
                 continue
-            if isinstance(label, (int, str)) and not isinstance(label, bool) and str(label).isprintable() and str(label):
+            if (
+                isinstance(label, (int, str))
+                and not isinstance(label, bool)
+                and str(label).isprintable()
+                and str(label)
+            ):
                 return str(label)
     return None
 
 
 def parquet(place: Place, split: str) -> Source:
-    """Rows of parquet files: a column of image bytes (Hugging Face's {bytes, path}, or binary) and one of labels."""
+    """Rows of parquet files: a column of image bytes (Hugging Face's {bytes, path}, or binary) and
+    one of labels."""
     import pyarrow
     from pyarrow import parquet as pq
 
@@ -125,38 +177,85 @@ def parquet(place: Place, split: str) -> Source:
                     image, label = _columns(place, table.schema_arrow, files.path(shard))
                 known = _class_names(table.schema_arrow, label)
                 if groups and known != classes:
-                    raise InputError(f"{files.path(shard)}: its list of classes is not the one of the shards before it; give "
-                                     f"shards of one dataset")
+                    raise InputError(
+                        f"{files.path(shard)}: its list of classes is not the one of the shards "
+                        f"before it; give "
+                        f"shards of one dataset"
+                    )
                 classes = known
-                paths = [] if pyarrow.types.is_binary(kind := table.schema_arrow.field(image).type) or kind.get_field_index("path") < 0 \
+                paths = (
+                    []
+                    if pyarrow.types.is_binary(kind := table.schema_arrow.field(image).type)
+                    or kind.get_field_index("path") < 0
                     else [f"{image}.path"]
+                )
                 read = table.read(columns=[label, *paths])
                 labels += read.column(label).to_pylist()
-                found = [row["path"] if row else None for row in read.column(image).to_pylist()] if paths else [None] * len(read)
+                found = (
+                    [row["path"] if row else None for row in read.column(image).to_pylist()]
+                    if paths
+                    else [None] * len(read)
+                )
                 base = posixpath.splitext(shard)[0]
-                names += [f"{base}/{row:08d}{posixpath.splitext(name or '.img')[1]}" if not name else f"{base}/{row:08d}_{posixpath.basename(name)}"
-                          for row, name in enumerate(found)]
+                names += [
+                    f"{base}/{row:08d}{posixpath.splitext(name or '.img')[1]}"
+                    if not name
+                    else f"{base}/{row:08d}_{posixpath.basename(name)}"
+                    for row, name in enumerate(found)
+                ]
                 at = 0
                 for group in range(table.num_row_groups):
                     rows = table.metadata.row_group(group).num_rows
                     groups.append((shard, group, len(labels) - len(read) + at))
                     at += rows
         except (pyarrow.ArrowException, KeyError) as error:
-            raise InputError(f"{files.path(shard)}: not parquet of images ({first_line(error)}); download it again") from error
+            raise InputError(
+                f"{files.path(shard)}: not parquet of images ({first_line(error)}); download it "
+                f"again"
+            ) from error
     if not names:
-        raise InputError(f"cfg.data_dir={place.data_dir}: its parquet files hold no row; give others")
-    return _labelled(place, classes, names, labels, _RowGroups(files, groups, image).read, files.path(shards[0]))
+        raise InputError(
+            f"cfg.data_dir={place.data_dir}: its parquet files hold no row; give others"
+        )
+    return _labelled(
+        place, classes, names, labels, _RowGroups(files, groups, image).read, files.path(shards[0])
+    )
 
 
-def _labelled(place: Place, classes: list[str], names: list[str], labels: list, read, origin: str = "") -> Source:
+def _labelled(
+    place: Place, classes: list[str], names: list[str], labels: list, read, origin: str = ""
+) -> Source:
     """labels: numbers, or texts; None and numbers outside of a given list of classes are faults."""
     if classes:
-        faults = {row: f"has label {label!r}, of {len(classes)} classes" for row, label in enumerate(labels)
-                  if not isinstance(label, int) or not 0 <= label < len(classes)}
-        return Source(classes, names, [0 if row in faults else label for row, label in enumerate(labels)], read, faults=faults, origin=origin)
-    faults = {row: "has no label" for row, label in enumerate(labels) if label is None or str(label).startswith("-")}
-    classes, numbers = label_numbers(place.data_dir, {str(label) for row, label in enumerate(labels) if row not in faults})
-    return Source(classes, names, [0 if row in faults else numbers[str(label)] for row, label in enumerate(labels)], read, faults=faults, origin=origin)
+        faults = {
+            row: f"has label {label!r}, of {len(classes)} classes"
+            for row, label in enumerate(labels)
+            if not isinstance(label, int) or not 0 <= label < len(classes)
+        }
+        return Source(
+            classes,
+            names,
+            [0 if row in faults else label for row, label in enumerate(labels)],
+            read,
+            faults=faults,
+            origin=origin,
+        )
+    faults = {
+        row: "has no label"
+        for row, label in enumerate(labels)
+        if label is None or str(label).startswith("-")
+    }
+    classes, numbers = label_numbers(
+        place.data_dir, {str(label) for row, label in enumerate(labels) if row not in faults}
+    )
+    return Source(
+        classes,
+        names,
+        [0 if row in faults else numbers[str(label)] for row, label in enumerate(labels)],
+        read,
+        faults=faults,
+        origin=origin,
+    )
 
 
 def _columns(place: Place, schema, path: str) -> tuple[str, str]:
@@ -164,23 +263,38 @@ def _columns(place: Place, schema, path: str) -> tuple[str, str]:
     import pyarrow
 
     def is_image(kind):
-        return (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-                or pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        return (
+            pyarrow.types.is_binary(kind)
+            or pyarrow.types.is_large_binary(kind)
+            or pyarrow.types.is_struct(kind)
+            and kind.get_field_index("bytes") >= 0
+        )
 
     def is_label(kind):
         return pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind)
 
-    return tuple(_column(path, option, given, [(field.name, fits(field.type)) for field in schema], preferred)
-                 for option, given, fits, preferred in (("image_column", place.image_column, is_image, "image"),
-                                                        ("label_column", place.label_column, is_label, "label")))
+    return tuple(
+        _column(
+            path, option, given, [(field.name, fits(field.type)) for field in schema], preferred
+        )
+        for option, given, fits, preferred in (
+            ("image_column", place.image_column, is_image, "image"),
+            ("label_column", place.label_column, is_label, "label"),
+        )
+    )
 
 
 def _column(path, option, given, columns, preferred) -> str:
     fitting = [name for name, fits in columns if fits]
-    choice = given or (preferred if preferred in fitting else fitting[0] if len(fitting) == 1 else "")
+    choice = given or (
+        preferred if preferred in fitting else fitting[0] if len(fitting) == 1 else ""
+    )
     if choice not in fitting:
-        raise InputError(f"{path}: cfg.{option}={given!r} is none of its columns that could be ({', '.join(fitting) or 'none'}; all: "
-                         f"{', '.join(name for name, _ in columns)}); name one")
+        raise InputError(
+            f"{path}: cfg.{option}={given!r} is none of its columns that could be "
+            f"({', '.join(fitting) or 'none'}; all: "
+            f"{', '.join(name for name, _ in columns)}); name one"
+        )
     return choice
 
 
@@ -189,13 +303,19 @@ def _class_names(schema, label: str) -> list[str]:
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
         names = feature["names"]
-        return [str(name) for name in (names if isinstance(names, list) else [names[str(i)] for i in range(len(names))])]
+        return [
+            str(name)
+            for name in (
+                names if isinstance(names, list) else [names[str(i)] for i in range(len(names))]
+            )
+        ]
     except (KeyError, ValueError, TypeError):
         return []
 
 
 class _RowGroups:
-    """Images of parquet files by row; the last few row groups stay in memory, and no two threads read the same one."""
+    """Images of parquet files by row; the last few row groups stay in memory, and no two threads
+    read the same one."""
 
     def __init__(self, files, groups: list[tuple[str, int, int]], column: str):
         self.files, self.groups, self.column = files, groups, column
@@ -216,7 +336,10 @@ class _RowGroups:
         cell = kept[0][row - int(self.starts[number])].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
-            raise BadPicture(f"{self.files.path(self.groups[number][0])}: row {row} has no image; replace or remove it")
+            raise BadPicture(
+                f"{self.files.path(self.groups[number][0])}: row {row} has no image; replace or "
+                f"remove it"
+            )
         return data
 
     def _load(self, shard: str, group: int):
@@ -225,9 +348,14 @@ class _RowGroups:
 
         try:
             with opened(self.files, shard) as file, pq.ParquetFile(file) as table:
-                return table.read_row_group(group, columns=[self.column], use_threads=False).column(0)
+                return table.read_row_group(group, columns=[self.column], use_threads=False).column(
+                    0
+                )
         except pyarrow.ArrowException as error:
-            raise InputError(f"{self.files.path(shard)}: row group {group} cannot be read ({first_line(error)}); download it again") from error
+            raise InputError(
+                f"{self.files.path(shard)}: row group {group} cannot be read "
+                f"({first_line(error)}); download it again"
+            ) from error
 
 
 def hugging_face(place: Place, split: str) -> Source:
@@ -239,18 +367,32 @@ def hugging_face(place: Place, split: str) -> Source:
         known = datasets.get_dataset_split_names(place.data_dir)
         theirs = next((name for name in known if name in SPLIT_NAMES[split]), None)
         if theirs is None:
-            raise InputError(f"cfg.data_dir={place.data_dir}: has the splits {', '.join(known)}, none of {names.replace('|', ', ')}; "
-                             f"give another, or cfg.split")
+            raise InputError(
+                f"cfg.data_dir={place.data_dir}: has the splits {', '.join(known)}, none of "
+                f"{names.replace('|', ', ')}; "
+                f"give another, or cfg.split"
+            )
         table = datasets.load_dataset(place.data_dir, split=theirs)
     except InputError:
         raise
-    except Exception as error:  # the library has no kind of its own for what it cannot find, reach or read
-        raise InputError(f"cfg.data_dir={place.data_dir}: the datasets library cannot load it ({type(error).__name__}: "
-                         f"{first_line(error)}); correct the name, log in, or connect to the network") from error
+    except (
+        Exception
+    ) as error:  # the library has no kind of its own for what it cannot find, reach or read
+        raise InputError(
+            f"cfg.data_dir={place.data_dir}: the datasets library cannot load it "
+            f"({type(error).__name__}: "
+            f"{first_line(error)}); correct the name, log in, or connect to the network"
+        ) from error
     columns = [(name, isinstance(kind, datasets.Image)) for name, kind in table.features.items()]
     image = _column(place.data_dir, "image_column", place.image_column, columns, "image")
-    columns = [(name, isinstance(kind, datasets.ClassLabel) or getattr(kind, "dtype", "") in ("int64", "int32", "string"))
-               for name, kind in table.features.items()]
+    columns = [
+        (
+            name,
+            isinstance(kind, datasets.ClassLabel)
+            or getattr(kind, "dtype", "") in ("int64", "int32", "string"),
+        )
+        for name, kind in table.features.items()
+    ]
     label = _column(place.data_dir, "label_column", place.label_column, columns, "label")
     classes = list(getattr(table.features[label], "names", None) or [])
     labels = list(table[label])
@@ -266,8 +408,14 @@ def hugging_face(place: Place, split: str) -> Source:
             raise BadPicture(f"{place.data_dir}: row {row} has no image; replace or remove it")
         # A row may name any file: only the library's cache and the dataset's own folder are meant
         path = os.path.realpath(cell["path"])
-        if not any(path.startswith(os.path.realpath(root) + os.sep) for root in (datasets.config.HF_CACHE_HOME, place.data_dir)):
-            raise BadPicture(f"{place.data_dir}: row {row} names {cell['path']}, outside of the dataset; replace or remove it")
+        if not any(
+            path.startswith(os.path.realpath(root) + os.sep)
+            for root in (datasets.config.HF_CACHE_HOME, place.data_dir)
+        ):
+            raise BadPicture(
+                f"{place.data_dir}: row {row} names {cell['path']}, outside of the dataset; "
+                f"replace or remove it"
+            )
         files, name = open_root(path)
         return files.read(name)
 
@@ -275,7 +423,8 @@ def hugging_face(place: Place, split: str) -> Source:
 
 
 def torchvision(place: Place, split: str) -> Source:
-    """CIFAR-10/100 and Imagenette, downloaded into data_dir by torchvision unless they are there already."""
+    """CIFAR-10/100 and Imagenette, downloaded into data_dir by torchvision unless they are there
+    already."""
     from torchvision import datasets  # seconds to import, needed by these three only
 
     dataset, root = place.dataset, Path(place.data_dir)
@@ -292,6 +441,13 @@ def torchvision(place: Place, split: str) -> Source:
         kind = datasets.CIFAR100 if dataset == "cifar100" else datasets.CIFAR10
         data = kind(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error) as error:
-        raise InputError(f"cfg.dataset: {dataset} is neither in {root} nor could it be downloaded "
-                         f"({first_line(error)}); connect to the network or put the archive there") from error
-    return Source(list(data.classes), [f"{number:05d}.png" for number in range(len(data.data))], data.targets, data.data.__getitem__)
+        raise InputError(
+            f"cfg.dataset: {dataset} is neither in {root} nor could it be downloaded "
+            f"({first_line(error)}); connect to the network or put the archive there"
+        ) from error
+    return Source(
+        list(data.classes),
+        [f"{number:05d}.png" for number in range(len(data.data))],
+        data.targets,
+        data.data.__getitem__,
+    )

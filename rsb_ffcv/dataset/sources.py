@@ -1,8 +1,10 @@
-"""Labelled raw images as people own them: each source is a list of names and labels, and a way to read any of them.
+"""Labelled raw images as people own them: each source is a list of names and labels, and a way to
+read any of them.
 
-Class numbers are positions in the sorted list of class names (wnids for ImageNet), the order that torchvision, timm
-and every published checkpoint use; sources that carry numbers keep theirs.
+Class numbers are positions in the sorted list of class names (wnids for ImageNet), the order that
+torchvision, timm and every published checkpoint use; sources that carry numbers keep theirs.
 """
+
 import re
 import zlib
 from array import array
@@ -19,16 +21,31 @@ from rsb_ffcv.dataset.files import open_root, read_text
 from rsb_ffcv.dataset.picture import BadPicture
 from rsb_ffcv.ops.native import checksum
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".jfif", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+IMAGE_SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".jfif",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+}
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid")}
 
 
 @dataclass
 class Source:
-    """Labelled pictures. classes: names in the order of the labels; names: a picture's path within the source; labels: int64,
-    0 .. len(classes) - 1. read(index): a picture file's bytes, or uint8 pixels (height, width, 3); raises BadPicture naming
-    it. titles: what people call the classes, or empty. faults: what is wrong with a picture before it is read. origin: where
-    the first picture lies. place(index): where a picture is, for people. stamp(index): changes where the picture's file does."""
+    """Labelled pictures. classes: names in the order of the labels; names: a picture's path within
+    the source; labels: int64, 0 .. len(classes) - 1. read(index): a picture file's bytes, or uint8
+    pixels (height, width, 3); raises BadPicture naming it. titles: what people call the classes, or
+    empty. faults: what is wrong with a picture before it is read. origin: where the first picture
+    lies. place(index): where a picture is, for people. stamp(index): changes where the picture's
+    file does."""
+
     classes: list[str]
     names: list[str]
     labels: np.ndarray
@@ -40,7 +57,9 @@ class Source:
     stamp: Callable = lambda index: ()
 
     def __post_init__(self):
-        self.names, self.classes, self.titles = ([_storable(name) for name in part] for part in (self.names, self.classes, self.titles))
+        self.names, self.classes, self.titles = (
+            [_storable(name) for name in part] for part in (self.names, self.classes, self.titles)
+        )
         self.place = self.place or self.names.__getitem__
         self.labels = np.asarray(self.labels, np.int64)
         if len(set(self.names)) < len(self.names):
@@ -55,8 +74,12 @@ class Source:
 
     def first(self, count: int) -> "Source":
         """The first `count` pictures, or all where there are fewer."""
-        return replace(self, names=self.names[:count], labels=self.labels[:count],
-                       faults={index: why for index, why in self.faults.items() if index < count})
+        return replace(
+            self,
+            names=self.names[:count],
+            labels=self.labels[:count],
+            faults={index: why for index, why in self.faults.items() if index < count},
+        )
 
     def picture(self, index: int):
         """What `read` gives. Raises BadPicture for one that has a fault."""
@@ -77,7 +100,8 @@ class Source:
 
 
 def _storable(name: str) -> str:
-    """As UTF-8 and without a zero byte, which ends a name in the file. Bytes of a file system that are no UTF-8 stay."""
+    """As UTF-8 and without a zero byte, which ends a name in the file. Bytes of a file system that
+    are no UTF-8 stay."""
     try:
         name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -91,7 +115,9 @@ class Index:
     def __init__(self, files):
         self.files, self.paths, self.names, self.labels, self.faults = files, [], [], array("q"), {}
         self._stamps = {}
-        self._ranges = array("q")  # of each picture: number of its file, first byte, bytes (-1: all)
+        self._ranges = array(
+            "q"
+        )  # of each picture: number of its file, first byte, bytes (-1: all)
 
     def add_file(self, name: str, label: int, shown: str):
         self.paths.append(name)
@@ -109,11 +135,11 @@ class Index:
         self._ranges.extend((len(self.paths) - 1, start, length))
 
     def read(self, index: int) -> bytes:
-        path, start, length = self._ranges[3 * index:3 * index + 3]
+        path, start, length = self._ranges[3 * index : 3 * index + 3]
         return self.files.read(self.paths[path], start, length)
 
     def stamp(self, index: int) -> tuple:
-        path, start, length = self._ranges[3 * index:3 * index + 3]
+        path, start, length = self._ranges[3 * index : 3 * index + 3]
         if length < 0:
             return self.files.stamp(self.paths[path])
         if path not in self._stamps:  # of a file that holds many
@@ -121,20 +147,32 @@ class Index:
         return start, *self._stamps[path]
 
     def place(self, index: int) -> str:
-        path, _, length = self._ranges[3 * index:3 * index + 3]
+        path, _, length = self._ranges[3 * index : 3 * index + 3]
         return self.files.path(self.paths[path]) + (f": {self.names[index]}" if length >= 0 else "")
 
     def source(self, classes: list[str], titles=()) -> Source:
         if not self.names:
-            raise InputError(f"{self.files.path('')} holds no image; give a folder with labelled images")
-        return Source(classes, self.names, np.frombuffer(self.labels, np.int64), self.read, list(titles), self.faults,
-                      f"{self.files.path(self.paths[0])}:{self._ranges[1]}", self.place, self.stamp)
+            raise InputError(
+                f"{self.files.path('')} holds no image; give a folder with labelled images"
+            )
+        return Source(
+            classes,
+            self.names,
+            np.frombuffer(self.labels, np.int64),
+            self.read,
+            list(titles),
+            self.faults,
+            f"{self.files.path(self.paths[0])}:{self._ranges[1]}",
+            self.place,
+            self.stamp,
+        )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a dataset is and how to read it: the options of the command line that bear on it. class_names: a text file of
-    them, one a line. callable: module:function."""
+    """Where a dataset is and how to read it: the options of the command line that bear on it.
+    class_names: a text file of them, one a line. callable: module:function."""
+
     dataset: str
     data_dir: str
     follow_links: bool = False
@@ -145,14 +183,22 @@ class Place:
 
 
 def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
-    """The splits ("train", "val") of a dataset, with one list of classes. Raises InputError naming what is missing and how
-    to mend it."""
+    """The splits ("train", "val") of a dataset, with one list of classes. Raises InputError naming
+    what is missing and how to mend it."""
     from rsb_ffcv.dataset import layouts, shards
 
-    readers = {"imagenet": layouts.image_folder, "demo": layouts.demo, "tiny_imagenet": layouts.tiny_imagenet,
-               "imagenet_archives": layouts.archives, "kaggle": layouts.kaggle, "csv": layouts.csv_list,
-               "callable": layouts.python_callable, "webdataset": shards.webdataset,
-               "parquet": shards.parquet, "datasets": shards.hugging_face}
+    readers = {
+        "imagenet": layouts.image_folder,
+        "demo": layouts.demo,
+        "tiny_imagenet": layouts.tiny_imagenet,
+        "imagenet_archives": layouts.archives,
+        "kaggle": layouts.kaggle,
+        "csv": layouts.csv_list,
+        "callable": layouts.python_callable,
+        "webdataset": shards.webdataset,
+        "parquet": shards.parquet,
+        "datasets": shards.hugging_face,
+    }
     reader = readers.get(place.dataset, shards.torchvision)
     try:
         sources = {split: reader(place, split) for split in splits}
@@ -163,18 +209,33 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
     for source in sources.values():
         twice = [name for name, count in Counter(source.classes).items() if count > 1]
         if twice:
-            raise InputError(f"cfg.data_dir={place.data_dir}: two classes are called '{twice[0]}'; give other names with cfg.class_names")
+            raise InputError(
+                f"cfg.data_dir={place.data_dir}: two classes are called '{twice[0]}'; give other "
+                f"names with cfg.class_names"
+            )
     longest = max((source.classes for source in sources.values()), key=len)
     for split, source in sources.items():
-        if source.classes != longest[:len(source.classes)]:
+        if source.classes != longest[: len(source.classes)]:
             differing = sorted(set(longest) ^ set(source.classes)) or ["in another order"]
-            raise InputError(f"cfg.data_dir={place.data_dir}: train and val do not have the same classes "
-                             f"({', '.join(differing[:5])} in one only); correct one, or write them apart with cfg.split")
+            raise InputError(
+                f"cfg.data_dir={place.data_dir}: train and val do not have the same classes "
+                f"({', '.join(differing[:5])} in one only); correct one, or write them apart with "
+                f"cfg.split"
+            )
         source.classes = longest
-        source.titles = source.titles if len(source.titles) == len(longest) else _known_titles(longest)
-    if len(sources) == 2 and len({source.origin for source in sources.values()}) == 1 and source.origin:
-        raise InputError(f"cfg.data_dir={place.data_dir}: train and val would hold the same images; give cfg.split, or {{split}} in a "
-                         f"pattern")
+        source.titles = (
+            source.titles if len(source.titles) == len(longest) else _known_titles(longest)
+        )
+    if (
+        len(sources) == 2
+        and len({source.origin for source in sources.values()}) == 1
+        and source.origin
+    ):
+        raise InputError(
+            f"cfg.data_dir={place.data_dir}: train and val would hold the same images; give "
+            f"cfg.split, or {{split}} in a "
+            f"pattern"
+        )
     return sources
 
 
@@ -182,8 +243,11 @@ def _renamed(source: Source, listing: str) -> Source:
     files, name = open_root(listing)
     names = [line.strip() for line in read_text(files, name).splitlines() if line.strip()]
     if len(names) < len(source.classes) or len(set(names)) < len(names):
-        raise InputError(f"cfg.class_names={listing}: {len(names)} lines ({len(set(names))} different) for {len(source.classes)} "
-                         f"classes; give a name a line, in the order of the labels")
+        raise InputError(
+            f"cfg.class_names={listing}: {len(names)} lines ({len(set(names))} different) for "
+            f"{len(source.classes)} "
+            f"classes; give a name a line, in the order of the labels"
+        )
     return replace(source, classes=names, titles=[])
 
 
@@ -193,7 +257,9 @@ def _known_titles(classes: list[str]) -> list[str]:
         return []
     from importlib.util import find_spec
 
-    timm = PurePosixPath(find_spec("timm").origin).parent  # found without importing it, which takes seconds
+    timm = PurePosixPath(
+        find_spec("timm").origin
+    ).parent  # found without importing it, which takes seconds
     with open(timm / "data/_info/imagenet_synset_to_lemma.txt", encoding="utf-8") as table:
         titles = dict(line.rstrip("\n").split("\t", 1) for line in table if "\t" in line)
     return [titles[name] for name in classes] if all(name in titles for name in classes) else []
@@ -205,11 +271,14 @@ def is_image(path: str) -> bool:
 
 
 def label_numbers(where: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
-    """Class names, and the number of each label: itself where all are numbers, else its place among the sorted ones."""
+    """Class names, and the number of each label: itself where all are numbers, else its place among
+    the sorted ones."""
     if labels and all(re.fullmatch(r"\d{1,9}", label) for label in labels):
         count = max(map(int, labels)) + 1
         if count > MAX_CLASSES:
-            raise InputError(f"{where}: label {count - 1} is more than {MAX_CLASSES - 1}; correct it")
+            raise InputError(
+                f"{where}: label {count - 1} is more than {MAX_CLASSES - 1}; correct it"
+            )
         return [str(number) for number in range(count)], {label: int(label) for label in labels}
     if wrong := sorted(label for label in labels if re.fullmatch(r"-\d+", label) or not label):
         raise InputError(f"{where}: '{wrong[0]}' is no label; correct it")

@@ -1,9 +1,11 @@
 """The demo set: ten classes of shapes in photo-like JPEGs, made from a seed.
 
-What tells the classes apart is the outline alone. Colour, size, place, rotation, background, lighting, clutter, noise,
-blur, picture size and JPEG quality vary independently of the class, so a network has to learn the shape, and
-augmentations such as crops and mixing behave as they do on photographs.
+What tells the classes apart is the outline alone. Colour, size, place, rotation, background,
+lighting, clutter, noise, blur, picture size and JPEG quality vary independently of the class, so a
+network has to learn the shape, and augmentations such as crops and mixing behave as they do on
+photographs.
 """
+
 import math
 import os
 import shutil
@@ -15,14 +17,27 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-CLASSES = ["arrow", "bars", "crescent", "cross", "disc", "flower", "ring", "square", "star", "triangle"]
+CLASSES = [
+    "arrow",
+    "bars",
+    "crescent",
+    "cross",
+    "disc",
+    "flower",
+    "ring",
+    "square",
+    "star",
+    "triangle",
+]
 IMAGES_PER_CLASS = {"train": 320, "val": 50}
 
 
 def make_demo_images(root: Path, images_per_class=IMAGES_PER_CLASS, seed: int = 0):
-    """Fills root/train/<class>/ and root/val/<class>/ with JPEGs of about 128 px, unless both are there already.
+    """Fills root/train/<class>/ and root/val/<class>/ with JPEGs of about 128 px, unless both are
+    there already.
 
-    A split appears under its name once it is complete. The pictures are a function of `seed`, split, class and number.
+    A split appears under its name once it is complete. The pictures are a function of `seed`,
+    split, class and number.
     """
     for split_number, (split, count) in enumerate(images_per_class.items()):
         target = root / split
@@ -33,7 +48,12 @@ def make_demo_images(root: Path, images_per_class=IMAGES_PER_CLASS, seed: int = 
         draw = partial(_draw_class, unfinished, count, seed, split_number)
         try:
             with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                for _ in tqdm(pool.map(draw, CLASSES), total=len(CLASSES), desc=f"demo pictures, {split}", unit="class"):
+                for _ in tqdm(
+                    pool.map(draw, CLASSES),
+                    total=len(CLASSES),
+                    desc=f"demo pictures, {split}",
+                    unit="class",
+                ):
                     pass
             unfinished.rename(target)
         finally:
@@ -64,10 +84,12 @@ def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
     if rng.random() < 0.5:
         canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
     pixels = np.asarray(canvas, np.float32)
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j].astype(np.float32)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
     angle = rng.uniform(0, 2 * math.pi)
     light = 1 + rng.uniform(0, 0.35) * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
-    pixels = pixels * light[..., None] + rng.uniform(2, 10) * rng.standard_normal(pixels.shape, np.float32)
+    pixels = pixels * light[..., None] + rng.uniform(2, 10) * rng.standard_normal(
+        pixels.shape, np.float32
+    )
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -77,8 +99,14 @@ def _texture(rng, width, height, contrast, base=None):
     total = np.empty((height, width, 3), np.float32)
     coarse = rng.normal(0, 0.7 * contrast, (4, 4, 3)), rng.normal(0, 0.3 * contrast, (12, 12, 3))
     for c in range(3):
-        layers = [np.asarray(Image.fromarray(noise[..., c].astype(np.float32))
-                             .resize((width, height), Image.Resampling.BILINEAR)) for noise in coarse]
+        layers = [
+            np.asarray(
+                Image.fromarray(noise[..., c].astype(np.float32)).resize(
+                    (width, height), Image.Resampling.BILINEAR
+                )
+            )
+            for noise in coarse
+        ]
         total[..., c] = base[c] + layers[0] + layers[1]
     return Image.fromarray(np.clip(total, 0, 255).astype(np.uint8))
 
@@ -110,8 +138,10 @@ def _clutter(rng, width, height):
 
 def _polar(radii):
     """Corner points at equal angles with the given radii, first one up."""
-    return [(r * math.sin(2 * math.pi * i / len(radii)), -r * math.cos(2 * math.pi * i / len(radii)))
-            for i, r in enumerate(radii)]
+    return [
+        (r * math.sin(2 * math.pi * i / len(radii)), -r * math.cos(2 * math.pi * i / len(radii)))
+        for i, r in enumerate(radii)
+    ]
 
 
 def _rectangle(left, top, right, bottom):
@@ -121,7 +151,10 @@ def _rectangle(left, top, right, bottom):
 # Each class as polygons in the unit disc: those to fill, then those to cut out again.
 _CIRCLE = _polar([1.0] * 72)
 _OUTLINES = {
-    "arrow": ([[(0, -1), (0.7, -0.1), (0.28, -0.1), (0.28, 1), (-0.28, 1), (-0.28, -0.1), (-0.7, -0.1)]], []),
+    "arrow": (
+        [[(0, -1), (0.7, -0.1), (0.28, -0.1), (0.28, 1), (-0.28, 1), (-0.28, -0.1), (-0.7, -0.1)]],
+        [],
+    ),
     "bars": ([_rectangle(-0.85, y - 0.17, 0.85, y + 0.17) for y in (-0.62, 0, 0.62)], []),
     "crescent": ([_CIRCLE], [[(0.8 * x + 0.5, 0.8 * y) for x, y in _CIRCLE]]),
     "cross": ([_rectangle(-1, -0.27, 1, 0.27), _rectangle(-0.27, -1, 0.27, 1)], []),
@@ -141,7 +174,14 @@ def _shape_mask(name, width, height, centre, radius, angle):
     draw = ImageDraw.Draw(mask)
     for polygons, value in zip(_OUTLINES[name], (255, 0)):
         for polygon in polygons:
-            draw.polygon([((centre[0] + radius * (x * math.cos(angle) - y * math.sin(angle))) * over,
-                           (centre[1] + radius * (x * math.sin(angle) + y * math.cos(angle))) * over)
-                          for x, y in polygon], fill=value)
+            draw.polygon(
+                [
+                    (
+                        (centre[0] + radius * (x * math.cos(angle) - y * math.sin(angle))) * over,
+                        (centre[1] + radius * (x * math.sin(angle) + y * math.cos(angle))) * over,
+                    )
+                    for x, y in polygon
+                ],
+                fill=value,
+            )
     return mask.resize((width, height), Image.Resampling.BOX)

@@ -1,9 +1,10 @@
 """The same work for many items on some threads, its results in order.
 
-Threads, not processes: files are read, and pictures decoded, resized, encoded and checked, without the interpreter lock. An
-exception reaches the caller with its item's turn; a thread that comes back no more ends the work with a line that says
-where it hangs.
+Threads, not processes: files are read, and pictures decoded, resized, encoded and checked, without
+the interpreter lock. An exception reaches the caller with its item's turn; a thread that comes back
+no more ends the work with a line that says where it hangs.
 """
+
 import faulthandler
 import sys
 import threading
@@ -17,8 +18,9 @@ PATIENCE = 300.0  # seconds without a result, after which a thread counts as stu
 
 
 def ordered(function, items, threads: int, ahead: int = 100, name=str, patience: float = PATIENCE):
-    """Yields function(item) for each of `items`, in their order, at most `ahead` (two a thread at least) of them begun before
-    their turn. Raises what `function` raises, and InputError with name(item) where nothing comes for `patience` seconds."""
+    """Yields function(item) for each of `items`, in their order, at most `ahead` (two a thread at
+    least) of them begun before their turn. Raises what `function` raises, and InputError with
+    name(item) where nothing comes for `patience` seconds."""
     tasks, pending = SimpleQueue(), deque()
 
     def work():
@@ -53,8 +55,11 @@ def ordered(function, items, threads: int, ahead: int = 100, name=str, patience:
                     raise  # the work's own
                 stuck = True
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                raise InputError(f"{name(item)}: a worker has not come back from it for {patience:.0f} s (where it is stands "
-                                 f"above); see to the disk or network it is read from, and start again") from error
+                raise InputError(
+                    f"{name(item)}: a worker has not come back from it for {patience:.0f} s (where "
+                    f"it is stands "
+                    f"above); see to the disk or network it is read from, and start again"
+                ) from error
             yield result
     finally:
         for future, _ in pending:

@@ -1,13 +1,17 @@
-"""Labelled pictures into one `.beton` file that stock FFCV reads, whatever stops the work in between.
+"""Labelled pictures into one `.beton` file that stock FFCV reads, whatever stops the work in
+between.
 
-FFCV's own writer hands pages to processes and waits for a counter: one unreadable picture hangs it for ever, and the
-file's bytes depend on which worker was faster. Here threads read and encode, and one thread lays the results into pages in the
-source's order. While it works, the file stands under `.<name>.part`, and beside it a journal: the settings, and a record for
-each picture whose bytes have reached the disk. The same command again goes on after the last such record. At the end every
+FFCV's own writer hands pages to processes and waits for a counter: one unreadable picture hangs it
+for ever, and the file's bytes depend on which worker was faster. Here threads read and encode, and
+one thread lays the results into pages in the source's order. While it works, the file stands under
+`.<name>.part`, and beside it a journal: the settings, and a record for each picture whose bytes
+have reached the disk. The same command again goes on after the last such record. At the end every
 image is read back and held against its checksum; then the file takes its name.
 
-The bytes are a function of the pictures and the settings alone: not of threads, machine, place, time or interruptions.
+The bytes are a function of the pictures and the settings alone: not of threads, machine, place,
+time or interruptions.
 """
+
 import errno
 import json
 import os
@@ -31,47 +35,83 @@ from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
 
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # how much work an interruption may cost
-SAMPLED = 20  # pictures that are looked at again before a begun or finished file is taken for theirs
+SAMPLED = (
+    20  # pictures that are looked at again before a begun or finished file is taken for theirs
+)
 READ_AT_ONCE = 64  # pictures that are read back at a time
 HOW = ("kept", "encoded", "raw", "left out")
 _LEFT_OUT = HOW.index("left out")
-# What became of picture `index`. source: its Source.identity; how: place in HOW; check: XXH64 of the record up to here
-RECORD = np.dtype([("index", "<u8"), ("source", "<u8"), ("pointer", "<u8"), ("checksum", "<u8"), ("label", "<i8"), ("size", "<u4"),
-                   ("entry_bytes", "<u4"), ("height", "<u2"), ("width", "<u2"), ("mode", "u1"), ("how", "u1"), ("unused", "<u2"),
-                   ("check", "<u8")])
+# What became of picture `index`. source: its Source.identity; how: place in HOW; check: XXH64 of
+# the record up to here
+RECORD = np.dtype(
+    [
+        ("index", "<u8"),
+        ("source", "<u8"),
+        ("pointer", "<u8"),
+        ("checksum", "<u8"),
+        ("label", "<i8"),
+        ("size", "<u4"),
+        ("entry_bytes", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("mode", "u1"),
+        ("how", "u1"),
+        ("unused", "<u2"),
+        ("check", "<u8"),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class OnError:
-    """skip: leave out a picture that cannot be used, instead of ending; at most `most` of all (share, 0 .. 1). report: CSV
-    file that names them."""
+    """skip: leave out a picture that cannot be used, instead of ending; at most `most` of all
+    (share, 0 .. 1). report: CSV file that names them."""
+
     skip: bool = False
     most: float = 0.0
     report: Path = Path("skipped.csv")
 
 
-def write_beton(path, source, store, settings: dict, num_workers: int, chunk_size: int = 100, on_error: OnError = OnError(),
-                described: dict | None = None) -> Beton:
-    """Writes the pictures of `source` (a Source, or what has its classes, titles, labels, names, place, identity and fingerprint) to
-    `path`, and returns the file as read back.
+def write_beton(
+    path,
+    source,
+    store,
+    settings: dict,
+    num_workers: int,
+    chunk_size: int = 100,
+    on_error: OnError = OnError(),
+    described: dict | None = None,
+) -> Beton:
+    """Writes the pictures of `source` (a Source, or what has its classes, titles, labels, names,
+    place, identity and fingerprint) to `path`, and returns the file as read back.
 
-    store(index): a Stored, or BadPicture raised. settings: what the images' bytes depend on; described: kind of dataset and
-    split; both are kept in the file. num_workers: threads, 1 or more. chunk_size: how many pictures may be encoded ahead
-    of the writing.
+    store(index): a Stored, or BadPicture raised. settings: what the images' bytes depend on;
+    described: kind of dataset and split; both are kept in the file. num_workers: threads, 1 or
+    more. chunk_size: how many pictures may be encoded ahead of the writing.
 
-    Raises InputError where a picture cannot be read or stored, the file cannot be written, another process is writing it, or
-    what stands there was begun or written with other settings. What is done by then stays, under a hidden name, and the next
-    call goes on from there.
+    Raises InputError where a picture cannot be read or stored, the file cannot be written, another
+    process is writing it, or what stands there was begun or written with other settings. What is
+    done by then stays, under a hidden name, and the next call goes on from there.
     """
     path = Path(path)
-    about = About({"rsb_ffcv": __version__, "pillow": version("pillow"), "opencv": cv2.__version__}, settings,
-                  {**(described or {}), "images": len(source), "fingerprint": source.fingerprint()}, source.classes, source.titles, {})
+    about = About(
+        {"rsb_ffcv": __version__, "pillow": version("pillow"), "opencv": cv2.__version__},
+        settings,
+        {**(described or {}), "images": len(source), "fingerprint": source.fingerprint()},
+        source.classes,
+        source.titles,
+        {},
+    )
     try:
         if path.exists():
             return _finished(path, about, source, store)
         with _journal(path, about) as journal:
             unfinished = part_path(path)
-            with open(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
+            with open(
+                os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666),
+                "r+b",
+                buffering=0,
+            ) as file:
                 with closing(_Part(path, file, journal, source)) as part:
                     try:
                         _write(part, source, store, num_workers, chunk_size, on_error, path.name)
@@ -83,8 +123,11 @@ def write_beton(path, source, store, settings: dict, num_workers: int, chunk_siz
             flush_folder(path.parent)
             os.unlink(journal.name)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space, see to permissions or choose another "
-                         f"cfg.write_path, and give the same command again: it goes on from there") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free space, see to permissions or "
+            f"choose another "
+            f"cfg.write_path, and give the same command again: it goes on from there"
+        ) from error
     return beton.read_beton(path)
 
 
@@ -99,20 +142,38 @@ def _finished(path: Path, about: About, source, store) -> Beton:
     mend = "remove it or choose another cfg.write_path"
     if there.about is None:
         raise InputError(f"{path}: exists, and this program did not write it; {mend}")
-    for what, old, new in (("settings", there.about.settings, about.settings), ("pictures", there.about.source, about.source)):
+    for what, old, new in (
+        ("settings", there.about.settings, about.settings),
+        ("pictures", there.about.source, about.source),
+    ):
         if old != new:
-            raise InputError(f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}")
+            raise InputError(
+                f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}"
+            )
     if len(there) == len(source):  # samples are pictures, one for one
         for index in evenly(len(there), SAMPLED).tolist():
             if store(index).checksum != there.extras["checksum"][index]:
-                raise InputError(f"{path}: exists, and {source.place(index)} is another picture than when it was written; {mend}")
-    _journal_path(path).unlink(missing_ok=True)  # left where the program was stopped between its last two steps
-    print(f"{path}: is there already, from pictures of these names with these settings; remove it to write it again", flush=True)
+                raise InputError(
+                    f"{path}: exists, and {source.place(index)} is another picture than when it "
+                    f"was written; {mend}"
+                )
+    _journal_path(path).unlink(
+        missing_ok=True
+    )  # left where the program was stopped between its last two steps
+    print(
+        f"{path}: is there already, from pictures of these names with these settings; remove it to "
+        f"write it again",
+        flush=True,
+    )
     return there
 
 
 def _differing(old: dict, new: dict) -> str:
-    return ", ".join(f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key))
+    return ", ".join(
+        f"{key} {old.get(key)!r}, now {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    )
 
 
 def part_path(path: Path) -> Path:
@@ -133,7 +194,10 @@ def _journal(path: Path, about: About):
         try:
             lock(file, path)
         except BlockingIOError as error:
-            raise InputError(f"{path}: another process is writing it; wait for it, or choose another cfg.write_path") from error
+            raise InputError(
+                f"{path}: another process is writing it; wait for it, or choose another "
+                f"cfg.write_path"
+            ) from error
         file.seek(0)
         known, line_end, _ = file.read(1 << 20).partition(b"\n")
         if line_end and known != head:
@@ -141,7 +205,10 @@ def _journal(path: Path, about: About):
                 why = _differing(json.loads(known), json.loads(head))
             except ValueError:
                 why = "which cannot be read any more"
-            raise InputError(f"{path}: was begun with other settings ({why}); give those, or remove {name} to begin anew")
+            raise InputError(
+                f"{path}: was begun with other settings ({why}); give those, or remove {name} to "
+                f"begin anew"
+            )
         if not line_end:
             file.truncate(0)
             _write_all(file, head + b"\n")
@@ -176,7 +243,8 @@ class Pages:
 
 
 class _Part:
-    """The unfinished file. records: of the pictures so far, `count` of them; pages: where the next image goes."""
+    """The unfinished file. records: of the pictures so far, `count` of them; pages: where the next
+    image goes."""
 
     def __init__(self, path: Path, file, journal, source):
         self.file, self.journal = file, journal
@@ -184,26 +252,43 @@ class _Part:
         front = beton.front_bytes(len(source))
         self.start, self.journal_start = front + -front % PAGE_BYTES, journal.tell()
         self.count, end = self._take_up(path, source, self.start)
-        self.synced, self._synced_end, self._sync_at = self.count, end, time.monotonic() + SYNC_SECONDS
+        self.synced, self._synced_end, self._sync_at = (
+            self.count,
+            end,
+            time.monotonic() + SYNC_SECONDS,
+        )
         self.pages = Pages(file, end)
         self._thread, self._syncing = ThreadPoolExecutor(1), None
 
     def _take_up(self, path: Path, source, start: int) -> tuple[int, int]:
-        """How many pictures of an earlier call are whole and still the source's, and where they end: those stay."""
+        """How many pictures of an earlier call are whole and still the source's, and where they
+        end: those stay."""
         head = self.journal.tell()
         known = self.journal.read()
-        known = np.frombuffer(known[:len(known) // RECORD.itemsize * RECORD.itemsize], RECORD)[:len(source)]
+        known = np.frombuffer(known[: len(known) // RECORD.itemsize * RECORD.itemsize], RECORD)[
+            : len(source)
+        ]
         there, count, last = os.fstat(self.file.fileno()).st_size, 0, start
         for index in range(len(known)):
-            record = known[index:index + 1]
+            record = known[index : index + 1]
             end = int(record["pointer"][0]) + int(record["size"][0]) + int(record["entry_bytes"][0])
-            misplaced = record["how"][0] != _LEFT_OUT and last == start and record["pointer"][0] != start  # of a longer or shorter table
-            if misplaced or record["index"][0] != index or record["check"][0] != _check(record) or end > there:
+            misplaced = (
+                record["how"][0] != _LEFT_OUT and last == start and record["pointer"][0] != start
+            )  # of a longer or shorter table
+            if (
+                misplaced
+                or record["index"][0] != index
+                or record["check"][0] != _check(record)
+                or end > there
+            ):
                 break
             if record["source"][0] != source.identity(index):
                 if index == 0:
-                    raise InputError(f"{path}: was begun from other pictures ('{source.names[0]}' is the first now); give those, or "
-                                     f"remove {_journal_path(path)} to begin anew")
+                    raise InputError(
+                        f"{path}: was begun from other pictures ('{source.names[0]}' is the first "
+                        f"now); give those, or "
+                        f"remove {_journal_path(path)} to begin anew"
+                    )
                 break
             count, last = index + 1, max(last, end)
         self.records[:count] = known[:count]
@@ -212,14 +297,22 @@ class _Part:
 
     def add(self, index: int, source, stored: Stored | None):
         """A picture in its turn; None: left out."""
-        record = self.records[index:index + 1]
-        record["index"], record["source"], record["label"] = index, source.identity(index), source.labels[index]
+        record = self.records[index : index + 1]
+        record["index"], record["source"], record["label"] = (
+            index,
+            source.identity(index),
+            source.labels[index],
+        )
         record["how"] = _LEFT_OUT
         if stored is not None:
             record["how"], record["pointer"] = HOW.index(stored.how), self.pages.add(stored.data)
             record["checksum"], record["size"] = stored.checksum, stored.size
             record["entry_bytes"] = stored.data.nbytes - stored.size
-            record["height"], record["width"], record["mode"] = stored.height, stored.width, stored.mode
+            record["height"], record["width"], record["mode"] = (
+                stored.height,
+                stored.width,
+                stored.mode,
+            )
         record["check"] = _check(record)
         self.count = index + 1
         if self.pages.end - self._synced_end >= SYNC_BYTES or time.monotonic() >= self._sync_at:
@@ -229,26 +322,35 @@ class _Part:
         """Forgets the pictures from number `count` on."""
         self.sync()
         kept = self.records[:count][self.records["how"][:count] != _LEFT_OUT]
-        end = int(kept[-1]["pointer"]) + int(kept[-1]["size"]) + int(kept[-1]["entry_bytes"]) if len(kept) else self.start
+        end = (
+            int(kept[-1]["pointer"]) + int(kept[-1]["size"]) + int(kept[-1]["entry_bytes"])
+            if len(kept)
+            else self.start
+        )
         self.journal.truncate(self.journal_start + count * RECORD.itemsize)
         self.pages, self.count = Pages(self.file, end), count
         self.synced, self._synced_end = count, end
 
     def sync(self, wait: bool = True):
-        """Brings the images to the disk and then their records to the journal, which so never speaks of what is not there.
-        Unless it is to `wait`, another thread does it, and where that is not done yet, this is left for later."""
+        """Brings the images to the disk and then their records to the journal, which so never
+        speaks of what is not there. Unless it is to `wait`, another thread does it, and where that
+        is not done yet, this is left for later."""
         if self._syncing is not None:
             if not wait and not self._syncing.done():
                 return
             self._syncing.result()
-        known = self.records[self.synced:self.count].tobytes()
+        known = self.records[self.synced : self.count].tobytes()
 
         def bring():
             os.fdatasync(self.file.fileno())
             _write_all(self.journal, known)
 
         self._syncing = self._thread.submit(bring)
-        self.synced, self._synced_end, self._sync_at = self.count, self.pages.end, time.monotonic() + SYNC_SECONDS
+        self.synced, self._synced_end, self._sync_at = (
+            self.count,
+            self.pages.end,
+            time.monotonic() + SYNC_SECONDS,
+        )
         if wait:
             self._syncing.result()
 
@@ -261,7 +363,9 @@ def _check(record: np.ndarray) -> int:
     return native.checksum(record.view(np.uint8)[:-8])
 
 
-def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_error: OnError, title: str):
+def _write(
+    part: _Part, source, store, num_workers: int, chunk_size: int, on_error: OnError, title: str
+):
     left_out = []
 
     def try_to_store(index):
@@ -276,39 +380,58 @@ def _write(part: _Part, source, store, num_workers: int, chunk_size: int, on_err
         left_out.append((index, str(error)))
         if len(left_out) > on_error.most * len(source):
             _report(on_error.report, source, left_out)
-            raise InputError(f"{len(left_out)} of {len(source)} pictures cannot be used, more than cfg.max_skipped="
-                             f"{on_error.most:g} allows (the last: {error}); see {on_error.report}, and mend them or raise the limit")
+            raise InputError(
+                f"{len(left_out)} of {len(source)} pictures cannot be used, more than "
+                f"cfg.max_skipped="
+                f"{on_error.most:g} allows (the last: {error}); see {on_error.report}, and mend "
+                f"them or raise the limit"
+            )
 
-    for index in np.flatnonzero(part.records["how"][:part.count] == _LEFT_OUT).tolist():  # by an earlier call: say why again
+    for index in np.flatnonzero(
+        part.records["how"][: part.count] == _LEFT_OUT
+    ).tolist():  # by an earlier call: say why again
         result = try_to_store(index)
         if not isinstance(result, BadPicture):
             part.keep(index)  # it can be read by now: from there on, again
             break
         leave_out(index, result)
-    stored = np.flatnonzero(part.records["how"][:part.count] != _LEFT_OUT)
+    stored = np.flatnonzero(part.records["how"][: part.count] != _LEFT_OUT)
     for index in stored[evenly(len(stored), SAMPLED)].tolist():
         if store(index).checksum != part.records["checksum"][index]:
-            raise InputError(f"{source.place(index)}: is another picture than when {title} was begun; give the same pictures, or remove "
-                             f"{part.journal.name} to begin anew")
+            raise InputError(
+                f"{source.place(index)}: is another picture than when {title} was begun; give the "
+                f"same pictures, or remove "
+                f"{part.journal.name} to begin anew"
+            )
     if part.count:
         print(f"{title}: going on after {part.count} of {len(source)} pictures", flush=True)
     began, end_then = time.monotonic(), part.pages.end
     with tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar:
-        with closing(ordered(try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place)) as results:
+        with closing(
+            ordered(
+                try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place
+            )
+        ) as results:
             for index, result in enumerate(results, part.count):
                 bad = isinstance(result, BadPicture)
                 part.add(index, source, None if bad else result)
                 if bad:
                     leave_out(index, result)
                 if index % 16 == 0:
-                    bar.set_postfix_str(f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s", refresh=False)
+                    bar.set_postfix_str(
+                        f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s",
+                        refresh=False,
+                    )
                 bar.update()
     if left_out:
         _report(on_error.report, source, left_out)
 
 
 def _report(path: Path, source, left_out: list[tuple[int, str]]):
-    rows = [[source.names[index], source.classes[source.labels[index]], reason] for index, reason in left_out]
+    rows = [
+        [source.names[index], source.classes[source.labels[index]], reason]
+        for index, reason in left_out
+    ]
     write_table(path, ["path", "class", "reason"], rows, "choose another cfg.report")
 
 
@@ -316,33 +439,62 @@ def _finish(part: _Part, source, about: About, unfinished: Path):
     """Everything around the images."""
     known = part.records[part.records["how"] != _LEFT_OUT]
     if not len(known):
-        raise InputError(f"{unfinished}: none of the {len(source)} pictures can be used; see their reasons")
+        raise InputError(
+            f"{unfinished}: none of the {len(source)} pictures can be used; see their reasons"
+        )
     counts = Counter(HOW[how] for how in part.records["how"].tolist())
-    metadata, table, extras = (np.zeros(len(known), kind) for kind in (beton.SAMPLE_METADATA, beton.ALLOCATION, beton.EXTRA))
+    metadata, table, extras = (
+        np.zeros(len(known), kind)
+        for kind in (beton.SAMPLE_METADATA, beton.ALLOCATION, beton.EXTRA)
+    )
     for name in ("mode", "width", "height"):
         metadata["f0"][name] = known[name]
     metadata["f0"]["data_ptr"], metadata["f1"] = known["pointer"], known["label"]
-    table["sample_id"], table["ptr"], table["size"] = np.arange(len(known)), known["pointer"], known["size"]
+    table["sample_id"], table["ptr"], table["size"] = (
+        np.arange(len(known)),
+        known["pointer"],
+        known["size"],
+    )
     for name in beton.EXTRA.names:
         extras[name] = known[name]
-    beton.put_around(unfinished, part.pages.end, metadata, table, extras, [source.names[index] for index in known["index"].tolist()],
-                     replace(about, counts={how: counts[how] for how in HOW}))
+    beton.put_around(
+        unfinished,
+        part.pages.end,
+        metadata,
+        table,
+        extras,
+        [source.names[index] for index in known["index"].tolist()],
+        replace(about, counts={how: counts[how] for how in HOW}),
+    )
 
 
 def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | None = None):
-    """Holds a file's images (default: all) against their checksums. Raises InputError naming one that is not as it was written."""
+    """Holds a file's images (default: all) against their checksums. Raises InputError naming one
+    that is not as it was written."""
     samples = np.arange(len(file)) if samples is None else samples
     with open(file.path, "rb", buffering=0) as opened:
+
         def check(chosen):
             for index in chosen.tolist():
                 try:
                     file.read(opened.fileno(), index)
                 except ValueError as error:
-                    raise InputError(f"{file.path}: sample {index} {error}, just after it was written; see to the disk, remove the "
-                                     f"file and write it again") from error
+                    raise InputError(
+                        f"{file.path}: sample {index} {error}, just after it was written; see to "
+                        f"the disk, remove the "
+                        f"file and write it again"
+                    ) from error
 
         parts = np.array_split(samples, range(READ_AT_ONCE, len(samples), READ_AT_ONCE))
-        with closing(ordered(check, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}")) as results, \
-                tqdm(total=len(samples), desc=f"{title}, reading back", unit="img", smoothing=0.05) as bar:
+        with (
+            closing(
+                ordered(
+                    check, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}"
+                )
+            ) as results,
+            tqdm(
+                total=len(samples), desc=f"{title}, reading back", unit="img", smoothing=0.05
+            ) as bar,
+        ):
             for part, _ in zip(parts, results):
                 bar.update(len(part))

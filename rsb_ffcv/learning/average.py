@@ -1,11 +1,13 @@
-"""Averages of a model's weights over a run: exponential (EMA) and equal (SWA). Batch-norm statistics included.
+"""Averages of a model's weights over a run: exponential (EMA) and equal (SWA). Batch-norm
+statistics included.
 
-Build them from the bare module, before compile and DDP wrap it: both share the module's tensors, which neither the
-optimizer nor batch norm replaces.
+Build them from the bare module, before compile and DDP wrap it: both share the module's tensors,
+which neither the optimizer nor batch norm replaces.
 
 Sources matched: `ModelEmaV3` of timm 1.0.31 (`timm/utils/model_ema.py`) and torch's
 `torch.optim.swa_utils` (`AveragedModel` with its equal average, `update_bn`).
 """
+
 import copy
 import math
 
@@ -15,20 +17,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def decay_of_step(decay: float, per_images: int, batch: int) -> float:
-    """The decay of one update after `batch` images, where `decay` is what remains after `per_images`; 0: after an update."""
+    """The decay of one update after `batch` images, where `decay` is what remains after
+    `per_images`; 0: after an update."""
     return decay ** (batch / per_images) if per_images else decay
 
 
 class _Average:
-    """A copy of `model` (`module`, eval mode, no gradients) whose tensors are paired with the model's."""
+    """A copy of `model` (`module`, eval mode, no gradients) whose tensors are paired with the
+    model's."""
 
     def __init__(self, model: nn.Module, buffers: str = "lerp"):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         own, followed = self.module.state_dict(), model.state_dict()
         assert own.keys() == followed.keys()
         parameters = {name for name, _ in model.named_parameters()}
-        averaged = [name for name, tensor in own.items()
-                    if tensor.is_floating_point() and (buffers == "lerp" or name in parameters)]
+        averaged = [
+            name
+            for name, tensor in own.items()
+            if tensor.is_floating_point() and (buffers == "lerp" or name in parameters)
+        ]
         copied = [name for name in own if name not in set(averaged)]
         self._averaged = [own[name] for name in averaged], [followed[name] for name in averaged]
         self._copied = [own[name] for name in copied], [followed[name] for name in copied]
@@ -43,15 +50,25 @@ class _Average:
 class Ema(_Average):
     """An exponential moving average that follows `model`.
 
-    decay: share kept at each update. warmup: the decay of update s (0, 1, ...) is at most 1 - (1 + s) ** -power, so
-    that the first updates copy the model instead of keeping its initial weights for thousands of steps. buffers:
-    "lerp" averages batch-norm statistics as well, "copy" takes the model's; integers are always copied.
+    decay: share kept at each update. warmup: the decay of update s (0, 1, ...) is at most 1 - (1 +
+    s) ** -power, so that the first updates copy the model instead of keeping its initial weights
+    for thousands of steps. buffers: "lerp" averages batch-norm statistics as well, "copy" takes the
+    model's; integers are always copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False, power: float = 2 / 3, buffers: str = "lerp"):
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        warmup: bool = False,
+        power: float = 2 / 3,
+        buffers: str = "lerp",
+    ):
         super().__init__(model, buffers)
         self.decay, self.warmup, self.power = decay, warmup, power
-        self.updates: int | torch.Tensor = 0  # a tensor where only the device knows which updates were left out
+        self.updates: int | torch.Tensor = (
+            0  # a tensor where only the device knows which updates were left out
+        )
 
     def current_decay(self) -> float:
         """Of the next update."""
@@ -60,18 +77,22 @@ class Ema(_Average):
         return min(self.decay, 1 - (1 + self.updates) ** -self.power) if self.warmup else self.decay
 
     def initial_share(self) -> float:
-        """The share of the average that the weights it began from, those after the first update, still have: 1 .. 0."""
+        """The share of the average that the weights it began from, those after the first update,
+        still have: 1 .. 0."""
         updates = int(self.updates)
         if not self.warmup:
             return self.decay ** max(0, updates - 1)
-        return math.prod(min(self.decay, 1 - (1 + update) ** -self.power) for update in range(1, updates))
+        return math.prod(
+            min(self.decay, 1 - (1 + update) ** -self.power) for update in range(1, updates)
+        )
 
     @torch.no_grad()
     def update(self, skipped: torch.Tensor | None = None):
         """Moves the average towards the model as it is now.
 
-        skipped: a float tensor on the device, 1 where the optimizer left its step out (fp16 overflow) and the average
-        is to stay as it is, else 0: decided on the device, so that the host need not wait.
+        skipped: a float tensor on the device, 1 where the optimizer left its step out (fp16
+        overflow) and the average is to stay as it is, else 0: decided on the device, so that the
+        host need not wait.
         """
         if skipped is None:
             self._move(1 - self.current_decay())
@@ -86,7 +107,9 @@ class Ema(_Average):
         difference = torch._foreach_sub(self._averaged[1], self._averaged[0])
         torch._foreach_mul_(difference, share)
         torch._foreach_add_(self._averaged[0], difference)
-        if self._copied[0]:  # batch-norm counters and, with "copy", statistics: no overflow reaches them
+        if self._copied[
+            0
+        ]:  # batch-norm counters and, with "copy", statistics: no overflow reaches them
             torch._foreach_copy_(*self._copied)
         self.updates += 1 - skipped
 
@@ -104,8 +127,9 @@ class Ema(_Average):
 
 
 class Swa(_Average):
-    """The equal average of the models that `update` has seen. Its batch-norm statistics fit none of them: after the last
-    update, `begin_batch_norm`, a forward pass over training batches, `end_batch_norm`."""
+    """The equal average of the models that `update` has seen. Its batch-norm statistics fit none of
+    them: after the last update, `begin_batch_norm`, a forward pass over training batches,
+    `end_batch_norm`."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model, "copy")
@@ -130,7 +154,9 @@ class Swa(_Average):
         self._momenta = [norm.momentum for norm in self._norms()]
         for norm in self._norms():
             norm.momentum = None  # torch's word for the equal average
-            norm.train()  # and nothing else: dropout and stochastic depth are off where these statistics will be used
+            # and nothing else: dropout and stochastic depth are off where these statistics will be
+            # used
+            norm.train()
 
     def end_batch_norm(self):
         for norm, momentum in zip(self._norms(), self._momenta):
@@ -139,11 +165,22 @@ class Swa(_Average):
         self.finished = True
 
     def _norms(self) -> list:
-        return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        return [
+            m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
 
     def state_dict(self) -> dict:
-        return {"module": self.module.state_dict(), "models": self.models, "batches": self.batches, "finished": self.finished}
+        return {
+            "module": self.module.state_dict(),
+            "models": self.models,
+            "batches": self.batches,
+            "finished": self.finished,
+        }
 
     def load_state_dict(self, state: dict):
         self.module.load_state_dict(state["module"])
-        self.models, self.batches, self.finished = state["models"], state["batches"], state["finished"]
+        self.models, self.batches, self.finished = (
+            state["models"],
+            state["batches"],
+            state["finished"],
+        )

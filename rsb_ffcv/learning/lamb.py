@@ -1,8 +1,10 @@
 """LAMB over lists of tensors: few kernels a step, and none that the host waits for.
 
-Source matched: `Lamb` of timm 1.0.31 (`timm/optim/lamb.py`, aa4b5850), itself after NVIDIA's NvLamb: gradients clipped to a
-global norm of 1, bias correction, weight decay inside the update, a trust ratio where there is weight decay.
+Source matched: `Lamb` of timm 1.0.31 (`timm/optim/lamb.py`, aa4b5850), itself after NVIDIA's
+NvLamb: gradients clipped to a global norm of 1, bias correction, weight decay inside the update, a
+trust ratio where there is weight decay.
 """
+
 import torch
 from torch.optim import Optimizer
 
@@ -14,35 +16,66 @@ CACHED_NUMBERS = 1 << 21  # parameters; 32 MB with gradients and moments
 class Lamb(Optimizer):
     """You et al., "Large Batch Optimization for Deep Learning" (ICLR 2020).
 
-    max_grad_norm: of all gradients together; None: no clip. trust_clip: trust ratios are at most 1 (LAMBC). always_adapt:
-    trust ratios for groups without weight decay, too. decoupled_decay: weights decay by lr x weight_decay beside the
-    update, as in AdamW. grad_averaging: (1 - beta1) before the gradient. compiled: one torch.compile'd step.
+    max_grad_norm: of all gradients together; None: no clip. trust_clip: trust ratios are at most 1
+    (LAMBC). always_adapt: trust ratios for groups without weight decay, too. decoupled_decay:
+    weights decay by lr x weight_decay beside the update, as in AdamW. grad_averaging: (1 - beta1)
+    before the gradient. compiled: one torch.compile'd step.
 
-    A state_dict goes into timm's Lamb and one of timm's comes in here, except where it uses `caution` or
-    `corrected_weight_decay`, which raises InputError. Gradients are overwritten by `step`.
+    A state_dict goes into timm's Lamb and one of timm's comes in here, except where it uses
+    `caution` or `corrected_weight_decay`, which raises InputError. Gradients are overwritten by
+    `step`.
     """
-    # torch.amp.GradScaler then leaves found_inf and the scale to `step`, on the device, instead of waiting for them
+
+    # torch.amp.GradScaler then leaves found_inf and the scale to `step`, on the device, instead of
+    # waiting for them
     _step_supports_amp_scaling = True
     _compiled = False
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
-                 weight_decay: float = 0.01, bias_correction: bool = True, grad_averaging: bool = True,
-                 max_grad_norm: float | None = 1.0, trust_clip: bool = False, always_adapt: bool = False,
-                 decoupled_decay: bool = False, compiled: bool = False):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = 1.0,
+        trust_clip: bool = False,
+        always_adapt: bool = False,
+        decoupled_decay: bool = False,
+        compiled: bool = False,
+    ):
         if compiled:
             self._compiled = True
-            self._prepare, self._update = (torch.compile(part, fullgraph=True, dynamic=False) for part in (_prepare, _update))
-        super().__init__(params, dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction,
-            grad_averaging=grad_averaging, max_grad_norm=max_grad_norm, trust_clip=trust_clip, always_adapt=always_adapt,
-            decoupled_decay=decoupled_decay))
+            self._prepare, self._update = (
+                torch.compile(part, fullgraph=True, dynamic=False) for part in (_prepare, _update)
+            )
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                bias_correction=bias_correction,
+                grad_averaging=grad_averaging,
+                max_grad_norm=max_grad_norm,
+                trust_clip=trust_clip,
+                always_adapt=always_adapt,
+                decoupled_decay=decoupled_decay,
+            ),
+        )
 
     def __setstate__(self, state):  # of load_state_dict and of copying
         super().__setstate__(state)
         for group in self.param_groups:
             for name in ("caution", "corrected_weight_decay"):
                 if group.get(name):
-                    raise InputError(f"optimizer state: uses timm's {name}, which this Lamb does not have; use timm's")
+                    raise InputError(
+                        f"optimizer state: uses timm's {name}, which this Lamb does not have; use "
+                        f"timm's"
+                    )
             if "step" in group:
                 group["step"] = float(group["step"])
 
@@ -67,8 +100,10 @@ class Lamb(Optimizer):
                 if p.grad.is_sparse:
                     raise RuntimeError("Lamb does not take sparse gradients")
                 if not self.state[p]:
-                    self.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format)
-                                     for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {
+                        name: torch.zeros_like(p, memory_format=torch.preserve_format)
+                        for name in ("exp_avg", "exp_avg_sq")
+                    }
             work.append((group, params, [p.grad for p in params]))
         grads = [grad for _, _, some in work for grad in some]
         if not grads:
@@ -90,23 +125,44 @@ class Lamb(Optimizer):
         if not params:
             return
         step, (beta1, beta2), lr = group["step"], group["betas"], group["lr"]
-        one, two = (1 - beta1 ** step, 1 - beta2 ** step) if group["bias_correction"] else (1.0, 1.0)
-        if kept is not None or self._compiled:  # as tensors: the device's values, and nothing that a compiler would fix
+        one, two = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+        if (
+            kept is not None or self._compiled
+        ):  # as tensors: the device's values, and nothing that a compiler would fix
             device = params[0].device
-            one, two, lr = (value.float() if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
-                            for value in (one, two, lr))
+            one, two, lr = (
+                value.float()
+                if isinstance(value, torch.Tensor)
+                else torch.full((), value, device=device)
+                for value in (one, two, lr)
+            )
             kept = torch.ones((), device=device) if kept is None else kept
             one, two = torch.where(kept > 0, one, 1.0), torch.where(kept > 0, two, 1.0)
         for some in _portions(params):
             states = [self.state[p] for p in params[some]]
-            self._update(params[some], grads[some], [state["exp_avg"] for state in states],
-                         [state["exp_avg_sq"] for state in states], lr, one, two, kept, beta1, beta2,
-                         1 - beta1 if group["grad_averaging"] else 1.0, group["eps"], group["weight_decay"],
-                         group["trust_clip"], group["always_adapt"], group["decoupled_decay"])
+            self._update(
+                params[some],
+                grads[some],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                lr,
+                one,
+                two,
+                kept,
+                beta1,
+                beta2,
+                1 - beta1 if group["grad_averaging"] else 1.0,
+                group["eps"],
+                group["weight_decay"],
+                group["trust_clip"],
+                group["always_adapt"],
+                group["decoupled_decay"],
+            )
 
 
 def _portions(params) -> list[slice]:
-    """All at once, but on the CPU as many as its cache holds with their moments, from one pass over them to the next."""
+    """All at once, but on the CPU as many as its cache holds with their moments, from one pass over
+    them to the next."""
     if params[0].device.type != "cpu":
         return [slice(None)]
     starts, numbers = [0], 0
@@ -119,7 +175,8 @@ def _portions(params) -> list[slice]:
 
 
 def _prepare(grads, kept, scale, limit: float | None):
-    """Gradients for the update, in place: zero where they overflowed, without the scaler's factor, clipped to one norm."""
+    """Gradients for the update, in place: zero where they overflowed, without the scaler's factor,
+    clipped to one norm."""
     if kept is not None:
         for grad in grads:
             grad.nan_to_num_(0, 0, 0)
@@ -130,9 +187,26 @@ def _prepare(grads, kept, scale, limit: float | None):
         torch._foreach_div_(grads, (norm / limit).clamp_(min=1.0))
 
 
-def _update(params, grads, exp_avgs, exp_avg_sqs, lr, one, two, kept, beta1: float, beta2: float, beta3: float, eps: float,
-            weight_decay: float, trust_clip: bool, always_adapt: bool, decoupled_decay: bool):
-    """One group, in place. one, two: bias corrections. lr, one, two, kept are 0-dim tensors, or numbers with kept None."""
+def _update(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    lr,
+    one,
+    two,
+    kept,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    eps: float,
+    weight_decay: float,
+    trust_clip: bool,
+    always_adapt: bool,
+    decoupled_decay: bool,
+):
+    """One group, in place. one, two: bias corrections. lr, one, two, kept are 0-dim tensors, or
+    numbers with kept None."""
     if kept is None:
         if beta3 == 1 - beta1:
             torch._foreach_lerp_(exp_avgs, grads, beta3)
@@ -149,8 +223,9 @@ def _update(params, grads, exp_avgs, exp_avg_sqs, lr, one, two, kept, beta1: flo
         torch._foreach_mul_(squares, (1 - beta2) * kept)
         torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * kept)
         torch._foreach_add_(exp_avg_sqs, squares)
-    # m / one / (sqrt(v / two) + eps) = scale x m / (sqrt(v) + eps x sqrt(two)): two passes over the tensors less
-    root = two ** 0.5
+    # m / one / (sqrt(v / two) + eps) = scale x m / (sqrt(v) + eps x sqrt(two)): two passes over the
+    # tensors less
+    root = two**0.5
     updates = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(updates, eps * root)
     torch._foreach_reciprocal_(updates)
@@ -164,7 +239,10 @@ def _update(params, grads, exp_avgs, exp_avg_sqs, lr, one, two, kept, beta1: flo
         else:
             torch._foreach_add_(updates, torch._foreach_mul(params, weight_decay / scale))
     if weight_decay or always_adapt:
-        weights, sizes = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates)) * scale
+        weights, sizes = (
+            torch.stack(torch._foreach_norm(params)),
+            torch.stack(torch._foreach_norm(updates)) * scale,
+        )
         ratios = torch.where((weights > 0) & (sizes > 0), weights / sizes, 1.0)
         if trust_clip:
             ratios = ratios.clamp(max=1.0)

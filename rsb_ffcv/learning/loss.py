@@ -3,15 +3,22 @@
 Source matched, timm 1.0.31: `timm/loss/binary_cross_entropy.py`,
 `timm/loss/cross_entropy.py`, and `mixup_target` of `timm/data/mixup.py`.
 """
+
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 
-def soft_targets(labels: torch.Tensor, num_classes: int, lam: float | torch.Tensor | None = None, smoothing: float = 0.0):
-    """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 - smoothing + off); with
-    `lam` (a number, or a tensor of shape (n, 1)), that share of it and 1 - lam of the partner's, image n - 1 - i."""
+def soft_targets(
+    labels: torch.Tensor,
+    num_classes: int,
+    lam: float | torch.Tensor | None = None,
+    smoothing: float = 0.0,
+):
+    """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 -
+    smoothing + off); with `lam` (a number, or a tensor of shape (n, 1)), that share of it and 1 -
+    lam of the partner's, image n - 1 - i."""
     off = smoothing / num_classes
     own = torch.full((len(labels), num_classes), off, device=labels.device)
     own.scatter_(1, labels[:, None], 1 - smoothing + off)
@@ -22,20 +29,24 @@ def soft_targets(labels: torch.Tensor, num_classes: int, lam: float | torch.Tens
 class Loss:
     """Scalar loss of logits (n, K), labels int64 (n,) and the mix's lam (None: not mixed).
 
-    kind: "bce" and "ce" smooth labels and mixed targets alike; "auto" is bce on unsmoothed targets while mixing, and
-    smoothed cross-entropy where nothing is mixed. threshold (bce): targets above it become 1, the others 0; 0 leaves
-    them soft. sum_classes (bce): sum over K and mean over n, instead of the mean over both.
+    kind: "bce" and "ce" smooth labels and mixed targets alike; "auto" is bce on unsmoothed targets
+    while mixing, and smoothed cross-entropy where nothing is mixed. threshold (bce): targets above
+    it become 1, the others 0; 0 leaves them soft. sum_classes (bce): sum over K and mean over n,
+    instead of the mean over both.
     """
+
     kind: str
     smoothing: float = 0.0
     threshold: float = 0.0
     sum_classes: bool = False
 
     def name(self, mixed: bool) -> str:
-        """"bce" or "ce": the loss of a batch that is, or is not, mixed."""
+        """ "bce" or "ce": the loss of a batch that is, or is not, mixed."""
         return self.kind if self.kind != "auto" else "bce" if mixed else "ce"
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, lam: float | torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, lam: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
         logits = logits.float()
         mixed = lam is not None
         smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing

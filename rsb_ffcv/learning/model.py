@@ -1,4 +1,5 @@
 """The network: any of timm's, by name, with ffcv-imagenet's BlurPool on request."""
+
 import timm
 import torch
 from torch import nn
@@ -11,17 +12,28 @@ def check_arch(arch: str):
     """Raises InputError, with neighbours, for a name that timm does not have."""
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch[:4]}*")[:5]
-        raise InputError(f"model.arch={arch} is not a model of timm {timm.__version__}"
-                         + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them"))
+        raise InputError(
+            f"model.arch={arch} is not a model of timm {timm.__version__}"
+            + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them")
+        )
 
 
-def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_path: float = 0.0,
-                zero_init_last: bool = True, blurpool: bool = False, mean: tuple | None = None) -> nn.Module:
+def build_model(
+    arch: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+    zero_init_last: bool = True,
+    blurpool: bool = False,
+    mean: tuple | None = None,
+) -> nn.Module:
     """A float32 module (n, 3, H, W) -> (n, num_classes).
 
-    drop_path: stochastic depth rate. zero_init_last: gamma of each residual block's last batch norm starts at 0
-    (ResNets; timm's own default for them). mean: what images are normalized with; published weights must agree.
-    Raises InputError for a name timm lacks, or weights that cannot be had or were trained with another mean.
+    drop_path: stochastic depth rate. zero_init_last: gamma of each residual block's last batch norm
+    starts at 0 (ResNets; timm's own default for them). mean: what images are normalized with;
+    published weights must agree. Raises InputError for a name timm lacks, or weights that cannot be
+    had or were trained with another mean.
     """
     check_arch(arch)
     options = {"drop_path_rate": drop_path} if drop_path else {}
@@ -30,15 +42,22 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_p
     try:
         model = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
-        raise InputError(f"model.arch={arch} does not take {', '.join(options)}; remove that option") from error
+        raise InputError(
+            f"model.arch={arch} does not take {', '.join(options)}; remove that option"
+        ) from error
     except (OSError, RuntimeError) as error:
         what = "the weights could not be had" if pretrained else "cannot be built"
-        raise InputError(f"model.arch={arch}, model.pretrained={int(pretrained)}: {what} ({first_line(error)}); "
-                         f"connect to the network, or choose another model") from error
+        raise InputError(
+            f"model.arch={arch}, model.pretrained={int(pretrained)}: {what} ({first_line(error)}); "
+            f"connect to the network, or choose another model"
+        ) from error
     expected = model.pretrained_cfg.get("mean", mean)
     if pretrained and mean is not None and tuple(expected) != tuple(mean):
-        raise InputError(f"model.arch={arch}: its published weights expect images normalized with mean {expected}, and "
-                         f"images here are with {mean}; choose another model or use model.pretrained=0")
+        raise InputError(
+            f"model.arch={arch}: its published weights expect images normalized with mean "
+            f"{expected}, and "
+            f"images here are with {mean}; choose another model or use model.pretrained=0"
+        )
     if blurpool:
         add_blurpool(model)
     return model
@@ -46,20 +65,24 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False, drop_p
 
 @torch.no_grad()
 def check_input_size(model: nn.Module, arch: str, option: str, side: int):
-    """Raises InputError naming `option` where `model` cannot take images of `side` pixels a side."""
+    """Raises InputError naming `option` where `model` cannot take images of `side` pixels a
+    side."""
     was_training = model.training
     try:
         model.eval()(torch.zeros(1, 3, side, side))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise InputError(f"{option}={side}: {arch} cannot take such images ({first_line(error)}); choose another "
-                         f"resolution or model") from error
+        raise InputError(
+            f"{option}={side}: {arch} cannot take such images ({first_line(error)}); choose "
+            f"another "
+            f"resolution or model"
+        ) from error
     finally:
         model.train(was_training)
 
 
 class BlurPoolConv2d(nn.Module):
-    """A strided convolution after a fixed 3 x 3 binomial blur (Zhang, "Making convolutional networks
-    shift-invariant again", ICML 2019; as libffcv/ffcv-imagenet applies it)."""
+    """A strided convolution after a fixed 3 x 3 binomial blur (Zhang, "Making convolutional
+    networks shift-invariant again", ICML 2019; as libffcv/ffcv-imagenet applies it)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()

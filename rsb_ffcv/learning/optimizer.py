@@ -1,4 +1,5 @@
 """Optimizers by name, with weight decay on weights of two or more dimensions only."""
+
 import difflib
 
 import timm.optim
@@ -10,13 +11,16 @@ from rsb_ffcv.learning.lamb import Lamb
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: decayed, and not. A tensor is spared for its shape (ndim <= 1) or for being a `.bias`,
-    never for a norm layer's name, which misses batch norms such as `downsample.1`."""
+    """Two parameter groups: decayed, and not. A tensor is spared for its shape (ndim <= 1) or for
+    being a `.bias`, never for a norm layer's name, which misses batch norms such as `downsample.1`.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     spared = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
     kept = {id(p) for p in spared}
-    return [{"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
-            {"params": spared, "weight_decay": 0.0}]
+    return [
+        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
 
 
 def check_optimizer(name: str):
@@ -24,19 +28,31 @@ def check_optimizer(name: str):
     # adahessian differentiates twice, which the training step does not prepare for
     known = sorted({"sgd", "adamw", "lamb", *timm.optim.list_optimizers()} - {"adahessian"})
     if name not in known:
-        raise InputError(f"training.optimizer={name} is not an optimizer of timm, or one that this program does not take; "
-                         f"near it: {', '.join(difflib.get_close_matches(name, known, 5, 0.3))}")
+        raise InputError(
+            f"training.optimizer={name} is not an optimizer of timm, or one that this program does "
+            f"not take; "
+            f"near it: {', '.join(difflib.get_close_matches(name, known, 5, 0.3))}"
+        )
 
 
-def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float,
-                    compiled: bool = False) -> torch.optim.Optimizer:
-    """lr: the peak. torch's SGD (no Nesterov) and AdamW, fused on CUDA; `lamb.Lamb`, compiled on request; any other optimizer by timm's
-    name for it. Under fp16 all but the last leave overflow to the device; for those the host waits in each step."""
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    compiled: bool = False,
+) -> torch.optim.Optimizer:
+    """lr: the peak. torch's SGD (no Nesterov) and AdamW, fused on CUDA; `lamb.Lamb`, compiled on
+    request; any other optimizer by timm's name for it. Under fp16 all but the last leave overflow
+    to the device; for those the host waits in each step."""
     groups = decay_groups(model, weight_decay)
     fused = next(model.parameters()).is_cuda
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
-        if momentum:  # torch's fused step allocates them and, where the first step overflows, leaves them as they came
+        # torch's fused step allocates them and, where the first step overflows, leaves them as they
+        # came
+        if momentum:
             for p in model.parameters():
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
@@ -46,7 +62,10 @@ def build_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float,
         return Lamb(groups, lr=lr, compiled=compiled)
     check_optimizer(name)
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        return timm.optim.create_optimizer_v2(
+            groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
+        )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"training.optimizer={name}: cannot be built here ({first_line(error)}); "
-                         f"choose another") from error
+        raise InputError(
+            f"training.optimizer={name}: cannot be built here ({first_line(error)}); choose another"
+        ) from error

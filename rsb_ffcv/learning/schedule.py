@@ -1,4 +1,6 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to step past the end."""
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to
+step past the end."""
+
 import math
 from dataclasses import dataclass
 
@@ -15,9 +17,11 @@ class Schedule:
       cyclic           ffcv-imagenet's: linear from 1e-4 x peak to peak at peak_epoch, then linear to 0
       step             ffcv-imagenet's: peak x step_ratio ** (epoch // step_length) at each epoch's start, 0 at the
                        end, and linear in between
-    warmup_epochs may be fractional; it is rounded to whole steps. In the last swa_epochs the learning rate goes, by half a
-    cosine over swa_anneal_epochs, from what the schedule has brought it to down to swa_lr, and stays there.
+    warmup_epochs may be fractional; it is rounded to whole steps. In the last swa_epochs the
+    learning rate goes, by half a cosine over swa_anneal_epochs, from what the schedule has brought
+    it to down to swa_lr, and stays there.
     """
+
     kind: str
     peak: float
     epochs: int
@@ -49,12 +53,17 @@ class Schedule:
             return self._base(step)
         anneal = round(self.swa_anneal_epochs * self.steps_per_epoch)
         progress = min(1.0, since / anneal) if anneal else 1.0
-        return self.swa_lr + 0.5 * (self.before_swa - self.swa_lr) * (1 + math.cos(math.pi * progress))
+        return self.swa_lr + 0.5 * (self.before_swa - self.swa_lr) * (
+            1 + math.cos(math.pi * progress)
+        )
 
     def _base(self, step: int) -> float:
         if self.kind in ("cyclic", "step"):
             at_epoch = self._cyclic if self.kind == "cyclic" else self._step
-            epoch, fraction = step // self.steps_per_epoch, step % self.steps_per_epoch / self.steps_per_epoch
+            epoch, fraction = (
+                step // self.steps_per_epoch,
+                step % self.steps_per_epoch / self.steps_per_epoch,
+            )
             return at_epoch(epoch) + (at_epoch(epoch + 1) - at_epoch(epoch)) * fraction
         warmup = round(self.warmup_epochs * self.steps_per_epoch)
         if step < warmup:
@@ -73,4 +82,8 @@ class Schedule:
         return self.peak * max(0.0, (self.epochs - epoch) / max(1, self.epochs - self.peak_epoch))
 
     def _step(self, epoch: int) -> float:
-        return 0.0 if epoch >= self.epochs else self.peak * self.step_ratio ** (epoch // self.step_length)
+        return (
+            0.0
+            if epoch >= self.epochs
+            else self.peak * self.step_ratio ** (epoch // self.step_length)
+        )

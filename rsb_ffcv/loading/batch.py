@@ -1,14 +1,17 @@
 """What happens to a whole batch on the device: normalize, random erasing, then mixup or cutmix.
 
-Erasing before mixing is torchvision's order and timm's without its prefetcher, whose own loader mixes first.
+Erasing before mixing is torchvision's order and timm's without its prefetcher, whose own loader
+mixes first.
 
-In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) in channels_last layout, and the share that
-each image kept of itself, from which the loss makes the targets. The random numbers are drawn on the host from the
-group's address, so no step waits for the device.
+In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) in channels_last layout,
+and the share that each image kept of itself, from which the loss makes the targets. The random
+numbers are drawn on the host from the group's address, so no step waits for the device.
 
-Sources matched, timm 1.0.31: `timm/data/mixup.py` (one lambda a group, a pair or an image; partner = flipped group, clipped
-box and corrected lambda) and `timm/data/random_erasing.py` (one box an image).
+Sources matched, timm 1.0.31: `timm/data/mixup.py` (one lambda a group, a pair or an image; partner
+= flipped group, clipped box and corrected lambda) and `timm/data/random_erasing.py` (one box an
+image).
 """
+
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -31,21 +34,35 @@ def normalize(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
 @cache
 def _normalization(mean, std, device):
     """Put on the device once: a copy in each step would wait for it."""
-    return (torch.tensor([1 / (255 * s) for s in std], device=device),
-            torch.tensor([-m / s for m, s in zip(mean, std)], device=device))
+    return (
+        torch.tensor([1 / (255 * s) for s in std], device=device),
+        torch.tensor([-m / s for m, s in zip(mean, std)], device=device),
+    )
 
 
 @dataclass(frozen=True)
 class Mix:
-    """One draw for one group. lam: share of an image's own label, 0 .. 1. box: (top, bottom, left, right) in pixels
-    that cutmix takes from the partner; None for mixup."""
+    """One draw for one group. lam: share of an image's own label, 0 .. 1. box: (top, bottom, left,
+    right) in pixels that cutmix takes from the partner; None for mixup."""
+
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
 
 
-def draw_mix(seed: int, epoch: int, slot: int, height: int, width: int, mixup_alpha: float, cutmix_alpha: float,
-             prob: float = 1.0, switch_prob: float = 0.5) -> Mix:
-    """timm's draw at one address. alpha 0 switches that kind off; both on: cutmix with switch_prob."""
+def draw_mix(
+    seed: int,
+    epoch: int,
+    slot: int,
+    height: int,
+    width: int,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+) -> Mix:
+    """timm's draw at one address. alpha 0 switches that kind off; both on: cutmix with
+    switch_prob."""
+
     def uniform(k):
         return d.uniform(seed, epoch, slot, d.MIX, k)
 
@@ -59,17 +76,24 @@ def draw_mix(seed: int, epoch: int, slot: int, height: int, width: int, mixup_al
 
 
 def cutmix_box(lam: float, height: int, width: int, centre_y: int, centre_x: int) -> Mix:
-    """A box of sides int(height x sqrt(1 - lam)), int(width x ...) around a centre, clipped to the image; lam again from
-    the clipped area. Odd sides stay odd, as in timm 1.0.31; before, timm cut them short by one pixel."""
+    """A box of sides int(height x sqrt(1 - lam)), int(width x ...) around a centre, clipped to the
+    image; lam again from the clipped area. Odd sides stay odd, as in timm 1.0.31; before, timm cut
+    them short by one pixel."""
     ratio = math.sqrt(1 - lam)
     cut_height, cut_width = int(height * ratio), int(width * ratio)
-    top, bottom = (min(max(y, 0), height) for y in (centre_y - cut_height // 2, centre_y + (cut_height + 1) // 2))
-    left, right = (min(max(x, 0), width) for x in (centre_x - cut_width // 2, centre_x + (cut_width + 1) // 2))
+    top, bottom = (
+        min(max(y, 0), height)
+        for y in (centre_y - cut_height // 2, centre_y + (cut_height + 1) // 2)
+    )
+    left, right = (
+        min(max(x, 0), width) for x in (centre_x - cut_width // 2, centre_x + (cut_width + 1) // 2)
+    )
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
 def mix_images(images: torch.Tensor, mix: Mix) -> torch.Tensor:
-    """images: float (n, C, H, W). Image i is mixed with image n - 1 - i. Changes `images` in place and returns it."""
+    """images: float (n, C, H, W). Image i is mixed with image n - 1 - i. Changes `images` in place
+    and returns it."""
     if mix.box is not None:
         top, bottom, left, right = mix.box
         images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
@@ -79,8 +103,8 @@ def mix_images(images: torch.Tensor, mix: Mix) -> torch.Tensor:
 
 
 def mix_each(images: torch.Tensor, mixes: list[Mix]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with a Mix for each image, or for each image of the first half, which its partner then shares: new images,
-    and the shares kept, float32 (n, 1)."""
+    """The same with a Mix for each image, or for each image of the first half, which its partner
+    then shares: new images, and the shares kept, float32 (n, 1)."""
     if len(mixes) < len(images):
         mixes = mixes + mixes[::-1]
     lam = _to(torch.tensor([mix.lam for mix in mixes], dtype=torch.float32), images)
@@ -93,10 +117,14 @@ def mix_each(images: torch.Tensor, mixes: list[Mix]) -> tuple[torch.Tensor, torc
 
 
 @njit(cache=True, nogil=True)
-def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect):
-    """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros for none.
+def erase_boxes(
+    seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect
+):
+    """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros
+    for none.
 
-    Area uniform in [min_area, max_area] of the image's, aspect (height / width) log-uniform, 10 tries.
+    Area uniform in [min_area, max_area] of the image's, aspect (height / width) log-uniform, 10
+    tries.
     """
     boxes = np.zeros((len(slots), 4), np.int64)
     log_lo, log_hi = math.log(min_aspect), math.log(max_aspect)
@@ -105,8 +133,14 @@ def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min
             continue
         for attempt in range(10):
             k = 4 + 4 * attempt
-            area = height * width * (min_area + (max_area - min_area) * d.uniform(seed, epoch, slots[i], d.ERASE, k))
-            aspect = math.exp(log_lo + (log_hi - log_lo) * d.uniform(seed, epoch, slots[i], d.ERASE, k + 1))
+            area = (
+                height
+                * width
+                * (min_area + (max_area - min_area) * d.uniform(seed, epoch, slots[i], d.ERASE, k))
+            )
+            aspect = math.exp(
+                log_lo + (log_hi - log_lo) * d.uniform(seed, epoch, slots[i], d.ERASE, k + 1)
+            )
             h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
             if h < height and w < width:
                 top = d.below(seed, epoch, slots[i], d.ERASE, k + 2, height - h + 1)
@@ -117,7 +151,8 @@ def erase_boxes(seed, epoch, slots, height, width, prob, min_area, max_area, min
 
 
 def inside_boxes(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """bool (n, 1, H, W) on the images' device. boxes: int64 (n, 4) on the CPU: top, bottom, left, right."""
+    """bool (n, 1, H, W) on the images' device. boxes: int64 (n, 4) on the CPU: top, bottom, left,
+    right."""
     box = _to(boxes, images)[:, :, None]
     y, x = (torch.arange(side, device=images.device)[None] for side in images.shape[2:])
     rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
@@ -126,12 +161,15 @@ def inside_boxes(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 def _to(numbers: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Small numbers from the host to the images' device, without waiting for it."""
-    return (numbers.pin_memory() if images.is_cuda else numbers).to(images.device, non_blocking=True)
+    return (numbers.pin_memory() if images.is_cuda else numbers).to(
+        images.device, non_blocking=True
+    )
 
 
 def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -> torch.Tensor:
-    """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0), "rand" (one
-    normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with `noise_seed`."""
+    """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0),
+    "rand" (one normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with
+    `noise_seed`."""
     n, channels, height, width = images.shape
     inside = inside_boxes(torch.from_numpy(boxes), images)
     if mode == "const":
@@ -145,6 +183,7 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -
 @dataclass(frozen=True)
 class BatchTransform:
     """Everything between the loader's uint8 images and the model, with a recipe's settings."""
+
     seed: int
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
@@ -154,28 +193,50 @@ class BatchTransform:
     erase_mode: str = "const"
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
-    mode: str = "batch"  # what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or "elem"
+    # what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or
+    # "elem"
+    mode: str = "batch"
 
     @property
     def mixes(self) -> bool:
         return bool(self.mixup_alpha or self.cutmix_alpha)
 
     def __call__(self, images, epoch: int, slots: np.ndarray, mixing: bool = True):
-        """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W), lam). lam: None where
-        nothing mixes (`mixing` off, or no alpha set), else the share image i kept, one number or (n, 1); the rest is image
-        n - 1 - i's."""
+        """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W),
+        lam). lam: None where nothing mixes (`mixing` off, or no alpha set), else the share image i
+        kept, one number or (n, 1); the rest is image n - 1 - i's."""
         images = normalize(images)
         height, width = images.shape[2:]
         first = int(slots[0])
         if self.erase_prob:
-            boxes = erase_boxes(self.seed, epoch, slots, height, width, self.erase_prob, *self.erase_area,
-                                *self.erase_aspect)
+            boxes = erase_boxes(
+                self.seed,
+                epoch,
+                slots,
+                height,
+                width,
+                self.erase_prob,
+                *self.erase_area,
+                *self.erase_aspect,
+            )
             erase(images, boxes, self.erase_mode, d.torch_seed(self.seed, epoch, first, d.NOISE))
         if not (mixing and self.mixes):
             return images, None
         count = {"batch": 1, "pair": len(slots) // 2, "elem": len(slots)}[self.mode]
-        mixes = [draw_mix(self.seed, epoch, int(slot), height, width, self.mixup_alpha, self.cutmix_alpha, self.mix_prob,
-                          self.switch_prob) for slot in slots[:count]]
+        mixes = [
+            draw_mix(
+                self.seed,
+                epoch,
+                int(slot),
+                height,
+                width,
+                self.mixup_alpha,
+                self.cutmix_alpha,
+                self.mix_prob,
+                self.switch_prob,
+            )
+            for slot in slots[:count]
+        ]
         if self.mode == "batch":
             return mix_images(images, mixes[0]), mixes[0].lam
         return mix_each(images, mixes)

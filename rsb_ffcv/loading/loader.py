@@ -1,10 +1,12 @@
 """From a checked `.beton` file to batches of uint8 images and int64 labels.
 
-FFCV's loader compiles its loops anew in each process, hands out views of ring buffers that it overwrites later, and waits
-for ever where a worker dies. This one draws a batch's random numbers from addresses, hands the rest to threads that need
-no interpreter (`pool`), gives each batch memory of its own, and names the sample that cannot be read. What a batch holds
-depends on (seed, epoch, slots) alone.
+FFCV's loader compiles its loops anew in each process, hands out views of ring buffers that it
+overwrites later, and waits for ever where a worker dies. This one draws a batch's random numbers
+from addresses, hands the rest to threads that need no interpreter (`pool`), gives each batch memory
+of its own, and names the sample that cannot be read. What a batch holds depends on (seed, epoch,
+slots) alone.
 """
+
 import os
 from collections import deque
 from collections.abc import Callable
@@ -23,16 +25,22 @@ from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
 from rsb_ffcv.ops.native import DAMAGE, SAMPLE, reason
 from rsb_ffcv.ops.operation import Address
 
-IMAGES_AHEAD, BATCHES_AHEAD = 512, 3  # how far the threads may run ahead of the caller: both, whichever is more
+IMAGES_AHEAD, BATCHES_AHEAD = (
+    512,
+    3,
+)  # how far the threads may run ahead of the caller: both, whichever is more
 MOST_REPLACEMENTS = 1000  # a file where this many neighbours are bad is no dataset
 
 
 class _Loader:
-    """A file, threads, and a list of operations: a decoder first, then ops that change each image in place."""
+    """A file, threads, and a list of operations: a decoder first, then ops that change each image
+    in place."""
 
     def __init__(self, path, batch_size: int, num_workers: int, device):
         if num_workers < 1:
-            raise InputError(f"data.num_workers={num_workers}: at least one thread has to load; give 1 or more")
+            raise InputError(
+                f"data.num_workers={num_workers}: at least one thread has to load; give 1 or more"
+            )
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: give 1 or more")
         self.beton: Beton = read_beton(path)
@@ -43,17 +51,21 @@ class _Loader:
         self._pool = Pool(num_workers)
 
     def close(self):
-        """Ends the threads. Iterators that are still open end with an error. Garbage collection closes as well."""
+        """Ends the threads. Iterators that are still open end with an error. Garbage collection
+        closes as well."""
         self._pool.close()
         self._file.close()
 
     def preload(self, stop: Callable[[], bool] = lambda: False):
-        """Reads the file once, in order, so that its pages are in memory before the first epoch. Raises InputError
-        where it does not fit. stop: asked now and then whether to leave it at that."""
+        """Reads the file once, in order, so that its pages are in memory before the first epoch.
+        Raises InputError where it does not fit. stop: asked now and then whether to leave it at
+        that."""
         available = psutil.virtual_memory().available
         if self.beton.num_bytes > 0.9 * available:
-            raise InputError(f"data.in_memory=1: {self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
-                             f"{available / 1e9:.1f} GB of memory are free; use data.in_memory=0")
+            raise InputError(
+                f"data.in_memory=1: {self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
+                f"{available / 1e9:.1f} GB of memory are free; use data.in_memory=0"
+            )
         block, at = bytearray(1 << 24), 0
         while not stop() and (read := os.preadv(self._file.fileno(), [block], at)):
             at += read
@@ -75,8 +87,11 @@ class _Loader:
         for name in crops.dtype.names:
             samples[name] = crops[name]
         heights, widths = (np.full(len(indices), side) for side in decoder.shape[:2])
-        operations = [(op.generate_code(), np.ascontiguousarray(op.draw(address, heights, widths)), op.passes)
-                      for op in others if op.passes]
+        operations = [
+            (op.generate_code(), np.ascontiguousarray(op.draw(address, heights, widths)), op.passes)
+            for op in others
+            if op.passes
+        ]
         images = self._pool.memory((len(indices), *decoder.shape), self.device.type == "cuda")
         batch = Batch(images, self._file.fileno(), decoder.generate_code(), samples, operations)
         self._pool.submit(batch, urgent)
@@ -90,8 +105,13 @@ class _Loader:
         labels = torch.from_numpy(self.beton.labels[indices])
         if self.device.type != "cuda":
             return batch.images.to(self.device), labels.to(self.device)
-        with torch.cuda.stream(self._copying):  # beside the steps that the device is still busy with
-            copied = tuple(part.to(self.device, non_blocking=True) for part in (batch.images, labels.pin_memory()))
+        with torch.cuda.stream(
+            self._copying
+        ):  # beside the steps that the device is still busy with
+            copied = tuple(
+                part.to(self.device, non_blocking=True)
+                for part in (batch.images, labels.pin_memory())
+            )
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._copying)
         for part in copied:
@@ -104,11 +124,15 @@ class _Loader:
     def _complaint(self, index: int, status: int) -> str:
         if status not in DAMAGE:
             return f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the size of the images"
-        return (f"{self.beton.path}: sample {index} {reason(status)}; write the file again with write_ffcv.py"
-                f"{', or train with data.on_bad_sample=skip' if isinstance(self, TrainLoader) else ''}")
+        return (
+            f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
+            f"write_ffcv.py"
+            f"{', or train with data.on_bad_sample=skip' if isinstance(self, TrainLoader) else ''}"
+        )
 
     def _iterate(self, ops, batches, order=None):
-        """Yields the batches of `batches` (an iterable of (Address, indices)), some of them begun ahead."""
+        """Yields the batches of `batches` (an iterable of (Address, indices)), some of them begun
+        ahead."""
         ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
         begun = deque()
         try:
@@ -125,51 +149,90 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Random-resized crops, flips and augmentations of a training file, in an order that `seed` and epoch decide.
+    """Random-resized crops, flips and augmentations of a training file, in an order that `seed` and
+    epoch decide.
 
-    path: a .beton file. batch_size: images a batch. resolution: pixels a side; may be set between epochs. num_workers:
-    threads. global_batch: slots a step takes over all processes, a multiple of batch_size x world_size (default: just
-    that); what does not fill a step is left out of the epoch.
-    scale, ratio: area and aspect of torchvision's RandomResizedCrop. flip_prob: of mirroring. interpolation: of the crop
-    and of geometric ops: "bilinear", "bicubic", or "random", one of both each time, as timm. rand_augment: timm's spec
-    (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none. color_jitter: brightness, contrast, saturation, hue (see
-    ops.augment.ColorJitter), after it. ops: further DrawnOperations (see ops.operation), after those.
-    repeats: repeated augmentation: copies of an image in an epoch, each drawn anew, dealt to different groups of the step;
-    the number of steps stays. order: "random", "sequential" or "quasi_random", which reads the file in runs of 1 MiB and
-    mixes `window_bytes` of it at a time, for files larger than memory. on_bad_sample: "raise", or "skip": an image that
-    cannot be read is replaced by that of the next readable slot, and listed in `skipped`.
-    rank, world_size: this process among those that share each step. device: where batches are put.
+    path: a .beton file. batch_size: images a batch. resolution: pixels a side; may be set between
+    epochs. num_workers: threads. global_batch: slots a step takes over all processes, a multiple of
+    batch_size x world_size (default: just that); what does not fill a step is left out of the
+    epoch. scale, ratio: area and aspect of torchvision's RandomResizedCrop. flip_prob: of
+    mirroring. interpolation: of the crop and of geometric ops: "bilinear", "bicubic", or "random",
+    one of both each time, as timm. rand_augment: timm's spec (rand-m7-mstd0.5-inc1), "3a",
+    "ta_wide", or "" for none. color_jitter: brightness, contrast, saturation, hue (see
+    ops.augment.ColorJitter), after it. ops: further DrawnOperations (see ops.operation), after
+    those. repeats: repeated augmentation: copies of an image in an epoch, each drawn anew, dealt to
+    different groups of the step; the number of steps stays. order: "random", "sequential" or
+    "quasi_random", which reads the file in runs of 1 MiB and mixes `window_bytes` of it at a time,
+    for files larger than memory. on_bad_sample: "raise", or "skip": an image that cannot be read is
+    replaced by that of the next readable slot, and listed in `skipped`. rank, world_size: this
+    process among those that share each step. device: where batches are put.
 
-    Raises InputError where the file is damaged, holds fewer images than a step takes, or a setting is out of range.
+    Raises InputError where the file is damaged, holds fewer images than a step takes, or a setting
+    is out of range.
     """
 
-    def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, seed: int = 0, global_batch: int = 0,
-                 scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5, rand_augment: str = "",
-                 color_jitter=(0.0, 0.0, 0.0, 0.0), interpolation: str = "random", ops=(), repeats: int = 1,
-                 order: str = "random", window_bytes: int = 1 << 30, on_bad_sample: str = "raise", rank: int = 0,
-                 world_size: int = 1, device="cpu"):
+    def __init__(
+        self,
+        path,
+        *,
+        batch_size: int,
+        resolution: int,
+        num_workers: int,
+        seed: int = 0,
+        global_batch: int = 0,
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip_prob: float = 0.5,
+        rand_augment: str = "",
+        color_jitter=(0.0, 0.0, 0.0, 0.0),
+        interpolation: str = "random",
+        ops=(),
+        repeats: int = 1,
+        order: str = "random",
+        window_bytes: int = 1 << 30,
+        on_bad_sample: str = "raise",
+        rank: int = 0,
+        world_size: int = 1,
+        device="cpu",
+    ):
         super().__init__(path, batch_size, num_workers, device)
         global_batch = global_batch or batch_size * world_size
         if global_batch % (batch_size * world_size):
-            raise InputError(f"training.global_batch={global_batch} is not a multiple of training.batch_size="
-                             f"{batch_size} x {world_size} processes; change one of them")
+            raise InputError(
+                f"training.global_batch={global_batch} is not a multiple of training.batch_size="
+                f"{batch_size} x {world_size} processes; change one of them"
+            )
         if global_batch > len(self.beton):
-            raise InputError(f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
-                             f"training.batch_size (or training.global_batch) or write more images")
-        for name, value, choices in (("order", order, ("random", "sequential", "quasi_random")),
-                                     ("on_bad_sample", on_bad_sample, ("raise", "skip"))):
+            raise InputError(
+                f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
+                f"training.batch_size (or training.global_batch) or write more images"
+            )
+        for name, value, choices in (
+            ("order", order, ("random", "sequential", "quasi_random")),
+            ("on_bad_sample", on_bad_sample, ("raise", "skip")),
+        ):
             if value not in choices:
                 raise InputError(f"data.{name}={value!r} is not one of {', '.join(choices)}")
         if repeats < 1 or window_bytes < 1 or not 0 <= rank < world_size or resolution < 1:
-            raise InputError(f"repeats={repeats}, window_bytes={window_bytes} and resolution={resolution} must be 1 or more, "
-                             f"and rank={rank} one of {world_size}")
+            raise InputError(
+                f"repeats={repeats}, window_bytes={window_bytes} and resolution={resolution} must "
+                f"be 1 or more, "
+                f"and rank={rank} one of {world_size}"
+            )
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
         self.window_bytes, self.on_bad_sample = window_bytes, on_bad_sample
         self.steps_per_epoch = len(self.beton) // global_batch
         self.batches_per_step = global_batch // (batch_size * world_size)
-        self.skipped: list[tuple[int, str]] = []  # of the newest epoch: sample, what is wrong with it
-        self._crop = {"scale": scale, "ratio": ratio, "flip_prob": flip_prob, "interpolation": interpolation}
+        self.skipped: list[
+            tuple[int, str]
+        ] = []  # of the newest epoch: sample, what is wrong with it
+        self._crop = {
+            "scale": scale,
+            "ratio": ratio,
+            "flip_prob": flip_prob,
+            "interpolation": interpolation,
+        }
         self._ops = [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
         self._ops += [ColorJitter(*color_jitter), *ops]
         RandomResizedCrop(resolution, **self._crop)  # settings that it refuses are refused now
@@ -180,28 +243,44 @@ class TrainLoader(_Loader):
 
     def slots(self, batch: int) -> np.ndarray:
         """The slots (int64) of this process's batch number `batch`."""
-        return group_slots(batch, self.batch_size, self.rank, self.world_size, self.global_batch // self.batch_size,
-                           self.repeats)
+        return group_slots(
+            batch,
+            self.batch_size,
+            self.rank,
+            self.world_size,
+            self.global_batch // self.batch_size,
+            self.repeats,
+        )
 
     def epoch(self, epoch: int, start_step: int = 0):
-        """Yields (images uint8 (batch_size, resolution, resolution, 3), labels int64 (batch_size,)) on `device`, from
-        step `start_step` on, without decoding what comes before it. The batches are the caller's to keep. Closing the
-        generator gives up what was begun ahead."""
+        """Yields (images uint8 (batch_size, resolution, resolution, 3), labels int64 (batch_size,))
+        on `device`, from step `start_step` on, without decoding what comes before it. The batches
+        are the caller's to keep. Closing the generator gives up what was begun ahead."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step={start_step} lies outside of 0 .. {self.steps_per_epoch}")
         if int(self.resolution) != self.resolution or self.resolution < 1:
-            raise ValueError(f"resolution={self.resolution} is not a whole number of pixels, 1 or more")
+            raise ValueError(
+                f"resolution={self.resolution} is not a whole number of pixels, 1 or more"
+            )
         self.skipped = []
-        order = epoch_order(self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes)
-        return self._iterate(self._operations(), self._batches(order, epoch, start_step), order.indices)
+        order = epoch_order(
+            self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes
+        )
+        return self._iterate(
+            self._operations(), self._batches(order, epoch, start_step), order.indices
+        )
 
     def images_of(self, epoch: int, samples: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """What an epoch makes of some samples, for people to look at: images as `epoch` gives them, and their slots (of their
-        first copies, where there are several)."""
-        order = epoch_order(self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes)
+        """What an epoch makes of some samples, for people to look at: images as `epoch` gives them,
+        and their slots (of their first copies, where there are several)."""
+        order = epoch_order(
+            self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes
+        )
         slots = np.argsort(order.indices)[samples] * self.repeats
         ops = self._operations()
-        images, _ = self._finish(ops, order.indices, *self._submit(ops, Address(self.seed, epoch, slots), samples))
+        images, _ = self._finish(
+            ops, order.indices, *self._submit(ops, Address(self.seed, epoch, slots), samples)
+        )
         return images, slots
 
     def _operations(self) -> list:
@@ -213,8 +292,12 @@ class TrainLoader(_Loader):
             slots = self.slots(batch)
             places = slots // self.repeats
             current = int(np.searchsorted(order.starts, places[0], "right")) - 1
-            while advised < len(order.extents) and advised <= current + 1:  # this window and the next
-                self._advise(order.extents[advised], os.POSIX_FADV_WILLNEED if advised >= current else None)
+            while (
+                advised < len(order.extents) and advised <= current + 1
+            ):  # this window and the next
+                self._advise(
+                    order.extents[advised], os.POSIX_FADV_WILLNEED if advised >= current else None
+                )
                 if advised >= 2:
                     self._advise(order.extents[advised - 2], os.POSIX_FADV_DONTNEED)
                 advised += 1
@@ -229,7 +312,7 @@ class TrainLoader(_Loader):
         if self.on_bad_sample == "raise":
             return super()._replace(ops, order, batch, address, indices, row)
         self.skipped.append((int(indices[row]), reason(batch.status[row])))
-        slot = address.slots[row:row + 1]
+        slot = address.slots[row : row + 1]
         others = min(MOST_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
@@ -237,24 +320,42 @@ class TrainLoader(_Loader):
             self._pool.wait(single)
             if not single.status[0]:
                 batch.images[row] = single.images[0]
-                return np.concatenate([indices[:row], index, indices[row + 1:]])
-        raise InputError(f"{self._complaint(indices[row], batch.status[row])}; so are the {others} after it")
+                return np.concatenate([indices[:row], index, indices[row + 1 :]])
+        raise InputError(
+            f"{self._complaint(indices[row], batch.status[row])}; so are the {others} after it"
+        )
 
 
 class EvalLoader(_Loader):
-    """Central crops of an evaluation file as timm makes them (see ops.crop.CenterCrop), each image once over all
-    processes: process r takes every world_size-th image from the r-th on, in file order. Batches as TrainLoader's; the
-    last may be smaller. An image that cannot be read is an error: an accuracy over fewer images would be another one.
+    """Central crops of an evaluation file as timm makes them (see ops.crop.CenterCrop), each image
+    once over all processes: process r takes every world_size-th image from the r-th on, in file
+    order. Batches as TrainLoader's; the last may be smaller. An image that cannot be read is an
+    error: an accuracy over fewer images would be another one.
 
-    crop_ratio: side of the crop over the resized image's shorter side, 0 .. 1. interpolation: "bilinear" or "bicubic".
+    crop_ratio: side of the crop over the resized image's shorter side, 0 .. 1. interpolation:
+    "bilinear" or "bicubic".
     """
 
-    def __init__(self, path, *, batch_size: int, resolution: int, num_workers: int, crop_ratio: float,
-                 interpolation: str = "bicubic", rank: int = 0, world_size: int = 1, device="cpu"):
+    def __init__(
+        self,
+        path,
+        *,
+        batch_size: int,
+        resolution: int,
+        num_workers: int,
+        crop_ratio: float,
+        interpolation: str = "bicubic",
+        rank: int = 0,
+        world_size: int = 1,
+        device="cpu",
+    ):
         super().__init__(path, batch_size, num_workers, device)
         if not 0 < crop_ratio <= 1 or resolution < 1 or not 0 <= rank < world_size:
-            raise InputError(f"validation.crop_ratio={crop_ratio} must be above 0 and at most 1, resolution={resolution} 1 or more, "
-                             f"and rank={rank} one of {world_size}")
+            raise InputError(
+                f"validation.crop_ratio={crop_ratio} must be above 0 and at most 1, "
+                f"resolution={resolution} 1 or more, "
+                f"and rank={rank} one of {world_size}"
+            )
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
 
@@ -263,6 +364,8 @@ class EvalLoader(_Loader):
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self):
-        chunks = (self.indices[start:start + self.batch_size]
-                  for start in range(0, len(self.indices), self.batch_size))
+        chunks = (
+            self.indices[start : start + self.batch_size]
+            for start in range(0, len(self.indices), self.batch_size)
+        )
         return self._iterate([self._decoder], ((Address(0, 0, chunk), chunk) for chunk in chunks))

@@ -1,23 +1,29 @@
-"""Which image stands in which slot of an epoch, and which slots a process works on. Pure functions, no state.
+"""Which image stands in which slot of an epoch, and which slots a process works on. Pure functions,
+no state.
 
-An epoch's slots are cut into groups of `batch_size`: a group is one micro-batch, one mix of mixup or cutmix, one set of
-batch-norm statistics. Batch b of a process is group b x world_size + rank, so that a step of G slots is made of the same
-groups whether 8 processes take one each or one process takes 8 in turn.
+An epoch's slots are cut into groups of `batch_size`: a group is one micro-batch, one mix of mixup
+or cutmix, one set of batch-norm statistics. Batch b of a process is group b x world_size + rank, so
+that a step of G slots is made of the same groups whether 8 processes take one each or one process
+takes 8 in turn.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
 
 from rsb_ffcv.ops import draws
 
-RUN_BYTES = 1 << 20  # what quasi_random reads in one go: enough for any disk to be near its sequential rate
+RUN_BYTES = (
+    1 << 20
+)  # what quasi_random reads in one go: enough for any disk to be near its sequential rate
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """indices: the dataset index of each position, int64, every image once. The file is read window by window: window w
-    begins at position starts[w] and lies in the byte ranges extents[w], int64 (n, 2): offset, length. Where the whole
-    file is one window, both are empty."""
+    """indices: the dataset index of each position, int64, every image once. The file is read window
+    by window: window w begins at position starts[w] and lies in the byte ranges extents[w], int64
+    (n, 2): offset, length. Where the whole file is one window, both are empty."""
+
     indices: np.ndarray
     starts: np.ndarray
     extents: list
@@ -26,9 +32,10 @@ class Order:
 def epoch_order(kind: str, seed: int, epoch: int, pointers, sizes, window_bytes: int) -> Order:
     """The order of an epoch over samples that lie at `pointers` with `sizes` bytes.
 
-    kind: "sequential"; "random": a permutation (64-bit draws sorted, ties by index); "quasi_random": runs of
-    neighbouring samples, RUN_BYTES long, in random order, and a permutation of the samples within each window of runs that
-    together have `window_bytes`. No process needs more of the file at once than its window and the next.
+    kind: "sequential"; "random": a permutation (64-bit draws sorted, ties by index);
+    "quasi_random": runs of neighbouring samples, RUN_BYTES long, in random order, and a permutation
+    of the samples within each window of runs that together have `window_bytes`. No process needs
+    more of the file at once than its window and the next.
     """
     count = len(pointers)
     if kind == "sequential":
@@ -51,15 +58,21 @@ def epoch_order(kind: str, seed: int, epoch: int, pointers, sizes, window_bytes:
     window[by_place] = window_of_run[run_of_place]
     indices = np.lexsort((np.arange(count), keys, window))
     windows = range(int(window.max()) + 1)
-    extents = [np.stack([offsets[window_of_run == w], lengths[window_of_run == w]], 1) for w in windows]
+    extents = [
+        np.stack([offsets[window_of_run == w], lengths[window_of_run == w]], 1) for w in windows
+    ]
     return Order(indices, np.searchsorted(window[indices], np.array(windows)), extents)
 
 
-def group_slots(batch: int, batch_size: int, rank: int, world_size: int, groups: int = 1, repeats: int = 1) -> np.ndarray:
-    """The `batch_size` slots, int64, of batch number `batch` of process `rank`, where `groups` groups make a step.
+def group_slots(
+    batch: int, batch_size: int, rank: int, world_size: int, groups: int = 1, repeats: int = 1
+) -> np.ndarray:
+    """The `batch_size` slots, int64, of batch number `batch` of process `rank`, where `groups`
+    groups make a step.
 
-    Consecutive slots; with `repeats` above 1, where neighbouring slots hold copies of one image, every groups-th slot of
-    the step instead: copies then land in different groups, as timm's RepeatAugSampler deals them to its processes.
+    Consecutive slots; with `repeats` above 1, where neighbouring slots hold copies of one image,
+    every groups-th slot of the step instead: copies then land in different groups, as timm's
+    RepeatAugSampler deals them to its processes.
     """
     group = batch * world_size + rank
     if repeats == 1:

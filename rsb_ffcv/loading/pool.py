@@ -1,4 +1,5 @@
 """The threads of `csrc/pool.c`, the batches they work on, and the memory of those batches."""
+
 import ctypes
 import faulthandler
 import os
@@ -15,18 +16,33 @@ _abandoned = []  # pools with a stuck thread, and what it may still write to
 
 
 class Batch:
-    """Images in the making: (n, H, W, 3) uint8 `images`, and each row's `status` (see csrc/rsb.h)."""
+    """Images in the making: (n, H, W, 3) uint8 `images`, and each row's `status` (see
+    csrc/rsb.h)."""
 
     def __init__(self, images: torch.Tensor, file: int, decoder: int, samples, operations):
-        """operations: pairs of a kernel's address and its draws, (n, ...) or (n, k, ...) with k passes."""
+        """operations: pairs of a kernel's address and its draws, (n, ...) or (n, k, ...) with k
+        passes."""
         self.images = images
         rows, height, width, _ = images.shape
         self.status = np.empty(rows, np.int32)
-        steps = [(kernel, draws[:, i].ctypes.data if passes > 1 else draws.ctypes.data, draws.strides[0])
-                 for kernel, draws, passes in operations for i in range(passes)]
+        steps = [
+            (kernel, draws[:, i].ctypes.data if passes > 1 else draws.ctypes.data, draws.strides[0])
+            for kernel, draws, passes in operations
+            for i in range(passes)
+        ]
         self._kept = samples, operations, np.array(steps, STEP)  # the job points into them
-        self.job = Job(file, rows, height, width, len(steps), decoder, samples.ctypes.data, self._kept[2].ctypes.data,
-                       images.data_ptr(), self.status.ctypes.data)
+        self.job = Job(
+            file,
+            rows,
+            height,
+            width,
+            len(steps),
+            decoder,
+            samples.ctypes.data,
+            self._kept[2].ctypes.data,
+            images.data_ptr(),
+            self.status.ctypes.data,
+        )
 
 
 class _State:
@@ -34,10 +50,13 @@ class _State:
 
     def __init__(self, handle):
         self.handle, self.process, self.closed, self.stuck = handle, os.getpid(), False, False
-        self.held: dict[int, Batch] = {}  # every batch that threads may still write to, whoever has lost interest in it
+        self.held: dict[
+            int, Batch
+        ] = {}  # every batch that threads may still write to, whoever has lost interest in it
 
     def end(self, function):
-        """function: rsb_pool_stop or rsb_pool_free. A forked child has no such threads; a stuck one cannot be joined."""
+        """function: rsb_pool_stop or rsb_pool_free. A forked child has no such threads; a stuck one
+        cannot be joined."""
         self.closed = True
         if os.getpid() == self.process and not self.stuck:
             function(self.handle)
@@ -50,20 +69,27 @@ class Pool:
     def __init__(self, threads: int):
         handle = library.rsb_pool_new(threads)
         if not handle:
-            raise InputError(f"data.num_workers={threads}: the system refuses as many threads; lower it")
+            raise InputError(
+                f"data.num_workers={threads}: the system refuses as many threads; lower it"
+            )
         self._state = _State(handle)
-        self._free: dict[int, list] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
+        self._free: dict[
+            int, list
+        ] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
         weakref.finalize(self, self._state.end, library.rsb_pool_free)
 
     def close(self):
-        """Ends the threads; a `wait` in progress, in whatever thread, ends with RuntimeError. Garbage collection closes,
-        too, and the end of the interpreter."""
+        """Ends the threads; a `wait` in progress, in whatever thread, ends with RuntimeError.
+        Garbage collection closes, too, and the end of the interpreter."""
         self._state.end(library.rsb_pool_stop)
 
     def memory(self, shape, pin: bool) -> torch.Tensor:
-        """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once nobody holds it."""
+        """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once
+        nobody holds it."""
         if pin:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch's pinned allocator reuses by itself
+            return torch.empty(
+                shape, dtype=torch.uint8, pin_memory=True
+            )  # torch's pinned allocator reuses by itself
         size = int(np.prod(shape))
         free = self._free.setdefault(size, [])
         if len(self._free) > 4:  # resolutions that have passed
@@ -74,14 +100,16 @@ class Pool:
         return torch.from_numpy(view).view(shape)
 
     def submit(self, batch: Batch, urgent: bool = False):
-        """Begins with `batch` after those submitted before it; urgent: before those that nobody has begun."""
+        """Begins with `batch` after those submitted before it; urgent: before those that nobody has
+        begun."""
         self.check()
         self._state.held[id(batch)] = batch
         library.rsb_pool_submit(self._state.handle, ctypes.byref(batch.job), urgent)
 
     def wait(self, batch: Batch, name=str):
-        """Returns when `batch` is done. Where no image gets done for STALL_SECONDS, writes all threads' stacks to stderr
-        and raises RuntimeError, naming the rows in progress by `name(row)`."""
+        """Returns when `batch` is done. Where no image gets done for STALL_SECONDS, writes all
+        threads' stacks to stderr and raises RuntimeError, naming the rows in progress by
+        `name(row)`."""
         self.check()
         waited, before = 0.0, None
         while left := library.rsb_pool_wait(self._state.handle, ctypes.byref(batch.job), 200):
@@ -94,8 +122,11 @@ class Pool:
                 _abandoned.append(self._state)
                 faulthandler.dump_traceback(2)  # the descriptor: a notebook's sys.stderr has none
                 rows = ", ".join(name(row) for row in np.flatnonzero(batch.status == RUNNING))
-                raise RuntimeError(f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} s; "
-                                   f"in progress: {rows or 'none'}")
+                raise RuntimeError(
+                    f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} "
+                    f"s; "
+                    f"in progress: {rows or 'none'}"
+                )
         self._state.held.pop(id(batch), None)
 
     def cancel(self, batches):
@@ -113,5 +144,8 @@ class Pool:
         if self._state.closed:
             raise RuntimeError("the loader is closed")
         if os.getpid() != self._state.process:
-            raise RuntimeError("this process was forked from the loader's and does not have its threads; make a loader "
-                               "here, or start processes by spawn")
+            raise RuntimeError(
+                "this process was forked from the loader's and does not have its threads; make a "
+                "loader "
+                "here, or start processes by spawn"
+            )

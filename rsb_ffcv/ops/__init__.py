@@ -1,1 +1,2 @@
-"""One image at a time: operations, the compiled kernels under them, and the draws that feed them."""
+"""One image at a time: operations, the compiled kernels under them, and the draws that feed
+them."""

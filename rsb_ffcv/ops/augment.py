@@ -1,9 +1,12 @@
-"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter: which ops an image gets, and how strongly.
+"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter: which ops an image gets, and how
+strongly.
 
-Sources matched: `timm/data/auto_augment.py` of timm 1.0.31 (`rand_augment_transform`, `AugmentOp.__call__`, the
-`_*_level_to_arg` functions, `auto_augment_policy_3a`), torchvision's `TrivialAugmentWide` and `ColorJitter`. Here are the
-draws, with the same distributions from addressed random numbers; the pixels are made by `csrc/augment.c`.
+Sources matched: `timm/data/auto_augment.py` of timm 1.0.31 (`rand_augment_transform`,
+`AugmentOp.__call__`, the `_*_level_to_arg` functions, `auto_augment_policy_3a`), torchvision's
+`TrivialAugmentWide` and `ColorJitter`. Here are the draws, with the same distributions from
+addressed random numbers; the pixels are made by `csrc/augment.c`.
 """
+
 import math
 import re
 from dataclasses import dataclass
@@ -17,53 +20,151 @@ from rsb_ffcv.ops import native as n
 from rsb_ffcv.ops.crop import filter_number
 from rsb_ffcv.ops.operation import Address, DrawnOperation
 
-FILL = (124, 116, 104)  # round(255 x ImageNet's mean): what timm puts where a geometric op uncovers nothing
+FILL = (
+    124,
+    116,
+    104,
+)  # round(255 x ImageNet's mean): what timm puts where a geometric op uncovers nothing
 
-# How a level and a sign become an op's argument. timm's laws take level / 10; torchvision's the magnitude itself.
-(NONE, ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, BITS, BITS_INC, THRESHOLD, THRESHOLD_INC, ADD, ENHANCE, ENHANCE_INC,
- DESATURATE, SIGMA, SIGMA_RANDOM, PLAIN, SIGNED, DEGREES, SLANT_X, SLANT_Y, PIXELS_X, PIXELS_Y) = range(23)
+# How a level and a sign become an op's argument. timm's laws take level / 10; torchvision's the
+# magnitude itself.
+(
+    NONE,
+    ROTATE,
+    SHEAR_X,
+    SHEAR_Y,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+    BITS,
+    BITS_INC,
+    THRESHOLD,
+    THRESHOLD_INC,
+    ADD,
+    ENHANCE,
+    ENHANCE_INC,
+    DESATURATE,
+    SIGMA,
+    SIGMA_RANDOM,
+    PLAIN,
+    SIGNED,
+    DEGREES,
+    SLANT_X,
+    SLANT_Y,
+    PIXELS_X,
+    PIXELS_Y,
+) = range(23)
 
 # name: (op of the compiled core, law). The names are timm's.
-TIMM = {"AutoContrast": (n.AUTOCONTRAST, NONE), "Equalize": (n.EQUALIZE, NONE), "Invert": (n.INVERT, NONE),
-        "Rotate": (n.AFFINE, ROTATE), "ShearX": (n.AFFINE, SHEAR_X), "ShearY": (n.AFFINE, SHEAR_Y),
-        "TranslateXRel": (n.AFFINE, TRANSLATE_X), "TranslateYRel": (n.AFFINE, TRANSLATE_Y),
-        "Posterize": (n.POSTERIZE, BITS), "PosterizeIncreasing": (n.POSTERIZE, BITS_INC),
-        "Solarize": (n.SOLARIZE, THRESHOLD), "SolarizeIncreasing": (n.SOLARIZE, THRESHOLD_INC),
-        "SolarizeAdd": (n.SOLARIZE_ADD, ADD), "Color": (n.COLOR, ENHANCE), "ColorIncreasing": (n.COLOR, ENHANCE_INC),
-        "Contrast": (n.CONTRAST, ENHANCE), "ContrastIncreasing": (n.CONTRAST, ENHANCE_INC),
-        "Brightness": (n.BRIGHTNESS, ENHANCE), "BrightnessIncreasing": (n.BRIGHTNESS, ENHANCE_INC),
-        "Sharpness": (n.SHARPNESS, ENHANCE), "SharpnessIncreasing": (n.SHARPNESS, ENHANCE_INC),
-        "Desaturate": (n.COLOR, DESATURATE), "GaussianBlur": (n.BLUR, SIGMA), "GaussianBlurRand": (n.BLUR, SIGMA_RANDOM)}
-OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
-       "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+TIMM = {
+    "AutoContrast": (n.AUTOCONTRAST, NONE),
+    "Equalize": (n.EQUALIZE, NONE),
+    "Invert": (n.INVERT, NONE),
+    "Rotate": (n.AFFINE, ROTATE),
+    "ShearX": (n.AFFINE, SHEAR_X),
+    "ShearY": (n.AFFINE, SHEAR_Y),
+    "TranslateXRel": (n.AFFINE, TRANSLATE_X),
+    "TranslateYRel": (n.AFFINE, TRANSLATE_Y),
+    "Posterize": (n.POSTERIZE, BITS),
+    "PosterizeIncreasing": (n.POSTERIZE, BITS_INC),
+    "Solarize": (n.SOLARIZE, THRESHOLD),
+    "SolarizeIncreasing": (n.SOLARIZE, THRESHOLD_INC),
+    "SolarizeAdd": (n.SOLARIZE_ADD, ADD),
+    "Color": (n.COLOR, ENHANCE),
+    "ColorIncreasing": (n.COLOR, ENHANCE_INC),
+    "Contrast": (n.CONTRAST, ENHANCE),
+    "ContrastIncreasing": (n.CONTRAST, ENHANCE_INC),
+    "Brightness": (n.BRIGHTNESS, ENHANCE),
+    "BrightnessIncreasing": (n.BRIGHTNESS, ENHANCE_INC),
+    "Sharpness": (n.SHARPNESS, ENHANCE),
+    "SharpnessIncreasing": (n.SHARPNESS, ENHANCE_INC),
+    "Desaturate": (n.COLOR, DESATURATE),
+    "GaussianBlur": (n.BLUR, SIGMA),
+    "GaussianBlurRand": (n.BLUR, SIGMA_RANDOM),
+}
+OPS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
 INCREASING_OPS = tuple(f"{name}Increasing" if f"{name}Increasing" in TIMM else name for name in OPS)
 # timm's other sets (-tweights, -t3a, -t3aw); where weights are given, an image gets no op twice
-SETS = {"3a": dict.fromkeys(("SolarizeIncreasing", "Desaturate", "GaussianBlur")),
-        "3aw": {"SolarizeIncreasing": 6, "Desaturate": 6, "GaussianBlur": 6, "Rotate": 3, "ShearX": 2, "ShearY": 2,
-                "PosterizeIncreasing": 1, "AutoContrast": 1, "ColorIncreasing": 1, "SharpnessIncreasing": 1,
-                "ContrastIncreasing": 1, "BrightnessIncreasing": 1, "Equalize": 1, "Invert": 1},
-        "weights": {"Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1, "ColorIncreasing": 0.25,
-                    "SharpnessIncreasing": 0.25, "AutoContrast": 0.25, "SolarizeIncreasing": 0.05, "SolarizeAdd": 0.05,
-                    "ContrastIncreasing": 0.05, "BrightnessIncreasing": 0.05, "Equalize": 0.05,
-                    "PosterizeIncreasing": 0.05, "Invert": 0.05}}
+SETS = {
+    "3a": dict.fromkeys(("SolarizeIncreasing", "Desaturate", "GaussianBlur")),
+    "3aw": {
+        "SolarizeIncreasing": 6,
+        "Desaturate": 6,
+        "GaussianBlur": 6,
+        "Rotate": 3,
+        "ShearX": 2,
+        "ShearY": 2,
+        "PosterizeIncreasing": 1,
+        "AutoContrast": 1,
+        "ColorIncreasing": 1,
+        "SharpnessIncreasing": 1,
+        "ContrastIncreasing": 1,
+        "BrightnessIncreasing": 1,
+        "Equalize": 1,
+        "Invert": 1,
+    },
+    "weights": {
+        "Rotate": 3,
+        "ShearX": 2,
+        "ShearY": 2,
+        "TranslateXRel": 1,
+        "TranslateYRel": 1,
+        "ColorIncreasing": 0.25,
+        "SharpnessIncreasing": 0.25,
+        "AutoContrast": 0.25,
+        "SolarizeIncreasing": 0.05,
+        "SolarizeAdd": 0.05,
+        "ContrastIncreasing": 0.05,
+        "BrightnessIncreasing": 0.05,
+        "Equalize": 0.05,
+        "PosterizeIncreasing": 0.05,
+        "Invert": 0.05,
+    },
+}
 # torchvision's TrivialAugmentWide: (op, law, magnitudes of its first and last bin)
-WIDE = {"Identity": (n.IDENTITY, NONE, 0, 0), "ShearX": (n.AFFINE, SLANT_X, 0, 0.99), "ShearY": (n.AFFINE, SLANT_Y, 0, 0.99),
-        "TranslateX": (n.AFFINE, PIXELS_X, 0, 32), "TranslateY": (n.AFFINE, PIXELS_Y, 0, 32),
-        "Rotate": (n.AFFINE, DEGREES, 0, 135), "Brightness": (n.BRIGHTNESS, SIGNED, 0, 0.99),
-        "Color": (n.COLOR, SIGNED, 0, 0.99), "Contrast": (n.CONTRAST, SIGNED, 0, 0.99),
-        "Sharpness": (n.SHARPNESS, SIGNED, 0, 0.99), "Posterize": (n.POSTERIZE, PLAIN, 8, 2),
-        "Solarize": (n.SOLARIZE, PLAIN, 255, 0), "AutoContrast": (n.AUTOCONTRAST, NONE, 0, 0),
-        "Equalize": (n.EQUALIZE, NONE, 0, 0)}
+WIDE = {
+    "Identity": (n.IDENTITY, NONE, 0, 0),
+    "ShearX": (n.AFFINE, SLANT_X, 0, 0.99),
+    "ShearY": (n.AFFINE, SLANT_Y, 0, 0.99),
+    "TranslateX": (n.AFFINE, PIXELS_X, 0, 32),
+    "TranslateY": (n.AFFINE, PIXELS_Y, 0, 32),
+    "Rotate": (n.AFFINE, DEGREES, 0, 135),
+    "Brightness": (n.BRIGHTNESS, SIGNED, 0, 0.99),
+    "Color": (n.COLOR, SIGNED, 0, 0.99),
+    "Contrast": (n.CONTRAST, SIGNED, 0, 0.99),
+    "Sharpness": (n.SHARPNESS, SIGNED, 0, 0.99),
+    "Posterize": (n.POSTERIZE, PLAIN, 8, 2),
+    "Solarize": (n.SOLARIZE, PLAIN, 255, 0),
+    "AutoContrast": (n.AUTOCONTRAST, NONE, 0, 0),
+    "Equalize": (n.EQUALIZE, NONE, 0, 0),
+}
 WIDE_BINS = 31
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What an image may get: `layers` times, with probability `prob`, one of `ops` (pairs of op and law).
+    """What an image may get: `layers` times, with probability `prob`, one of `ops` (pairs of op and
+    law).
 
-    Its level is drawn from the op's row of `bins`, or, where that is None, is `magnitude` with normal noise of deviation
-    `magnitude_std` (inf: uniform up to it), clipped to 0 .. magnitude_max; timm's scale of 10. weights: of the choice,
-    which is then without replacement."""
+    Its level is drawn from the op's row of `bins`, or, where that is None, is `magnitude` with
+    normal noise of deviation `magnitude_std` (inf: uniform up to it), clipped to 0 ..
+    magnitude_max; timm's scale of 10. weights: of the choice, which is then without replacement."""
+
     ops: tuple
     layers: int = 2
     prob: float = 0.5
@@ -75,19 +176,36 @@ class Policy:
 
 
 def parse_policy(text: str) -> Policy:
-    """Reads timm's `rand-m7-n2-mstd0.5-inc1-p0.5-mmax10-tweights` (any order after `rand`, all parts optional) and `3a`,
-    or torchvision's `ta_wide`. Raises InputError for anything else."""
+    """Reads timm's `rand-m7-n2-mstd0.5-inc1-p0.5-mmax10-tweights` (any order after `rand`, all
+    parts optional) and `3a`, or torchvision's `ta_wide`. Raises InputError for anything else."""
     if text == "3a":
-        return Policy(tuple(TIMM[name] for name in ("Solarize", "Desaturate", "GaussianBlurRand")), layers=1, prob=1.0,
-                      bins=np.array([[5.0], [10.0], [10.0]]))
+        return Policy(
+            tuple(TIMM[name] for name in ("Solarize", "Desaturate", "GaussianBlurRand")),
+            layers=1,
+            prob=1.0,
+            bins=np.array([[5.0], [10.0], [10.0]]),
+        )
     if text == "ta_wide":
-        return Policy(tuple(row[:2] for row in WIDE.values()), layers=1, prob=1.0,
-                      bins=np.stack([_wide_bins(*row) for row in WIDE.values()]))
-    names = {"m": ("magnitude", int), "n": ("layers", int), "p": ("prob", float), "mstd": ("magnitude_std", float),
-             "mmax": ("magnitude_max", int), "inc": ("inc", lambda digits: bool(int(digits)))}
+        return Policy(
+            tuple(row[:2] for row in WIDE.values()),
+            layers=1,
+            prob=1.0,
+            bins=np.stack([_wide_bins(*row) for row in WIDE.values()]),
+        )
+    names = {
+        "m": ("magnitude", int),
+        "n": ("layers", int),
+        "p": ("prob", float),
+        "mstd": ("magnitude_std", float),
+        "mmax": ("magnitude_max", int),
+        "inc": ("inc", lambda digits: bool(int(digits))),
+    }
     head, *parts = text.split("-")
     if head != "rand":
-        raise InputError(f"augment.rand_augment={text!r}: write timm's spec, such as rand-m7-mstd0.5-inc1, or 3a or ta_wide")
+        raise InputError(
+            f"augment.rand_augment={text!r}: write timm's spec, such as rand-m7-mstd0.5-inc1, or "
+            f"3a or ta_wide"
+        )
     found, chosen = {}, None
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
@@ -97,8 +215,11 @@ def parse_policy(text: str) -> Policy:
             key, read = names[match[1]]
             found[key] = read(match[2])
         else:
-            raise InputError(f"augment.rand_augment={text!r}: part '{part}' is not one of m7 n2 p0.5 mstd0.5 mmax10 inc1 "
-                             f"t{' t'.join(SETS)}")
+            raise InputError(
+                f"augment.rand_augment={text!r}: part '{part}' is not one of m7 n2 p0.5 mstd0.5 "
+                f"mmax10 inc1 "
+                f"t{' t'.join(SETS)}"
+            )
     if found.get("magnitude_std", 0) > 100:
         found["magnitude_std"] = math.inf
     chosen = chosen or dict.fromkeys(INCREASING_OPS if found.pop("inc", False) else OPS)
@@ -107,12 +228,15 @@ def parse_policy(text: str) -> Policy:
     policy = Policy(tuple(TIMM[name] for name in chosen), weights=weights, **found)
     most = len(weights) or 16
     if not 1 <= policy.layers <= most or not 0 <= policy.prob <= 1:
-        raise InputError(f"augment.rand_augment={text!r}: n must be 1 .. {most} and p between 0 and 1")
+        raise InputError(
+            f"augment.rand_augment={text!r}: n must be 1 .. {most} and p between 0 and 1"
+        )
     return policy
 
 
 def _wide_bins(op: int, law: int, first: float, last: float) -> np.ndarray:
-    """The magnitudes of an op's bins, as torch.linspace gives them in float32; whole ones for posterize."""
+    """The magnitudes of an op's bins, as torch.linspace gives them in float32; whole ones for
+    posterize."""
     if op == n.POSTERIZE:
         return 8 - np.round(np.arange(WIDE_BINS) / ((WIDE_BINS - 1) / 6))
     step = float((np.float32(last) - np.float32(first)) / np.float32(WIDE_BINS - 1))
@@ -132,8 +256,8 @@ def _rotation(argument, degrees, height, width):
 
 @njit(cache=True, nogil=True)
 def op_argument(argument, law, level, sign, uniform, height, width):
-    """Fills `argument` (6 numbers): what an op of this law takes. level: see the laws above; sign: +1 or -1; uniform: a
-    draw in [0, 1); height, width: of the image in pixels."""
+    """Fills `argument` (6 numbers): what an op of this law takes. level: see the laws above; sign:
+    +1 or -1; uniform: a draw in [0, 1); height, width: of the image in pixels."""
     share = level / 10.0
     argument[:] = 0.0
     if law == ROTATE:
@@ -148,10 +272,26 @@ def op_argument(argument, law, level, sign, uniform, height, width):
         argument[:] = (1.0, 0.0, sign * (share * 0.45) * width, 0.0, 1.0, 0.0)
     elif law == TRANSLATE_Y:
         argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, sign * (share * 0.45) * height)
-    elif law == SLANT_X:  # torchvision shears by the tangent of an angle that it rounds to degrees and back
-        argument[:] = (1.0, math.tan(math.radians(math.degrees(math.atan(sign * level)))), 0.0, 0.0, 1.0, 0.0)
+    elif (
+        law == SLANT_X
+    ):  # torchvision shears by the tangent of an angle that it rounds to degrees and back
+        argument[:] = (
+            1.0,
+            math.tan(math.radians(math.degrees(math.atan(sign * level)))),
+            0.0,
+            0.0,
+            1.0,
+            0.0,
+        )
     elif law == SLANT_Y:
-        argument[:] = (1.0, 0.0, 0.0, math.tan(math.radians(math.degrees(math.atan(sign * level)))), 1.0, 0.0)
+        argument[:] = (
+            1.0,
+            0.0,
+            0.0,
+            math.tan(math.radians(math.degrees(math.atan(sign * level)))),
+            1.0,
+            0.0,
+        )
     elif law == PIXELS_X:
         argument[:] = (1.0, 0.0, -float(int(sign * level)), 0.0, 1.0, 0.0)
     elif law == PIXELS_Y:
@@ -200,7 +340,22 @@ def _choose(uniform, weights, chosen):
 
 
 @njit(cache=True, nogil=True)
-def _draw_layers(seed, epoch, slots, heights, widths, ops, laws, bins, weights, layers, prob, magnitude, std, upper):
+def _draw_layers(
+    seed,
+    epoch,
+    slots,
+    heights,
+    widths,
+    ops,
+    laws,
+    bins,
+    weights,
+    layers,
+    prob,
+    magnitude,
+    std,
+    upper,
+):
     drawn = np.zeros((len(slots), layers), np.int32)
     cubic = np.zeros((len(slots), layers), np.uint8)
     arguments = np.zeros((len(slots), layers, 6))
@@ -209,14 +364,18 @@ def _draw_layers(seed, epoch, slots, heights, widths, ops, laws, bins, weights, 
         for layer in range(layers):
             k = 8 * layer
             if len(weights):
-                which = _choose(d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k), weights, chosen)
+                which = _choose(
+                    d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k), weights, chosen
+                )
             else:
                 which = d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k, len(ops))
             if d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 1) >= prob:
                 continue
             level = magnitude
             if bins.shape[1]:
-                level = bins[which, d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k + 2, bins.shape[1])]
+                level = bins[
+                    which, d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k + 2, bins.shape[1])
+                ]
             else:
                 if std == np.inf:
                     level = magnitude * d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 2)
@@ -226,8 +385,15 @@ def _draw_layers(seed, epoch, slots, heights, widths, ops, laws, bins, weights, 
             sign = 1.0 if d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 4) < 0.5 else -1.0
             cubic[i, layer] = d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k + 5, 2)
             drawn[i, layer] = ops[which]
-            op_argument(arguments[i, layer], laws[which], level, sign,
-                        d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 6), float(heights[i]), float(widths[i]))
+            op_argument(
+                arguments[i, layer],
+                laws[which],
+                level,
+                sign,
+                d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 6),
+                float(heights[i]),
+                float(widths[i]),
+            )
     return drawn, cubic, arguments
 
 
@@ -241,13 +407,17 @@ class _Layers(DrawnOperation):
 class RandAugment(_Layers):
     """Applies a policy (see `parse_policy`) to each image.
 
-    fill: RGB 0 .. 255 for what a geometric op leaves uncovered. interpolation: of the geometric ops; "random" is one of
-    "bilinear" and "bicubic" for each op, as timm does.
+    fill: RGB 0 .. 255 for what a geometric op leaves uncovered. interpolation: of the geometric
+    ops; "random" is one of "bilinear" and "bicubic" for each op, as timm does.
     """
 
     def __init__(self, policy: str, fill=FILL, interpolation: str = "random"):
         super().__init__()
-        self.policy, self.fill, self.filter = parse_policy(policy), tuple(fill), filter_number(interpolation)
+        self.policy, self.fill, self.filter = (
+            parse_policy(policy),
+            tuple(fill),
+            filter_number(interpolation),
+        )
         self.passes = self.policy.layers
 
     def draw(self, address: Address, heights, widths):
@@ -256,8 +426,21 @@ class RandAugment(_Layers):
         bins = np.empty((len(ops), 0)) if p.bins is None else p.bins
         layers = np.zeros((len(heights), p.layers), n.LAYER)
         layers["op"], layers["filter"], layers["argument"] = _draw_layers(
-            address.seed, address.epoch, address.slots, heights, widths, ops, laws, bins, np.array(p.weights, np.float64),
-            p.layers, float(p.prob), float(p.magnitude), float(p.magnitude_std), float(p.magnitude_max))
+            address.seed,
+            address.epoch,
+            address.slots,
+            heights,
+            widths,
+            ops,
+            laws,
+            bins,
+            np.array(p.weights, np.float64),
+            p.layers,
+            float(p.prob),
+            float(p.magnitude),
+            float(p.magnitude_std),
+            float(p.magnitude_max),
+        )
         layers["fill"] = self.fill
         if self.filter >= 0:
             layers["filter"] = self.filter
@@ -281,21 +464,39 @@ def _draw_jitter(seed, epoch, slots, ops, low, high):
 
 
 class ColorJitter(_Layers):
-    """torchvision's ColorJitter: brightness, contrast, saturation and hue in random order, each by a factor uniform in
-    [max(0, 1 - x), 1 + x] (hue: a shift in [-x, x] of the circle, x up to 0.5). 0 switches one off."""
+    """torchvision's ColorJitter: brightness, contrast, saturation and hue in random order, each by
+    a factor uniform in [max(0, 1 - x), 1 + x] (hue: a shift in [-x, x] of the circle, x up to 0.5).
+    0 switches one off."""
 
-    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
+    def __init__(
+        self,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+    ):
         super().__init__()
         strengths = (brightness, contrast, saturation, hue)
         if min(strengths) < 0 or hue > 0.5:
-            raise InputError(f"color_jitter={strengths}: strengths are 0 or more, and hue at most 0.5")
-        rows = [(op, max(0.0, 1 - x) if op != n.HUE else -x, 1 + x if op != n.HUE else x)
-                for op, x in zip((n.BRIGHTNESS, n.CONTRAST, n.COLOR, n.HUE), strengths) if x]
+            raise InputError(
+                f"color_jitter={strengths}: strengths are 0 or more, and hue at most 0.5"
+            )
+        rows = [
+            (op, max(0.0, 1 - x) if op != n.HUE else -x, 1 + x if op != n.HUE else x)
+            for op, x in zip((n.BRIGHTNESS, n.CONTRAST, n.COLOR, n.HUE), strengths)
+            if x
+        ]
         self.ops, self.low, self.high = np.array(rows, np.float64).reshape(-1, 3).T.copy()
         self.passes = len(rows)
 
     def draw(self, address: Address, heights, widths):
         layers = np.zeros((len(heights), self.passes), n.LAYER)
         layers["op"], layers["argument"][..., 0] = _draw_jitter(
-            address.seed, address.epoch, address.slots, self.ops.astype(np.int32), self.low, self.high)
+            address.seed,
+            address.epoch,
+            address.slots,
+            self.ops.astype(np.int32),
+            self.low,
+            self.high,
+        )
         return layers

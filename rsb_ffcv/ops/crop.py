@@ -1,8 +1,10 @@
 """Decode, crop, resize and flip: from a stored image to an H x W x 3 uint8 one.
 
-The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image, within one grey level but for
-single values (`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes: which part of which image, by which filter, mirrored or not.
+The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image,
+within one grey level but for single values (`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes:
+which part of which image, by which filter, mirrored or not.
 """
+
 import math
 
 import numpy as np
@@ -26,18 +28,22 @@ def filter_number(interpolation: str) -> int:
 
 
 def rows_first(heights, widths, out_heights, out_widths):
-    """Whether Pillow resizes down the columns first. Since Pillow 13 it does where the height shrinks by more than twice
-    what the width does; before, never. The order decides how overshoots of the bicubic are clipped."""
+    """Whether Pillow resizes down the columns first. Since Pillow 13 it does where the height
+    shrinks by more than twice what the width does; before, never. The order decides how overshoots
+    of the bicubic are clipped."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     return (heights > out_heights) & (2 * (widths - out_widths) < heights - out_heights)
 
 
 @njit(cache=True, nogil=True)
-def random_resized_crop_box(seed, epoch, slot, height, width, scale_lo, scale_hi, ratio_lo, ratio_hi):
+def random_resized_crop_box(
+    seed, epoch, slot, height, width, scale_lo, scale_hi, ratio_lo, ratio_hi
+):
     """(top, left, height, width) in pixels, as torchvision's RandomResizedCrop.get_params draws it.
 
-    Area is uniform in [scale_lo, scale_hi] of the image's, aspect (width / height) log-uniform in [ratio_lo,
-    ratio_hi]; after 10 tries that do not fit, the largest central crop whose aspect is in range.
+    Area is uniform in [scale_lo, scale_hi] of the image's, aspect (width / height) log-uniform in
+    [ratio_lo, ratio_hi]; after 10 tries that do not fit, the largest central crop whose aspect is
+    in range.
     """
     area = height * width
     log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
@@ -48,8 +54,12 @@ def random_resized_crop_box(seed, epoch, slot, height, width, scale_lo, scale_hi
         w = int(round(math.sqrt(target * aspect)))
         h = int(round(math.sqrt(target / aspect)))
         if 0 < w <= width and 0 < h <= height:
-            return (d.below(seed, epoch, slot, d.CROP, k + 2, height - h + 1),
-                    d.below(seed, epoch, slot, d.CROP, k + 3, width - w + 1), h, w)
+            return (
+                d.below(seed, epoch, slot, d.CROP, k + 2, height - h + 1),
+                d.below(seed, epoch, slot, d.CROP, k + 3, width - w + 1),
+                h,
+                w,
+            )
     h, w = height, width
     if width / height < ratio_lo:
         h = min(height, int(round(width / ratio_lo)))
@@ -59,13 +69,24 @@ def random_resized_crop_box(seed, epoch, slot, height, width, scale_lo, scale_hi
 
 
 @njit(cache=True, nogil=True)
-def _random_boxes(seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio_lo, ratio_hi, flip_prob):
+def _random_boxes(
+    seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio_lo, ratio_hi, flip_prob
+):
     boxes = np.empty((len(slots), 4))
     flips = np.empty(len(slots), np.uint8)
     filters = np.empty(len(slots), np.uint8)
     for i in range(len(slots)):
-        boxes[i] = random_resized_crop_box(seed, epoch, slots[i], int64(heights[i]), int64(widths[i]),
-                                           scale_lo, scale_hi, ratio_lo, ratio_hi)
+        boxes[i] = random_resized_crop_box(
+            seed,
+            epoch,
+            slots[i],
+            int64(heights[i]),
+            int64(widths[i]),
+            scale_lo,
+            scale_hi,
+            ratio_lo,
+            ratio_hi,
+        )
         flips[i] = d.uniform(seed, epoch, slots[i], d.FLIP, 0) < flip_prob
         filters[i] = d.below(seed, epoch, slots[i], d.CROP, 40, 2)
     return boxes, filters, flips
@@ -76,28 +97,43 @@ class _CropDecoder(Decoder):
 
     def __init__(self, resolution: int, interpolation: str):
         super().__init__()
-        self.resolution, self.filter, self.shape = resolution, filter_number(interpolation), (resolution, resolution, 3)
+        self.resolution, self.filter, self.shape = (
+            resolution,
+            filter_number(interpolation),
+            (resolution, resolution, 3),
+        )
 
     def generate_code(self):
         return DECODE
 
 
 class RandomResizedCrop(_CropDecoder):
-    """A random crop of `scale` of the area and `ratio` aspect (torchvision's RandomResizedCrop), resized by
-    `interpolation` ("random": bilinear or bicubic for each image, as timm) and mirrored with probability `flip_prob`."""
+    """A random crop of `scale` of the area and `ratio` aspect (torchvision's RandomResizedCrop),
+    resized by `interpolation` ("random": bilinear or bicubic for each image, as timm) and mirrored
+    with probability `flip_prob`."""
 
-    def __init__(self, resolution: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip_prob: float = 0.5,
-                 interpolation: str = "random"):
+    def __init__(
+        self,
+        resolution: int,
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip_prob: float = 0.5,
+        interpolation: str = "random",
+    ):
         super().__init__(resolution, interpolation)
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip_prob <= 1):
-            raise InputError(f"scale={scale} must be two shares of the area, the smaller first, ratio={ratio} two positive "
-                             f"numbers, the smaller first, and flip_prob={flip_prob} 0 to 1")
+            raise InputError(
+                f"scale={scale} must be two shares of the area, the smaller first, ratio={ratio} "
+                f"two positive "
+                f"numbers, the smaller first, and flip_prob={flip_prob} 0 to 1"
+            )
         self.numbers = tuple(map(float, (*scale, *ratio, flip_prob)))
 
     def draw(self, address: Address, heights, widths):
         crops = np.empty(len(heights), CROP)
         crops["box"], crops["filter"], crops["flip"] = _random_boxes(
-            address.seed, address.epoch, address.slots, heights, widths, *self.numbers)
+            address.seed, address.epoch, address.slots, heights, widths, *self.numbers
+        )
         crops["rows_first"] = rows_first(heights, widths, self.resolution, self.resolution)
         if self.filter >= 0:
             crops["filter"] = self.filter
@@ -105,20 +141,24 @@ class RandomResizedCrop(_CropDecoder):
 
 
 class CenterCrop(_CropDecoder):
-    """timm's evaluation: the shorter side resized to floor(resolution / ratio), then the central square; both as one box
-    of the stored image. ratio: 0 .. 1. No draws."""
+    """timm's evaluation: the shorter side resized to floor(resolution / ratio), then the central
+    square; both as one box of the stored image. ratio: 0 .. 1. No draws."""
 
     def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic"):
         super().__init__(resolution, interpolation)
         if self.filter < 0:
-            raise InputError("interpolation='random' has no place in an evaluation; use bilinear or bicubic")
+            raise InputError(
+                "interpolation='random' has no place in an evaluation; use bilinear or bicubic"
+            )
         self.ratio = ratio
 
     def draw(self, address: Address, heights, widths):
         sides = np.stack([heights, widths], 1).astype(np.int64)
         shorter, target = sides.min(1, keepdims=True), math.floor(self.resolution / self.ratio)
         scaled = np.where(sides == shorter, target, (target * sides / shorter).astype(np.int64))
-        first = np.round((scaled - self.resolution) / 2)  # half to even, as Python's round in torchvision's center_crop
+        first = np.round(
+            (scaled - self.resolution) / 2
+        )  # half to even, as Python's round in torchvision's center_crop
         crops = np.zeros(len(sides), CROP)
         crops["box"] = np.concatenate([first * sides / scaled, self.resolution * sides / scaled], 1)
         crops["filter"], crops["rows_first"] = self.filter, rows_first(heights, widths, *scaled.T)

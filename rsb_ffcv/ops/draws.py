@@ -1,18 +1,22 @@
 """Every random number of a run: a pure function of (seed, epoch, slot, op, k).
 
-A *slot* is a position in the epoch's global order, so two copies of one image in an epoch differ, and nothing depends
-on thread, worker, rank or history. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC 2011): key = seed, counter = (slot, epoch, op, k // 4), and draw k is output word k % 4.
+A *slot* is a position in the epoch's global order, so two copies of one image in an epoch differ,
+and nothing depends on thread, worker, rank or history. The generator is Philox4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = seed, counter = (slot, epoch,
+op, k // 4), and draw k is output word k % 4.
 
-All functions are numba kernels that Python may call too; they release nothing and keep no state. No fastmath: the
-same address gives the same bits wherever IEEE arithmetic and the platform's log/exp/sqrt are the same.
+All functions are numba kernels that Python may call too; they release nothing and keep no state. No
+fastmath: the same address gives the same bits wherever IEEE arithmetic and the platform's
+log/exp/sqrt are the same.
 """
+
 import math
 
 import numpy as np
 from numba import int64, njit, uint32, uint64
 
-# The op of an address. A number is never reused for another purpose: that would change every recorded run.
+# The op of an address. A number is never reused for another purpose: that would change every
+# recorded run.
 ORDER, CROP, FLIP, RAND_AUGMENT, MIX, ERASE, NOISE, STORE, INIT, DROP, JITTER, WINDOW = range(12)
 
 
@@ -24,8 +28,12 @@ def philox(seed, epoch, slot, op, block):
     for _ in range(10):
         p0 = uint64(0xD2511F53) * uint64(c0)
         p1 = uint64(0xCD9E8D57) * uint64(c2)
-        c0, c1, c2, c3 = (uint32(p1 >> uint64(32)) ^ c1 ^ k0, uint32(p1),
-                          uint32(p0 >> uint64(32)) ^ c3 ^ k1, uint32(p0))
+        c0, c1, c2, c3 = (
+            uint32(p1 >> uint64(32)) ^ c1 ^ k0,
+            uint32(p1),
+            uint32(p0 >> uint64(32)) ^ c3 ^ k1,
+            uint32(p0),
+        )
         k0 = uint32(k0 + uint32(0x9E3779B9))
         k1 = uint32(k1 + uint32(0xBB67AE85))
     return c0, c1, c2, c3
@@ -42,7 +50,7 @@ def word(seed, epoch, slot, op, k):
 @njit(cache=True, nogil=True)
 def uniform(seed, epoch, slot, op, k):
     """Draw k as a float64 in [0, 1), a multiple of 2**-32."""
-    return word(seed, epoch, slot, op, k) * 2.0 ** -32
+    return word(seed, epoch, slot, op, k) * 2.0**-32
 
 
 @njit(cache=True, nogil=True)
@@ -54,29 +62,33 @@ def below(seed, epoch, slot, op, k, n):
 @njit(cache=True, nogil=True)
 def normal(seed, epoch, slot, op, k):
     """A standard normal float64 from draws k and k + 1 (Box-Muller)."""
-    u = (word(seed, epoch, slot, op, k) + 1.0) * 2.0 ** -32  # (0, 1]: its log is finite
-    return math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * uniform(seed, epoch, slot, op, k + 1))
+    u = (word(seed, epoch, slot, op, k) + 1.0) * 2.0**-32  # (0, 1]: its log is finite
+    return math.sqrt(-2.0 * math.log(u)) * math.cos(
+        2.0 * math.pi * uniform(seed, epoch, slot, op, k + 1)
+    )
 
 
 @njit(cache=True, nogil=True)
 def log_gamma_variate(seed, epoch, slot, op, k, shape):
-    """(log of a Gamma(shape, 1) variate, first unused k). shape > 0. Marsaglia & Tsang 2000, boosted below 1.
+    """(log of a Gamma(shape, 1) variate, first unused k). shape > 0. Marsaglia & Tsang 2000,
+    boosted below 1.
 
-    The log is returned because a Gamma(0.1) variate underflows float64 often enough to make 0 / 0 in a beta.
+    The log is returned because a Gamma(0.1) variate underflows float64 often enough to make 0 / 0
+    in a beta.
     """
     boosted = shape if shape >= 1.0 else shape + 1.0
     d = boosted - 1.0 / 3.0
     c = 1.0 / math.sqrt(9.0 * d)
     while True:
         x = normal(seed, epoch, slot, op, k)
-        u = (word(seed, epoch, slot, op, k + 2) + 1.0) * 2.0 ** -32
+        u = (word(seed, epoch, slot, op, k + 2) + 1.0) * 2.0**-32
         k += 3
         v = (1.0 + c * x) ** 3
         if v > 0.0 and math.log(u) < 0.5 * x * x + d - d * v + d * math.log(v):
             break
     result = math.log(d * v)
     if shape < 1.0:
-        result += math.log((word(seed, epoch, slot, op, k) + 1.0) * 2.0 ** -32) / shape
+        result += math.log((word(seed, epoch, slot, op, k) + 1.0) * 2.0**-32) / shape
         k += 1
     return result, k
 
@@ -100,6 +112,7 @@ def words64(seed, epoch, op, count):
 
 
 def torch_seed(seed: int, epoch: int, slot: int, op: int) -> int:
-    """A 63-bit seed for a torch.Generator that fills a tensor (noise, stochastic depth) at one address."""
+    """A 63-bit seed for a torch.Generator that fills a tensor (noise, stochastic depth) at one
+    address."""
     high, low, _, _ = philox(seed, epoch, slot, op, 0)
-    return (int(high) << 32 | int(low)) & (2 ** 63 - 1)
+    return (int(high) << 32 | int(low)) & (2**63 - 1)

@@ -1,8 +1,10 @@
 """The compiled core (`csrc/`): its data structures as numpy dtypes, its functions through ctypes.
 
-`setup.py` builds it into one shared library beside this file, without a line of Python's C interface in it. A call
-releases the interpreter lock. `csrc/rsb.h` says what each structure and function means.
+`setup.py` builds it into one shared library beside this file, without a line of Python's C
+interface in it. A call releases the interpreter lock. `csrc/rsb.h` says what each structure and
+function means.
 """
+
 import ctypes
 import threading
 from pathlib import Path
@@ -11,43 +13,92 @@ import numpy as np
 
 from rsb_ffcv import InputError
 
-SAMPLE = np.dtype([("pointer", "<u8"), ("size", "<u8"), ("checksum", "<u8"), ("box", "<f8", 4), ("height", "<i4"),
-                   ("width", "<i4"), ("entry_bytes", "<u4"), ("raw", "u1"), ("verify", "u1"), ("filter", "u1"), ("flip", "u1"),
-                   ("rows_first", "u1")], align=True)
-LAYER = np.dtype([("op", "<i4"), ("filter", "u1"), ("fill", "u1", 3), ("argument", "<f8", 6)], align=True)
+SAMPLE = np.dtype(
+    [
+        ("pointer", "<u8"),
+        ("size", "<u8"),
+        ("checksum", "<u8"),
+        ("box", "<f8", 4),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("entry_bytes", "<u4"),
+        ("raw", "u1"),
+        ("verify", "u1"),
+        ("filter", "u1"),
+        ("flip", "u1"),
+        ("rows_first", "u1"),
+    ],
+    align=True,
+)
+LAYER = np.dtype(
+    [("op", "<i4"), ("filter", "u1"), ("fill", "u1", 3), ("argument", "<f8", 6)], align=True
+)
 STEP = np.dtype([("kernel", "<u8"), ("draws", "<u8"), ("stride", "<i8")], align=True)
 
 # ops of `augment`, numbered as in csrc/rsb.h
-(IDENTITY, AUTOCONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, BLUR,
- HUE, AFFINE) = range(14)
+(
+    IDENTITY,
+    AUTOCONTRAST,
+    EQUALIZE,
+    INVERT,
+    POSTERIZE,
+    SOLARIZE,
+    SOLARIZE_ADD,
+    COLOR,
+    CONTRAST,
+    BRIGHTNESS,
+    SHARPNESS,
+    BLUR,
+    HUE,
+    AFFINE,
+) = range(14)
 BILINEAR, BICUBIC = 0, 1
 
 RUNNING = -2
-STATUS = {1: "is not a decodable JPEG", 2: "has other sides than the file's metadata says",
-          3: "is damaged: its bytes do not match their checksum", 4: "cannot be read: the file ends or fails there",
-          5: "has colours that are neither grey nor RGB", 6: "has more than 2 ** 28 pixels", 7: "needs more memory than there is",
-          8: "was given parameters outside its range"}
+STATUS = {
+    1: "is not a decodable JPEG",
+    2: "has other sides than the file's metadata says",
+    3: "is damaged: its bytes do not match their checksum",
+    4: "cannot be read: the file ends or fails there",
+    5: "has colours that are neither grey nor RGB",
+    6: "has more than 2 ** 28 pixels",
+    7: "needs more memory than there is",
+    8: "was given parameters outside its range",
+}
 NO_MEMORY = 7
 DAMAGE = {1, 2, 3, 4, 5, 6}  # of these, what lies in the file
 
 
 def reason(status: int) -> str:
-    """What a status says of a sample; numbers that are none of the core's come from somebody's own operation."""
+    """What a status says of a sample; numbers that are none of the core's come from somebody's own
+    operation."""
     return STATUS.get(int(status), f"was refused by an operation, with status {status}")
 
 
 class Job(ctypes.Structure):
     """One batch for the pool; every pointer must outlive its work."""
-    _fields_ = [(name, ctypes.c_int32) for name in ("file", "rows", "height", "width", "num_steps")] + [
-        ("decoder", ctypes.c_void_p), ("samples", ctypes.c_void_p), ("steps", ctypes.c_void_p), ("out", ctypes.c_void_p), ("status", ctypes.c_void_p),
-        ("next", ctypes.c_int32), ("done", ctypes.c_int32), ("after", ctypes.c_void_p)]
+
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("file", "rows", "height", "width", "num_steps")
+    ] + [
+        ("decoder", ctypes.c_void_p),
+        ("samples", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("status", ctypes.c_void_p),
+        ("next", ctypes.c_int32),
+        ("done", ctypes.c_int32),
+        ("after", ctypes.c_void_p),
+    ]
 
 
 def _find() -> Path:
     folder = Path(__file__).parent
     for path in sorted(folder.glob("_native*.so")):
         return path
-    raise InputError(f"{folder}: the compiled core is missing; build it with `make set-up` or `pip install .`")
+    raise InputError(
+        f"{folder}: the compiled core is missing; build it with `make set-up` or `pip install .`"
+    )
 
 
 def bind(path) -> ctypes.CDLL:
@@ -55,24 +106,38 @@ def bind(path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be loaded ({error}); install libturbojpeg, or build it again with `make`") from error
+        raise InputError(
+            f"{path}: cannot be loaded ({error}); install libturbojpeg, or build it again with "
+            f"`make`"
+        ) from error
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for name, result, *arguments in (
-            ("rsb_pool_new", pointer, integer), ("rsb_pool_stop", None, pointer), ("rsb_pool_free", None, pointer),
-            ("rsb_pool_submit", None, pointer, pointer, integer), ("rsb_pool_progress", ctypes.c_uint64, pointer), ("rsb_pool_wait", integer, pointer, pointer, integer),
-            ("rsb_pool_cancel", None, pointer, pointer), ("rsb_checksum", ctypes.c_uint64, pointer, size),
-            ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer), ("rsb_jpeg_check", integer, pointer, size, pointer),
-            ("rsb_scratch_new", pointer), ("rsb_scratch_free", None, pointer),
-            ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
-            ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
-            ("rsb_augment", integer, pointer, integer, integer, pointer, pointer)):
+        ("rsb_pool_new", pointer, integer),
+        ("rsb_pool_stop", None, pointer),
+        ("rsb_pool_free", None, pointer),
+        ("rsb_pool_submit", None, pointer, pointer, integer),
+        ("rsb_pool_progress", ctypes.c_uint64, pointer),
+        ("rsb_pool_wait", integer, pointer, pointer, integer),
+        ("rsb_pool_cancel", None, pointer, pointer),
+        ("rsb_checksum", ctypes.c_uint64, pointer, size),
+        ("rsb_jpeg_entries", size, pointer, size, pointer, size, pointer),
+        ("rsb_jpeg_check", integer, pointer, size, pointer),
+        ("rsb_scratch_new", pointer),
+        ("rsb_scratch_free", None, pointer),
+        ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
+        ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
+        ("rsb_augment", integer, pointer, integer, integer, pointer, pointer),
+    ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
 
 
 library = bind(_find())
-DECODE, AUGMENT = (ctypes.cast(function, ctypes.c_void_p).value for function in (library.rsb_load, library.rsb_augment))
+DECODE, AUGMENT = (
+    ctypes.cast(function, ctypes.c_void_p).value
+    for function in (library.rsb_load, library.rsb_augment)
+)
 
 
 class _Scratch:
@@ -86,9 +151,13 @@ class _Scratch:
 
 
 class _OfThread(threading.local):
-    def __init__(self):  # called in each thread that asks for an attribute; what it holds dies with the thread
+    def __init__(
+        self,
+    ):  # called in each thread that asks for an attribute; what it holds dies with the thread
         self.scratch = _Scratch()
-        self.scratch_of_entries = _Scratch()  # a second one: Huffman tables are kept from image to image, and what was just
+        self.scratch_of_entries = (
+            _Scratch()
+        )  # a second one: Huffman tables are kept from image to image, and what was just
         # encoded has others than what was decoded for it
 
 
@@ -101,39 +170,62 @@ def checksum(data) -> int:
 
 
 def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The entry points (uint8, see csrc/jpeg.c) that let the decoder reach a window of this JPEG (uint8 bytes; sides in
-    pixels) without reading all that comes before it; none for a kind of JPEG that has no use for them, or a damaged one."""
+    """The entry points (uint8, see csrc/jpeg.c) that let the decoder reach a window of this JPEG
+    (uint8 bytes; sides in pixels) without reading all that comes before it; none for a kind of JPEG
+    that has no use for them, or a damaged one."""
     room = np.empty(10 * -(-height // 8) * -(-width // 64), np.uint8)
-    used = library.rsb_jpeg_entries(jpeg.ctypes.data, jpeg.nbytes, room.ctypes.data, room.nbytes, _thread.scratch_of_entries.pointer)
+    used = library.rsb_jpeg_entries(
+        jpeg.ctypes.data,
+        jpeg.nbytes,
+        room.ctypes.data,
+        room.nbytes,
+        _thread.scratch_of_entries.pointer,
+    )
     return room[:used].copy()
 
 
 def load(file: int, sample, height: int, width: int) -> np.ndarray:
-    """The image of one SAMPLE record of an open file, (height, width, 3) uint8. Raises ValueError with the reason where
-    it cannot be read. What the loader's threads do for each row of a batch."""
+    """The image of one SAMPLE record of an open file, (height, width, 3) uint8. Raises ValueError
+    with the reason where it cannot be read. What the loader's threads do for each row of a batch.
+    """
     image, sample = np.empty((height, width, 3), np.uint8), np.array(sample, SAMPLE)
     _run(library.rsb_load, file, sample.ctypes.data, image.ctypes.data, height, width)
     return image
 
 
 def check_jpeg(data: np.ndarray):
-    """Raises ValueError with the reason where a JPEG of any colours (uint8 bytes) does not decode to its end without a warning."""
+    """Raises ValueError with the reason where a JPEG of any colours (uint8 bytes) does not decode
+    to its end without a warning."""
     _run(library.rsb_jpeg_check, data.ctypes.data, data.nbytes)
 
 
 def resized(data: np.ndarray, height: int, width: int, to_height: int, to_width: int) -> np.ndarray:
-    """(to_height, to_width, 3) uint8 of a whole image of height x width pixels, by Pillow's antialiased bicubic filter.
-    data: its JPEG (uint8 bytes), or its pixels (height, width, 3). Raises ValueError with the reason where it cannot be decoded."""
+    """(to_height, to_width, 3) uint8 of a whole image of height x width pixels, by Pillow's
+    antialiased bicubic filter. data: its JPEG (uint8 bytes), or its pixels (height, width, 3).
+    Raises ValueError with the reason where it cannot be decoded."""
     sample = np.zeros(1, SAMPLE)
-    sample["size"], sample["height"], sample["width"], sample["raw"] = data.nbytes, height, width, data.ndim == 3
+    sample["size"], sample["height"], sample["width"], sample["raw"] = (
+        data.nbytes,
+        height,
+        width,
+        data.ndim == 3,
+    )
     sample["box"], sample["filter"] = (0, 0, height, width), BICUBIC
     image, data = np.empty((to_height, to_width, 3), np.uint8), np.ascontiguousarray(data)
-    _run(library.rsb_decode, data.ctypes.data, sample.ctypes.data, image.ctypes.data, to_height, to_width)
+    _run(
+        library.rsb_decode,
+        data.ctypes.data,
+        sample.ctypes.data,
+        image.ctypes.data,
+        to_height,
+        to_width,
+    )
     return image
 
 
 def augment(image: np.ndarray, layer) -> np.ndarray:
-    """One (H, W, 3) uint8 image through one LAYER record: a new array. What the loader's threads do in place."""
+    """One (H, W, 3) uint8 image through one LAYER record: a new array. What the loader's threads do
+    in place."""
     image, layer = np.array(image, np.uint8, order="C"), np.array(layer, LAYER)
     _run(library.rsb_augment, image.ctypes.data, *image.shape[:2], layer.ctypes.data)
     return image

@@ -1,4 +1,6 @@
-"""What a run leaves behind for people and programs: one JSON line an epoch, curves, and a closing table."""
+"""What a run leaves behind for people and programs: one JSON line an epoch, curves, and a closing
+table."""
+
 import io
 import json
 from pathlib import Path
@@ -10,8 +12,8 @@ MEND = "free space or choose another logging.folder"
 
 
 def write_metrics(folder: Path, rows: list[dict]):
-    """Replaces the log by `rows`, one JSON line each. At most some hundred lines: rewriting them keeps the file whole
-    whenever a run is killed."""
+    """Replaces the log by `rows`, one JSON line each. At most some hundred lines: rewriting them
+    keeps the file whole whenever a run is killed."""
     with atomic_file(folder / METRICS, MEND) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -43,9 +45,14 @@ def draw_curves(rows: list[dict], path: Path):
             accuracy.plot(*zip(*points), marker=".", label=label)
     accuracy.set(xlabel="epoch", ylabel="top-1, %", title="validation accuracy")
     accuracy.legend()
-    for kind in dict.fromkeys(row["loss"] for row in rows):  # values of two losses do not belong on one line
-        loss.plot(*zip(*[(row["epoch"] + 1, row["train_loss"]) for row in rows if row["loss"] == kind]), marker=".",
-                  label={"bce": "binary cross-entropy", "ce": "cross-entropy"}[kind])
+    for kind in dict.fromkeys(
+        row["loss"] for row in rows
+    ):  # values of two losses do not belong on one line
+        loss.plot(
+            *zip(*[(row["epoch"] + 1, row["train_loss"]) for row in rows if row["loss"] == kind]),
+            marker=".",
+            label={"bce": "binary cross-entropy", "ce": "cross-entropy"}[kind],
+        )
     loss.set(xlabel="epoch", title="training loss")
     loss.legend()
     rate.plot(epochs, [row["lr"] for row in rows], marker=".")

@@ -1,4 +1,5 @@
 """The trainer, its checkpoints, evaluation, and the processes it runs in."""
+
 import os
 import signal
 import socket
@@ -10,22 +11,32 @@ from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
 
 def run(config: TrainConfig):
-    """Trains (or evaluates) as `config` says: in this process, in torchrun's, or in processes started here.
+    """Trains (or evaluates) as `config` says: in this process, in torchrun's, or in processes
+    started here.
 
-    Ends with SystemExit(75) where SIGTERM or SIGUSR1 asked for it: the run is saved, and the same command continues it.
+    Ends with SystemExit(75) where SIGTERM or SIGUSR1 asked for it: the run is saved, and the same
+    command continues it.
     """
-    # Before torch is imported, here or in a child: where a process is lost one line says so, and torch's store would add C++ stacks
+    # Before torch is imported, here or in a child: where a process is lost one line says so, and
+    # torch's store would add C++ stacks
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
-    interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)  # before the imports, and whatever else takes its time
+    interrupt = Interrupt(
+        forwarded="WORLD_SIZE" in os.environ
+    )  # before the imports, and whatever else takes its time
     try:
         from rsb_ffcv.training.compute import first_to_say, wait_for_others, within_memory
         from rsb_ffcv.training.trainer import Trainer
 
         try:
-            with within_memory(f"model.arch={config.model.arch}", "choose a smaller model, or see what else uses the memory"), \
-                    Trainer(config, interrupt) as trainer:
+            with (
+                within_memory(
+                    f"model.arch={config.model.arch}",
+                    "choose a smaller model, or see what else uses the memory",
+                ),
+                Trainer(config, interrupt) as trainer,
+            ):
                 trainer.evaluate_only() if config.training.eval_only else trainer.fit()
         except InputError as error:
             said = first_to_say(str(error))  # what is wrong on all processes is told by one
@@ -42,13 +53,17 @@ def _spawn(config: TrainConfig):
     try:
         socket.create_server((config.dist.address, config.dist.port)).close()
     except OSError as error:
-        raise InputError(f"dist.address={config.dist.address}, dist.port={config.dist.port}: cannot be used "
-                         f"({error.strerror}); give this machine's address (localhost) and a free port") from error
+        raise InputError(
+            f"dist.address={config.dist.address}, dist.port={config.dist.port}: cannot be used "
+            f"({error.strerror}); give this machine's address (localhost) and a free port"
+        ) from error
     children = []
     received = hand_on(children)
     from torch import multiprocessing
 
-    processes = multiprocessing.spawn(_child, args=(config,), nprocs=config.dist.world_size, join=False)
+    processes = multiprocessing.spawn(
+        _child, args=(config,), nprocs=config.dist.world_size, join=False
+    )
     children += processes.pids()
     if received:  # before there was anybody to hand it to
         signal.raise_signal(received[0])
@@ -56,15 +71,20 @@ def _spawn(config: TrainConfig):
         while not processes.join():
             pass
     except multiprocessing.ProcessExitedException as error:
-        # A child that a signal ended had not begun: nothing is lost, and the job is to be started again
+        # A child that a signal ended had not begun: nothing is lost, and the job is to be started
+        # again
         if error.exit_code == REQUEUE or any(error.exit_code == -number for number in received):
             raise SystemExit(REQUEUE) from None
-        raise InputError(f"process {error.error_index} of {config.dist.world_size} ended ({error}); its own message is "
-                         f"above") from error
+        raise InputError(
+            f"process {error.error_index} of {config.dist.world_size} ended ({error}); its own "
+            f"message is "
+            f"above"
+        ) from error
 
 
 def hand_on(children: list[int]) -> list[signal.Signals]:
-    """From now on, requests to end go to the processes of `children`, which may grow. Returns the list of those received."""
+    """From now on, requests to end go to the processes of `children`, which may grow. Returns the
+    list of those received."""
     received = []
 
     def forward(number, _frame):
@@ -79,8 +99,14 @@ def hand_on(children: list[int]) -> list[signal.Signals]:
 
 
 def _child(rank: int, config: TrainConfig):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.dist.world_size),
-                      LOCAL_WORLD_SIZE=str(config.dist.world_size), MASTER_ADDR=config.dist.address, MASTER_PORT=str(config.dist.port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(config.dist.world_size),
+        LOCAL_WORLD_SIZE=str(config.dist.world_size),
+        MASTER_ADDR=config.dist.address,
+        MASTER_PORT=str(config.dist.port),
+    )
     status = exit_status(run, config)
     if status:
         raise SystemExit(status)

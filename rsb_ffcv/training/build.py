@@ -1,4 +1,6 @@
-"""The parts of a run, each made from its section of the config; what does not fit together is refused by name."""
+"""The parts of a run, each made from its section of the config; what does not fit together is
+refused by name."""
+
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +21,52 @@ from rsb_ffcv.training.compute import Compute
 def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoader:
     a = c.augment
     return TrainLoader(
-        c.data.train_dataset, batch_size=c.training.batch_size, global_batch=c.training.global_batch,
-        resolution=c.resolution.min_res, seed=c.training.seed, scale=(a.scale_min, a.scale_max), flip_prob=a.hflip,
-        rand_augment=a.rand_augment, color_jitter=(a.color_jitter,) * 3 + (0.0,), interpolation=a.interpolation,
-        repeats=a.repeats, order=c.data.order, on_bad_sample=c.data.on_bad_sample, num_workers=num_workers,
-        rank=compute.rank, world_size=compute.world_size, device=compute.device)
+        c.data.train_dataset,
+        batch_size=c.training.batch_size,
+        global_batch=c.training.global_batch,
+        resolution=c.resolution.min_res,
+        seed=c.training.seed,
+        scale=(a.scale_min, a.scale_max),
+        flip_prob=a.hflip,
+        rand_augment=a.rand_augment,
+        color_jitter=(a.color_jitter,) * 3 + (0.0,),
+        interpolation=a.interpolation,
+        repeats=a.repeats,
+        order=c.data.order,
+        on_bad_sample=c.data.on_bad_sample,
+        num_workers=num_workers,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        device=compute.device,
+    )
 
 
 def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader:
-    return EvalLoader(c.data.val_dataset, batch_size=c.validation.batch_size, resolution=c.validation.resolution,
-                      crop_ratio=c.validation.crop_ratio, interpolation=c.validation.interpolation, num_workers=num_workers,
-                      rank=compute.rank, world_size=compute.world_size, device=compute.device)
+    return EvalLoader(
+        c.data.val_dataset,
+        batch_size=c.validation.batch_size,
+        resolution=c.validation.resolution,
+        crop_ratio=c.validation.crop_ratio,
+        interpolation=c.validation.interpolation,
+        num_workers=num_workers,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        device=compute.device,
+    )
 
 
 def batch_transform(c: TrainConfig) -> BatchTransform:
-    return BatchTransform(c.training.seed, c.mix.mixup, c.mix.cutmix, c.mix.prob, c.mix.switch_prob, c.augment.erase_prob,
-                          c.augment.erase_mode, (c.augment.erase_min, c.augment.erase_max), mode=c.mix.mode)
+    return BatchTransform(
+        c.training.seed,
+        c.mix.mixup,
+        c.mix.cutmix,
+        c.mix.prob,
+        c.mix.switch_prob,
+        c.augment.erase_prob,
+        c.augment.erase_mode,
+        (c.augment.erase_min, c.augment.erase_max),
+        mode=c.mix.mode,
+    )
 
 
 def resolution(c: TrainConfig, epoch: int) -> int:
@@ -44,57 +76,104 @@ def resolution(c: TrainConfig, epoch: int) -> int:
         return r.min_res
     if epoch >= r.end_ramp:
         return r.max_res
-    between = int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32)) * 32
+    between = (
+        int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32))
+        * 32
+    )
     return min(max(between, r.min_res), r.max_res)
 
 
 def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
-    """The number of classes. Raises InputError where the two files do not fit the recipe or each other."""
+    """The number of classes. Raises InputError where the two files do not fit the recipe or each
+    other."""
     wanted = c.model.num_classes
     if wanted and train.num_classes != wanted:
-        raise InputError(f"model.num_classes={wanted}: data.train_dataset={train.path} has {train.num_classes} classes; correct one of "
-                         f"them")
+        raise InputError(
+            f"model.num_classes={wanted}: data.train_dataset={train.path} has {train.num_classes} "
+            f"classes; correct one of "
+            f"them"
+        )
     if val.num_classes > train.num_classes:
-        raise InputError(f"data.val_dataset={val.path}: has {val.num_classes} classes, the training file has "
-                         f"{train.num_classes}; write both from the same list of classes")
+        raise InputError(
+            f"data.val_dataset={val.path}: has {val.num_classes} classes, the training file has "
+            f"{train.num_classes}; write both from the same list of classes"
+        )
     if train.about and val.about:
         for label, (ours, theirs) in enumerate(zip(train.about.classes, val.about.classes)):
             if ours != theirs:
-                raise InputError(f"data.val_dataset={val.path}: its class {label} is '{theirs}', and that of {train.path} is '{ours}'; "
-                                 f"write both from the same list of classes")
+                raise InputError(
+                    f"data.val_dataset={val.path}: its class {label} is '{theirs}', and that of "
+                    f"{train.path} is '{ours}'; "
+                    f"write both from the same list of classes"
+                )
         if train.about.source.get("split") == "val" and val.about.source.get("split") == "train":
-            raise InputError(f"data.train_dataset={train.path} was written from the split val, and data.val_dataset={val.path} from "
-                             f"train; exchange them")
-    sides = {"resolution.max_res": (train, c.resolution.max_res), "validation.resolution": (val, c.validation.resolution)}
+            raise InputError(
+                f"data.train_dataset={train.path} was written from the split val, and "
+                f"data.val_dataset={val.path} from "
+                f"train; exchange them"
+            )
+    sides = {
+        "resolution.max_res": (train, c.resolution.max_res),
+        "validation.resolution": (val, c.validation.resolution),
+    }
     for option, (file, side) in sides.items():
         largest = file.about.settings.get("max_resolution", 0) if file.about else 0
         if 0 < largest < side:
-            raise InputError(f"{option}={side}: the images of {file.path} were shrunk to cfg.max_resolution={largest} when it was "
-                             f"written, and would be enlarged; write it with {side} or more, or lower {option}")
+            raise InputError(
+                f"{option}={side}: the images of {file.path} were shrunk to "
+                f"cfg.max_resolution={largest} when it was "
+                f"written, and would be enlarged; write it with {side} or more, or lower {option}"
+            )
     return train.num_classes
 
 
 def schedule(c: TrainConfig, steps_per_epoch: int) -> Schedule:
     made = Schedule(
-        c.lr.lr_schedule_type, c.lr.lr, c.training.epochs, steps_per_epoch, c.lr.warmup_epochs, c.lr.warmup_lr, c.lr.min_lr,
-        c.lr.lr_peak_epoch, c.lr.step_ratio, c.lr.step_length, c.lr.power, c.swa.epochs, c.swa.lr, c.swa.anneal_epochs)
+        c.lr.lr_schedule_type,
+        c.lr.lr,
+        c.training.epochs,
+        steps_per_epoch,
+        c.lr.warmup_epochs,
+        c.lr.warmup_lr,
+        c.lr.min_lr,
+        c.lr.lr_peak_epoch,
+        c.lr.step_ratio,
+        c.lr.step_length,
+        c.lr.power,
+        c.swa.epochs,
+        c.swa.lr,
+        c.swa.anneal_epochs,
+    )
     if c.swa.epochs and c.swa.lr > made.before_swa:
-        raise InputError(f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought to "
-                         f"{made.before_swa:.3g} by then; lower it")
+        raise InputError(
+            f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought "
+            f"to "
+            f"{made.before_swa:.3g} by then; lower it"
+        )
     return made
 
 
 def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torch.nn.Module:
     """new: with the weights that a run begins from; otherwise a checkpoint's come later."""
     torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
-    made = build_model(c.model.arch, num_classes, pretrained=c.model.pretrained and new, drop_path=c.model.drop_path,
-                       zero_init_last=c.model.zero_init_last, blurpool=c.training.use_blurpool, mean=MEAN)
+    made = build_model(
+        c.model.arch,
+        num_classes,
+        pretrained=c.model.pretrained and new,
+        drop_path=c.model.drop_path,
+        zero_init_last=c.model.zero_init_last,
+        blurpool=c.training.use_blurpool,
+        mean=MEAN,
+    )
     if c.checkpoint.warm_start and new:
         checkpoint.load_weights(made, Path(c.checkpoint.warm_start), c.checkpoint.warm_start_from)
     sizes = {}
-    for side, option in ((c.resolution.min_res, "resolution.min_res"), (c.resolution.max_res, "resolution.max_res"),
-                         (c.validation.resolution, "validation.resolution"),
-                         *((resolution(c, epoch), "resolution.end_ramp") for epoch in range(c.training.epochs))):
+    for side, option in (
+        (c.resolution.min_res, "resolution.min_res"),
+        (c.resolution.max_res, "resolution.max_res"),
+        (c.validation.resolution, "validation.resolution"),
+        *((resolution(c, epoch), "resolution.end_ramp") for epoch in range(c.training.epochs)),
+    ):
         sizes.setdefault(side, option)
     for side, option in sizes.items():
         check_input_size(made, c.model.arch, option, side)

@@ -1,4 +1,6 @@
-"""Which device, precision, compiler and processes a run uses: decided once, said in the first lines of output."""
+"""Which device, precision, compiler and processes a run uses: decided once, said in the first lines
+of output."""
+
 import gc
 import math
 import os
@@ -18,10 +20,19 @@ import torch.distributed as dist
 
 from rsb_ffcv import InputError, first_line, warn
 
-_stores = []  # of the process group: what processes can still tell each other when its collectives fail
-COLLECTIVE_SECONDS = 1800  # of collectives on both sides, where no process is silent: one may read a large file meanwhile
-# Of errors that torch does not raise as OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN, and the driver
-OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed", "cuda error: out of memory")
+# of the process group: what processes can still tell each other when its collectives fail
+_stores = []
+# of collectives on both sides, where no process is silent: one may read a large file meanwhile
+COLLECTIVE_SECONDS = 1800
+# Of errors that torch does not raise as OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN,
+# and the driver
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "cuda error: out of memory",
+)
 MEETING_SECONDS = 600  # between the first and the last process of a job to be ready
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -29,6 +40,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Compute:
     """Where and how this process computes. rank and world_size are those of the whole job."""
+
     device: torch.device
     precision: str
     compile: bool
@@ -53,45 +65,68 @@ class Compute:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def loader_threads(self, asked: int | str) -> int:
-        """What data.num_workers asks for. More than there are cores: a warning with the right number."""
+        """What data.num_workers asks for. More than there are cores: a warning with the right
+        number."""
         cores = available_cores()
         fitting = max(1, cores // self.local_world_size)
         if asked == "auto":
             return fitting
         if self.is_main and asked * self.local_world_size > cores:
-            warn(f"data.num_workers={asked}: with {self.local_world_size} process{'es' if self.local_world_size > 1 else ''} on this machine "
-                 f"these are {asked * self.local_world_size} threads for {cores} cores; data.num_workers={fitting} (or auto) fits")
+            warn(
+                f"data.num_workers={asked}: with {self.local_world_size} "
+                f"process{'es' if self.local_world_size > 1 else ''} on this machine "
+                f"these are {asked * self.local_world_size} threads for {cores} cores; "
+                f"data.num_workers={fitting} (or auto) fits"
+            )
         return asked
 
     def peak_memory_mb(self) -> float:
         """Of the device on CUDA, else of this process."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2 ** 20
-        return getrusage(RUSAGE_SELF).ru_maxrss / 2 ** 10
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return getrusage(RUSAGE_SELF).ru_maxrss / 2**10
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \
-            f"CPU, {torch.get_num_threads()} threads"
-        return (f"device {self.device.type} ({name}), precision {self.precision}, compile {'on' if self.compile else 'off'}, "
-                f"channels_last {'on' if self.channels_last else 'off'}, {self.world_size} process"
-                f"{'es' if self.world_size > 1 else ''}, torch {torch.__version__}")
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        return (
+            f"device {self.device.type} ({name}), precision {self.precision}, compile "
+            f"{'on' if self.compile else 'off'}, "
+            f"channels_last {'on' if self.channels_last else 'off'}, {self.world_size} process"
+            f"{'es' if self.world_size > 1 else ''}, torch {torch.__version__}"
+        )
 
 
-def set_up(device: str, precision: str, compile: str, channels_last: bool, threads: int, timeout_s: float = 120.0) -> Compute:
-    """Chooses what is "auto" and joins the process group that torchrun's environment describes, if there is one.
+def set_up(
+    device: str,
+    precision: str,
+    compile: str,
+    channels_last: bool,
+    threads: int,
+    timeout_s: float = 120.0,
+) -> Compute:
+    """Chooses what is "auto" and joins the process group that torchrun's environment describes, if
+    there is one.
 
-    timeout_s: seconds after which a silent process is given up (see processes.Heartbeat).
-    Raises InputError where CUDA or a precision is asked for that this machine lacks, where it has a CUDA device that torch cannot use,
-    and where the environment describes a job only in part.
+    timeout_s: seconds after which a silent process is given up (see processes.Heartbeat). Raises
+    InputError where CUDA or a precision is asked for that this machine lacks, where it has a CUDA
+    device that torch cannot use, and where the environment describes a job only in part.
     """
     rank, world_size, local_rank, local_world_size = _place_in_job()
     wrong = ""
     if device != "cpu" and not torch.cuda.is_available():
         there = nvidia_devices()
         if there:
-            wrong = (f"compute.device={device}: this machine has {there}, and torch {torch.__version__} cannot use it ({_why_no_cuda()}); "
-                     f"install a driver or a torch that fit each other (https://pytorch.org/get-started), or train on the CPU by "
-                     f"compute.device=cpu")
+            wrong = (
+                f"compute.device={device}: this machine has {there}, and torch {torch.__version__} "
+                f"cannot use it ({_why_no_cuda()}); "
+                f"install a driver or a torch that fit each other "
+                f"(https://pytorch.org/get-started), or train on the CPU by "
+                f"compute.device=cpu"
+            )
         elif device == "cuda":
             wrong = "compute.device=cuda: this machine has no usable CUDA device; use compute.device=auto or cpu"
         device = "cpu"
@@ -101,54 +136,107 @@ def set_up(device: str, precision: str, compile: str, channels_last: bool, threa
         chosen = torch.device("cuda", own_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # torchrun sets it to 1 unless the user did
-    torch.set_num_threads(threads or (int(asked) if asked.isdigit() and asked != "0" else
-                          max(1, available_cores() // local_world_size)))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[
+        0
+    ]  # torchrun sets it to 1 unless the user did
+    torch.set_num_threads(
+        threads
+        or (
+            int(asked)
+            if asked.isdigit() and asked != "0"
+            else max(1, available_cores() // local_world_size)
+        )
+    )
     if precision == "auto":
-        precision = "fp16" if kind == "cuda" else "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        precision = (
+            "fp16"
+            if kind == "cuda"
+            else "bf16"
+            if torch.cpu._is_avx512_bf16_supported()
+            else "fp32"
+        )
     if precision == "fp16" and kind == "cpu":
-        wrong = wrong or "compute.precision=fp16: the CPU trains in fp32 or bf16; use compute.precision=auto"
+        wrong = (
+            wrong
+            or "compute.precision=fp16: the CPU trains in fp32 or bf16; use compute.precision=auto"
+        )
     if world_size > 1 and not dist.is_initialized():
         try:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS)))
+            store, rank, world_size = next(
+                dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))
+            )
             store = _own_part(store, rank, world_size)
-            _stores.append(store.clone())  # a connection of its own: a collective that waits holds the other one
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
-                                    timeout=timedelta(seconds=max(COLLECTIVE_SECONDS, 2 * timeout_s)))
+            _stores.append(
+                store.clone()
+            )  # a connection of its own: a collective that waits holds the other one
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=max(COLLECTIVE_SECONDS, 2 * timeout_s)),
+            )
         except (dist.DistError, OSError) as error:
-            raise InputError(f"process {rank} of {world_size} cannot meet the others at {os.environ.get('MASTER_ADDR')}:"
-                             f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); give an address and a free port that all "
-                             f"of them reach") from error
+            raise InputError(
+                f"process {rank} of {world_size} cannot meet the others at "
+                f"{os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); give an address and a "
+                f"free port that all "
+                f"of them reach"
+            ) from error
     if wrong:  # told after the processes have met, so that one of them can speak for all
         raise InputError(wrong)
     here = socket.gethostname(), _device_id(chosen)
     places = gather([here])
     check_devices(places)
-    return Compute(chosen, precision, {"0": False, "1": True}.get(compile, kind == "cuda"), channels_last,
-                   rank, world_size, local_world_size, tuple(host for host, _ in places))
+    return Compute(
+        chosen,
+        precision,
+        {"0": False, "1": True}.get(compile, kind == "cuda"),
+        channels_last,
+        rank,
+        world_size,
+        local_world_size,
+        tuple(host for host, _ in places),
+    )
 
 
 def _place_in_job() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises InputError where some of what torchrun sets is there and some is not."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises InputError where some of what
+    torchrun sets is there and some is not."""
     found = {}
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+    for name, default in (
+        ("RANK", 0),
+        ("WORLD_SIZE", 1),
+        ("LOCAL_RANK", 0),
+        ("LOCAL_WORLD_SIZE", 1),
+    ):
         text = os.environ.get(name, str(default))
         if not text.isdecimal():
-            raise InputError(f"{name}={text}: must be a whole number; start the job with torchrun, or unset it")
+            raise InputError(
+                f"{name}={text}: must be a whole number; start the job with torchrun, or unset it"
+            )
         found[name] = int(text)
     rank, world_size, local_rank, local_world_size = found.values()
     if rank >= world_size or not 0 < local_world_size <= world_size:
-        raise InputError(f"RANK={rank} and LOCAL_WORLD_SIZE={local_world_size} do not fit WORLD_SIZE={world_size}; start the job with "
-                         f"torchrun, or unset them")
+        raise InputError(
+            f"RANK={rank} and LOCAL_WORLD_SIZE={local_world_size} do not fit "
+            f"WORLD_SIZE={world_size}; start the job with "
+            f"torchrun, or unset them"
+        )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and missing:
-        raise InputError(f"WORLD_SIZE={world_size} is set and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not; start the job "
-                         f"with torchrun, or set them")
+        raise InputError(
+            f"WORLD_SIZE={world_size} is set and {' and '.join(missing)} "
+            f"{'are' if missing[1:] else 'is'} not; start the job "
+            f"with torchrun, or set them"
+        )
     return rank, world_size, local_rank, local_world_size
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, and the container's share of processor time (cgroup v2), rounded up."""
+    """Cores that this process may use: its affinity, and the container's share of processor time
+    (cgroup v2), rounded up."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -175,12 +263,16 @@ def _why_no_cuda() -> str:
 
 
 def own_device(local_rank: int, count: int) -> int:
-    """The number of this process's CUDA device among the `count` that it sees. One that sees a single device has it to itself, as
-    with `srun --gpus-per-task=1`; check_devices finds where that is not so."""
+    """The number of this process's CUDA device among the `count` that it sees. One that sees a
+    single device has it to itself, as with `srun --gpus-per-task=1`; check_devices finds where that
+    is not so."""
     if count == 1:
         return 0
     if local_rank >= count:
-        raise InputError(f"LOCAL_RANK={local_rank}: this process has no CUDA device of its own ({count} here); start one process a GPU")
+        raise InputError(
+            f"LOCAL_RANK={local_rank}: this process has no CUDA device of its own ({count} here); "
+            f"start one process a GPU"
+        )
     return local_rank
 
 
@@ -192,30 +284,39 @@ def _device_id(device: torch.device) -> str:
 
 
 def check_devices(places: list[tuple[str, str]]):
-    """Raises InputError where two processes have one GPU. places: host and device of each process."""
+    """Raises InputError where two processes have one GPU. places: host and device of each
+    process."""
     for rank, place in enumerate(places):
         first = places.index(place)
         if place[1] and first != rank:
-            raise InputError(f"processes {first} and {rank} have the same GPU ({place[0]}, {place[1]}); start one process a GPU")
+            raise InputError(
+                f"processes {first} and {rank} have the same GPU ({place[0]}, {place[1]}); start "
+                f"one process a GPU"
+            )
 
 
 @contextmanager
 def within_memory(what: str, mend: str):
-    """Raises InputError with `what` was being done and the mend where the memory of the device or of the machine does not suffice."""
+    """Raises InputError with `what` was being done and the mend where the memory of the device or
+    of the machine does not suffice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in text for sign in OUT_OF_MEMORY):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            sign in text for sign in OUT_OF_MEMORY
+        ):
             raise
         raise InputError(f"out of memory with {what} ({first_line(error)}); {mend}") from error
 
 
 def _own_part(store, rank: int, world_size: int):
-    """A part of `store` that only the processes now running know of. torchrun's store outlives a restart, and what the
-    processes before it left there would send these to ports that nobody listens on (pytorch/pytorch#135712).
+    """A part of `store` that only the processes now running know of. torchrun's store outlives a
+    restart, and what the processes before it left there would send these to ports that nobody
+    listens on (pytorch/pytorch#135712).
 
-    Each process leaves a name of its own; the first one lists them until all have found themselves in its list.
+    Each process leaves a name of its own; the first one lists them until all have found themselves
+    in its list.
     """
     mine, waits_until = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
 
@@ -236,13 +337,17 @@ def _own_part(store, rank: int, world_size: int):
             if store.check([f"begun/{meeting}"]):
                 return dist.PrefixStore(meeting, store)
         time.sleep(0.02)
-    raise InputError(f"process {rank} of {world_size}: not all processes have come within {MEETING_SECONDS} s; look for the message "
-                     f"of one that ended")
+    raise InputError(
+        f"process {rank} of {world_size}: not all processes have come within {MEETING_SECONDS} s; "
+        f"look for the message "
+        f"of one that ended"
+    )
 
 
 def leave():
-    """Leaves the process group, if there is one. The caller holds no group, and nothing that does, any more: their threads then end
-    here. One that still gave back a tensor while the interpreter ends would abort the process (pytorch/pytorch#179291)."""
+    """Leaves the process group, if there is one. The caller holds no group, and nothing that does,
+    any more: their threads then end here. One that still gave back a tensor while the interpreter
+    ends would abort the process (pytorch/pytorch#179291)."""
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
@@ -265,18 +370,22 @@ def gather(items: list) -> list:
 
 
 def mean_over_processes(tensors: list) -> list:
-    """Each of `tensors` (one dtype, one device) becomes its mean over all processes, in place, by one collective."""
+    """Each of `tensors` (one dtype, one device) becomes its mean over all processes, in place, by
+    one collective."""
     if dist.is_initialized():
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(together)
         together /= dist.get_world_size()
         parts = together.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+        torch._foreach_copy_(
+            tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+        )
     return tensors
 
 
 def on_first_process(action):
-    """What `action()` gives on the first process (text, numbers, None), on every process; an InputError too."""
+    """What `action()` gives on the first process (text, numbers, None), on every process; an
+    InputError too."""
     if not dist.is_initialized():
         return action()
     result, wrong = None, ""
@@ -294,8 +403,9 @@ def on_first_process(action):
 
 
 def ask_store(question, seconds: float):
-    """`question(store)`, of what the processes can still tell each other when the job's collectives fail. Raises RuntimeError where
-    the store is gone, TimeoutError where it does not answer within `seconds`: a stopped machine keeps its connections."""
+    """`question(store)`, of what the processes can still tell each other when the job's collectives
+    fail. Raises RuntimeError where the store is gone, TimeoutError where it does not answer within
+    `seconds`: a stopped machine keeps its connections."""
     answers = Queue()
 
     def ask():
@@ -315,7 +425,8 @@ def ask_store(question, seconds: float):
 
 
 def first_to_say(what: str) -> bool:
-    """True on one process only, the first that asks for `what`, also where the job's collectives no longer work."""
+    """True on one process only, the first that asks for `what`, also where the job's collectives no
+    longer work."""
     try:
         return not _stores or _stores[0].add(f"said/{what}", 1) == 1
     except RuntimeError:  # the store died with the first process: the second speaks
@@ -323,8 +434,8 @@ def first_to_say(what: str) -> bool:
 
 
 def wait_for_others(seconds: float = 2.0):
-    """Before a process ends with an error: the others may be about to find the same, and need the first one's store to know
-    that it has been said."""
+    """Before a process ends with an error: the others may be about to find the same, and need the
+    first one's store to know that it has been said."""
     if not _stores:
         return
     until = time.monotonic() + seconds

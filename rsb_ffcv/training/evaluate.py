@@ -1,4 +1,6 @@
-"""Accuracy on an evaluation file: exactly its images, each counted once, over any number of processes."""
+"""Accuracy on an evaluation file: exactly its images, each counted once, over any number of
+processes."""
+
 import json
 import re
 from collections.abc import Callable
@@ -15,44 +17,68 @@ from rsb_ffcv.training.compute import Compute, sum_over_processes
 
 
 def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
-    """The labels that each image may be given, from a JSON list with one entry an image: a label, or a list of labels, empty where
-    the image does not count (ImageNet-ReaL's form). names: the evaluation file's. Where they are ImageNet's
-    (ILSVRC2012_val_00000001.JPEG), entries go by these numbers, as ImageNet-ReaL's do; else by the file's order. int64 (images,
-    most labels), filled with -1."""
+    """The labels that each image may be given, from a JSON list with one entry an image: a label,
+    or a list of labels, empty where the image does not count (ImageNet-ReaL's form). names: the
+    evaluation file's. Where they are ImageNet's (ILSVRC2012_val_00000001.JPEG), entries go by these
+    numbers, as ImageNet-ReaL's do; else by the file's order. int64 (images, most labels), filled
+    with -1."""
     mend = "give a JSON list of labels, or of lists of labels, one an image of data.val_dataset"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"validation.labels={path}: cannot be read ({error}); {mend}") from error
-    sets = [entry if isinstance(entry, list) else [entry] for entry in content] if isinstance(content, list) else []
+    sets = (
+        [entry if isinstance(entry, list) else [entry] for entry in content]
+        if isinstance(content, list)
+        else []
+    )
     numbered = [re.search(r"ILSVRC2012_val_(\d{8})\.\w+$", name) for name in names]
     if all(numbered):
         order = [int(found[1]) - 1 for found in numbered]
         if not 0 <= min(order) <= max(order) < len(sets):
-            raise InputError(f"validation.labels={path}: has {len(sets)} entries, and data.val_dataset the image {names[order.index(max(order))]}; "
-                             f"{mend}")
+            raise InputError(
+                f"validation.labels={path}: has {len(sets)} entries, and data.val_dataset the "
+                f"image {names[order.index(max(order))]}; "
+                f"{mend}"
+            )
         sets = [sets[place] for place in order]
     if len(sets) != len(names):
-        raise InputError(f"validation.labels={path}: has {len(sets)} entries, data.val_dataset {len(names)} images; {mend}")
+        raise InputError(
+            f"validation.labels={path}: has {len(sets)} entries, data.val_dataset {len(names)} "
+            f"images; {mend}"
+        )
     for number, labels in enumerate(sets):
         if not all(type(label) is int and 0 <= label < classes for label in labels):
-            raise InputError(f"validation.labels={path}: the entry of {names[number]} is {labels}, classes are 0 .. {classes - 1}; {mend}")
+            raise InputError(
+                f"validation.labels={path}: the entry of {names[number]} is {labels}, classes are "
+                f"0 .. {classes - 1}; {mend}"
+            )
     table = torch.full((len(sets), max(map(len, sets), default=0) or 1), -1)
     for row, labels in zip(table, sets):
-        row[:len(labels)] = torch.tensor(labels, dtype=torch.int64)
+        row[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
     return table
 
 
 @torch.no_grad()
-def evaluate(model, loader: EvalLoader, compute: Compute, flip_tta: bool, label_sets: torch.Tensor | None = None,
-             after_batch: Callable[[int], None] = lambda number: None) -> dict:
-    """{"top1", "top5": per cent, "val_loss": cross-entropy, "images"} of `model` in eval mode over all processes; with
-    `label_sets` (see read_label_sets) also "relabelled_top1", over "relabelled_images" that have a label there.
+def evaluate(
+    model,
+    loader: EvalLoader,
+    compute: Compute,
+    flip_tta: bool,
+    label_sets: torch.Tensor | None = None,
+    after_batch: Callable[[int], None] = lambda number: None,
+) -> dict:
+    """{"top1", "top5": per cent, "val_loss": cross-entropy, "images"} of `model` in eval mode over
+    all processes; with `label_sets` (see read_label_sets) also "relabelled_top1", over
+    "relabelled_images" that have a label there.
 
-    flip_tta: the logits of the image and of its mirror image are averaged. after_batch: called with each batch's number.
+    flip_tta: the logits of the image and of its mirror image are averaged. after_batch: called with
+    each batch's number.
     """
     model.eval()
-    counts = torch.zeros(5, device=compute.device, dtype=torch.float64)  # correct, correct in 5, loss, relabelled: correct, all
+    counts = torch.zeros(
+        5, device=compute.device, dtype=torch.float64
+    )  # correct, correct in 5, loss, relabelled: correct, all
     seen = 0
     with closing(iter(loader)) as batches:
         for number, (images, labels) in enumerate(batches):
@@ -64,16 +90,36 @@ def evaluate(model, loader: EvalLoader, compute: Compute, flip_tta: bool, label_
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1]), 1).indices
             right = best == labels[:, None]
-            accepted = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
+            accepted = (
+                torch.zeros((), device=compute.device),
+                torch.zeros((), device=compute.device),
+            )
             if label_sets is not None:
-                sets = label_sets[loader.indices[seen:seen + len(labels)]].to(compute.device, non_blocking=True)
+                sets = label_sets[loader.indices[seen : seen + len(labels)]].to(
+                    compute.device, non_blocking=True
+                )
                 accepted = (best[:, :1] == sets).any(1).sum(), (sets >= 0).any(1).sum()
-            counts += torch.stack([right[:, 0].sum(), right.sum(), F.cross_entropy(logits, labels, reduction="sum"), *accepted])
+            counts += torch.stack(
+                [
+                    right[:, 0].sum(),
+                    right.sum(),
+                    F.cross_entropy(logits, labels, reduction="sum"),
+                    *accepted,
+                ]
+            )
             seen += len(labels)
             after_batch(number)
     totals = torch.cat([counts, torch.tensor([seen], device=counts.device)])
     correct, correct5, loss, accepted, relabelled, images = sum_over_processes(totals).tolist()
-    result = {"top1": 100 * correct / images, "top5": 100 * correct5 / images, "val_loss": loss / images, "images": int(images)}
+    result = {
+        "top1": 100 * correct / images,
+        "top5": 100 * correct5 / images,
+        "val_loss": loss / images,
+        "images": int(images),
+    }
     if label_sets is not None:
-        result |= {"relabelled_top1": 100 * accepted / max(relabelled, 1), "relabelled_images": int(relabelled)}
+        result |= {
+            "relabelled_top1": 100 * accepted / max(relabelled, 1),
+            "relabelled_images": int(relabelled),
+        }
     return result

@@ -1,7 +1,10 @@
-"""What may go wrong with a run while it runs, and what is done about it: nothing, a word, or something.
+"""What may go wrong with a run while it runs, and what is done about it: nothing, a word, or
+something.
 
-Each check looks at numbers that are the same on every process, so that all come to the same decision.
+Each check looks at numbers that are the same on every process, so that all come to the same
+decision.
 """
+
 import math
 import statistics
 from collections.abc import Callable
@@ -9,13 +12,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-RECENT, BEFORE = 5, 25  # readings of the loss: the median of the newest against that of those before
-SMALL_SHARE = 0.01  # of the weights that the EMA began from: before, it is behind the model by design
-MOST_RETURNS = 10  # a run that goes back more often than this has a fault that going back does not mend
+RECENT, BEFORE = (
+    5,
+    25,
+)  # readings of the loss: the median of the newest against that of those before
+SMALL_SHARE = (
+    0.01  # of the weights that the EMA began from: before, it is behind the model by design
+)
+MOST_RETURNS = (
+    10  # a run that goes back more often than this has a fault that going back does not mend
+)
 
 
 class GoBack(Exception):
-    """Asks for the last regular checkpoint. skip: steps to leave out from then on. factor: of every learning rate from then on."""
+    """Asks for the last regular checkpoint. skip: steps to leave out from then on. factor: of every
+    learning rate from then on."""
 
     def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0):
         super().__init__(reason)
@@ -30,14 +41,15 @@ class Stop(Exception):
 class Health:
     """Policies, each "off", "warn" or "act" (non_finite: "stop" too), and what they remember.
 
-    non_finite: a loss or a weight that is infinite or no number. act: go back to the last regular checkpoint and leave out
-    that step and the one before it, whose update may have been the cause.
-    loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the learning rate.
-    chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still what guessing gives. act: end the run.
-    average: the average's top-1 is more than `gap` points below the model's, though what it began from is forgotten. act: the
-    average starts again from the model.
-    say: takes each message.
+    non_finite: a loss or a weight that is infinite or no number. act: go back to the last regular
+    checkpoint and leave out that step and the one before it, whose update may have been the cause.
+    loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the
+    learning rate. chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still
+    what guessing gives. act: end the run. average: the average's top-1 is more than `gap` points
+    below the model's, though what it began from is forgotten. act: the average starts again from
+    the model. say: takes each message.
     """
+
     say: Callable[[str], None]
     non_finite: str = "stop"
     loss_rise: str = "warn"
@@ -54,7 +66,15 @@ class Health:
     returned: bool = False  # in this epoch
     chance_checked: bool = False
 
-    STATE = ("history", "risen", "lr_factor", "skipped_steps", "returns", "returned", "chance_checked")
+    STATE = (
+        "history",
+        "risen",
+        "lr_factor",
+        "skipped_steps",
+        "returns",
+        "returned",
+        "chance_checked",
+    )
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in self.STATE}
@@ -77,14 +97,20 @@ class Health:
         finite = [loss for loss in losses if math.isfinite(loss)]
         if not finite or self.loss_rise == "off":
             return
-        self.history = (self.history + [statistics.fmean(finite)])[-RECENT - BEFORE:]
+        self.history = (self.history + [statistics.fmean(finite)])[-RECENT - BEFORE :]
         if len(self.history) < RECENT + BEFORE:
             return
-        now, usual = statistics.median(self.history[-RECENT:]), statistics.median(self.history[:-RECENT])
+        now, usual = (
+            statistics.median(self.history[-RECENT:]),
+            statistics.median(self.history[:-RECENT]),
+        )
         was, self.risen = self.risen, now > (1 + self.rise) * usual
         if self.risen and not was:
-            reason = (f"at step {steps[-1]} the loss, {now:.4g}, is {100 * (now / usual - 1):.0f} % above its "
-                      f"recent median, {usual:.4g}")
+            reason = (
+                f"at step {steps[-1]} the loss, {now:.4g}, is {100 * (now / usual - 1):.0f} % "
+                f"above its "
+                f"recent median, {usual:.4g}"
+            )
             if self.loss_rise == "act":
                 raise GoBack(reason, factor=0.5)
             self.say(f"{reason}; a lower lr.lr may be needed")
@@ -93,10 +119,12 @@ class Health:
         self.returns, self.returned = self.returns if self.returned else 0, False
 
     def check_weights(self, step: int, tensors):
-        """Weights and batch-norm statistics, before the state after `step` is saved: what is gone back to has to be sound.
-        Raises GoBack or Stop."""
+        """Weights and batch-norm statistics, before the state after `step` is saved: what is gone
+        back to has to be sound. Raises GoBack or Stop."""
         if self.non_finite in ("stop", "act"):
-            norms = torch._foreach_norm([tensor for tensor in tensors if tensor.is_floating_point()])
+            norms = torch._foreach_norm(
+                [tensor for tensor in tensors if tensor.is_floating_point()]
+            )
             if not torch.stack(norms).sum().isfinite():
                 self._diverged(f"the weights after step {step} are not finite", (step,))
 
@@ -104,27 +132,49 @@ class Health:
         if self.non_finite == "act":
             raise GoBack(reason, skip=steps)
         if self.non_finite == "stop":
-            raise Stop(f"{reason}; lower lr.lr, set training.grad_clip, use compute.precision=bf16, or health.non_finite=act to "
-                       f"leave such steps out")
+            raise Stop(
+                f"{reason}; lower lr.lr, set training.grad_clip, use compute.precision=bf16, or "
+                f"health.non_finite=act to "
+                f"leave such steps out"
+            )
         self.say(reason)
 
-    def check_accuracy(self, epoch: int, row: dict, classes: int, initial_share: float = 0.0, ema_warmup: bool = False) -> bool:
-        """After an epoch's validation. initial_share: of the EMA, what the weights that it began from still have. Returns whether
-        the EMA is to start again. Raises Stop."""
+    def check_accuracy(
+        self,
+        epoch: int,
+        row: dict,
+        classes: int,
+        initial_share: float = 0.0,
+        ema_warmup: bool = False,
+    ) -> bool:
+        """After an epoch's validation. initial_share: of the EMA, what the weights that it began
+        from still have. Returns whether the EMA is to start again. Raises Stop."""
         chance = 100 / classes
         looks = not self.chance_checked and epoch + 1 >= self.chance_epoch
         self.chance_checked |= looks
-        if self.chance != "off" and looks and row["top1"] < chance + min(0.5 * chance, 0.05 * (100 - chance)):
-            reason = (f"after epoch {epoch + 1} top-1 is {row['top1']:.2f} %, what guessing gives ({chance:.2f} %): likely the "
-                      f"learning rate (too high, or the warm-up too short), labels of the two files that do not agree, or a "
-                      f"loss that does not fit the mixing")
+        if (
+            self.chance != "off"
+            and looks
+            and row["top1"] < chance + min(0.5 * chance, 0.05 * (100 - chance))
+        ):
+            reason = (
+                f"after epoch {epoch + 1} top-1 is {row['top1']:.2f} %, what guessing gives "
+                f"({chance:.2f} %): likely the "
+                f"learning rate (too high, or the warm-up too short), labels of the two files that "
+                f"do not agree, or a "
+                f"loss that does not fit the mixing"
+            )
             if self.chance == "act":
                 raise Stop(f"{reason}; correct it, or use health.chance=warn to go on")
             self.say(reason)
         behind = row["top1"] - row.get("ema_top1", row["top1"])
         if self.average != "off" and behind > self.gap and initial_share < SMALL_SHARE:
             mend = "a lower ema.decay" if ema_warmup else "ema.warmup=1 or a lower ema.decay"
-            self.say(f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} points below the model's: its decay is too high "
-                     f"for this run; {mend} mends that" + ("; it starts again from the model" if self.average == "act" else ""))
+            self.say(
+                f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} points below the "
+                f"model's: its decay is too high "
+                f"for this run; {mend} mends that"
+                + ("; it starts again from the model" if self.average == "act" else "")
+            )
             return self.average == "act"
         return False

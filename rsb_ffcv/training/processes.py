@@ -1,7 +1,10 @@
-"""What the processes of a job tell each other besides gradients: whether they agree, when to save, when to stop, that they live.
+"""What the processes of a job tell each other besides gradients: whether they agree, when to save,
+when to stop, that they live.
 
-Everything here runs on the CPU (gloo and the job's store), so that no process waits for its GPU to hear of it.
+Everything here runs on the CPU (gloo and the job's store), so that no process waits for its GPU to
+hear of it.
 """
+
 import os
 import sys
 import threading
@@ -17,31 +20,42 @@ from rsb_ffcv.training.compute import ask_store, gather, on_first_process
 
 LOST = 3  # another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
-REPORT_SECONDS = 2.0  # in which the processes that are left report to each other: their beats fail at nearly the same time
+# in which the processes that are left report to each other: their beats fail at nearly the same
+# time
+REPORT_SECONDS = 2.0
 FOLDER_SECONDS = 5.0  # in which a network file system has to show a new file to the other machines
 
 
 def check_same(facts: dict[str, str]):
-    """Raises InputError, the same on every process, where a process's facts (name: value) are not those of the first."""
+    """Raises InputError, the same on every process, where a process's facts (name: value) are not
+    those of the first."""
     first, *others = gather([facts])
     for rank, theirs in enumerate(others, 1):
-        differing = [f"{name}: {theirs.get(name)} there, {first.get(name)} on process 0" for name in {**first, **theirs}
-                     if theirs.get(name) != first.get(name)]
+        differing = [
+            f"{name}: {theirs.get(name)} there, {first.get(name)} on process 0"
+            for name in {**first, **theirs}
+            if theirs.get(name) != first.get(name)
+        ]
         if differing:
-            raise InputError(f"process {rank} is not like process 0 ({'; '.join(differing)}); start all processes with the same recipe, "
-                             f"files and versions")
+            raise InputError(
+                f"process {rank} is not like process 0 ({'; '.join(differing)}); start all "
+                f"processes with the same recipe, "
+                f"files and versions"
+            )
 
 
 def check_shared(folder: Path):
-    """Raises InputError, the same on every process, where one does not see a file that the first has just written to `folder`:
-    it could neither resume nor be resumed."""
+    """Raises InputError, the same on every process, where one does not see a file that the first
+    has just written to `folder`: it could neither resume nor be resumed."""
     path, content = folder / ".shared.part", f"{os.getpid()} {time.time_ns()}"
 
     def write():
         try:
             path.write_text(content)
         except OSError as error:
-            raise InputError(f"logging.folder={folder}: cannot be written ({error.strerror}); choose another") from error
+            raise InputError(
+                f"logging.folder={folder}: cannot be written ({error.strerror}); choose another"
+            ) from error
         return content
 
     def seen() -> bool:
@@ -58,8 +72,11 @@ def check_shared(folder: Path):
     def judge():
         path.unlink(missing_ok=True)
         if blind:
-            raise InputError(f"logging.folder={folder}: process{'es' if blind[1:] else ''} {', '.join(blind)} cannot see what process 0 "
-                             f"writes there; use a folder that all machines of the job share")
+            raise InputError(
+                f"logging.folder={folder}: process{'es' if blind[1:] else ''} {', '.join(blind)} "
+                f"cannot see what process 0 "
+                f"writes there; use a folder that all machines of the job share"
+            )
 
     on_first_process(judge)
 
@@ -67,8 +84,9 @@ def check_shared(folder: Path):
 class Votes:
     """Agreement of all processes, once a step: what one of them wants, all do, at the same step.
 
-    The vote of a step is counted during the next, so that nobody waits; with one process, at once. What is granted in a step
-    is not asked for again in it: the processes had not yet heard of it when they voted.
+    The vote of a step is counted during the next, so that nobody waits; with one process, at once.
+    What is granted in a step is not asked for again in it: the processes had not yet heard of it
+    when they voted.
     """
 
     def __init__(self):
@@ -80,8 +98,13 @@ class Votes:
         if self._group is None:
             return wishes
         granted = self.count() or tuple(False for _ in wishes)
-        votes = torch.tensor([wish and not had for wish, had in zip(wishes, granted)], dtype=torch.int32)
-        self._counting = votes, dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True)
+        votes = torch.tensor(
+            [wish and not had for wish, had in zip(wishes, granted)], dtype=torch.int32
+        )
+        self._counting = (
+            votes,
+            dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True),
+        )
         return granted
 
     def count(self) -> tuple[bool, ...] | None:
@@ -95,18 +118,24 @@ class Votes:
 
 
 class Heartbeat:
-    """Ends this process, with status LOST, when another process of the job has ended or has been silent for `timeout_s` seconds;
-    one of those that are left says which.
+    """Ends this process, with status LOST, when another process of the job has ended or has been
+    silent for `timeout_s` seconds; one of those that are left says which.
 
-    A process that ends closes its connections, which the others' beat notices within a second. One that is stopped, or whose machine
-    or link is gone, does not answer. The collectives of training would wait for their own timeout, up to half an hour.
+    A process that ends closes its connections, which the others' beat notices within a second. One
+    that is stopped, or whose machine or link is gone, does not answer. The collectives of training
+    would wait for their own timeout, up to half an hour.
 
     hosts: the name of each process's machine.
     """
 
     def __init__(self, timeout_s: float, hosts: list[str]):
         self._timeout_s, self._hosts = timeout_s, hosts
-        self._leaving, self._failed, self._ending, self._thread = threading.Event(), threading.Event(), threading.Lock(), None
+        self._leaving, self._failed, self._ending, self._thread = (
+            threading.Event(),
+            threading.Event(),
+            threading.Lock(),
+            None,
+        )
         if dist.is_initialized():
             self._rank, self._size = dist.get_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -127,17 +156,19 @@ class Heartbeat:
             self._end_job(error)
 
     def _end_job(self, error: Exception):
-        """Ends this process because of a collective's `error`, which the beat or the run itself has met."""
+        """Ends this process because of a collective's `error`, which the beat or the run itself has
+        met."""
         self._failed.set()
         self._ending.acquire()  # never released: whoever comes second waits here for the end
         self._report("silent" if "timed out" in str(error).lower() else "ended")
         os._exit(LOST)
 
     def _report(self, what: str):
-        """Says which processes are lost: those that do not report a failed beat to the store as well.
+        """Says which processes are lost: those that do not report a failed beat to the store as
+        well.
 
-        The first process speaks, and where it is lost the first one left. It may have taken the store with it: then one process a
-        machine speaks, for they can no longer agree.
+        The first process speaks, and where it is lost the first one left. It may have taken the
+        store with it: then one process a machine speaks, for they can no longer agree.
         """
         try:
             ask_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
@@ -154,20 +185,35 @@ class Heartbeat:
             speaks = self._rank == min(reports)
         if speaks:
             lost = [rank for rank in range(self._size) if rank not in reports]
-            print(f"\nerror: {self._told(lost, 'silent' in reports.values())}; start the job again and it goes on from the last checkpoint",
-                  file=sys.stderr, flush=True)  # a progress bar may stand on the line
+            print(
+                f"\nerror: {self._told(lost, 'silent' in reports.values())}; start the job again "
+                f"and it goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )  # a progress bar may stand on the line
 
     def _reports(self, store) -> dict[int, str]:
-        return {rank: store.get(f"beat/{rank}").decode() for rank in range(self._size) if store.check([f"beat/{rank}"])}
+        return {
+            rank: store.get(f"beat/{rank}").decode()
+            for rank in range(self._size)
+            if store.check([f"beat/{rank}"])
+        }
 
     def _told(self, lost: list[int], silent: bool) -> str:
-        if not lost:  # all are there: a link between two of them failed, or one was silent and woke up
-            return f"the processes of this job lost contact for {self._timeout_s:g} s (dist.timeout_s)"
+        if (
+            not lost
+        ):  # all are there: a link between two of them failed, or one was silent and woke up
+            return (
+                f"the processes of this job lost contact for {self._timeout_s:g} s (dist.timeout_s)"
+            )
         names = ", ".join(f"{rank} ({self._hosts[rank]})" for rank in lost)
         who = f"process{'es' if len(lost) > 1 else ''} {names} of {self._size}"
         if silent:
-            return (f"{who} gave no sign of life for {self._timeout_s:g} s (dist.timeout_s): stopped, or the machine or its network is "
-                    f"gone")
+            return (
+                f"{who} gave no sign of life for {self._timeout_s:g} s (dist.timeout_s): stopped, "
+                f"or the machine or its network is "
+                f"gone"
+            )
         return f"{who} ended (killed, or with a message above)"
 
     def end(self):
@@ -177,8 +223,9 @@ class Heartbeat:
             self._thread.join()
 
     def verdict(self, error: Exception):
-        """After an `error` of the run: ends this process where it comes from another one that is lost. An error that does not say so
-        may still have that cause: the beat gets time to find it."""
+        """After an `error` of the run: ends this process where it comes from another one that is
+        lost. An error that does not say so may still have that cause: the beat gets time to find
+        it."""
         if self._thread is None:
             return
         if isinstance(error, dist.DistError) or "gloo" in str(error):

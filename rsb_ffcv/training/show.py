@@ -1,4 +1,6 @@
-"""A contact sheet: images of a file as they are stored, and as a recipe's augmentation makes them."""
+"""A contact sheet: images of a file as they are stored, and as a recipe's augmentation makes
+them."""
+
 import math
 import os
 from contextlib import closing
@@ -18,36 +20,54 @@ from rsb_ffcv.loading.batch import MEAN, STD
 from rsb_ffcv.ops import native
 from rsb_ffcv.training import build
 
-CELL, LABEL, GAP = 192, 32, 4  # pixels: an image's side at most, the room for its label, and between cells
+CELL, LABEL, GAP = (
+    192,
+    32,
+    4,
+)  # pixels: an image's side at most, the room for its label, and between cells
 MOST_CELLS = 4000
 
 
-def show(path: str, write_path: str, samples: str, classes: str, count: int, recipe: str, epochs: int):
-    """Writes a PNG. samples: numbers and ranges; classes: names or numbers, of each the first `count`; neither: `count` of the
-    file, evenly. recipe: YAML file; its crops, flips, RandAugment, jitter and erasing as they will be in each of the first `epochs`
-    epochs stand beside the stored image (without mixup and cutmix, which need a batch)."""
+def show(
+    path: str, write_path: str, samples: str, classes: str, count: int, recipe: str, epochs: int
+):
+    """Writes a PNG. samples: numbers and ranges; classes: names or numbers, of each the first
+    `count`; neither: `count` of the file, evenly. recipe: YAML file; its crops, flips, RandAugment,
+    jitter and erasing as they will be in each of the first `epochs` epochs stand beside the stored
+    image (without mixup and cutmix, which need a batch)."""
     file = read_beton(path)
     if os.path.realpath(path) == os.path.realpath(write_path):
         raise InputError(f"cfg.write_path={write_path}: is the file itself; choose another")
     chosen = _chosen(file, samples, classes, count)
     if len(chosen) * (1 + epochs * bool(recipe)) > MOST_CELLS:
-        raise InputError(f"{len(chosen)} images with {epochs} epochs each are more than {MOST_CELLS} pictures; choose fewer by "
-                         f"cfg.samples, cfg.count or cfg.epochs")
+        raise InputError(
+            f"{len(chosen)} images with {epochs} epochs each are more than {MOST_CELLS} pictures; "
+            f"choose fewer by "
+            f"cfg.samples, cfg.count or cfg.epochs"
+        )
     stored = [Image.fromarray(picture) for picture in _stored(file, chosen)]
     names = file.names()
-    labels = [f"{index}  {file.class_name(label)}\n{file.about.titles[label] if file.about and file.about.titles else names[index]}"
-              for index, label in zip(chosen.tolist(), file.labels[chosen].tolist())]
+    labels = [
+        f"{index}  {file.class_name(label)}\n{file.about.titles[label] if file.about and file.about.titles else names[index]}"
+        for index, label in zip(chosen.tolist(), file.labels[chosen].tolist())
+    ]
     if recipe:
-        made = [[Image.fromarray(picture) for picture in row] for row in zip(*_augmented(path, chosen, recipe, epochs))]
+        made = [
+            [Image.fromarray(picture) for picture in row]
+            for row in zip(*_augmented(path, chosen, recipe, epochs))
+        ]
         rows = [[picture, *others] for picture, others in zip(stored, made)]
         texts = [[label, *(f"epoch {epoch}" for epoch in range(epochs))] for label in labels]
     else:
         across = math.ceil(math.sqrt(len(stored)))
-        rows = [stored[at:at + across] for at in range(0, len(stored), across)]
-        texts = [labels[at:at + across] for at in range(0, len(stored), across)]
+        rows = [stored[at : at + across] for at in range(0, len(stored), across)]
+        texts = [labels[at : at + across] for at in range(0, len(stored), across)]
     with atomic_file(write_path, "choose another cfg.write_path") as target:
         _sheet(rows, texts).save(target, "PNG")
-    print(f"{write_path}: {len(stored)} images of {path}{f', as {recipe} augments them in {epochs} epochs' if recipe else ''}")
+    print(
+        f"{write_path}: {len(stored)} images of "
+        f"{path}{f', as {recipe} augments them in {epochs} epochs' if recipe else ''}"
+    )
 
 
 def _chosen(file: Beton, samples: str, classes: str, count: int) -> np.ndarray:
@@ -56,9 +76,15 @@ def _chosen(file: Beton, samples: str, classes: str, count: int) -> np.ndarray:
     if samples:
         return np.array(sample_numbers(samples, len(file)))
     if classes:
-        chosen = [np.flatnonzero(file.labels == class_number(file, name.strip()))[:count] for name in classes.split(",")]
+        chosen = [
+            np.flatnonzero(file.labels == class_number(file, name.strip()))[:count]
+            for name in classes.split(",")
+        ]
         if not all(map(len, chosen)):
-            raise InputError(f"cfg.classes={classes}: {file.path} has a class there without samples; info lists them")
+            raise InputError(
+                f"cfg.classes={classes}: {file.path} has a class there without samples; info lists "
+                f"them"
+            )
         return np.concatenate(chosen)
     return evenly(len(file), count)
 
@@ -68,18 +94,36 @@ def _stored(file: Beton, chosen: np.ndarray):
         for index in chosen.tolist():
             sides = int(file.heights[index]), int(file.widths[index])
             try:
-                data = file.read(opened.fileno(), index)[:int(file.sizes[index])]
-                yield data.reshape(*sides, 3) if file.modes[index] == RAW else native.resized(data, *sides, *sides)
+                data = file.read(opened.fileno(), index)[: int(file.sizes[index])]
+                yield (
+                    data.reshape(*sides, 3)
+                    if file.modes[index] == RAW
+                    else native.resized(data, *sides, *sides)
+                )
             except ValueError as error:
-                raise InputError(f"{file.path}: sample {index} {first_line(error)}; verify tells of all that "
-                                 f"are damaged") from error
+                raise InputError(
+                    f"{file.path}: sample {index} {first_line(error)}; verify tells of all that "
+                    f"are damaged"
+                ) from error
 
 
 def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int):
     """Of each epoch, the images (n, side, side, 3) uint8."""
-    c = read_config(TrainConfig, "", ["--config-file", recipe, f"--data.train_dataset={path}", f"--data.val_dataset={path}",
-                                      "--data.num_workers=1", "--data.in_memory=0", "--logging.folder=unused",
-                                      "--training.batch_size=2", "--training.global_batch=2"])
+    c = read_config(
+        TrainConfig,
+        "",
+        [
+            "--config-file",
+            recipe,
+            f"--data.train_dataset={path}",
+            f"--data.val_dataset={path}",
+            "--data.num_workers=1",
+            "--data.in_memory=0",
+            "--logging.folder=unused",
+            "--training.batch_size=2",
+            "--training.global_batch=2",
+        ],
+    )
     here = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
     transform = build.batch_transform(c)
     with closing(build.train_loader(c, here, c.data.num_workers)) as loader:
@@ -93,15 +137,24 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int):
 
 def _sheet(rows: list[list[Image.Image]], texts: list[list[str]]) -> Image.Image:
     font = ImageFont.load_default(12)
-    sheet = Image.new("RGB", (max(map(len, rows)) * (CELL + GAP) + GAP, len(rows) * (CELL + LABEL + GAP) + GAP), "white")
+    sheet = Image.new(
+        "RGB",
+        (max(map(len, rows)) * (CELL + GAP) + GAP, len(rows) * (CELL + LABEL + GAP) + GAP),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     for y, (row, labels) in enumerate(zip(rows, texts)):
         for x, (picture, label) in enumerate(zip(row, labels)):
             left, top = GAP + x * (CELL + GAP), GAP + y * (CELL + LABEL + GAP)
             scale = CELL / max(picture.size)
-            shown = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+            shown = picture.resize(
+                [max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC
+            )
             sheet.paste(shown, (left + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))
-            lines = [line if font.getlength(line) <= CELL else _shortened(line, font) for line in label.split("\n")]
+            lines = [
+                line if font.getlength(line) <= CELL else _shortened(line, font)
+                for line in label.split("\n")
+            ]
             draw.multiline_text((left, top + CELL + 1), "\n".join(lines), "black", font, spacing=1)
     return sheet
 

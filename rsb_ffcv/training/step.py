@@ -1,9 +1,11 @@
 """The training step: images to gradients to weights, without a word to the host.
 
-An optimizer step takes `groups` mix groups one after another on each process. What it does to the model does not depend on
-how the groups are dealt to processes: gradients are averaged over all of them, and so are the batch-norm statistics, which
-torch by itself would average over time on one process and not at all over several.
+An optimizer step takes `groups` mix groups one after another on each process. What it does to the
+model does not depend on how the groups are dealt to processes: gradients are averaged over all of
+them, and so are the batch-norm statistics, which torch by itself would average over time on one
+process and not at all over several.
 """
+
 import time
 from contextlib import nullcontext
 
@@ -16,11 +18,14 @@ from rsb_ffcv.training.compute import Compute, mean_over_processes
 
 
 class RunningStatistics:
-    """The batch-norm buffers of `module`, moved once a step by the mean over the step's groups, on all processes alike."""
+    """The batch-norm buffers of `module`, moved once a step by the mean over the step's groups, on
+    all processes alike."""
 
     def __init__(self, module: nn.Module, groups: int):
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self._buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self._buffers = [
+            buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)
+        ]
         self._counters = [norm.num_batches_tracked for norm in norms]
         self._groups = groups
         self._start = self._sum = None
@@ -55,21 +60,46 @@ class RunningStatistics:
 
 
 class TrainStep:
-    """One optimizer step. `model` is the bare module, `wrapped` the same one compiled and in DDP as the run has it."""
+    """One optimizer step. `model` is the bare module, `wrapped` the same one compiled and in DDP as
+    the run has it."""
 
-    def __init__(self, model: nn.Module, wrapped: nn.Module, optimizer, loss, transform, compute: Compute, *, groups: int,
-                 seed: int, grad_clip: float, ema=None):
-        self.model, self.wrapped, self.optimizer, self.loss, self.transform = model, wrapped, optimizer, loss, transform
+    def __init__(
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        optimizer,
+        loss,
+        transform,
+        compute: Compute,
+        *,
+        groups: int,
+        seed: int,
+        grad_clip: float,
+        ema=None,
+    ):
+        self.model, self.wrapped, self.optimizer, self.loss, self.transform = (
+            model,
+            wrapped,
+            optimizer,
+            loss,
+            transform,
+        )
         self.compute, self.groups, self.seed, self.grad_clip = compute, groups, seed, grad_clip
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.statistics = RunningStatistics(model, groups)
         if ema is not None:
-            # Where the scaler leaves a step out it does not call the optimizer, or tells it by `found_inf` on the device
-            optimizer.register_step_post_hook(lambda opt, *_: ema.update(getattr(opt, "found_inf", None)))
+            # Where the scaler leaves a step out it does not call the optimizer, or tells it by
+            # `found_inf` on the device
+            optimizer.register_step_post_hook(
+                lambda opt, *_: ema.update(getattr(opt, "found_inf", None))
+            )
 
-    def __call__(self, epoch: int, batches, slots, lr: float, mixing: bool) -> tuple[torch.Tensor, float]:
-        """batches: iterator of (uint8 images, labels), one of `groups` a time; slots: of those groups. Returns float64
-        (loss x images, correct, images) on the device, and the seconds it waited for `batches`."""
+    def __call__(
+        self, epoch: int, batches, slots, lr: float, mixing: bool
+    ) -> tuple[torch.Tensor, float]:
+        """batches: iterator of (uint8 images, labels), one of `groups` a time; slots: of those
+        groups. Returns float64 (loss x images, correct, images) on the device, and the seconds it
+        waited for `batches`."""
         totals, waited = torch.zeros(3, device=self.compute.device, dtype=torch.float64), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -89,7 +119,9 @@ class TrainStep:
                 self.scaler.scale(loss / self.groups).backward()
             with torch.no_grad():
                 correct = (logits.argmax(1) == labels).sum()
-                totals += torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))])
+                totals += torch.stack(
+                    [loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]
+                )
         self.statistics.end_step()
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)

@@ -1,9 +1,12 @@
-"""One run: loaders, model, optimizer and schedule put together, trained step by step, saved and continued anywhere.
+"""One run: loaders, model, optimizer and schedule put together, trained step by step, saved and
+continued anywhere.
 
-What a step sees is a function of the recipe and the step's number: the loader's slots, the mix's and the noise's addresses,
-the learning rate, and the seed that torch's own generator (stochastic depth) is set to before each group. What it changes
-is in `_state`, whole; so a run that is killed and started again ends with the bits of one that was not.
+What a step sees is a function of the recipe and the step's number: the loader's slots, the mix's
+and the noise's addresses, the learning rate, and the seed that torch's own generator (stochastic
+depth) is set to before each group. What it changes is in `_state`, whole; so a run that is killed
+and started again ends with the bits of one that was not.
 """
+
 import json
 import platform
 import statistics
@@ -35,50 +38,90 @@ from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
 from rsb_ffcv.training.processes import Heartbeat, Votes, check_same, check_shared
 from rsb_ffcv.training.step import RunningStatistics, TrainStep
 
-REQUEUE_MARK = "requeue"  # in the folder while a run that was asked to end waits to be started again
+REQUEUE_MARK = (
+    "requeue"  # in the folder while a run that was asked to end waits to be started again
+)
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
-# What each process of a job may have its own way: where it finds its files, which are compared by what they hold, and its threads
-OWN = {"data.train_dataset", "data.val_dataset", "data.num_workers", "data.in_memory", "validation.labels", "checkpoint.warm_start",
-       "logging.folder", "compute.threads", "compute.device", "compute.precision", "compute.compile", "dist.address", "dist.port"}
+# What each process of a job may have its own way: where it finds its files, which are compared by
+# what they hold, and its threads
+OWN = {
+    "data.train_dataset",
+    "data.val_dataset",
+    "data.num_workers",
+    "data.in_memory",
+    "validation.labels",
+    "checkpoint.warm_start",
+    "logging.folder",
+    "compute.threads",
+    "compute.device",
+    "compute.precision",
+    "compute.compile",
+    "dist.address",
+    "dist.port",
+}
 SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for the device
 
 
 class Trainer:
-    """Builds a run from `config`, resumes it where its folder has a checkpoint, and trains it to the end.
+    """Builds a run from `config`, resumes it where its folder has a checkpoint, and trains it to
+    the end.
 
-    Raises InputError for whatever the user can mend. Use as a context manager: it ends the loaders' threads.
+    Raises InputError for whatever the user can mend. Use as a context manager: it ends the loaders'
+    threads.
     """
 
     def __init__(self, config: TrainConfig, interrupt: Interrupt):
-        self.config, self.interrupt, self._open, self.heartbeat = config, interrupt, ExitStack(), None
+        self.config, self.interrupt, self._open, self.heartbeat = (
+            config,
+            interrupt,
+            ExitStack(),
+            None,
+        )
         try:
             self._build()
         except BaseException as error:
             self._open.close()
-            if self.heartbeat is not None and isinstance(error, Exception) and not isinstance(error, InputError):
+            if (
+                self.heartbeat is not None
+                and isinstance(error, Exception)
+                and not isinstance(error, InputError)
+            ):
                 self.heartbeat.verdict(error)
             raise
 
     def _build(self):
         c = self.config
-        self.compute = compute.set_up(c.compute.device, c.compute.precision, c.compute.compile, c.compute.channels_last,
-                                      c.compute.threads, c.dist.timeout_s)
+        self.compute = compute.set_up(
+            c.compute.device,
+            c.compute.precision,
+            c.compute.compile,
+            c.compute.channels_last,
+            c.compute.threads,
+            c.dist.timeout_s,
+        )
         self.heartbeat = Heartbeat(c.dist.timeout_s, self.compute.hosts)
         self._say(self.compute.describe())
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
         threads = self.compute.loader_threads(c.data.num_workers)
-        self.train_loader, self.val_loader = (self._open.enter_context(closing(make(c, self.compute, threads)))
-                                              for make in (build.train_loader, build.val_loader))
+        self.train_loader, self.val_loader = (
+            self._open.enter_context(closing(make(c, self.compute, threads)))
+            for make in (build.train_loader, build.val_loader)
+        )
         self.num_classes = build.check_files(c, self.train_loader.beton, self.val_loader.beton)
-        self.label_sets = read_label_sets(c.validation.labels, self.val_loader.beton.names(), self.num_classes) \
-            if c.validation.labels else None
+        self.label_sets = (
+            read_label_sets(c.validation.labels, self.val_loader.beton.names(), self.num_classes)
+            if c.validation.labels
+            else None
+        )
         self.recipe = self._recipe()
         check_same(self._facts())
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.schedule = build.schedule(c, self.steps_per_epoch)
         self.folder = Path(c.logging.folder)
-        self.store = self._open.enter_context(closing(checkpoint.Store(self.folder, c.checkpoint.keep, self._is_regular)))
+        self.store = self._open.enter_context(
+            closing(checkpoint.Store(self.folder, c.checkpoint.keep, self._is_regular))
+        )
         if not c.training.eval_only:
             compute.on_first_process(self.store.lock)
             if self.compute.world_size > 1:
@@ -87,27 +130,73 @@ class Trainer:
         self.model = build.model(c, self.num_classes, self.compute, new=found is None)
         if found is None and c.checkpoint.warm_start:
             self._say(f"beginning from the weights of {c.checkpoint.warm_start}")
-        self.ema = Ema(self.model, decay_of_step(c.ema.decay, c.ema.per_images, self.train_loader.global_batch), c.ema.warmup,
-                       c.ema.warmup_power, c.ema.buffers) if c.ema.decay else None
+        self.ema = (
+            Ema(
+                self.model,
+                decay_of_step(c.ema.decay, c.ema.per_images, self.train_loader.global_batch),
+                c.ema.warmup,
+                c.ema.warmup_power,
+                c.ema.buffers,
+            )
+            if c.ema.decay
+            else None
+        )
         self.swa = Swa(self.model) if c.swa.epochs else None
-        self.optimizer = build_optimizer(c.training.optimizer, self.model, c.lr.lr, c.training.weight_decay,
-                                         c.training.momentum, compiled=self.compute.compile and self.compute.device.type == "cuda")
-        self.loss = Loss(c.training.loss, c.training.label_smoothing, c.training.bce_threshold, c.training.bce_sum)
-        self.health = Health(self._note, c.health.non_finite, c.health.loss_rise, c.health.rise, c.health.chance,
-                             c.health.chance_epoch, c.health.average, c.health.gap)
+        self.optimizer = build_optimizer(
+            c.training.optimizer,
+            self.model,
+            c.lr.lr,
+            c.training.weight_decay,
+            c.training.momentum,
+            compiled=self.compute.compile and self.compute.device.type == "cuda",
+        )
+        self.loss = Loss(
+            c.training.loss,
+            c.training.label_smoothing,
+            c.training.bce_threshold,
+            c.training.bce_sum,
+        )
+        self.health = Health(
+            self._note,
+            c.health.non_finite,
+            c.health.loss_rise,
+            c.health.rise,
+            c.health.chance,
+            c.health.chance_epoch,
+            c.health.average,
+            c.health.gap,
+        )
         self.step, self.rows, self.best, self._beaten = 0, [], dict(NO_BEST), None
         self._begin_epoch()
-        left_out = len(self.train_loader.beton) - self.steps_per_epoch * self.train_loader.global_batch
+        left_out = (
+            len(self.train_loader.beton) - self.steps_per_epoch * self.train_loader.global_batch
+        )
         if left_out and c.augment.repeats == 1 and not c.training.eval_only:
-            self._say(f"{left_out} of {len(self.train_loader.beton)} training images do not fill a step of "
-                      f"{self.train_loader.global_batch} and are left out of each epoch"
-                      f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}")
+            self._say(
+                f"{left_out} of {len(self.train_loader.beton)} training images do not fill a step "
+                f"of "
+                f"{self.train_loader.global_batch} and are left out of each epoch"
+                f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}"
+            )
         wrapped = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
-        if self.compute.world_size > 1:  # batch-norm statistics are averaged by the step, not copied from the first process
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.train_step = TrainStep(self.model, wrapped, self.optimizer, self.loss, build.batch_transform(c), self.compute,
-                                    groups=self.train_loader.batches_per_step, seed=c.training.seed,
-                                    grad_clip=c.training.grad_clip, ema=self.ema)
+        if (
+            self.compute.world_size > 1
+        ):  # batch-norm statistics are averaged by the step, not copied from the first process
+            wrapped = DistributedDataParallel(
+                wrapped, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.train_step = TrainStep(
+            self.model,
+            wrapped,
+            self.optimizer,
+            self.loss,
+            build.batch_transform(c),
+            self.compute,
+            groups=self.train_loader.batches_per_step,
+            seed=c.training.seed,
+            grad_clip=c.training.grad_clip,
+            ema=self.ema,
+        )
         if found is not None:
             self._resume(*found)
         for loader in (self.train_loader, self.val_loader) if c.data.in_memory else ():
@@ -146,24 +235,44 @@ class Trainer:
             except Stop as request:
                 raise InputError(str(request)) from request
         if not self.store.finish() and self.compute.is_main:
-            raise InputError(f"{self.folder}: the last checkpoint could not be written; {checkpoint.MEND}, and start again")
+            raise InputError(
+                f"{self.folder}: the last checkpoint could not be written; {checkpoint.MEND}, and "
+                f"start again"
+            )
         if self.compute.is_main:
             self._finish()
 
     def evaluate_only(self):
-        """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON line."""
-        if self.step == 0 and not self.config.model.pretrained and not self.config.checkpoint.warm_start:
-            raise InputError(f"training.eval_only=1: {self.folder} has no checkpoint; train first, name its folder, or "
-                             f"use model.pretrained=1 or checkpoint.warm_start")
-        self._say(json.dumps({"epoch": self.step // self.steps_per_epoch - 1, "step": self.step,
-                              **self._evaluate(len(self.rows) == self.config.training.epochs, heed=False)}))
+        """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON
+        line."""
+        if (
+            self.step == 0
+            and not self.config.model.pretrained
+            and not self.config.checkpoint.warm_start
+        ):
+            raise InputError(
+                f"training.eval_only=1: {self.folder} has no checkpoint; train first, name its "
+                f"folder, or "
+                f"use model.pretrained=1 or checkpoint.warm_start"
+            )
+        self._say(
+            json.dumps(
+                {
+                    "epoch": self.step // self.steps_per_epoch - 1,
+                    "step": self.step,
+                    **self._evaluate(len(self.rows) == self.config.training.epochs, heed=False),
+                }
+            )
+        )
 
     # ---------------------------------------------------------------- an epoch
 
     def _begin_epoch(self):
         """What is counted over an epoch, in this process."""
         device = self.compute.device
-        self.totals = torch.zeros(3, device=device, dtype=torch.float64)  # loss x images, correct, images
+        self.totals = torch.zeros(
+            3, device=device, dtype=torch.float64
+        )  # loss x images, correct, images
         self.window = torch.zeros(SYNC_EVERY, device=device, dtype=torch.float64)
         self.unread = []  # the steps whose losses stand in `window`, since they were last read
         self.seconds = self.waited = 0.0
@@ -178,11 +287,17 @@ class Trainer:
         loader.resolution = build.resolution(self.config, epoch)
         self.train_step.wrapped.train()
         skipped_before = self.skipped
-        with self._within_memory("training", loader.resolution), closing(loader.epoch(epoch, done)) as batches, \
-                self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar:
+        with (
+            self._within_memory("training", loader.resolution),
+            closing(loader.epoch(epoch, done)) as batches,
+            self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar,
+        ):
             for step in range(done, self.steps_per_epoch):
                 started = time.perf_counter()
-                slots = [loader.slots(step * loader.batches_per_step + group) for group in range(loader.batches_per_step)]
+                slots = [
+                    loader.slots(step * loader.batches_per_step + group)
+                    for group in range(loader.batches_per_step)
+                ]
                 lr = self.schedule.lr(self.step) * self.health.lr_factor
                 if self.step in self.health.skipped_steps:
                     for _ in slots:
@@ -195,7 +310,11 @@ class Trainer:
                     self.waited += waited
                 self.step += 1
                 self.skipped = skipped_before + loader.skipped
-                if self.swa is not None and step + 1 == self.steps_per_epoch and self._in_swa(epoch):
+                if (
+                    self.swa is not None
+                    and step + 1 == self.steps_per_epoch
+                    and self._in_swa(epoch)
+                ):
                     self.swa.update()
                 reads = len(self.unread) == SYNC_EVERY or step + 1 == self.steps_per_epoch
                 if reads:
@@ -207,9 +326,10 @@ class Trainer:
                 self._heed(step + 1 < self.steps_per_epoch and self._is_regular(self.step))
 
     def _read_losses(self):
-        """Waits for the device and lets the health checks look at the losses since the last time."""
+        """Waits for the device and lets the health checks look at the losses since the last
+        time."""
         if self.unread:
-            losses = compute.mean_over_processes([self.window])[0][:len(self.unread)].tolist()
+            losses = compute.mean_over_processes([self.window])[0][: len(self.unread)].tolist()
             steps, self.unread = self.unread, []
             self.health.check_losses(steps, losses)
 
@@ -217,21 +337,32 @@ class Trainer:
         """Where the run stands, in its progress bar."""
         loss, correct, images = self.totals.tolist()
         rate = images * self.compute.world_size / max(self.seconds, 1e-9)
-        bar.set_postfix(loss=f"{loss / max(images, 1):.4f}", top1=f"{100 * correct / max(images, 1):.1f}%", lr=f"{lr:.2e}",
-                        img_s=f"{rate:.0f}")
+        bar.set_postfix(
+            loss=f"{loss / max(images, 1):.4f}",
+            top1=f"{100 * correct / max(images, 1):.1f}%",
+            lr=f"{lr:.2e}",
+            img_s=f"{rate:.0f}",
+        )
 
     def _estimate_batch_norm(self):
-        """The averaged model's batch-norm statistics, over training images without mixing and erasing."""
+        """The averaged model's batch-norm statistics, over training images without mixing and
+        erasing."""
         c, swa, loader = self.config, self.swa, self.train_loader
-        needed = min(c.swa.bn_steps or self.steps_per_epoch, self.steps_per_epoch) * loader.batches_per_step
+        needed = (
+            min(c.swa.bn_steps or self.steps_per_epoch, self.steps_per_epoch)
+            * loader.batches_per_step
+        )
         if swa.finished:
             return
         swa.begin_batch_norm() if swa.batches < 0 else swa.resume_batch_norm()
         averaged = RunningStatistics(swa.module, 1)
         loader.resolution = build.resolution(c, c.training.epochs - 1)
         start = swa.batches // loader.batches_per_step
-        with self._within_memory("training", loader.resolution), closing(loader.epoch(c.training.epochs, start)) as batches, \
-                self._bar("batch norm", needed, swa.batches) as bar:
+        with (
+            self._within_memory("training", loader.resolution),
+            closing(loader.epoch(c.training.epochs, start)) as batches,
+            self._bar("batch norm", needed, swa.batches) as bar,
+        ):
             for _ in range(start * loader.batches_per_step, swa.batches):
                 next(batches)
             while swa.batches < needed:
@@ -242,7 +373,10 @@ class Trainer:
                 averaged.end_step()
                 swa.batches += 1
                 bar.update()
-                self._heed(bool(c.checkpoint.every_steps) and swa.batches % (c.checkpoint.every_steps * loader.batches_per_step) == 0)
+                self._heed(
+                    bool(c.checkpoint.every_steps)
+                    and swa.batches % (c.checkpoint.every_steps * loader.batches_per_step) == 0
+                )
         swa.end_batch_norm()
 
     def _close_epoch(self, epoch: int):
@@ -251,19 +385,34 @@ class Trainer:
         self._settle()
         loss, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
         found = sorted(set(compute.gather(self.skipped)))
-        row = {"epoch": epoch, "steps": self.steps_per_epoch,
-               "loss": self.loss.name(self._mixing(epoch) and self.train_step.transform.mixes),
-               "train_loss": loss / images if images else None, "train_top1": 100 * correct / images if images else None,
-               "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor, "resolution": build.resolution(self.config, epoch),
-               "images_per_s": images / self.seconds, "seconds": self.seconds, "data_wait_s": self.waited,
-               "peak_memory_mb": self.compute.peak_memory_mb()}
+        row = {
+            "epoch": epoch,
+            "steps": self.steps_per_epoch,
+            "loss": self.loss.name(self._mixing(epoch) and self.train_step.transform.mixes),
+            "train_loss": loss / images if images else None,
+            "train_top1": 100 * correct / images if images else None,
+            "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor,
+            "resolution": build.resolution(self.config, epoch),
+            "images_per_s": images / self.seconds,
+            "seconds": self.seconds,
+            "data_wait_s": self.waited,
+            "peak_memory_mb": self.compute.peak_memory_mb(),
+        }
         if found:
-            row |= {"skipped": len(found), "skipped_samples": [f"sample {index} {reason}" for index, reason in found]}
+            row |= {
+                "skipped": len(found),
+                "skipped_samples": [f"sample {index} {reason}" for index, reason in found],
+            }
         improved, beaten = False, self.best
         if self.config.logging.log_level or epoch == self.config.training.epochs - 1:
             row |= self._evaluate(epoch == self.config.training.epochs - 1)
-            if self.health.check_accuracy(epoch, row, self.num_classes, self.ema.initial_share() if self.ema else 0.0,
-                                          self.config.ema.warmup):
+            if self.health.check_accuracy(
+                epoch,
+                row,
+                self.num_classes,
+                self.ema.initial_share() if self.ema else 0.0,
+                self.config.ema.warmup,
+            ):
                 self.ema.restart()
             top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
             improved = top1 > self.best["top1"]
@@ -273,8 +422,10 @@ class Trainer:
             row["events"] = self.events
         self.health.end_epoch()
         self.rows = self.rows + [row]
-        if epoch + 1 < self.config.training.epochs and (self._mixing(epoch + 1), build.resolution(self.config, epoch + 1)) != \
-                (self._mixing(epoch), build.resolution(self.config, epoch)):
+        if epoch + 1 < self.config.training.epochs and (
+            self._mixing(epoch + 1),
+            build.resolution(self.config, epoch + 1),
+        ) != (self._mixing(epoch), build.resolution(self.config, epoch)):
             self.health.forget()
         self._begin_epoch()
         self._save(improved)
@@ -289,19 +440,26 @@ class Trainer:
     def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
         """Raw and averaged weights on the validation file. heed: look for signals on the way."""
         row, started, c = {}, time.perf_counter(), self.config.validation
-        common = len(self.val_loader.beton) // (self.val_loader.batch_size * self.compute.world_size)  # batches of every process
+        common = len(self.val_loader.beton) // (
+            self.val_loader.batch_size * self.compute.world_size
+        )  # batches of every process
         models = {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
         if self.swa is not None and with_swa:
             models["swa_"] = self.swa.module
         for prefix, model in models.items():
-            with self._within_memory("validation", c.resolution), \
-                    self._bar(f"validation {prefix[:-1].upper()}".strip(), len(self.val_loader)) as bar:
+            with (
+                self._within_memory("validation", c.resolution),
+                self._bar(f"validation {prefix[:-1].upper()}".strip(), len(self.val_loader)) as bar,
+            ):
+
                 def after_batch(number: int):
                     bar.update()
                     if heed and number < common:
                         self._heed(False)
 
-                result = evaluate(model, self.val_loader, self.compute, c.lr_tta, self.label_sets, after_batch)
+                result = evaluate(
+                    model, self.val_loader, self.compute, c.lr_tta, self.label_sets, after_batch
+                )
             row |= {prefix + name: number for name, number in result.items() if name != "images"}
             row["val_images"] = result["images"]
         return row | {"val_seconds": time.perf_counter() - started}
@@ -309,8 +467,13 @@ class Trainer:
     def _within_memory(self, section: str, resolution: int):
         """Around work on batches of `section`.batch_size images."""
         lower = "lower training.batch_size (and keep training.global_batch: more groups are accumulated) or resolution.max_res"
-        return compute.within_memory(f"{section}.batch_size={getattr(self.config, section).batch_size} images of {resolution} px",
-                                     lower if section == "training" else "lower validation.batch_size or validation.resolution")
+        return compute.within_memory(
+            f"{section}.batch_size={getattr(self.config, section).batch_size} images of "
+            f"{resolution} px",
+            lower
+            if section == "training"
+            else "lower validation.batch_size or validation.resolution",
+        )
 
     def _mixing(self, epoch: int) -> bool:
         return epoch < self.config.training.epochs - self.config.mix.off_epochs
@@ -326,25 +489,34 @@ class Trainer:
     # ---------------------------------------------------------------- state
 
     def _heed(self, regular: bool):
-        """After a step: saves where it is time (regular: always), and ends where a signal asked for it, all processes alike."""
+        """After a step: saves where it is time (regular: always), and ends where a signal asked for
+        it, all processes alike."""
         minutes = self.config.checkpoint.every_minutes
-        due, stop = self.votes.cast(bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes,
-                                    self.interrupt.received is not None)
+        due, stop = self.votes.cast(
+            bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes,
+            self.interrupt.received is not None,
+        )
         if due or stop or regular:
             self._check_state()
             self._save(False)
         if stop:
             if not self.store.finish():
-                raise InputError(f"{self.folder}: the run was asked to end and could not be saved; {checkpoint.MEND}")
+                raise InputError(
+                    f"{self.folder}: the run was asked to end and could not be saved; "
+                    f"{checkpoint.MEND}"
+                )
             if self.compute.is_main:
                 (self.folder / REQUEUE_MARK).touch()
-            self._say(f"saved after step {self.step}; the same command goes on from here (exit status {REQUEUE})")
+            self._say(
+                f"saved after step {self.step}; the same command goes on from here (exit status "
+                f"{REQUEUE})"
+            )
             raise SystemExit(REQUEUE)
 
     def _check_state(self):
         """Before a save: what is saved may have to be gone back to. Raises GoBack or Stop."""
         if self.health.non_finite in ("stop", "act") and self.unread:
-            if not compute.sum_over_processes(self.window[:len(self.unread)].sum()).isfinite():
+            if not compute.sum_over_processes(self.window[: len(self.unread)].sum()).isfinite():
                 self._read_losses()
         self.health.check_weights(self.step - 1, self.model.state_dict().values())
 
@@ -362,17 +534,34 @@ class Trainer:
         self._beaten = None
 
     def _state(self) -> dict:
-        counted = {"totals": self.totals.tolist(), "window": self.window[:len(self.unread)].tolist(), "skipped": self.skipped}
-        return {"recipe": self.recipe, "step": self.step, "rows": self.rows, "best": self.best,
-                "epoch": {"processes": compute.gather([counted]), "unread": self.unread, "seconds": self.seconds,
-                          "waited": self.waited, "events": self.events},
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.train_step.scaler.state_dict(), "health": self.health.state_dict(),
-                "ema": self.ema.state_dict() if self.ema is not None else None,
-                "swa": self.swa.state_dict() if self.swa is not None else None}
+        counted = {
+            "totals": self.totals.tolist(),
+            "window": self.window[: len(self.unread)].tolist(),
+            "skipped": self.skipped,
+        }
+        return {
+            "recipe": self.recipe,
+            "step": self.step,
+            "rows": self.rows,
+            "best": self.best,
+            "epoch": {
+                "processes": compute.gather([counted]),
+                "unread": self.unread,
+                "seconds": self.seconds,
+                "waited": self.waited,
+                "events": self.events,
+            },
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.train_step.scaler.state_dict(),
+            "health": self.health.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "swa": self.swa.state_dict() if self.swa is not None else None,
+        }
 
     def _newest(self, regular: bool = False) -> tuple[Path, dict] | None:
-        """The folder's newest whole checkpoint (see Store.newest), on every process the one that the first has found."""
+        """The folder's newest whole checkpoint (see Store.newest), on every process the one that
+        the first has found."""
         found = None
 
         def look():
@@ -385,12 +574,22 @@ class Trainer:
 
     def _resume(self, path: Path, state: dict):
         if self.config.checkpoint.resume == "never":
-            raise InputError(f"checkpoint.resume=never: {self.folder} has a checkpoint; use checkpoint.resume=auto to continue "
-                             f"it or another logging.folder")
+            raise InputError(
+                f"checkpoint.resume=never: {self.folder} has a checkpoint; use "
+                f"checkpoint.resume=auto to continue "
+                f"it or another logging.folder"
+            )
         self._load(state)
-        if self.compute.is_main and not self.config.training.eval_only and self.best["step"] == self.step:
+        if (
+            self.compute.is_main
+            and not self.config.training.eval_only
+            and self.best["step"] == self.step
+        ):
             self.store.mark_best(path)  # a kill may have come between its two names
-        self._say(f"resuming {self.folder} after step {self.step} of {self.config.training.epochs * self.steps_per_epoch}")
+        self._say(
+            f"resuming {self.folder} after step {self.step} of "
+            f"{self.config.training.epochs * self.steps_per_epoch}"
+        )
 
     def _load(self, state: dict):
         checkpoint.check_recipe(state["recipe"], self.recipe, self.folder)
@@ -401,25 +600,42 @@ class Trainer:
         for average, name in ((self.ema, "ema"), (self.swa, "swa")):
             if average is not None:
                 average.load_state_dict(state[name])
-        if self.swa is not None and len(state["epoch"]["processes"]) != self.compute.world_size and not self.swa.finished:
+        if (
+            self.swa is not None
+            and len(state["epoch"]["processes"]) != self.compute.world_size
+            and not self.swa.finished
+        ):
             self.swa.batches = -1  # counted for another number of processes
         self.health.load_state_dict(state["health"])
         self.step, self.rows, self.best = state["step"], list(state["rows"]), state["best"]
         self._begin_epoch()
         epoch, rank, world = state["epoch"], self.compute.rank, self.compute.world_size
         counted = epoch["processes"]
-        if len(counted) != world:  # another number of processes: the first one takes what all had counted
+        if (
+            len(counted) != world
+        ):  # another number of processes: the first one takes what all had counted
             windows = [process["window"] for process in counted]
             window = [statistics.fmean(losses) for losses in zip(*windows)]
-            first = {"totals": [sum(numbers) for numbers in zip(*(process["totals"] for process in counted))], "window": window,
-                     "skipped": [item for process in counted for item in process["skipped"]]}
-            counted = [first] + [{"totals": [0.0] * 3, "window": window, "skipped": []}] * (world - 1)
+            first = {
+                "totals": [
+                    sum(numbers) for numbers in zip(*(process["totals"] for process in counted))
+                ],
+                "window": window,
+                "skipped": [item for process in counted for item in process["skipped"]],
+            }
+            counted = [first] + [{"totals": [0.0] * 3, "window": window, "skipped": []}] * (
+                world - 1
+            )
         mine = counted[rank]
         self.totals += torch.tensor(mine["totals"], dtype=torch.float64, device=self.totals.device)
         self.unread = list(epoch["unread"])
-        self.window[:len(self.unread)] = torch.tensor(mine["window"], dtype=torch.float64)
+        self.window[: len(self.unread)] = torch.tensor(mine["window"], dtype=torch.float64)
         self.skipped = [tuple(item) for item in mine["skipped"]]
-        self.seconds, self.waited, self.events = epoch["seconds"], epoch["waited"], list(epoch["events"])
+        self.seconds, self.waited, self.events = (
+            epoch["seconds"],
+            epoch["waited"],
+            list(epoch["events"]),
+        )
 
     def _go_back(self, request: GoBack):
         """To the newest checkpoint, and on from there otherwise than before."""
@@ -427,79 +643,137 @@ class Trainer:
         returns = self.health.returns + 1
         found = self._newest(regular=True)
         if found is None or returns > MOST_RETURNS:
-            raise InputError(f"{request.reason}, and " + ("there is no checkpoint to go back to; set checkpoint.every_steps"
-                             if found is None else f"going back {MOST_RETURNS} times did not mend it; lower lr.lr"))
+            raise InputError(
+                f"{request.reason}, and "
+                + (
+                    "there is no checkpoint to go back to; set checkpoint.every_steps"
+                    if found is None
+                    else f"going back {MOST_RETURNS} times did not mend it; lower lr.lr"
+                )
+            )
         self._load(found[1])
-        # Before the state with the decision is saved: a kill in between repeats the steps and decides again
-        if compute.on_first_process(lambda: self.store.give_up(self.step)) and self.best["step"] != self.step:
+        # Before the state with the decision is saved: a kill in between repeats the steps and
+        # decides again
+        if (
+            compute.on_first_process(lambda: self.store.give_up(self.step))
+            and self.best["step"] != self.step
+        ):
             self.best = dict(NO_BEST)
         self.health.returns, self.health.returned = returns, True
         self.health.lr_factor *= request.factor
         self.health.skipped_steps.extend(request.skip)
         self.health.forget()
-        self._note(f"{request.reason}: back to step {self.step}, " + (
-            f"leaving out step {' and '.join(map(str, request.skip))}" if request.skip else
-            f"learning rate x {self.health.lr_factor:g} from here on"))
+        self._note(
+            f"{request.reason}: back to step {self.step}, "
+            + (
+                f"leaving out step {' and '.join(map(str, request.skip))}"
+                if request.skip
+                else f"learning rate x {self.health.lr_factor:g} from here on"
+            )
+        )
         self._save(self.best["step"] == self.step)
 
     def _recipe(self) -> dict:
         """What decides the run's result: a checkpoint belongs to one recipe."""
         recipe = as_dict(self.config)
-        kept = {name: dict(recipe[name]) for name in ("model", "resolution", "augment", "mix", "lr", "training", "ema", "swa")}
+        kept = {
+            name: dict(recipe[name])
+            for name in ("model", "resolution", "augment", "mix", "lr", "training", "ema", "swa")
+        }
         kept["model"]["num_classes"] = self.num_classes
         for name in ("eval_only", "distributed"):
             del kept["training"][name]
         kept["training"]["global_batch"] = self.train_loader.global_batch
         beton = self.train_loader.beton
-        kept["data"] = {"train_images": len(beton), "train_fingerprint": beton.fingerprint(), "order": self.config.data.order}
+        kept["data"] = {
+            "train_images": len(beton),
+            "train_fingerprint": beton.fingerprint(),
+            "order": self.config.data.order,
+        }
         kept["checkpoint"] = {"warm_start": self.config.checkpoint.warm_start}
         return kept
 
     # ---------------------------------------------------------------- what people see
 
     def _facts(self) -> dict:
-        """What has to be the same on all processes: the recipe and its rhythm, what the files hold, versions."""
-        facts = {f"{section}.{name}": value for section, options in as_dict(self.config).items() for name, value in options.items()
-                 if f"{section}.{name}" not in OWN}
+        """What has to be the same on all processes: the recipe and its rhythm, what the files hold,
+        versions."""
+        facts = {
+            f"{section}.{name}": value
+            for section, options in as_dict(self.config).items()
+            for name, value in options.items()
+            if f"{section}.{name}" not in OWN
+        }
         for name, loader in (("train", self.train_loader), ("val", self.val_loader)):
             beton = loader.beton
-            facts[f"data.{name}_dataset"] = f"{len(beton)} images of {beton.num_classes} classes, fingerprint {beton.fingerprint()}, " \
-                                            f"labels {checksum(beton.labels):016x}"
+            facts[f"data.{name}_dataset"] = (
+                f"{len(beton)} images of {beton.num_classes} classes, fingerprint "
+                f"{beton.fingerprint()}, "
+                f"labels {checksum(beton.labels):016x}"
+            )
         if self.label_sets is not None:
             facts["validation.labels"] = f"{checksum(self.label_sets.numpy()):016x}"
         where = self.compute
-        return facts | {"device": where.device.type, "precision": where.precision, "compile": where.compile,
-                        "rsb_ffcv": __version__, "Python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__,
-                        "timm": timm.__version__, "numpy": numpy.__version__}
+        return facts | {
+            "device": where.device.type,
+            "precision": where.precision,
+            "compile": where.compile,
+            "rsb_ffcv": __version__,
+            "Python": ".".join(platform.python_version_tuple()[:2]),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": numpy.__version__,
+        }
 
     def _open_folder(self):
         if self.compute.is_main:
             (self.folder / REQUEUE_MARK).unlink(missing_ok=True)
-            log.write_metrics(self.folder, self.rows)  # a run killed after its log and before its checkpoint logs again
+            log.write_metrics(
+                self.folder, self.rows
+            )  # a run killed after its log and before its checkpoint logs again
             log.write_json(self.folder / "config.json", as_dict(self.config))
 
     def _finish(self):
         rows = self.rows
         log.draw_curves(rows, self.folder / "training_curves.png")
         last, lines = rows[-1], []
-        for name, module, prefix, suffix in (("raw", self.model, "", ""),
-                                             ("EMA", self.ema and self.ema.module, "ema_", "_ema"),
-                                             ("SWA", self.swa and self.swa.module, "swa_", "_swa")):
+        for name, module, prefix, suffix in (
+            ("raw", self.model, "", ""),
+            ("EMA", self.ema and self.ema.module, "ema_", "_ema"),
+            ("SWA", self.swa and self.swa.module, "swa_", "_swa"),
+        ):
             if module is not None:
                 weights = checkpoint.on_host(module.state_dict())
                 checkpoint.write(weights, self.folder / f"final_weights{suffix}.pt")
-                lines.append((f"top-1 (top-5), {name} weights", f"{last[prefix + 'top1']:.2f} % ({last[prefix + 'top5']:.2f} %)"))
+                lines.append(
+                    (
+                        f"top-1 (top-5), {name} weights",
+                        f"{last[prefix + 'top1']:.2f} % ({last[prefix + 'top5']:.2f} %)",
+                    )
+                )
         wait = 100 * sum(row["data_wait_s"] for row in rows) / sum(row["seconds"] for row in rows)
-        lines += [("best top-1", f"{self.best['top1']:.2f} % after epoch {self.best['epoch'] + 1}"),
-                  ("validation images", str(last["val_images"])),
-                  ("training images/s, median", f"{statistics.median(row['images_per_s'] for row in rows):.0f}"),
-                  ("waiting for data", f"{wait:.1f} % of training time"),
-                  ("weights, metrics, curves", f"{self.folder}/")]
+        lines += [
+            ("best top-1", f"{self.best['top1']:.2f} % after epoch {self.best['epoch'] + 1}"),
+            ("validation images", str(last["val_images"])),
+            (
+                "training images/s, median",
+                f"{statistics.median(row['images_per_s'] for row in rows):.0f}",
+            ),
+            ("waiting for data", f"{wait:.1f} % of training time"),
+            ("weights, metrics, curves", f"{self.folder}/"),
+        ]
         print(log.table(lines), flush=True)
 
     def _bar(self, title: str, total: int, done: int = 0) -> tqdm:
-        return tqdm(total=total, initial=done, desc=title, disable=not self.compute.is_main, leave=False, file=sys.stderr,
-                    mininterval=0.5)
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            disable=not self.compute.is_main,
+            leave=False,
+            file=sys.stderr,
+            mininterval=0.5,
+        )
 
     def _say(self, text: str):
         if self.compute.is_main:

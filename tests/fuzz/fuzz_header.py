@@ -2,10 +2,12 @@
 
     python tests/fuzz/fuzz_header.py <count> <seed> <core.so>
 
-A small file of JPEG and raw images, with and without checksums and entry points, is damaged anywhere but mostly in its header, metadata,
-table and trailer, or cut. Either the reader refuses it with an InputError, or every sample can be handed to the core,
-which answers with an image or a reason. Run it with the core built for AddressSanitizer, and its runtime preloaded.
+A small file of JPEG and raw images, with and without checksums and entry points, is damaged
+anywhere but mostly in its header, metadata, table and trailer, or cut. Either the reader refuses it
+with an InputError, or every sample can be handed to the core, which answers with an image or a
+reason. Run it with the core built for AddressSanitizer, and its runtime preloaded.
 """
+
 import io
 import json
 import os
@@ -26,7 +28,9 @@ def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:
     rng = np.random.default_rng(0)
     metadata, table = np.zeros(count, beton.SAMPLE_METADATA), np.zeros(count, beton.ALLOCATION)
     header, fields = np.zeros(1, beton.HEADER), np.zeros(2, beton.FIELD)
-    for row, (name, kind) in zip(fields, ((b"image", beton.IMAGE_TYPE_ID), (b"label", beton.INT_TYPE_ID))):
+    for row, (name, kind) in zip(
+        fields, ((b"image", beton.IMAGE_TYPE_ID), (b"label", beton.INT_TYPE_ID))
+    ):
         row["type_id"], row["name"][:5] = kind, np.frombuffer(name, np.uint8)
     front = header.nbytes + fields.nbytes + metadata.nbytes
     end = front + -front % 4096
@@ -38,18 +42,33 @@ def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:
         stored = pixels.tobytes() if i % 3 == 0 else buffer.getvalue()
         metadata[i] = ((beton.RAW if i % 3 == 0 else beton.JPG, width, height, end), i % 4)
         table[i] = (i, end, len(stored))
-        entries = native.entry_points(np.frombuffer(stored, np.uint8), height, width).tobytes() if i % 3 else b""
+        entries = (
+            native.entry_points(np.frombuffer(stored, np.uint8), height, width).tobytes()
+            if i % 3
+            else b""
+        )
         extras[i] = native.checksum(np.frombuffer(stored + entries, np.uint8)), len(entries)
         images.append(stored + entries)
         end += len(stored + entries)
     images.append(bytes(-end % 4096))
     end += -end % 4096
-    header["version"], header["num_fields"], header["page_size"], header["num_samples"] = beton.VERSION, 2, 4096, count
+    header["version"], header["num_fields"], header["page_size"], header["num_samples"] = (
+        beton.VERSION,
+        2,
+        4096,
+        count,
+    )
     names = np.frombuffer(b"".join(b"image %d\0" % i for i in range(count)), np.uint8)
-    about = np.frombuffer(json.dumps(asdict(beton.About({}, {}, {}, list("abcd"), [], {}))).encode(), np.uint8)
-    header["alloc_table_ptr"] = end + (sum(map(len, (names, about))) + extras.nbytes + beton.TRAILER.itemsize if extras_too else 0)
+    about = np.frombuffer(
+        json.dumps(asdict(beton.About({}, {}, {}, list("abcd"), [], {}))).encode(), np.uint8
+    )
+    header["alloc_table_ptr"] = end + (
+        sum(map(len, (names, about))) + extras.nbytes + beton.TRAILER.itemsize if extras_too else 0
+    )
     start = header.tobytes() + fields.tobytes() + metadata.tobytes()
-    trailer = beton.make_trailer(extras, len(names), native.checksum(names), about, beton.structure_checksum(start, table))
+    trailer = beton.make_trailer(
+        extras, len(names), native.checksum(names), about, beton.structure_checksum(start, table)
+    )
     tail = [part.tobytes() for part in (extras, names, about, trailer)] if extras_too else []
     return np.frombuffer(b"".join([start, *images, *tail, table.tobytes()]), np.uint8)
 
@@ -59,8 +78,14 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
     header = whole[:24].view(beton.HEADER)[0]
     metadata = 24 + 2 * beton.FIELD.itemsize
     metadata_end = metadata + int(header["num_samples"]) * beton.SAMPLE_METADATA.itemsize
-    regions = ((0, 24), (24, 24 + 20), (24 + beton.FIELD.itemsize, 24 + beton.FIELD.itemsize + 20), (metadata, metadata_end),
-               (int(header["alloc_table_ptr"]) - 600, len(whole)), (0, len(whole)))
+    regions = (
+        (0, 24),
+        (24, 24 + 20),
+        (24 + beton.FIELD.itemsize, 24 + beton.FIELD.itemsize + 20),
+        (metadata, metadata_end),
+        (int(header["alloc_table_ptr"]) - 600, len(whole)),
+        (0, len(whole)),
+    )
     for _ in range(rng.integers(1, 4)):
         low, high = regions[rng.integers(len(regions))]
         at = int(rng.integers(low, high))
@@ -70,14 +95,14 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
         if kind == 0:
             data[at] ^= 1 << rng.integers(8)
         elif kind == 1:
-            data[at:at + 8] = rng.integers(0, 256, len(data[at:at + 8]))
+            data[at : at + 8] = rng.integers(0, 256, len(data[at : at + 8]))
         elif kind == 2:
-            data[at:at + rng.integers(1, 9)] = rng.choice([0, 255, 127])
+            data[at : at + rng.integers(1, 9)] = rng.choice([0, 255, 127])
         elif rng.integers(5) == 0:
             data = data[:at]
     at = int(header["alloc_table_ptr"]) - beton.TRAILER.itemsize
     if rng.integers(3) == 0 and len(data) == len(whole):  # a forger computes the checksum, too
-        trailer = data[at:at + beton.TRAILER.itemsize].view(beton.TRAILER)
+        trailer = data[at : at + beton.TRAILER.itemsize].view(beton.TRAILER)
         trailer["trailer"] = native.checksum(trailer.view(np.uint8)[:-8])
     return data if len(data) else whole[:1].copy()
 
@@ -87,7 +112,11 @@ def main(count: int, seed: int, core: str):
     native._thread = native._OfThread()
     rng, refused, loaded, reasons = np.random.default_rng(seed), 0, 0, {}
     files = [small_file(extras_too=with_extras) for with_extras in (True, False)]
-    path = f"/dev/shm/fuzz-{os.getpid()}.beton" if os.path.isdir("/dev/shm") else f"/tmp/fuzz-{os.getpid()}.beton"
+    path = (
+        f"/dev/shm/fuzz-{os.getpid()}.beton"
+        if os.path.isdir("/dev/shm")
+        else f"/tmp/fuzz-{os.getpid()}.beton"
+    )
     try:
         for number in range(count):
             damage(files[number % 2], rng).tofile(path)
@@ -102,7 +131,10 @@ def main(count: int, seed: int, core: str):
                 sample = np.zeros((), native.SAMPLE)
                 for name in ("height", "width", "pointer", "size"):
                     sample[name] = getattr(file, f"{name}s")[i]
-                sample["raw"], sample["box"] = file.modes[i] == beton.RAW, (0, 0, sample["height"], sample["width"])
+                sample["raw"], sample["box"] = (
+                    file.modes[i] == beton.RAW,
+                    (0, 0, sample["height"], sample["width"]),
+                )
                 if file.extras is not None:
                     sample["verify"], sample["checksum"], sample["entry_bytes"] = 1, *file.extras[i]
                 try:
@@ -113,7 +145,10 @@ def main(count: int, seed: int, core: str):
             os.close(descriptor)
     finally:
         os.unlink(path)
-    print(f"{count} files: {refused} refused whole; of the others {loaded} images loaded, refused: {reasons}")
+    print(
+        f"{count} files: {refused} refused whole; of the others {loaded} images loaded, refused: "
+        f"{reasons}"
+    )
 
 
 if __name__ == "__main__":

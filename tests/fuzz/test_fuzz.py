@@ -1,4 +1,5 @@
 """The compiled core and the reader, built for the sanitizers, meet damaged files."""
+
 import os
 import subprocess
 import sys
@@ -15,11 +16,20 @@ CSRC = HERE.parents[1] / "rsb_ffcv" / "ops" / "csrc"
 SOURCES = [CSRC / f"{name}.c" for name in ("jpeg", "resample", "augment", "sample")]
 FLAGS = ["-std=gnu11", "-g", "-fwrapv", "-ffp-contract=off", f"-I{CSRC}"]
 # Overflow is defined by -fwrapv; everything else ends the program.
-SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=signed-integer-overflow,shift-base", "-fno-sanitize-recover=all"]
+SANITIZE = [
+    "-O1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=signed-integer-overflow,shift-base",
+    "-fno-sanitize-recover=all",
+]
 
 
 def build(target, *arguments):
-    done = subprocess.run(["cc", *FLAGS, *map(str, arguments), "-o", str(target), "-lturbojpeg", "-lm"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["cc", *FLAGS, *map(str, arguments), "-o", str(target), "-lturbojpeg", "-lm"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -27,12 +37,21 @@ def build(target, *arguments):
 def seeds(tmp_path_factory):
     """JPEGs of every kind that the decoder tells apart, as small as they get interesting."""
     folder, rng = tmp_path_factory.mktemp("seeds"), np.random.default_rng(0)
-    kinds = [dict(subsampling=0), dict(subsampling=1), dict(subsampling=2), dict(optimize=True), dict(progressive=True),
-             dict(restart_marker_blocks=3), dict(quality=100)]
+    kinds = [
+        dict(subsampling=0),
+        dict(subsampling=1),
+        dict(subsampling=2),
+        dict(optimize=True),
+        dict(progressive=True),
+        dict(restart_marker_blocks=3),
+        dict(quality=100),
+    ]
     for number in range(3 * len(kinds)):
         height, width = (int(side) for side in rng.integers(8, 100, 2))
         small = rng.integers(0, 256, (5, 6, 3), np.uint8)
-        image = np.asarray(Image.fromarray(small).resize((width, height))) // 2 + rng.integers(0, 60, (height, width, 3))
+        image = np.asarray(Image.fromarray(small).resize((width, height))) // 2 + rng.integers(
+            0, 60, (height, width, 3)
+        )
         picture = Image.fromarray(image.astype(np.uint8)).convert("L" if number >= 18 else "RGB")
         picture.save(folder / f"{number}.jpg", **{"quality": 80, **kinds[number % len(kinds)]})
     return sorted(folder.iterdir())
@@ -40,20 +59,47 @@ def seeds(tmp_path_factory):
 
 @pytest.mark.parametrize("portable", [False, True])
 def test_damaged_images_never_reach_memory_that_is_not_theirs(seeds, tmp_path, tell, portable):
-    build(tmp_path / "fuzz", *SANITIZE, *(["-DRSB_PORTABLE"] if portable else []), HERE / "fuzz_core.c", *SOURCES)
-    done = subprocess.run([tmp_path / "fuzz", str(FUZZ_INPUTS), "1", *seeds], capture_output=True, text=True, timeout=3600)
+    build(
+        tmp_path / "fuzz",
+        *SANITIZE,
+        *(["-DRSB_PORTABLE"] if portable else []),
+        HERE / "fuzz_core.c",
+        *SOURCES,
+    )
+    done = subprocess.run(
+        [tmp_path / "fuzz", str(FUZZ_INPUTS), "1", *seeds],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = [int(part.split(": ")[-1]) for part in done.stdout.split(" inputs:")[1].split(",")]
-    assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), done.stdout  # every gate was passed
+    assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), (
+        done.stdout
+    )  # every gate was passed
     tell(done.stdout.strip())
 
 
 def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
-    build(tmp_path / "core.so", *SANITIZE, "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c")
-    runtime = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    done = subprocess.run([sys.executable, HERE / "fuzz_header.py", str(max(1000, FUZZ_INPUTS // 10)), "1", tmp_path / "core.so"],
-                          capture_output=True, text=True, timeout=3600,
-                          env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"})
+    build(
+        tmp_path / "core.so", *SANITIZE, "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c"
+    )
+    runtime = subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    done = subprocess.run(
+        [
+            sys.executable,
+            HERE / "fuzz_header.py",
+            str(max(1000, FUZZ_INPUTS // 10)),
+            "1",
+            tmp_path / "core.so",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert " refused whole; of the others " in done.stdout
     tell(done.stdout.strip())
@@ -62,7 +108,16 @@ def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
 def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_path):
     from rsb_ffcv.ops import native
 
-    build(tmp_path / "portable.so", "-O2", "-DRSB_PORTABLE", "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c")
+    build(
+        tmp_path / "portable.so",
+        "-O2",
+        "-DRSB_PORTABLE",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        *SOURCES,
+        CSRC / "pool.c",
+    )
     results = []
     shipped = native.library
     try:
@@ -73,18 +128,34 @@ def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_pa
                     width, height = picture.size
                 for trial in range(6):
                     sample = np.zeros((), native.SAMPLE)
-                    sample["size"], sample["height"], sample["width"] = path.stat().st_size, height, width
+                    sample["size"], sample["height"], sample["width"] = (
+                        path.stat().st_size,
+                        height,
+                        width,
+                    )
                     h, w = rng.uniform(1, height), rng.uniform(1, width)
                     sample["box"] = (rng.uniform(0, height - h), rng.uniform(0, width - w), h, w)
-                    sample["filter"], sample["flip"], sample["rows_first"] = trial % 2, trial % 3 == 0, trial > 3
+                    sample["filter"], sample["flip"], sample["rows_first"] = (
+                        trial % 2,
+                        trial % 3 == 0,
+                        trial > 3,
+                    )
                     with open(path, "rb") as file:
-                        images.append(native.load(file.fileno(), sample, *(int(side) for side in rng.integers(1, 90, 2))))
+                        images.append(
+                            native.load(
+                                file.fileno(),
+                                sample,
+                                *(int(side) for side in rng.integers(1, 90, 2)),
+                            )
+                        )
                 layers = np.zeros(14, native.LAYER)
                 layers["op"], layers["filter"] = np.arange(14), rng.integers(0, 2, 14)
                 layers["argument"] = rng.uniform(0.2, 1.4, (14, 6)) * (1, 0.3, 9, 0.3, 1, 9)
-                layers["argument"][native.POSTERIZE:native.SOLARIZE_ADD + 1, 0] = 3, 128, 77
+                layers["argument"][native.POSTERIZE : native.SOLARIZE_ADD + 1, 0] = 3, 128, 77
                 images += [native.augment(images[-1], layer) for layer in layers]
             results.append(images)
     finally:
         native.library = shipped
-    assert len(results[0]) > 300 and all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(results[0]) > 300 and all(
+        np.array_equal(a, b) for a, b in zip(*results, strict=True)
+    )

@@ -1,5 +1,6 @@
-"""A run on CUDA: fp16 with the scaler, torch.compile, an average that follows, no step that waits. Skipped where there is no
-device."""
+"""A run on CUDA: fp16 with the scaler, torch.compile, an average that follows, no step that waits.
+Skipped where there is no device."""
+
 import json
 import signal
 import subprocess
@@ -26,18 +27,47 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(betons, folder, precision, **more):
-    flags = {"data.train_dataset": betons / "train.beton", "data.val_dataset": betons / "val.beton",
-             "data.num_workers": 4, "data.in_memory": 1, "logging.folder": folder, "model.arch": "resnet18",
-             "resolution.min_res": 32, "resolution.max_res": 32, "mix.mixup": 0.2, "lr.lr": 0.01,
-             "lr.lr_schedule_type": "cosine", "lr.warmup_epochs": 1, "training.epochs": 8, "training.batch_size": 16,
-             "training.global_batch": 32, "training.optimizer": "lamb", "training.weight_decay": 0.02, "ema.decay": 0.9,
-             "ema.warmup": 1, "validation.batch_size": 10, "validation.resolution": 32, "compute.precision": precision, **more}
-    return [sys.executable, "train_imagenet.py", *(f"--{name}={value}" for name, value in flags.items())]
+    flags = {
+        "data.train_dataset": betons / "train.beton",
+        "data.val_dataset": betons / "val.beton",
+        "data.num_workers": 4,
+        "data.in_memory": 1,
+        "logging.folder": folder,
+        "model.arch": "resnet18",
+        "resolution.min_res": 32,
+        "resolution.max_res": 32,
+        "mix.mixup": 0.2,
+        "lr.lr": 0.01,
+        "lr.lr_schedule_type": "cosine",
+        "lr.warmup_epochs": 1,
+        "training.epochs": 8,
+        "training.batch_size": 16,
+        "training.global_batch": 32,
+        "training.optimizer": "lamb",
+        "training.weight_decay": 0.02,
+        "ema.decay": 0.9,
+        "ema.warmup": 1,
+        "validation.batch_size": 10,
+        "validation.resolution": 32,
+        "compute.precision": precision,
+        **more,
+    }
+    return [
+        sys.executable,
+        "train_imagenet.py",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_compiled_run_learns_and_its_average_follows(betons, tmp_path, precision):
-    done = subprocess.run(command(betons, tmp_path / "run", precision), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command(betons, tmp_path / "run", precision),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
     assert f"precision {precision}, compile on" in done.stdout.splitlines()[0]
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -47,7 +77,9 @@ def test_a_compiled_run_learns_and_its_average_follows(betons, tmp_path, precisi
 def test_a_killed_run_ends_near_one_that_was_not(betons, tmp_path):
     """CUDA's sums are not bit for bit the same twice, so losses are compared, not bits."""
     more = {"compute.compile": 0, "checkpoint.every_steps": 1, "model.drop_path": 0.1}
-    whole, killed = (command(betons, tmp_path / name, "fp16", **more) for name in ("whole", "killed"))
+    whole, killed = (
+        command(betons, tmp_path / name, "fp16", **more) for name in ("whole", "killed")
+    )
     assert subprocess.run(whole, cwd=ROOT, timeout=500).returncode == 0
     process = subprocess.Popen(killed, cwd=ROOT)
     while len(list((tmp_path / "killed").glob("checkpoint_*"))) < 2:
@@ -56,10 +88,16 @@ def test_a_killed_run_ends_near_one_that_was_not(betons, tmp_path):
     process.wait()
     done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "killed")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
     assert len(logs[1]) == 8
     for one, other in zip(*logs):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02) and one["lr"] == other["lr"]
+        assert (
+            one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+            and one["lr"] == other["lr"]
+        )
 
 
 @pytest.mark.parametrize("precision, clip", [("fp16", 0.0), ("fp16", 1.0), ("bf16", 0.0)])
@@ -68,9 +106,22 @@ def test_no_step_waits_for_the_device(precision, clip, optimizer):
     where = compute.set_up("cuda", precision, "0", True, 0)
     model = build_model("resnet18", 10).to(where.device, memory_format=where.memory_format)
     built = build_optimizer(optimizer, model, 0.005, 0.02, 0.9)
-    step = TrainStep(model, model.train(), built, Loss("bce"), BatchTransform(0, 0.2, 1.0, erase_prob=0.5, erase_mode="pixel"), where,
-                     groups=2, seed=0, grad_clip=clip, ema=Ema(model, 0.9, warmup=True))
-    group = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, device=where.device), torch.arange(16, device=where.device) % 10
+    step = TrainStep(
+        model,
+        model.train(),
+        built,
+        Loss("bce"),
+        BatchTransform(0, 0.2, 1.0, erase_prob=0.5, erase_mode="pixel"),
+        where,
+        groups=2,
+        seed=0,
+        grad_clip=clip,
+        ema=Ema(model, 0.9, warmup=True),
+    )
+    group = (
+        torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, device=where.device),
+        torch.arange(16, device=where.device) % 10,
+    )
     slots = [np.arange(16), np.arange(16, 32)]
     step(0, iter([group] * 2), slots, 0.001, True)
     torch.cuda.synchronize()
@@ -86,19 +137,30 @@ def test_lamb_on_the_device_is_timms_in_a_fifth_of_its_launches():
     """Kernels as the profiler counts them, for foreach and for the compiled step, on ResNet-50."""
     torch.manual_seed(0)
     found = {}
-    for name, make in (("timm", lambda groups: timm.optim.Lamb(groups, lr=0.005, foreach=False)),
-                       ("foreach", lambda groups: Lamb(groups, lr=0.005)), ("compiled", lambda groups: Lamb(groups, lr=0.005, compiled=True))):
+    for name, make in (
+        ("timm", lambda groups: timm.optim.Lamb(groups, lr=0.005, foreach=False)),
+        ("foreach", lambda groups: Lamb(groups, lr=0.005)),
+        ("compiled", lambda groups: Lamb(groups, lr=0.005, compiled=True)),
+    ):
         torch.manual_seed(0)
         model = build_model("resnet50", 1000).cuda()
         optimizer = make(decay_groups(model, 0.02))
         for number in range(6):
             generator = torch.Generator("cuda").manual_seed(number)
             for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator, device="cuda") * 0.01
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                parameter.grad = (
+                    torch.randn(parameter.shape, generator=generator, device="cuda") * 0.01
+                )
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as profile:
                 optimizer.step()
                 torch.cuda.synchronize()
-        launches = sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+        launches = sum(
+            event.count
+            for event in profile.key_averages()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
         found[name] = launches, [parameter.detach().clone() for parameter in model.parameters()]
     print({name: launches for name, (launches, _) in found.items()})
     for name in ("foreach", "compiled"):

@@ -1,4 +1,5 @@
 """Small runs for the tests of the programs, and how two of them are compared."""
+
 import json
 
 import torch
@@ -7,32 +8,67 @@ TIMINGS = {"images_per_s", "seconds", "data_wait_s", "peak_memory_mb", "val_seco
 
 
 def options(betons, folder, **more):
-    """A small run with every A2 ingredient: 3 epochs of 3 steps of 2 x 16 images, resnet10t at 32 px."""
-    flags = {"data.train_dataset": betons / "train.beton", "data.val_dataset": betons / "val.beton",
-             "data.num_workers": 2, "data.in_memory": 1, "logging.folder": folder, "model.arch": "resnet10t",
-             "model.drop_path": 0.1, "resolution.min_res": 32, "resolution.max_res": 32,
-             "augment.rand_augment": "rand-m7-mstd0.5-inc1", "augment.color_jitter": 0.2, "augment.repeats": 2,
-             "data.order": "quasi_random", "augment.erase_prob": 0.25, "augment.erase_mode": "pixel",
-             "mix.mixup": 0.2, "mix.cutmix": 1.0, "mix.off_epochs": 1, "lr.lr": 0.005, "lr.lr_schedule_type": "cosine",
-             "lr.warmup_epochs": 1, "lr.warmup_lr": 0.00005, "training.epochs": 3, "training.batch_size": 16,
-             "training.global_batch": 32, "training.optimizer": "lamb", "training.weight_decay": 0.02,
-             "training.grad_clip": 1.0, "ema.decay": 0.9, "ema.warmup": 1, "validation.batch_size": 10,
-             "validation.resolution": 32, "compute.device": "cpu", "compute.precision": "fp32", "compute.threads": 1, **more}
+    """A small run with every A2 ingredient: 3 epochs of 3 steps of 2 x 16 images, resnet10t at 32
+    px."""
+    flags = {
+        "data.train_dataset": betons / "train.beton",
+        "data.val_dataset": betons / "val.beton",
+        "data.num_workers": 2,
+        "data.in_memory": 1,
+        "logging.folder": folder,
+        "model.arch": "resnet10t",
+        "model.drop_path": 0.1,
+        "resolution.min_res": 32,
+        "resolution.max_res": 32,
+        "augment.rand_augment": "rand-m7-mstd0.5-inc1",
+        "augment.color_jitter": 0.2,
+        "augment.repeats": 2,
+        "data.order": "quasi_random",
+        "augment.erase_prob": 0.25,
+        "augment.erase_mode": "pixel",
+        "mix.mixup": 0.2,
+        "mix.cutmix": 1.0,
+        "mix.off_epochs": 1,
+        "lr.lr": 0.005,
+        "lr.lr_schedule_type": "cosine",
+        "lr.warmup_epochs": 1,
+        "lr.warmup_lr": 0.00005,
+        "training.epochs": 3,
+        "training.batch_size": 16,
+        "training.global_batch": 32,
+        "training.optimizer": "lamb",
+        "training.weight_decay": 0.02,
+        "training.grad_clip": 1.0,
+        "ema.decay": 0.9,
+        "ema.warmup": 1,
+        "validation.batch_size": 10,
+        "validation.resolution": 32,
+        "compute.device": "cpu",
+        "compute.precision": "fp32",
+        "compute.threads": 1,
+        **more,
+    }
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def rows(folder):
     """The log, timings aside."""
     path = folder / "metrics.jsonl"
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS}
-            for line in (path.read_text().splitlines() if path.exists() else [])]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMINGS}
+        for line in (path.read_text().splitlines() if path.exists() else [])
+    ]
 
 
 def state(folder):
     """The newest checkpoint, timings aside."""
     newest = torch.load(max(folder.glob("checkpoint_*.pt")), weights_only=True)
-    newest["rows"] = [{key: value for key, value in row.items() if key not in TIMINGS} for row in newest["rows"]]
-    newest["epoch"] = {key: value for key, value in newest["epoch"].items() if key not in ("seconds", "waited")}
+    newest["rows"] = [
+        {key: value for key, value in row.items() if key not in TIMINGS} for row in newest["rows"]
+    ]
+    newest["epoch"] = {
+        key: value for key, value in newest["epoch"].items() if key not in ("seconds", "waited")
+    }
     return newest
 
 
@@ -60,7 +96,11 @@ def assert_same_run(folder, other):
     names = {path.name for path in other.glob("final_weights*.pt")}
     assert names == {path.name for path in folder.glob("final_weights*.pt")}
     for name in names:
-        assert_same(torch.load(folder / name, weights_only=True), torch.load(other / name, weights_only=True), name)
+        assert_same(
+            torch.load(folder / name, weights_only=True),
+            torch.load(other / name, weights_only=True),
+            name,
+        )
     best = [torch.load(path / "best.pt", weights_only=True) for path in (folder, other)]
     assert_same(best[0]["model"], best[1]["model"], "best")
     assert not list(folder.glob(".*.part"))

@@ -1,4 +1,6 @@
-"""A run that goes back gives up the steps it had done since: whatever interrupts it, they are never resumed."""
+"""A run that goes back gives up the steps it had done since: whatever interrupts it, they are never
+resumed."""
+
 import signal
 
 import pytest
@@ -6,17 +8,29 @@ import torch
 
 from tests.integration.runs import assert_same_run, options, rows, state
 
-# 12 steps an epoch. Step 20 overflows the weights, which is found before they are saved: back to step 12 (the end of the first epoch),
-# while checkpoints of steps 19 and 20 stand in the folder, for one is due after each step.
-MORE = {"model.arch": "test_resnet", "training.epochs": 2, "training.batch_size": 8, "training.global_batch": 8, "mix.off_epochs": 0,
-        "training.optimizer": "sgd", "training.grad_clip": 0, "health.non_finite": "act", "checkpoint.every_minutes": 1e-9,
-        "logging.log_level": 0}
+# 12 steps an epoch. Step 20 overflows the weights, which is found before they are saved: back to
+# step 12 (the end of the first epoch), while checkpoints of steps 19 and 20 stand in the folder,
+# for one is due after each step.
+MORE = {
+    "model.arch": "test_resnet",
+    "training.epochs": 2,
+    "training.batch_size": 8,
+    "training.global_batch": 8,
+    "mix.off_epochs": 0,
+    "training.optimizer": "sgd",
+    "training.grad_clip": 0,
+    "health.non_finite": "act",
+    "checkpoint.every_minutes": 1e-9,
+    "logging.log_level": 0,
+}
 OVERFLOW = """
 from rsb_ffcv.learning.schedule import Schedule
 plain = Schedule.lr
 Schedule.lr = lambda self, step: 1e38 if step == 20 else plain(self, step)
 """
-NOTICE = OVERFLOW + """
+NOTICE = (
+    OVERFLOW
+    + """
 import os
 from rsb_ffcv.training.trainer import Trainer
 heed = Trainer._heed
@@ -26,6 +40,7 @@ def interrupted(self, regular):
     heed(self, regular)
 Trainer._heed = interrupted
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +48,29 @@ def whole(betons, tmp_path_factory, train):
     """The run that goes back and is not interrupted."""
     folder = tmp_path_factory.mktemp("go_back") / "whole"
     (status,), _, err = train(options(betons, folder, **MORE), prepare=OVERFLOW).wait()
-    assert status == 0 and "the weights after step 20 are not finite: back to step 12, leaving out step 20" in err, err
+    assert (
+        status == 0
+        and "the weights after step 20 are not finite: back to step 12, leaving out step 20" in err
+    ), err
     assert state(folder)["health"]["skipped_steps"] == [20]
     return folder
 
 
-@pytest.mark.parametrize("number, step", [*((signal.SIGTERM, step) for step in range(13, 24)), (signal.SIGKILL, 13), *(
-    pytest.param(signal.SIGKILL, step, marks=pytest.mark.long) for step in range(14, 24))])
-def test_a_run_interrupted_after_it_went_back_is_the_run_that_was_not(betons, whole, tmp_path, train, number, step):
-    (status,), out, err = train(options(betons, tmp_path / "run", **MORE), prepare=NOTICE.format(step=step, number=int(number))).wait()
+@pytest.mark.parametrize(
+    "number, step",
+    [
+        *((signal.SIGTERM, step) for step in range(13, 24)),
+        (signal.SIGKILL, 13),
+        *(pytest.param(signal.SIGKILL, step, marks=pytest.mark.long) for step in range(14, 24)),
+    ],
+)
+def test_a_run_interrupted_after_it_went_back_is_the_run_that_was_not(
+    betons, whole, tmp_path, train, number, step
+):
+    (status,), out, err = train(
+        options(betons, tmp_path / "run", **MORE),
+        prepare=NOTICE.format(step=step, number=int(number)),
+    ).wait()
     assert status == (75 if number == signal.SIGTERM else -number), err
     assert all(int(path.stem[-9:]) <= step for path in (tmp_path / "run").glob("checkpoint_*"))
     (status,), out, err = train(options(betons, tmp_path / "run", **MORE), prepare=OVERFLOW).wait()
@@ -51,9 +80,12 @@ def test_a_run_interrupted_after_it_went_back_is_the_run_that_was_not(betons, wh
 
 
 def test_a_run_killed_while_it_gives_up_steps_goes_back_again(betons, whole, tmp_path, train):
-    """At each of its two acts: after the checkpoints of the steps given up are removed, and after the first of them is."""
+    """At each of its two acts: after the checkpoints of the steps given up are removed, and after
+    the first of them is."""
     for acts in (0, 1):
-        stop = OVERFLOW + f"""
+        stop = (
+            OVERFLOW
+            + f"""
 import os
 from pathlib import Path
 unlink, acts = Path.unlink, []
@@ -69,6 +101,7 @@ def watched(self, step):
     os.kill(os.getpid(), 9)
 Store.give_up = watched
 """
+        )
         folder = tmp_path / f"run{acts}"
         (status,), _, err = train(options(betons, folder, **MORE), prepare=stop).wait()
         assert status == -signal.SIGKILL, err

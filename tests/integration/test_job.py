@@ -1,4 +1,6 @@
-"""Processes that do not belong together are refused at the start; one that falls silent is given up."""
+"""Processes that do not belong together are refused at the start; one that falls silent is given
+up."""
+
 import os
 import re
 import shutil
@@ -16,7 +18,8 @@ TWO = {"training.batch_size": 8, "data.num_workers": 1}
 
 @pytest.fixture(scope="module")
 def others(pictures, tmp_path_factory):
-    """Folder of a training file of 84 images, and of one of 96 with the same sizes and two labels exchanged."""
+    """Folder of a training file of 84 images, and of one of 96 with the same sizes and two labels
+    exchanged."""
     root = tmp_path_factory.mktemp("others")
     for name in ("fewer", "exchanged"):
         shutil.copytree(pictures / "train", root / name / "train")
@@ -28,17 +31,34 @@ def others(pictures, tmp_path_factory):
     other.rename(one)
     (root / "kept").rename(other)
     for name in ("fewer", "exchanged"):
-        write_splits(Place("imagenet", str(root / name)), str(root / f"{name}.beton"), split="train", num_workers=2)
+        write_splits(
+            Place("imagenet", str(root / name)),
+            str(root / f"{name}.beton"),
+            split="train",
+            num_workers=2,
+        )
     return root
 
 
-@pytest.mark.parametrize("own, differs", [
-    ("--data.train_dataset={others}/fewer.beton", r"data.train_dataset: 84 images of 3 classes, .* there, 96 images of 3 classes"),
-    ("--data.train_dataset={others}/exchanged.beton", r"data.train_dataset: 96 images of 3 classes, .* there, 96 images of 3 classes"),
-    ("--lr.lr=0.004", r"lr.lr: 0.004 there, 0.005 on process 0"),
-    ("--checkpoint.every_steps=2", r"checkpoint.every_steps: 2 there, 0 on process 0"),
-    ("--compute.precision=bf16", r"precision: bf16 there, fp32 on process 0")])
-def test_processes_with_other_files_or_recipes_are_refused_by_rank_and_difference(betons, others, tmp_path, train, own, differs):
+@pytest.mark.parametrize(
+    "own, differs",
+    [
+        (
+            "--data.train_dataset={others}/fewer.beton",
+            r"data.train_dataset: 84 images of 3 classes, .* there, 96 images of 3 classes",
+        ),
+        (
+            "--data.train_dataset={others}/exchanged.beton",
+            r"data.train_dataset: 96 images of 3 classes, .* there, 96 images of 3 classes",
+        ),
+        ("--lr.lr=0.004", r"lr.lr: 0.004 there, 0.005 on process 0"),
+        ("--checkpoint.every_steps=2", r"checkpoint.every_steps: 2 there, 0 on process 0"),
+        ("--compute.precision=bf16", r"precision: bf16 there, fp32 on process 0"),
+    ],
+)
+def test_processes_with_other_files_or_recipes_are_refused_by_rank_and_difference(
+    betons, others, tmp_path, train, own, differs
+):
     run = train(options(betons, tmp_path / "run", **TWO), 2, own={1: [own.format(others=others)]})
     statuses, _, err = run.wait()
     assert statuses == [2, 2] and err.count("error:") == 1 and "Traceback" not in err, err
@@ -54,32 +74,56 @@ def test_processes_with_other_versions_are_refused(betons, tmp_path, train):
 
 def test_the_same_file_under_another_path_is_the_same(betons, tmp_path, train):
     shutil.copytree(betons, tmp_path / "copy")
-    own = {1: [f"--data.train_dataset={tmp_path}/copy/train.beton", f"--data.val_dataset={tmp_path}/copy/val.beton", "--data.in_memory=0"]}
-    statuses, _, err = train(options(betons, tmp_path / "run", **TWO, **{"training.epochs": 1, "lr.warmup_epochs": 0}), 2, own=own).wait()
+    own = {
+        1: [
+            f"--data.train_dataset={tmp_path}/copy/train.beton",
+            f"--data.val_dataset={tmp_path}/copy/val.beton",
+            "--data.in_memory=0",
+        ]
+    }
+    statuses, _, err = train(
+        options(betons, tmp_path / "run", **TWO, **{"training.epochs": 1, "lr.warmup_epochs": 0}),
+        2,
+        own=own,
+    ).wait()
     assert statuses == [0, 0], err
 
 
 def test_a_folder_that_only_the_first_process_sees_is_refused(betons, tmp_path, train):
-    statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, own={1: [f"--logging.folder={tmp_path}/other"]}).wait()
+    statuses, _, err = train(
+        options(betons, tmp_path / "run", **TWO), 2, own={1: [f"--logging.folder={tmp_path}/other"]}
+    ).wait()
     assert statuses == [2, 2] and err.count("error:") == 1, err
-    assert re.search(r"logging.folder=.*: process 1 cannot see what process 0 writes there; use a folder that all machines", err), err
+    assert re.search(
+        r"logging.folder=.*: process 1 cannot see what process 0 writes there; use a folder that "
+        r"all machines",
+        err,
+    ), err
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_silent_process_is_named_and_the_others_end(betons, tmp_path, train, silent):
-    """Stopped in the middle of training. Woken up, it ends as well, and the same command goes on."""
+    """Stopped in the middle of training. Woken up, it ends as well, and the same command goes
+    on."""
     more = {**TWO, "training.epochs": 2, "checkpoint.every_minutes": 0}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
     assert statuses == [0, 0], err
-    run = train(options(betons, tmp_path / "run", **more, **{"dist.timeout_s": 10}), 2, stop_at=("epoch 2", 1))
+    run = train(
+        options(betons, tmp_path / "run", **more, **{"dist.timeout_s": 10}),
+        2,
+        stop_at=("epoch 2", 1),
+    )
     run.wait_for_stop()
     run.wait_until((tmp_path / "run" / "checkpoint_000000003.pt").exists)
     run.signal(signal.SIGSTOP, rank=silent)
     run.go_on()
     (status,), _, err = run.wait(rank=1 - silent)
     assert status == 3 and err.count("error:") == 1 and "Traceback" not in err, err
-    assert re.search(rf"error: process {silent} \(.+\) of 2 gave no sign of life for 10 s \(dist.timeout_s\)", err), err
+    assert re.search(
+        rf"error: process {silent} \(.+\) of 2 gave no sign of life for 10 s \(dist.timeout_s\)",
+        err,
+    ), err
     run.signal(signal.SIGCONT, rank=silent)
     (status,), _, err = run.wait(rank=silent)
     assert status == 3, err
@@ -88,11 +132,25 @@ def test_a_silent_process_is_named_and_the_others_end(betons, tmp_path, train, s
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("variables, message", [
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set and MASTER_ADDR and MASTER_PORT are not; start the job with torchrun"),
-    ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "WORLD_SIZE=2 is set and RANK is not"),
-    ({"RANK": "1"}, "RANK=1 and LOCAL_WORLD_SIZE=1 do not fit WORLD_SIZE=1"), ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one: must be")])
-def test_a_job_described_in_part_is_one_line(betons, tmp_path, call_program, monkeypatch, variables, message):
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 is set and MASTER_ADDR and MASTER_PORT are not; start the job with "
+            "torchrun",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "WORLD_SIZE=2 is set and RANK is not",
+        ),
+        ({"RANK": "1"}, "RANK=1 and LOCAL_WORLD_SIZE=1 do not fit WORLD_SIZE=1"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one: must be"),
+    ],
+)
+def test_a_job_described_in_part_is_one_line(
+    betons, tmp_path, call_program, monkeypatch, variables, message
+):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -104,7 +162,9 @@ def test_a_job_described_in_part_is_one_line(betons, tmp_path, call_program, mon
 def test_a_process_that_sees_one_gpu_uses_it_and_two_do_not_share_one():
     assert [compute.own_device(rank, 8) for rank in range(8)] == list(range(8))
     assert [compute.own_device(rank, 1) for rank in range(8)] == [0] * 8
-    with pytest.raises(InputError, match="LOCAL_RANK=2: this process has no CUDA device of its own \\(2 here\\)"):
+    with pytest.raises(
+        InputError, match="LOCAL_RANK=2: this process has no CUDA device of its own \\(2 here\\)"
+    ):
         compute.own_device(2, 2)
     compute.check_devices([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("b", ""), ("b", "")])
     with pytest.raises(InputError, match="processes 0 and 2 have the same GPU \\(a, GPU-1\\)"):
@@ -112,7 +172,9 @@ def test_a_process_that_sees_one_gpu_uses_it_and_two_do_not_share_one():
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_an_nvidia_device_that_torch_cannot_use_is_refused_by_name(betons, tmp_path, call_program, monkeypatch, device):
+def test_an_nvidia_device_that_torch_cannot_use_is_refused_by_name(
+    betons, tmp_path, call_program, monkeypatch, device
+):
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()
     assert compute.nvidia_devices(str(tmp_path)) == f"{tmp_path}/nvidia0"
@@ -120,16 +182,31 @@ def test_an_nvidia_device_that_torch_cannot_use_is_refused_by_name(betons, tmp_p
     monkeypatch.setattr(compute.torch.cuda, "is_available", lambda: False)
 
     def too_old():
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver")
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040).\nPlease update "
+            "your GPU driver"
+        )
 
     monkeypatch.setattr(compute.torch.cuda, "init", too_old)
     monkeypatch.setattr(compute.torch.version, "cuda", "13.0")
-    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.device": device}))
+    status, _, err = call_program(
+        "train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.device": device})
+    )
     assert status == 2 and "Traceback" not in err
-    assert re.search(rf"compute.device={device}: this machine has /dev/nvidia0, .*driver on your system is too old.*install a driver or a "
-                     rf"torch .*compute.device=cpu", err.splitlines()[-1]), err
-    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **{
-        "compute.device": "cpu", "training.epochs": 1, "lr.warmup_epochs": 0}))
+    assert re.search(
+        rf"compute.device={device}: this machine has /dev/nvidia0, .*driver on your system is too "
+        rf"old.*install a driver or a "
+        rf"torch .*compute.device=cpu",
+        err.splitlines()[-1],
+    ), err
+    status, _, err = call_program(
+        "train_imagenet.py",
+        *options(
+            betons,
+            tmp_path / "run",
+            **{"compute.device": "cpu", "training.epochs": 1, "lr.warmup_epochs": 0},
+        ),
+    )
     assert status == 0 and len(rows(tmp_path / "run")) == 1, err
 
 
@@ -147,11 +224,18 @@ def test_more_loader_threads_than_cores_is_a_warning_with_the_right_number(capsy
 
     monkeypatch.setattr(compute, "available_cores", lambda: 64)
     eight = compute.Compute(torch.device("cpu"), "fp32", False, True, 0, 16, 8)
-    assert eight.loader_threads(8) == eight.loader_threads("auto") == 8 and not capsys.readouterr().err
+    assert (
+        eight.loader_threads(8) == eight.loader_threads("auto") == 8 and not capsys.readouterr().err
+    )
     assert eight.loader_threads(12) == 12
-    assert "data.num_workers=12: with 8 processes on this machine these are 96 threads for 64 cores; data.num_workers=8 (or auto)" \
-        in capsys.readouterr().err
-    assert compute.Compute(torch.device("cpu"), "fp32", False, True, 1, 16, 8).loader_threads(12) == 12 and not capsys.readouterr().err
+    assert (
+        "data.num_workers=12: with 8 processes on this machine these are 96 threads for 64 cores; "
+        "data.num_workers=8 (or auto)" in capsys.readouterr().err
+    )
+    assert (
+        compute.Compute(torch.device("cpu"), "fp32", False, True, 1, 16, 8).loader_threads(12) == 12
+        and not capsys.readouterr().err
+    )
     monkeypatch.setattr(compute, "available_cores", lambda: 4)
     assert eight.loader_threads("auto") == 1
 

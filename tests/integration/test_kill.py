@@ -1,4 +1,6 @@
-"""A run that is killed at any instant, and started again with the same command, ends as one that was never killed."""
+"""A run that is killed at any instant, and started again with the same command, ends as one that
+was never killed."""
+
 import json
 import random
 import re
@@ -11,9 +13,19 @@ import pytest
 from tests.integration.runs import assert_same_run, options, rows
 from tests.sizes import KILLS
 
-# Every kind of state at once: warm-up, accumulation, repeated augmentation, EMA, SWA with its batch-norm phase, validation
-EVERYTHING = {"model.arch": "test_resnet", "training.epochs": 4, "swa.epochs": 2, "swa.lr": 0.0005, "swa.anneal_epochs": 1, "checkpoint.every_steps": 1,
-              "training.optimizer": "sgd", "lr.lr": 0.05, "health.rise": 100}
+# Every kind of state at once: warm-up, accumulation, repeated augmentation, EMA, SWA with its
+# batch-norm phase, validation
+EVERYTHING = {
+    "model.arch": "test_resnet",
+    "training.epochs": 4,
+    "swa.epochs": 2,
+    "swa.lr": 0.0005,
+    "swa.anneal_epochs": 1,
+    "checkpoint.every_steps": 1,
+    "training.optimizer": "sgd",
+    "lr.lr": 0.05,
+    "health.rise": 100,
+}
 PHASES = ("epoch 1", "epoch 2", "epoch 3", "epoch 4", "validation", "batch norm")
 MOST_MOVES = 16  # of the progress bars from a start to its kill; a whole run makes 45
 
@@ -25,7 +37,9 @@ def phase(err: str) -> str:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons, tmp_path, train, tell, world):
+def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(
+    betons, tmp_path, train, tell, world
+):
     more = {**EVERYTHING, "training.batch_size": 16 // world}
     statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
     assert statuses == [0] * world, err
@@ -39,7 +53,9 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons
             if moves:  # else the kill comes while it starts
                 run.wait_for_stop(or_end=True)
                 run.go_on()
-            time.sleep(rng.uniform(0, 0.1 if moves else 1.0))  # any instant after a known point, whatever it finds there
+            time.sleep(
+                rng.uniform(0, 0.1 if moves else 1.0)
+            )  # any instant after a known point, whatever it finds there
             run.kill()
             statuses, out, err = run.wait()
             if statuses == [0] * world:
@@ -54,9 +70,17 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(betons
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(betons, tmp_path, train, number):
-    """Two processes, only one of which gets the notice, and gets it twice, as from a parent that hands on its own."""
-    more = {"checkpoint.every_minutes": 0, "training.epochs": 2, "training.batch_size": 8, "training.optimizer": "sgd"}
+def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(
+    betons, tmp_path, train, number
+):
+    """Two processes, only one of which gets the notice, and gets it twice, as from a parent that
+    hands on its own."""
+    more = {
+        "checkpoint.every_minutes": 0,
+        "training.epochs": 2,
+        "training.batch_size": 8,
+        "training.optimizer": "sgd",
+    }
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
     assert statuses == [0, 0], err
     run = train(options(betons, tmp_path / "run", **more), 2, stop_at=("epoch 1", 1))
@@ -66,7 +90,9 @@ def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(betons, tm
     run.signal(signal.SIGTERM, rank=1)
     run.go_on()
     statuses, out, err = run.wait()
-    assert statuses == [75, 75] and "saved after step 2; the same command goes on from here" in out, err
+    assert (
+        statuses == [75, 75] and "saved after step 2; the same command goes on from here" in out
+    ), err
     assert len(list((tmp_path / "run").glob("checkpoint_*.pt"))) == 1 and not rows(tmp_path / "run")
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()
     assert statuses == [0, 0] and "resuming" in out, err
@@ -79,7 +105,9 @@ def test_a_notice_before_the_first_step_is_heeded(betons, tmp_path, train):
     run.signal(signal.SIGTERM)
     run.go_on()
     statuses, out, err = run.wait()
-    assert statuses == [75] and "saved after step 1" in out and (tmp_path / "run" / "requeue").exists(), err
+    assert (
+        statuses == [75] and "saved after step 1" in out and (tmp_path / "run" / "requeue").exists()
+    ), err
     statuses, _, err = train(options(betons, tmp_path / "run")).wait()
     assert statuses == [0] and not (tmp_path / "run" / "requeue").exists(), err
 
@@ -87,11 +115,23 @@ def test_a_notice_before_the_first_step_is_heeded(betons, tmp_path, train):
 def test_what_only_the_first_process_finds_wrong_ends_all_with_one_line(betons, tmp_path, train):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_000000001.pt").write_bytes(b"damaged")
-    for more, message in (({}, "none of its 1 checkpoints can be read"), ({"logging.folder": "/dev/null/x"}, "cannot be used"),
-                          ({"compute.precision": "fp16"}, "compute.precision=fp16"), ({"lr.lr": 1e30, "training.optimizer": "sgd"}, "lower lr.lr")):
+    for more, message in (
+        ({}, "none of its 1 checkpoints can be read"),
+        ({"logging.folder": "/dev/null/x"}, "cannot be used"),
+        ({"compute.precision": "fp16"}, "compute.precision=fp16"),
+        ({"lr.lr": 1e30, "training.optimizer": "sgd"}, "lower lr.lr"),
+    ):
         folder = tmp_path / ("run" if not more else "other")
-        statuses, _, err = train(options(betons, folder, **{"training.batch_size": 8, "training.grad_clip": 0, **more}), 2).wait()
-        assert statuses == [2, 2] and err.count("error:") == 1 and message in err and "Traceback" not in err, err
+        statuses, _, err = train(
+            options(betons, folder, **{"training.batch_size": 8, "training.grad_clip": 0, **more}),
+            2,
+        ).wait()
+        assert (
+            statuses == [2, 2]
+            and err.count("error:") == 1
+            and message in err
+            and "Traceback" not in err
+        ), err
 
 
 def test_a_second_notice_ends_at_once(betons, tmp_path, train):
@@ -106,10 +146,18 @@ def test_a_second_notice_ends_at_once(betons, tmp_path, train):
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_dies_ends_the_job_with_one_line(betons, tmp_path, train, lost):
-    run = train(options(betons, tmp_path / "run", **{"training.epochs": 200, "training.batch_size": 8}), 2, stop_at=("epoch 2", 1))
+    run = train(
+        options(betons, tmp_path / "run", **{"training.epochs": 200, "training.batch_size": 8}),
+        2,
+        stop_at=("epoch 2", 1),
+    )
     run.wait_for_stop()
     run.signal(signal.SIGKILL, rank=lost)
     run.go_on()
     statuses, _, err = run.wait(120)  # a collective would wait for half an hour
     assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 3, err
-    assert err.count("error:") == 1 and re.search(rf"process {lost} \(.+\) of 2 ended", err) and "Traceback" not in err
+    assert (
+        err.count("error:") == 1
+        and re.search(rf"process {lost} \(.+\) of 2 ended", err)
+        and "Traceback" not in err
+    )

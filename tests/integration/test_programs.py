@@ -1,4 +1,6 @@
-"""The two programs as a user runs them: a whole run, a killed and resumed one, several processes, and bad input."""
+"""The two programs as a user runs them: a whole run, a killed and resumed one, several processes,
+and bad input."""
+
 import json
 import os
 import re
@@ -24,8 +26,13 @@ ROOT = Path(__file__).parents[2]
 def finished(betons, tmp_path_factory):
     """A run from beginning to end: (folder, stdout)."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = subprocess.run([sys.executable, "train_imagenet.py", *options(betons, folder)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "train_imagenet.py", *options(betons, folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, done.stderr
 
@@ -38,23 +45,47 @@ def test_a_run_says_what_it_uses_and_leaves_what_it_promises(finished):
     written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in written] == [0, 1, 2]
     for row in written:
-        assert {"train_loss", "top1", "top5", "ema_top1", "ema_top5", "lr", "images_per_s", "data_wait_s",
-                "peak_memory_mb"} <= row.keys()
+        assert {
+            "train_loss",
+            "top1",
+            "top5",
+            "ema_top1",
+            "ema_top5",
+            "lr",
+            "images_per_s",
+            "data_wait_s",
+            "peak_memory_mb",
+        } <= row.keys()
         assert row["val_images"] == 27 and row["steps"] == 3
-        assert 0 <= row["data_wait_s"] <= row["seconds"] and row["images_per_s"] > 0 and row["peak_memory_mb"] > 50
+        assert (
+            0 <= row["data_wait_s"] <= row["seconds"]
+            and row["images_per_s"] > 0
+            and row["peak_memory_mb"] > 50
+        )
     assert [json.loads(line) for line in out.splitlines() if line.startswith("{")] == written
     for part in ("loss=", "top1=", "lr=", "img_s="):
         assert part in err
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["lr"]["lr"] == 0.005
     assert {"top-1 (top-5), raw weights", "waiting for data", "training images/s, median"} <= {
-        line.split("  ")[0].strip() for line in out.splitlines()}
+        line.split("  ")[0].strip() for line in out.splitlines()
+    }
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
-    assert [path.name for path in sorted(folder.glob("checkpoint_*"))] == ["checkpoint_000000006.pt", "checkpoint_000000009.pt"]
+    assert [path.name for path in sorted(folder.glob("checkpoint_*"))] == [
+        "checkpoint_000000006.pt",
+        "checkpoint_000000009.pt",
+    ]
     best = torch.load(folder / "best.pt", weights_only=True)
-    assert best["rows"][-1]["epoch"] == best["best"]["epoch"] == max(written, key=lambda row: max(row["top1"], row["ema_top1"]))["epoch"]
+    assert (
+        best["rows"][-1]["epoch"]
+        == best["best"]["epoch"]
+        == max(written, key=lambda row: max(row["top1"], row["ema_top1"]))["epoch"]
+    )
     for name in ("final_weights.pt", "final_weights_ema.pt"):
-        assert not any(key.startswith(("module.", "_orig_mod.")) for key in torch.load(folder / name, weights_only=True))
+        assert not any(
+            key.startswith(("module.", "_orig_mod."))
+            for key in torch.load(folder / name, weights_only=True)
+        )
 
 
 def test_a_finished_run_started_again_changes_nothing(betons, finished, train):
@@ -67,16 +98,28 @@ def test_a_finished_run_started_again_changes_nothing(betons, finished, train):
 
 
 def test_eval_only_gives_the_numbers_of_the_run(betons, finished, call_program):
-    status, out, err = call_program("train_imagenet.py", *options(betons, finished[0], **{"training.eval_only": 1}))
+    status, out, err = call_program(
+        "train_imagenet.py", *options(betons, finished[0], **{"training.eval_only": 1})
+    )
     assert status == 0, err
     result, last = json.loads(out.splitlines()[-1]), rows(finished[0])[-1]
-    assert {key: result[key] for key in ("top1", "top5", "ema_top1")} == {key: last[key] for key in
-                                                                      ("top1", "top5", "ema_top1")}
+    assert {key: result[key] for key in ("top1", "top5", "ema_top1")} == {
+        key: last[key] for key in ("top1", "top5", "ema_top1")
+    }
 
 
 # SGD without clip sees a gradient of the wrong scale, which LAMB does not; 51 steps
-FIFTY = {"training.optimizer": "sgd", "training.grad_clip": 0, "lr.lr": 0.005, "training.epochs": 17, "mix.off_epochs": 0,
-         "training.batch_size": 8, "logging.log_level": 0, "model.drop_path": 0.1, "checkpoint.every_minutes": 0}
+FIFTY = {
+    "training.optimizer": "sgd",
+    "training.grad_clip": 0,
+    "lr.lr": 0.005,
+    "training.epochs": 17,
+    "mix.off_epochs": 0,
+    "training.batch_size": 8,
+    "logging.log_level": 0,
+    "model.drop_path": 0.1,
+    "checkpoint.every_minutes": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +132,29 @@ def alone(betons, tmp_path_factory, train):
 
 
 def assert_same_course(folder, other):
-    """Equal but for the order in which float32 numbers were added up, a difference that grows from step to step."""
+    """Equal but for the order in which float32 numbers were added up, a difference that grows from
+    step to step."""
     for mine, theirs in zip(rows(folder), rows(other), strict=True):
-        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6 if mine["epoch"] < 3 else 1e-3), mine["epoch"]
+        assert mine["train_loss"] == pytest.approx(
+            theirs["train_loss"], rel=1e-6 if mine["epoch"] < 3 else 1e-3
+        ), mine["epoch"]
         assert mine.get("val_images", 27) == 27
     ends = [state(path) for path in (folder, other)]
     for part in (lambda state: state["model"], lambda state: state["ema"]["module"]):
         for kind in ("weight", "bias", "running_mean", "running_var"):
-            one, two = (torch.cat([tensor.flatten() for key, tensor in part(end).items() if key.endswith(kind)]) for end in ends)
+            one, two = (
+                torch.cat(
+                    [tensor.flatten() for key, tensor in part(end).items() if key.endswith(kind)]
+                )
+                for end in ends
+            )
             assert (one - two).norm() <= 1e-2 * two.norm(), kind
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_any_split_of_a_step_over_processes_trains_the_same_model(betons, alone, tmp_path, train, world):
+def test_any_split_of_a_step_over_processes_trains_the_same_model(
+    betons, alone, tmp_path, train, world
+):
     statuses, out, err = train(options(betons, tmp_path / "run", **FIFTY), world).wait()
     assert statuses == [0] * world, err
     assert f"{world} processes" in out and out.count('{"epoch": 0') == 1
@@ -117,7 +170,9 @@ def end_at_stop(run):
     assert statuses == [75] * len(statuses), err
 
 
-def test_a_job_leaves_no_thread_of_a_process_group_to_the_end_of_the_interpreter(betons, tmp_path, train):
+def test_a_job_leaves_no_thread_of_a_process_group_to_the_end_of_the_interpreter(
+    betons, tmp_path, train
+):
     """Which such a thread aborts, now and then, where it gives back its last tensor only then."""
     run = train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 1", 1))
     end_at_stop(run)
@@ -130,14 +185,23 @@ def test_a_job_leaves_no_thread_of_a_process_group_to_the_end_of_the_interpreter
 
 def test_the_average_may_be_finished_by_another_number_of_processes(betons, tmp_path, train):
     """Asked to end while its batch-norm statistics are estimated, and while it is evaluated."""
-    more = {**FIFTY, "training.epochs": 3, "swa.epochs": 2, "swa.lr": 0.001, "model.arch": "test_resnet"}
+    more = {
+        **FIFTY,
+        "training.epochs": 3,
+        "swa.epochs": 2,
+        "swa.lr": 0.001,
+        "model.arch": "test_resnet",
+    }
     statuses, _, err = train(options(betons, tmp_path / "whole", **more)).wait()
     assert statuses == [0], err
     for place in ("batch norm", "validation SWA"):
         end_at_stop(train(options(betons, tmp_path / place, **more), stop_at=(place, 1)))
         statuses, out, err = train(options(betons, tmp_path / place, **more), 2).wait()
         assert statuses == [0, 0] and "resuming" in out, err
-        ours, plain = (torch.load(tmp_path / name / "final_weights_swa.pt", weights_only=True) for name in (place, "whole"))
+        ours, plain = (
+            torch.load(tmp_path / name / "final_weights_swa.pt", weights_only=True)
+            for name in (place, "whole")
+        )
         for key, tensor in plain.items():
             if tensor.is_floating_point():
                 assert (ours[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-6, (place, key)
@@ -152,46 +216,90 @@ def test_a_run_may_change_its_number_of_processes(betons, alone, tmp_path, train
 
 def test_torchrun_brings_a_job_back_whose_process_died(betons, tmp_path, call_program):
     """And its two processes of 16 are one of 16 that accumulates twice."""
-    more = {"training.epochs": 2, "model.drop_path": 0, "mix.off_epochs": 0, "training.optimizer": "sgd", "lr.lr": 0.05}
+    more = {
+        "training.epochs": 2,
+        "model.drop_path": 0,
+        "mix.off_epochs": 0,
+        "training.optimizer": "sgd",
+        "lr.lr": 0.05,
+    }
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "alone", **more))
     assert status == 0, err
     stop = Stop(("epoch 2", 1), tmp_path, 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2",
-               "tests/stops.py", *options(betons, tmp_path / "torchrun", **more)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **stop.env})
-    wait_until(lambda: stop.reached() and list((tmp_path / "torchrun").glob("checkpoint_*")), process)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=2",
+        "tests/stops.py",
+        *options(betons, tmp_path / "torchrun", **more),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **stop.env},
+    )
+    wait_until(
+        lambda: stop.reached() and list((tmp_path / "torchrun").glob("checkpoint_*")), process
+    )
     os.kill(stop.processes()[0], signal.SIGKILL)
     stop.go_on()
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and "resuming" in out, err
     assert_same_course(tmp_path / "torchrun", tmp_path / "alone")
     # What was logged is what the checkpoint holds, whichever process evaluated which image
-    status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "torchrun", **more, **{"training.eval_only": 1}))
+    status, out, err = call_program(
+        "train_imagenet.py",
+        *options(betons, tmp_path / "torchrun", **more, **{"training.eval_only": 1}),
+    )
     assert status == 0, err
     result, last = json.loads(out.splitlines()[-1]), rows(tmp_path / "torchrun")[-1]
     for key in ("top1", "top5", "ema_top1", "val_loss", "ema_val_loss"):
         assert result[key] == pytest.approx(last[key], rel=1e-5), key
 
 
-def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(betons, tmp_path, train, run_program):
-    more = {"model.arch": "test_resnet", "training.epochs": 2, "training.optimizer": "sgd", "lr.lr": 0.05}
+def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(
+    betons, tmp_path, train, run_program
+):
+    more = {
+        "model.arch": "test_resnet",
+        "training.epochs": 2,
+        "training.optimizer": "sgd",
+        "lr.lr": 0.05,
+    }
     statuses, _, err = train(options(betons, tmp_path / "plain", **more)).wait()
     assert statuses == [0], err
-    status, out, err = run_program("train_imagenet.py", *options(betons, tmp_path / "compiled", **more, **{"compute.compile": 1}), timeout=1800)
+    status, out, err = run_program(
+        "train_imagenet.py",
+        *options(betons, tmp_path / "compiled", **more, **{"compute.compile": 1}),
+        timeout=1800,
+    )
     assert status == 0 and "compile on" in out.splitlines()[0], err
     assert state(tmp_path / "compiled")["model"].keys() == state(tmp_path / "plain")["model"].keys()
     for ours, plain in zip(rows(tmp_path / "compiled"), rows(tmp_path / "plain"), strict=True):
         assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("more, message", [
-    ({"lr.lr": 0.004}, "lr.lr: 0.005 there, 0.004 now"), ({"checkpoint.resume": "never"}, "checkpoint.resume=never")])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"lr.lr": 0.004}, "lr.lr: 0.005 there, 0.004 now"),
+        ({"checkpoint.resume": "never"}, "checkpoint.resume=never"),
+    ],
+)
 def test_a_folder_with_another_run_is_refused(betons, finished, call_program, more, message):
     status, _, err = call_program("train_imagenet.py", *options(betons, finished[0], **more))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_the_same(betons, finished, tmp_path, call_program):
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_the_same(
+    betons, finished, tmp_path, call_program
+):
     shutil.copytree(finished[0], tmp_path / "run")
     newest = max((tmp_path / "run").glob("checkpoint_*"))
     newest.write_bytes(newest.read_bytes()[:-20_000] + bytes(20_000))
@@ -204,52 +312,86 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_the_same(be
 def test_a_folder_without_a_whole_checkpoint_is_named(betons, finished, tmp_path, call_program):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "checkpoint_000000001.pt"
-    for content, message in ((b"\0" * 999, "none of its 1 checkpoints can be read"),
-                             ((finished[0] / "final_weights.pt").read_bytes(), "not a checkpoint of this program")):
+    for content, message in (
+        (b"\0" * 999, "none of its 1 checkpoints can be read"),
+        ((finished[0] / "final_weights.pt").read_bytes(), "not a checkpoint of this program"),
+    ):
         path.write_bytes(content)
         status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
         assert status == 2 and message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "too long"])
-def test_the_log_is_made_whole_from_the_checkpoint(betons, finished, tmp_path, call_program, damage):
+def test_the_log_is_made_whole_from_the_checkpoint(
+    betons, finished, tmp_path, call_program, damage
+):
     shutil.copytree(finished[0], tmp_path / "run")
     log = tmp_path / "run" / "metrics.jsonl"
-    log.unlink() if damage == "missing" else log.write_text(log.read_text()[:-5] if damage == "cut" else log.read_text() * 2)
+    log.unlink() if damage == "missing" else log.write_text(
+        log.read_text()[:-5] if damage == "cut" else log.read_text() * 2
+    )
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     assert status == 0 and log.read_text() == (finished[0] / "metrics.jsonl").read_text(), err
 
 
-def test_another_number_of_processes_without_the_same_global_batch_is_refused(betons, finished, call_program):
-    status, _, err = call_program("train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16}))
+def test_another_number_of_processes_without_the_same_global_batch_is_refused(
+    betons, finished, call_program
+):
+    status, _, err = call_program(
+        "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
+    )
     assert status == 2 and "training.global_batch: 32 there, 16 now" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a .beton"])
-def test_a_bad_file_ends_the_program_before_anything_is_written(betons, tmp_path, call_program, damage):
+def test_a_bad_file_ends_the_program_before_anything_is_written(
+    betons, tmp_path, call_program, damage
+):
     path = tmp_path / "train.beton"
-    path.write_bytes((betons / "train.beton").read_bytes()[:-1000] if damage == "truncated" else b"hello" * 100)
-    status, _, err = call_program("train_imagenet.py",
-                                 *options(betons, tmp_path / "run", **{"data.train_dataset": path}))
+    path.write_bytes(
+        (betons / "train.beton").read_bytes()[:-1000] if damage == "truncated" else b"hello" * 100
+    )
+    status, _, err = call_program(
+        "train_imagenet.py", *options(betons, tmp_path / "run", **{"data.train_dataset": path})
+    )
     assert status == 2 and str(path) in err.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more, message", [
-    ({"model.num_classes": 10}, "model.num_classes=10"), ({"training.batch_size": 200, "training.global_batch": 0}, "holds 96"),
-    ({"data.num_workers": 0}, "data.num_workers='0'"), ({"logging.folder": "/dev/null/run"}, "logging.folder=/dev/null/run"),
-    ({"compute.precision": "fp16"}, "compute.precision=fp16"), ({"model.arch": "resnet5"}, "model.arch=resnet5"),
-    ({"training.optimizer": "lam"}, "training.optimizer=lam"), ({"augment.rand_augment": "rand-x"}, "augment.rand_augment="),
-    ({"validation.resolution": 8, "model.arch": "vit_tiny_patch16_224"}, "resolution.min_res=32"),
-    ({"training.eval_only": 1}, "training.eval_only=1")])
-def test_wrong_settings_end_the_program_with_one_line(betons, tmp_path, call_program, more, message):
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"model.num_classes": 10}, "model.num_classes=10"),
+        ({"training.batch_size": 200, "training.global_batch": 0}, "holds 96"),
+        ({"data.num_workers": 0}, "data.num_workers='0'"),
+        ({"logging.folder": "/dev/null/run"}, "logging.folder=/dev/null/run"),
+        ({"compute.precision": "fp16"}, "compute.precision=fp16"),
+        ({"model.arch": "resnet5"}, "model.arch=resnet5"),
+        ({"training.optimizer": "lam"}, "training.optimizer=lam"),
+        ({"augment.rand_augment": "rand-x"}, "augment.rand_augment="),
+        (
+            {"validation.resolution": 8, "model.arch": "vit_tiny_patch16_224"},
+            "resolution.min_res=32",
+        ),
+        ({"training.eval_only": 1}, "training.eval_only=1"),
+    ],
+)
+def test_wrong_settings_end_the_program_with_one_line(
+    betons, tmp_path, call_program, more, message
+):
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **more))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_for_and_absent_is_named(betons, tmp_path, call_program):
-    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.device": "cuda"}))
-    assert status == 2 and "compute.device=cuda" in err.splitlines()[-1] and not (tmp_path / "run").exists()
+    status, _, err = call_program(
+        "train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.device": "cuda"})
+    )
+    assert (
+        status == 2
+        and "compute.device=cuda" in err.splitlines()[-1]
+        and not (tmp_path / "run").exists()
+    )
 
 
 def limit_file_size(size):
@@ -257,34 +399,58 @@ def limit_file_size(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_while_writing_leaves_no_half_file_and_the_next_call_goes_on(pictures, betons, tmp_path, run_program):
-    command = ("write_ffcv.py", f"--cfg.data_dir={pictures}", f"--cfg.write_path={tmp_path}/out", "--cfg.num_workers=2")
+def test_a_full_disk_while_writing_leaves_no_half_file_and_the_next_call_goes_on(
+    pictures, betons, tmp_path, run_program
+):
+    command = (
+        "write_ffcv.py",
+        f"--cfg.data_dir={pictures}",
+        f"--cfg.write_path={tmp_path}/out",
+        "--cfg.num_workers=2",
+    )
     status, _, err = run_program(*command, preexec_fn=limit_file_size(8_500_000))
-    assert status == 2 and "train.beton: cannot be written" in err.splitlines()[-1] and "the same command again" in err.splitlines()[-1]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".train.beton.part", ".train.beton.journal"}
+    assert (
+        status == 2
+        and "train.beton: cannot be written" in err.splitlines()[-1]
+        and "the same command again" in err.splitlines()[-1]
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".train.beton.part",
+        ".train.beton.journal",
+    }
     assert run_program(*command)[0] == 0
     for name in ("train.beton", "val.beton"):
         assert (tmp_path / "out" / name).read_bytes() == (betons / name).read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.beton", "val.beton"}
 
 
-def test_a_full_disk_while_training_is_a_warning_until_the_run_cannot_be_kept(betons, tmp_path, train):
-    """Nothing larger than 1 MB can be written: each checkpoint is a warning, what was there stays, the end is an error. With
-    room again, the same command finishes the run."""
+def test_a_full_disk_while_training_is_a_warning_until_the_run_cannot_be_kept(
+    betons, tmp_path, train
+):
+    """Nothing larger than 1 MB can be written: each checkpoint is a warning, what was there stays,
+    the end is an error. With room again, the same command finishes the run."""
     folder, more = tmp_path / "run", {"training.epochs": 3}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more)).wait()
     end_at_stop(train(options(betons, folder, **more), stop_at=("epoch 2", 1)))
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     (status,), _, err = train(options(betons, folder, **more), largest_file=1_000_000).wait()
-    assert status == 2 and err.count("warning: no checkpoint was written") >= 2 and "could not be written" in err.splitlines()[-1]
-    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before and not list(folder.glob(".*.part"))
+    assert (
+        status == 2
+        and err.count("warning: no checkpoint was written") >= 2
+        and "could not be written" in err.splitlines()[-1]
+    )
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before and not list(
+        folder.glob(".*.part")
+    )
     assert [row["epoch"] for row in rows(folder)] == [0, 1, 2]
     statuses, _, err = train(options(betons, folder, **more)).wait()
     assert statuses == [0], err
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_log_that_cannot_be_written_is_a_warning(betons, finished, tmp_path, call_program, monkeypatch):
+def test_a_log_that_cannot_be_written_is_a_warning(
+    betons, finished, tmp_path, call_program, monkeypatch
+):
     from rsb_ffcv.reporting import log
 
     plain = log.write_metrics
@@ -300,48 +466,106 @@ def test_a_log_that_cannot_be_written_is_a_warning(betons, finished, tmp_path, c
     assert_same_run(tmp_path / "run", finished[0])
 
 
-def test_a_loss_that_is_no_number_ends_the_run_or_its_step_is_left_out(betons, tmp_path, call_program):
-    """A learning rate that overflows float32 in its first steps: without a policy to act, one line names the step."""
-    more = {"training.optimizer": "sgd", "training.grad_clip": 0, "lr.lr": 1e30, "ema.decay": 0, "training.epochs": 5}
+def test_a_loss_that_is_no_number_ends_the_run_or_its_step_is_left_out(
+    betons, tmp_path, call_program
+):
+    """A learning rate that overflows float32 in its first steps: without a policy to act, one line
+    names the step."""
+    more = {
+        "training.optimizer": "sgd",
+        "training.grad_clip": 0,
+        "lr.lr": 1e30,
+        "ema.decay": 0,
+        "training.epochs": 5,
+    }
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "stops", **more))
     assert status == 2 and "the loss of step" in err.splitlines()[-1] and "Traceback" not in err
     more |= {"health.non_finite": "act", "checkpoint.every_steps": 1}
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "acts", **more))
-    assert status == 2 and "leaving out step" in err and "going back 10 times did not mend it" in err.splitlines()[-1]
+    assert (
+        status == 2
+        and "leaving out step" in err
+        and "going back 10 times did not mend it" in err.splitlines()[-1]
+    )
     for path in (tmp_path / "acts").glob("checkpoint_*"):
-        assert all(tensor.isfinite().all() for tensor in torch.load(path, weights_only=True)["model"].values())
+        assert all(
+            tensor.isfinite().all()
+            for tensor in torch.load(path, weights_only=True)["model"].values()
+        )
 
 
 @pytest.mark.parametrize("every_steps", [0, 1])
-def test_a_step_that_ruins_the_weights_is_left_out(betons, tmp_path, call_program, monkeypatch, every_steps):
-    """One step with a learning rate that overflows float32, seen at once where each step is saved, else by the next loss."""
+def test_a_step_that_ruins_the_weights_is_left_out(
+    betons, tmp_path, call_program, monkeypatch, every_steps
+):
+    """One step with a learning rate that overflows float32, seen at once where each step is saved,
+    else by the next loss."""
     from rsb_ffcv.learning.schedule import Schedule
 
     plain = Schedule.lr
     monkeypatch.setattr(Schedule, "lr", lambda self, step: 1e38 if step == 4 else plain(self, step))
-    status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **{
-        "training.optimizer": "sgd", "training.grad_clip": 0, "health.non_finite": "act", "checkpoint.every_steps": every_steps}))
+    status, out, err = call_program(
+        "train_imagenet.py",
+        *options(
+            betons,
+            tmp_path / "run",
+            **{
+                "training.optimizer": "sgd",
+                "training.grad_clip": 0,
+                "health.non_finite": "act",
+                "checkpoint.every_steps": every_steps,
+            },
+        ),
+    )
     assert status == 0, err
     end = state(tmp_path / "run")
-    assert all(tensor.isfinite().all() for tensor in [*end["model"].values(), *end["ema"]["module"].values()])
+    assert all(
+        tensor.isfinite().all()
+        for tensor in [*end["model"].values(), *end["ema"]["module"].values()]
+    )
     assert end["health"]["skipped_steps"] == ([4] if every_steps else [4, 5])
     (event,) = rows(tmp_path / "run")[1]["events"]
-    assert ("the weights after step 4" if every_steps else "the loss of step 5") in event and "leaving out step 4" in event
+    assert (
+        "the weights after step 4" if every_steps else "the loss of step 5"
+    ) in event and "leaving out step 4" in event
 
 
-def test_a_loss_that_rises_sends_the_run_back_at_half_the_learning_rate(betons, tmp_path, call_program, monkeypatch):
+def test_a_loss_that_rises_sends_the_run_back_at_half_the_learning_rate(
+    betons, tmp_path, call_program, monkeypatch
+):
     from rsb_ffcv.learning.schedule import Schedule
 
     monkeypatch.setattr(Schedule, "lr", lambda self, step: 1e-4 if step < 96 else 30.0)
-    status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **{
-        "model.arch": "test_resnet", "training.optimizer": "sgd", "training.epochs": 45, "mix.off_epochs": 0, "health.loss_rise": "act",
-        "logging.log_level": 0, "checkpoint.every_minutes": 0, "model.drop_path": 0}))
+    status, out, err = call_program(
+        "train_imagenet.py",
+        *options(
+            betons,
+            tmp_path / "run",
+            **{
+                "model.arch": "test_resnet",
+                "training.optimizer": "sgd",
+                "training.epochs": 45,
+                "mix.off_epochs": 0,
+                "health.loss_rise": "act",
+                "logging.log_level": 0,
+                "checkpoint.every_minutes": 0,
+                "model.drop_path": 0,
+            },
+        ),
+    )
     assert status == 0, err
     (line,) = [line for line in err.splitlines() if line.startswith("warning: at step")]
-    back = int(re.search(r"above its recent median, .*: back to step (\d+), learning rate x 0.5 from here on", line)[1])
+    back = int(
+        re.search(
+            r"above its recent median, .*: back to step (\d+), learning rate x 0.5 from here on",
+            line,
+        )[1]
+    )
     assert back % 3 == 0 and 96 <= back
     log = rows(tmp_path / "run")
-    assert [row["lr"] for row in log] == [1e-4] * 32 + [30.0] * (back // 3 - 32) + [15.0] * (45 - back // 3)
+    assert [row["lr"] for row in log] == [1e-4] * 32 + [30.0] * (back // 3 - 32) + [15.0] * (
+        45 - back // 3
+    )
     assert [line.removeprefix("warning: ")] == log[back // 3]["events"]
 
 
@@ -349,22 +573,51 @@ def test_a_new_run_begins_from_the_weights_of_another(betons, finished, tmp_path
     more = {"lr.lr": 0, "lr.warmup_lr": 0, "training.epochs": 1, "augment.repeats": 1}
     for which, source in (("model", "final_weights.pt"), ("model", "best.pt"), ("ema", "best.pt")):
         folder = tmp_path / f"{which}-{source}"
-        status, out, err = call_program("train_imagenet.py", *options(betons, folder, **more, **{
-            "checkpoint.warm_start": finished[0] / source, "checkpoint.warm_start_from": which}))
+        status, out, err = call_program(
+            "train_imagenet.py",
+            *options(
+                betons,
+                folder,
+                **more,
+                **{
+                    "checkpoint.warm_start": finished[0] / source,
+                    "checkpoint.warm_start_from": which,
+                },
+            ),
+        )
         assert status == 0 and "beginning from the weights of" in out, err
         source = torch.load(finished[0] / source, weights_only=True)
-        source = source if "model" not in source else source["model"] if which == "model" else source["ema"]["module"]
+        source = (
+            source
+            if "model" not in source
+            else source["model"]
+            if which == "model"
+            else source["ema"]["module"]
+        )
         assert torch.equal(state(folder)["model"]["conv1.0.weight"], source["conv1.0.weight"])
-    for path, message in ((tmp_path / "absent.pt", "cannot be read"), (finished[0] / "config.json", "not a readable"),
-                          (betons / "val.beton", "not a readable")):
-        status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "x", **{"checkpoint.warm_start": path}))
+    for path, message in (
+        (tmp_path / "absent.pt", "cannot be read"),
+        (finished[0] / "config.json", "not a readable"),
+        (betons / "val.beton", "not a readable"),
+    ):
+        status, _, err = call_program(
+            "train_imagenet.py", *options(betons, tmp_path / "x", **{"checkpoint.warm_start": path})
+        )
         assert status == 2 and message in err.splitlines()[-1]
-    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "x", **{
-        "model.arch": "resnet18", "checkpoint.warm_start": finished[0] / "final_weights.pt"}))
+    status, _, err = call_program(
+        "train_imagenet.py",
+        *options(
+            betons,
+            tmp_path / "x",
+            **{"model.arch": "resnet18", "checkpoint.warm_start": finished[0] / "final_weights.pt"},
+        ),
+    )
     assert status == 2 and "is of another model" in err.splitlines()[-1]
 
 
-def test_a_best_state_that_could_not_be_written_is_not_called_best(betons, tmp_path, call_program, monkeypatch):
+def test_a_best_state_that_could_not_be_written_is_not_called_best(
+    betons, tmp_path, call_program, monkeypatch
+):
     """The disk is full when the second epoch ends, whose accuracy is made the highest."""
     from rsb_ffcv.training import checkpoint, trainer
 
@@ -377,18 +630,30 @@ def test_a_best_state_that_could_not_be_written_is_not_called_best(betons, tmp_p
         plain_write(state, path)
 
     monkeypatch.setattr(checkpoint, "write", full_once)
-    monkeypatch.setattr(trainer, "evaluate", lambda *given: {**plain_evaluate(*given), "top1": next(tops)})
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *given: {**plain_evaluate(*given), "top1": next(tops)}
+    )
     status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     assert status == 0 and err.count("warning: no checkpoint was written") == 1, err
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert state(tmp_path / "run")["best"] == {"top1": 50.0, "epoch": 2, "step": 9} and best["step"] == 9
+    assert (
+        state(tmp_path / "run")["best"] == {"top1": 50.0, "epoch": 2, "step": 9}
+        and best["step"] == 9
+    )
     assert "50.00 % after epoch 3" in out and not list((tmp_path / "run").glob(".*.part"))
 
 
-def test_another_data_set_of_the_same_size_is_refused(betons, finished, pictures, tmp_path, call_program):
+def test_another_data_set_of_the_same_size_is_refused(
+    betons, finished, pictures, tmp_path, call_program
+):
     from rsb_ffcv.dataset import Encoding, Place, write_splits
 
-    write_splits(Place("imagenet", str(pictures)), str(tmp_path), num_workers=2, encoding=Encoding(jpeg_quality=70, pass_through=False))
+    write_splits(
+        Place("imagenet", str(pictures)),
+        str(tmp_path),
+        num_workers=2,
+        encoding=Encoding(jpeg_quality=70, pass_through=False),
+    )
     status, _, err = call_program("train_imagenet.py", *options(tmp_path, finished[0]))
     assert status == 2 and "data.train_fingerprint:" in err.splitlines()[-1]
 
@@ -397,35 +662,81 @@ def test_accuracy_by_other_labels_is_reported_beside(betons, finished, tmp_path,
     from rsb_ffcv.beton import read_beton
 
     labels = read_beton(betons / "val.beton").labels.tolist()
-    for content, accuracy in ((labels, None), ([[0, 1, 2]] * 27, 100.0), ([[] for _ in labels[1:]] + [[0, 1, 2]], 100.0)):
+    for content, accuracy in (
+        (labels, None),
+        ([[0, 1, 2]] * 27, 100.0),
+        ([[] for _ in labels[1:]] + [[0, 1, 2]], 100.0),
+    ):
         (tmp_path / "labels.json").write_text(json.dumps(content))
-        status, out, err = call_program("train_imagenet.py", *options(betons, finished[0], **{
-            "training.eval_only": 1, "validation.labels": tmp_path / "labels.json"}))
+        status, out, err = call_program(
+            "train_imagenet.py",
+            *options(
+                betons,
+                finished[0],
+                **{"training.eval_only": 1, "validation.labels": tmp_path / "labels.json"},
+            ),
+        )
         result = json.loads(out.splitlines()[-1])
-        assert status == 0 and result["relabelled_top1"] == (result["top1"] if accuracy is None else accuracy), err
+        assert status == 0 and result["relabelled_top1"] == (
+            result["top1"] if accuracy is None else accuracy
+        ), err
     assert result["relabelled_images"] == 1
 
 
-FFCV_IMAGENETS_FILE = {  # what libffcv/ffcv-imagenet publishes as rn50_configs/rn50_16_epochs.yaml, key by key
-    "data": {"in_memory": 1, "num_workers": 12}, "dist": {"world_size": 8}, "logging": {"folder": "/tmp/"},
-    "lr": {"lr": 1.7, "lr_schedule_type": "cyclic"}, "model": {"arch": "resnet50"},
+# what libffcv/ffcv-imagenet publishes as rn50_configs/rn50_16_epochs.yaml, key by key
+FFCV_IMAGENETS_FILE = {
+    "data": {"in_memory": 1, "num_workers": 12},
+    "dist": {"world_size": 8},
+    "logging": {"folder": "/tmp/"},
+    "lr": {"lr": 1.7, "lr_schedule_type": "cyclic"},
+    "model": {"arch": "resnet50"},
     "resolution": {"end_ramp": 13, "max_res": 192, "min_res": 160, "start_ramp": 11},
-    "training": {"batch_size": 512, "bn_wd": 0, "distributed": 1, "epochs": 16, "label_smoothing": 0.1, "momentum": 0.9,
-                 "optimizer": "sgd", "weight_decay": 0.0001, "use_blurpool": 1},
-    "validation": {"lr_tta": True, "resolution": 256}}
+    "training": {
+        "batch_size": 512,
+        "bn_wd": 0,
+        "distributed": 1,
+        "epochs": 16,
+        "label_smoothing": 0.1,
+        "momentum": 0.9,
+        "optimizer": "sgd",
+        "weight_decay": 0.0001,
+        "use_blurpool": 1,
+    },
+    "validation": {"lr_tta": True, "resolution": 256},
+}
 
 
 def test_ffcv_imagenets_published_files_run_as_they_are(betons, tmp_path, run_program, free_port):
-    """Shortened by flags, as its users would try them on a small machine: two processes, growing resolution, BlurPool."""
+    """Shortened by flags, as its users would try them on a small machine: two processes, growing
+    resolution, BlurPool."""
     (tmp_path / "published.yaml").write_text(yaml.safe_dump(FFCV_IMAGENETS_FILE))
-    small = {"data.train_dataset": betons / "train.beton", "data.val_dataset": betons / "val.beton", "logging.folder": tmp_path / "run",
-             "dist.world_size": 2, "training.batch_size": 24, "training.epochs": 3, "data.num_workers": 1, "model.arch": "resnet10t",
-             "resolution.min_res": 32, "resolution.max_res": 96, "resolution.start_ramp": 0, "resolution.end_ramp": 2,
-             "validation.resolution": 64, "validation.batch_size": 16, "compute.precision": "fp32", "dist.port": free_port}
-    status, out, err = run_program("train_imagenet.py", f"--config-file={tmp_path}/published.yaml",
-                                   *(f"--{name}={value}" for name, value in small.items()))
+    small = {
+        "data.train_dataset": betons / "train.beton",
+        "data.val_dataset": betons / "val.beton",
+        "logging.folder": tmp_path / "run",
+        "dist.world_size": 2,
+        "training.batch_size": 24,
+        "training.epochs": 3,
+        "data.num_workers": 1,
+        "model.arch": "resnet10t",
+        "resolution.min_res": 32,
+        "resolution.max_res": 96,
+        "resolution.start_ramp": 0,
+        "resolution.end_ramp": 2,
+        "validation.resolution": 64,
+        "validation.batch_size": 16,
+        "compute.precision": "fp32",
+        "dist.port": free_port,
+    }
+    status, out, err = run_program(
+        "train_imagenet.py",
+        f"--config-file={tmp_path}/published.yaml",
+        *(f"--{name}={value}" for name, value in small.items()),
+    )
     assert status == 0 and "2 processes" in out, err
-    assert err.count("training.bn_wd=0") == 1 and [row["resolution"] for row in rows(tmp_path / "run")] == [32, 64, 96]
+    assert err.count("training.bn_wd=0") == 1 and [
+        row["resolution"] for row in rows(tmp_path / "run")
+    ] == [32, 64, 96]
     assert any("blur_filter" in key for key in state(tmp_path / "run")["model"])
 
 
@@ -439,73 +750,157 @@ def test_an_unreadable_picture_does_not_hang_the_writer(pictures, tmp_path, run_
     (tmp_path / "in" / "val" / "red").mkdir()
     (bad / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
     os.symlink(pictures / "val" / "blue" / "1.jpg", tmp_path / "in" / "val" / "red" / "1.jpg")
-    status, _, err = run_program("write_ffcv.py", f"--cfg.data_dir={tmp_path}/in", f"--cfg.write_path={tmp_path}/out",
-                                 "--cfg.num_workers=2", "--cfg.follow_links=1", timeout=300)
+    status, _, err = run_program(
+        "write_ffcv.py",
+        f"--cfg.data_dir={tmp_path}/in",
+        f"--cfg.write_path={tmp_path}/out",
+        "--cfg.num_workers=2",
+        "--cfg.follow_links=1",
+        timeout=300,
+    )
     assert status == 2 and "broken.jpg: not a readable picture" in err.splitlines()[-1]
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
 def test_the_writer_shows_progress_and_a_line_for_each_file(pictures, tmp_path, call_program):
-    status, out, err = call_program("write_ffcv.py", f"--cfg.data_dir={pictures}", f"--cfg.write_path={tmp_path}/out",
-                                   "--cfg.num_workers=2", "--cfg.max_resolution=60")
+    status, out, err = call_program(
+        "write_ffcv.py",
+        f"--cfg.data_dir={pictures}",
+        f"--cfg.write_path={tmp_path}/out",
+        "--cfg.num_workers=2",
+        "--cfg.max_resolution=60",
+    )
     assert status == 0, err
     assert "train.beton: 96 images, 3 classes" in out and "val.beton: 27 images" in out
-    assert "img/s" in err and "MB/s" in err and "100%" in err and "images of each class: amber 32, blue 32, cyan 32" in out
-    assert re.search(r"train.beton: about 0.01 GB and .+ with 2 workers, judged by 96 of 96 images", out)
-    status, out, err = call_program("write_ffcv.py", f"--cfg.data_dir={pictures}", "--cfg.split=val",
-                                   f"--cfg.write_path={tmp_path}/only.beton", "--cfg.num_workers=2")
+    assert (
+        "img/s" in err
+        and "MB/s" in err
+        and "100%" in err
+        and "images of each class: amber 32, blue 32, cyan 32" in out
+    )
+    assert re.search(
+        r"train.beton: about 0.01 GB and .+ with 2 workers, judged by 96 of 96 images", out
+    )
+    status, out, err = call_program(
+        "write_ffcv.py",
+        f"--cfg.data_dir={pictures}",
+        "--cfg.split=val",
+        f"--cfg.write_path={tmp_path}/only.beton",
+        "--cfg.num_workers=2",
+    )
     assert status == 0 and (tmp_path / "only.beton").exists(), err
-    status, _, err = call_program("write_ffcv.py", f"--cfg.data_dir={pictures}", f"--cfg.write_path={tmp_path}/x.beton")
+    status, _, err = call_program(
+        "write_ffcv.py", f"--cfg.data_dir={pictures}", f"--cfg.write_path={tmp_path}/x.beton"
+    )
     assert status == 2 and "cfg.write_path" in err.splitlines()[-1]
 
 
 def test_bad_images_end_a_run_or_are_skipped_and_named(betons, tmp_path, train, call_program):
-    """Two damaged images: an error that names one; with data.on_bad_sample=skip, on two processes, a line in the log."""
+    """Two damaged images: an error that names one; with data.on_bad_sample=skip, on two processes,
+    a line in the log."""
     from rsb_ffcv.beton import read_beton
 
-    file, data = read_beton(betons / "train.beton"), bytearray((betons / "train.beton").read_bytes())
+    file, data = (
+        read_beton(betons / "train.beton"),
+        bytearray((betons / "train.beton").read_bytes()),
+    )
     for sample in (5, 60):
         at = int(file.pointers[sample]) + int(file.sizes[sample]) // 2
-        data[at:at + 30] = bytes(30)
+        data[at : at + 30] = bytes(30)
     (tmp_path / "train.beton").write_bytes(data)
     shutil.copy(betons / "val.beton", tmp_path)
     more = {"training.epochs": 1, "lr.warmup_epochs": 0, "augment.repeats": 1}
-    status, _, err = call_program("train_imagenet.py", *options(tmp_path, tmp_path / "stopped", **more))
+    status, _, err = call_program(
+        "train_imagenet.py", *options(tmp_path, tmp_path / "stopped", **more)
+    )
     assert status == 2 and "Traceback" not in err
-    assert re.search(r"error: .*train.beton: sample (5|60) is damaged: its bytes do not match their checksum; .*skip", err)
-    statuses, _, err = train(options(tmp_path, tmp_path / "skipped", **more, **{"data.on_bad_sample": "skip"}), 2).wait()
+    assert re.search(
+        r"error: .*train.beton: sample (5|60) is damaged: its bytes do not match their checksum; "
+        r".*skip",
+        err,
+    )
+    statuses, _, err = train(
+        options(tmp_path, tmp_path / "skipped", **more, **{"data.on_bad_sample": "skip"}), 2
+    ).wait()
     assert statuses == [0, 0], err
     (row,) = rows(tmp_path / "skipped")
     reason = "is damaged: its bytes do not match their checksum"
-    assert row["skipped"] == 2 and row["skipped_samples"] == [f"sample 5 {reason}", f"sample 60 {reason}"]
+    assert row["skipped"] == 2 and row["skipped_samples"] == [
+        f"sample 5 {reason}",
+        f"sample 60 {reason}",
+    ]
 
 
-@pytest.mark.parametrize("kind, text", [(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."), (MemoryError, ""),
-                                        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED")])
-@pytest.mark.parametrize("where, message", [
-    ("train", "out of memory with training.batch_size=16 images of 32 px (.*); lower training.batch_size (and keep training.global_batch: "),
-    ("evaluate", "out of memory with validation.batch_size=10 images of 32 px (.*); lower validation.batch_size or "),
-    ("build", "out of memory with model.arch=resnet10t (.*); choose a smaller model")])
-def test_memory_that_does_not_suffice_is_one_line_with_what_to_lower(betons, tmp_path, call_program, monkeypatch, kind, text, where, message):
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (MemoryError, ""),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        (
+            "train",
+            "out of memory with training.batch_size=16 images of 32 px (.*); lower "
+            "training.batch_size (and keep training.global_batch: ",
+        ),
+        (
+            "evaluate",
+            "out of memory with validation.batch_size=10 images of 32 px (.*); lower "
+            "validation.batch_size or ",
+        ),
+        ("build", "out of memory with model.arch=resnet10t (.*); choose a smaller model"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line_with_what_to_lower(
+    betons, tmp_path, call_program, monkeypatch, kind, text, where, message
+):
     from rsb_ffcv.training import build, trainer
 
     def fail(*_, **__):
         raise kind(text)
 
-    target, name = {"train": (trainer.TrainStep, "__call__"), "evaluate": (trainer, "evaluate"), "build": (build, "model")}[where]
+    target, name = {
+        "train": (trainer.TrainStep, "__call__"),
+        "evaluate": (trainer, "evaluate"),
+        "build": (build, "model"),
+    }[where]
     monkeypatch.setattr(target, name, fail)
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     last = err.splitlines()[-1]
-    assert status == 2 and "Traceback" not in err and re.search(re.escape(message).replace(r"\.\*", ".*"), last) and text in last, err
+    assert (
+        status == 2
+        and "Traceback" not in err
+        and re.search(re.escape(message).replace(r"\.\*", ".*"), last)
+        and text in last
+    ), err
 
 
 def test_a_machine_without_the_memory_for_a_batch_says_so(betons, tmp_path, run_program):
     """The kernel refuses 200 GB to this process."""
-    status, _, err = run_program("train_imagenet.py", *options(betons, tmp_path / "run", **{"validation.resolution": 4096,
-                                 "validation.batch_size": 1000, "training.epochs": 1, "lr.warmup_epochs": 0, "model.arch": "test_resnet"}),
-                                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (20 << 30,) * 2))
+    status, _, err = run_program(
+        "train_imagenet.py",
+        *options(
+            betons,
+            tmp_path / "run",
+            **{
+                "validation.resolution": 4096,
+                "validation.batch_size": 1000,
+                "training.epochs": 1,
+                "lr.warmup_epochs": 0,
+                "model.arch": "test_resnet",
+            },
+        ),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (20 << 30,) * 2),
+    )
     assert status == 2 and "Traceback" not in err, err
-    assert re.search(r"out of memory with validation.batch_size=1000 images of 4096 px .*; lower validation", err.splitlines()[-1]), err
+    assert re.search(
+        r"out of memory with validation.batch_size=1000 images of 4096 px .*; lower validation",
+        err.splitlines()[-1],
+    ), err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(betons, tmp_path, call_program, monkeypatch):
@@ -519,23 +914,49 @@ def test_a_fault_of_the_program_keeps_its_traceback(betons, tmp_path, call_progr
         call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
 
 
-def test_images_that_do_not_fill_a_step_are_counted_once_and_the_bar_tells_a_true_rate(betons, tmp_path, call_program):
-    more = {"training.batch_size": 80, "training.global_batch": 80, "augment.repeats": 1, "model.arch": "test_resnet"}
+def test_images_that_do_not_fill_a_step_are_counted_once_and_the_bar_tells_a_true_rate(
+    betons, tmp_path, call_program
+):
+    more = {
+        "training.batch_size": 80,
+        "training.global_batch": 80,
+        "augment.repeats": 1,
+        "model.arch": "test_resnet",
+    }
     status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **more))
     assert status == 0, err
-    assert out.count("16 of 96 training images do not fill a step of 80 and are left out of each epoch, others each time") == 1
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        out.count(
+            "16 of 96 training images do not fill a step of 80 and are left out of each epoch, "
+            "others each time"
+        )
+        == 1
+    )
+    written = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["steps"] for row in written] == [1, 1, 1]
     shown = [float(rate) for rate in re.findall(r"img_s=([\d.e+]+)", err)]
     assert len(shown) >= 3
     for row in written:
-        assert any(rate == pytest.approx(row["images_per_s"], rel=0.01, abs=1) for rate in shown), (shown, row["images_per_s"])
-    status, out, _ = call_program("train_imagenet.py", *options(betons, tmp_path / "all", **{**more, "training.batch_size": 96, "training.global_batch": 96}))
+        assert any(rate == pytest.approx(row["images_per_s"], rel=0.01, abs=1) for rate in shown), (
+            shown,
+            row["images_per_s"],
+        )
+    status, out, _ = call_program(
+        "train_imagenet.py",
+        *options(
+            betons,
+            tmp_path / "all",
+            **{**more, "training.batch_size": 96, "training.global_batch": 96},
+        ),
+    )
     assert status == 0 and "left out" not in out
 
 
 def test_a_signal_to_a_child_that_has_ended_is_nobodys_error(monkeypatch):
-    """The parent of training.distributed=1 hands a notice on to its children, one of which is gone."""
+    """The parent of training.distributed=1 hands a notice on to its children, one of which is
+    gone."""
     import signal as signals
 
     from rsb_ffcv import training

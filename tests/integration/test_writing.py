@@ -1,4 +1,6 @@
-"""A conversion that is killed, whenever and however often, ends with the bytes of one that was not."""
+"""A conversion that is killed, whenever and however often, ends with the bytes of one that was
+not."""
+
 import os
 import random
 import signal
@@ -16,8 +18,9 @@ from tests.sizes import KILLS
 
 ROOT = Path(__file__).parents[2]
 
-# The program, with work made safe after each picture instead of each second: a kill then finds more states. It tells of each
-# move of its progress bars, and after move number `hold` (from 1) it waits for a line.
+# The program, with work made safe after each picture instead of each second: a kill then finds more
+# states. It tells of each move of its progress bars, and after move number `hold` (from 1) it waits
+# for a line.
 PROGRAM = """
 import signal, sys
 sys.path.insert(0, {root!r})
@@ -44,14 +47,21 @@ sys.exit(exit_status(write_ffcv.main))
 
 def begin(arguments, sync=0.0, hold=0):
     code = PROGRAM.format(root=str(ROOT), arguments=list(map(str, arguments)), sync=sync, hold=hold)
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "TQDM_MININTERVAL": "60"})  # few bars: nobody reads them while it works
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TQDM_MININTERVAL": "60"},
+    )  # few bars: nobody reads them while it works
     assert process.stdout.readline() == "begins\n"
     return process
 
 
 def wait_for_hold(process) -> tuple[bool, str]:
-    """Returns when the program is held (True) or has ended (False), with what it has written by then."""
+    """Returns when the program is held (True) or has ended (False), with what it has written by
+    then."""
     hanging = Timer(300, process.kill)
     hanging.start()
     lines = []
@@ -82,44 +92,69 @@ def folder(tmp_path_factory):
         for number in range(count):
             side = 200 if number % 3 else 700
             small = Image.fromarray(rng.integers(0, 256, (20, 25, 3), np.uint8))
-            small.resize((side, side * 4 // 5)).save(root / split / "ab"[number % 2] / f"{number:04d}.jpg", quality=85)
+            small.resize((side, side * 4 // 5)).save(
+                root / split / "ab"[number % 2] / f"{number:04d}.jpg", quality=85
+            )
     (root / "train" / "a" / "0100_broken.jpg").write_bytes(b"\xff\xd8\xff")
     (root / "val" / "b" / "0050_broken.png").write_bytes(b"")
     return root
 
 
 def options(folder, target, workers):
-    return [f"--cfg.data_dir={folder}", f"--cfg.write_path={target}", f"--cfg.num_workers={workers}", "--cfg.max_resolution=300",
-            "--cfg.on_error=skip", "--cfg.max_skipped=0.02"]
+    return [
+        f"--cfg.data_dir={folder}",
+        f"--cfg.write_path={target}",
+        f"--cfg.num_workers={workers}",
+        "--cfg.max_resolution=300",
+        "--cfg.on_error=skip",
+        "--cfg.max_skipped=0.02",
+    ]
 
 
 def files(target) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
-def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_not(folder, tmp_path, tell):
+def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_not(
+    folder, tmp_path, tell
+):
     assert end(begin(options(folder, tmp_path / "whole", 2)))[0] == 0
     wanted = files(tmp_path / "whole")
-    assert sorted(wanted) == ["train.beton", "train.beton.skipped.csv", "val.beton", "val.beton.skipped.csv"]
+    assert sorted(wanted) == [
+        "train.beton",
+        "train.beton.skipped.csv",
+        "val.beton",
+        "val.beton.skipped.csv",
+    ]
     rng, kills, runs, resumed = random.Random(0), 0, 0, 0
     while kills < KILLS:
         target = tmp_path / f"run_{runs}"
         runs += 1
         while True:
-            moves = rng.randrange(400) if kills < KILLS else 0  # of its bars; the whole work makes 512
-            process = begin(options(folder, target, rng.choice([1, 2, 3])), rng.choice([0.0, 0.02]), moves)
+            moves = (
+                rng.randrange(400) if kills < KILLS else 0
+            )  # of its bars; the whole work makes 512
+            process = begin(
+                options(folder, target, rng.choice([1, 2, 3])), rng.choice([0.0, 0.02]), moves
+            )
             held, out = wait_for_hold(process) if moves else (kills < KILLS, "")
             if held:
                 process.stdin.write("go on\n")
                 process.stdin.flush()
-                time.sleep(rng.uniform(0, 0.05 if moves else 1.0))  # any instant after a known point, whatever it finds there
+                time.sleep(
+                    rng.uniform(0, 0.05 if moves else 1.0)
+                )  # any instant after a known point, whatever it finds there
                 process.kill()
             status, rest, errors = end(process)
             resumed += "going on after" in out + rest
             if status != 0:
                 assert status == -signal.SIGKILL, errors
                 kills += 1
-                visible = {path.name for path in target.iterdir() if not path.name.startswith(".")} if target.exists() else set()
+                visible = (
+                    {path.name for path in target.iterdir() if not path.name.startswith(".")}
+                    if target.exists()
+                    else set()
+                )
                 assert all((target / name).read_bytes() == wanted[name] for name in visible)
                 continue
             break
@@ -152,15 +187,25 @@ def test_other_settings_do_not_go_on_with_what_was_begun(folder, tmp_path):
     assert wait_for_hold(process)[0]
     process.kill()
     end(process)
-    for change, message in (("--cfg.jpeg_quality=80", "jpeg_quality 90, now 80"), ("--cfg.max_resolution=200", "max_resolution 300, now 200")):
+    for change, message in (
+        ("--cfg.jpeg_quality=80", "jpeg_quality 90, now 80"),
+        ("--cfg.max_resolution=200", "max_resolution 300, now 200"),
+    ):
         status, _, errors = end(begin([*options(folder, tmp_path, 2), change]))
         assert status == 2 and message in errors.splitlines()[-1]
     assert end(begin(options(folder, tmp_path, 2)))[0] == 0
     finished = (tmp_path / "train.beton").stat().st_mtime_ns
     status, out, _ = end(begin(options(folder, tmp_path, 2)))
-    assert status == 0 and "is there already" in out and (tmp_path / "train.beton").stat().st_mtime_ns == finished
+    assert (
+        status == 0
+        and "is there already" in out
+        and (tmp_path / "train.beton").stat().st_mtime_ns == finished
+    )
     status, _, errors = end(begin([*options(folder, tmp_path, 2), "--cfg.jpeg_quality=80"]))
-    assert status == 2 and "written with other settings (jpeg_quality 90, now 80)" in errors.splitlines()[-1]
+    assert (
+        status == 2
+        and "written with other settings (jpeg_quality 90, now 80)" in errors.splitlines()[-1]
+    )
     assert (tmp_path / "train.beton").stat().st_mtime_ns == finished
 
 

@@ -1,4 +1,5 @@
 """Stock ffcv reads what this project writes, and this project reads what stock ffcv writes."""
+
 import shutil
 import subprocess
 import sys
@@ -17,20 +18,30 @@ from rsb_ffcv.ops import crop, draws
 
 def run_stock(code: str) -> str:
     """Runs code against stock ffcv in a process of its own: its compiler settings are global."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
-    """The same labels, and the same pictures as far as its faster DCT and its INTER_AREA allow: JPEGs that were kept as they were,
-    raw and mixed files, a file with pictures left out, and one that another was appended to."""
+    """The same labels, and the same pictures as far as its faster DCT and its INTER_AREA allow:
+    JPEGs that were kept as they were, raw and mixed files, a file with pictures left out, and one
+    that another was appended to."""
     (tmp_path / "in").mkdir()
     shutil.copytree(pictures / "val", tmp_path / "in" / "val")
     (tmp_path / "in" / "val" / "amber" / "0_bad.jpg").write_bytes(b"bad")
     for mode in ("jpg", "raw", "smart", "proportion"):
-        write_splits(Place("imagenet", str(tmp_path / "in")), f"{tmp_path}/{mode}.beton", "val", num_workers=1, skip=True, max_skipped=0.1,
-                     encoding=Encoding(mode, smart_threshold=12000))
+        write_splits(
+            Place("imagenet", str(tmp_path / "in")),
+            f"{tmp_path}/{mode}.beton",
+            "val",
+            num_workers=1,
+            skip=True,
+            max_skipped=0.1,
+            encoding=Encoding(mode, smart_threshold=12000),
+        )
     subset(str(tmp_path / "raw.beton"), str(tmp_path / "appended.beton"), 1, samples="0-13")
     subset(str(tmp_path / "jpg.beton"), str(tmp_path / "rest.beton"), 1, samples="14-26")
     concat(str(tmp_path / "appended.beton"), [str(tmp_path / "rest.beton")], 1)
@@ -49,12 +60,27 @@ def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
     """)
     for name in names:
         images, labels = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        ours = EvalLoader(tmp_path / f"{name}.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9, interpolation="bilinear")
+        ours = EvalLoader(
+            tmp_path / f"{name}.beton",
+            batch_size=8,
+            resolution=32,
+            num_workers=2,
+            crop_ratio=0.9,
+            interpolation="bilinear",
+        )
         our_images, our_labels = (torch.cat(parts) for parts in zip(*ours))
         assert torch.equal(our_labels, labels) and len(labels) == 27
-        ours, stock = (avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8) for batch in (our_images, images))
-        own, other = ((ours - shifted).abs().mean((1, 2, 3)) for shifted in (stock, stock.roll(1, 0)))
-        assert own.mean() < 4 and (own < 8).all() and own.mean() < other.mean() / 4, (name, own, other)
+        ours, stock = (
+            avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8) for batch in (our_images, images)
+        )
+        own, other = (
+            (ours - shifted).abs().mean((1, 2, 3)) for shifted in (stock, stock.roll(1, 0))
+        )
+        assert own.mean() < 4 and (own < 8).all() and own.mean() < other.mean() / 4, (
+            name,
+            own,
+            other,
+        )
 
 
 def test_files_of_the_stock_writer_are_read(pictures, tmp_path):
@@ -70,14 +96,26 @@ def test_files_of_the_stock_writer_are_read(pictures, tmp_path):
     for mode, stored in kinds.items():
         path = tmp_path / f"{mode}.beton"
         file = read_beton(path)
-        assert len(file) == 27 and np.bincount(file.labels).tolist() == [9, 9, 9] and set(file.modes) == stored
-        images = torch.cat([images for images, _ in EvalLoader(path, batch_size=8, resolution=32, num_workers=2, crop_ratio=1.0)])
+        assert (
+            len(file) == 27
+            and np.bincount(file.labels).tolist() == [9, 9, 9]
+            and set(file.modes) == stored
+        )
+        images = torch.cat(
+            [
+                images
+                for images, _ in EvalLoader(
+                    path, batch_size=8, resolution=32, num_workers=2, crop_ratio=1.0
+                )
+            ]
+        )
         assert torch.equal(images.float().mean((1, 2)).argmax(1), torch.from_numpy(file.labels))
 
 
 def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
-    """torchvision's get_params, fed with the draws of each address, in double precision: a try takes words 4t .. 4t + 3
-    (area, aspect, top, left), also where it does not fit and leaves the last two unused."""
+    """torchvision's get_params, fed with the draws of each address, in double precision: a try
+    takes words 4t .. 4t + 3 (area, aspect, top, left), also where it does not fit and leaves the
+    last two unused."""
     log = torch.log
     for slot in range(500):
         height, width = (int(side) for side in np.random.default_rng(slot).integers(20, 600, 2))
@@ -92,7 +130,9 @@ def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
         class Uniform:
             def uniform_(self, low, high):
                 share = draws.uniform(0, 0, slot, draws.CROP, next_word(True))
-                return torch.tensor(float(low) + (float(high) - float(low)) * share, dtype=torch.float64)
+                return torch.tensor(
+                    float(low) + (float(high) - float(low)) * share, dtype=torch.float64
+                )
 
         def randint(low, high, size):
             return torch.tensor([draws.below(0, 0, slot, draws.CROP, next_word(False), high)])
@@ -111,13 +151,19 @@ def test_crops_lie_in_the_image_and_have_torchvisions_distribution():
     from scipy import stats
 
     height, width = 75, 130
-    ours = np.array([crop.random_resized_crop_box(0, 0, slot, height, width, 0.08, 1.0, 3 / 4, 4 / 3)
-                     for slot in range(6000)])
+    ours = np.array(
+        [
+            crop.random_resized_crop_box(0, 0, slot, height, width, 0.08, 1.0, 3 / 4, 4 / 3)
+            for slot in range(6000)
+        ]
+    )
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
     torch.manual_seed(0)
     picture = torch.zeros(3, height, width)
-    theirs = np.array([TorchvisionCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
+    theirs = np.array(
+        [TorchvisionCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    )
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.001
 
@@ -125,4 +171,6 @@ def test_crops_lie_in_the_image_and_have_torchvisions_distribution():
 def test_a_crop_that_never_fits_falls_back_as_torchvisions_does():
     for height, width in ((10, 1000), (1000, 10), (3, 3000)):
         box = crop.random_resized_crop_box(0, 0, 0, height, width, 1.0, 1.0, 3 / 4, 4 / 3)
-        assert tuple(box) == tuple(TorchvisionCrop.get_params(torch.zeros(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3]))
+        assert tuple(box) == tuple(
+            TorchvisionCrop.get_params(torch.zeros(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
+        )

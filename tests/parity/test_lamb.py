@@ -1,4 +1,5 @@
 """LAMB equal to timm's, over many steps and settings."""
+
 import copy
 
 import pytest
@@ -12,10 +13,23 @@ from rsb_ffcv.learning.lamb import Lamb
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.learning.optimizer import decay_groups
 
-SETTINGS = {"recipe": {}, "no clip": {"max_grad_norm": None}, "small clip": {"max_grad_norm": 1e-3}, "trust clip": {"trust_clip": True},
-            "always": {"always_adapt": True}, "decoupled": {"decoupled_decay": True}, "no averaging": {"grad_averaging": False},
-            "no correction": {"bias_correction": False}, "all": {"always_adapt": True, "trust_clip": True, "decoupled_decay": True,
-                                                              "betas": (0.8, 0.99), "eps": 1e-8}}
+SETTINGS = {
+    "recipe": {},
+    "no clip": {"max_grad_norm": None},
+    "small clip": {"max_grad_norm": 1e-3},
+    "trust clip": {"trust_clip": True},
+    "always": {"always_adapt": True},
+    "decoupled": {"decoupled_decay": True},
+    "no averaging": {"grad_averaging": False},
+    "no correction": {"bias_correction": False},
+    "all": {
+        "always_adapt": True,
+        "trust_clip": True,
+        "decoupled_decay": True,
+        "betas": (0.8, 0.99),
+        "eps": 1e-8,
+    },
+}
 SHAPES = [(64, 32, 3, 3), (10, 64), (64,), (10,), (1,), (7, 5)]
 
 
@@ -27,8 +41,14 @@ def pair(make_theirs, make_ours, seed=0):
     both = []
     for make in (make_theirs, make_ours):
         params = [nn.Parameter(value.clone()) for value in values]
-        both.append(make([{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.02},
-                          {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]))
+        both.append(
+            make(
+                [
+                    {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.02},
+                    {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+                ]
+            )
+        )
     return both
 
 
@@ -58,23 +78,32 @@ def assert_equal(theirs, ours, tolerance=1e-6):
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("foreach", [False, True])
 def test_fifty_steps_are_timms(settings, foreach):
-    theirs, ours = pair(lambda groups: timm.optim.Lamb(groups, lr=0.005, foreach=foreach, **SETTINGS[settings]),
-                        lambda groups: Lamb(groups, lr=0.005, **SETTINGS[settings]))
+    theirs, ours = pair(
+        lambda groups: timm.optim.Lamb(groups, lr=0.005, foreach=foreach, **SETTINGS[settings]),
+        lambda groups: Lamb(groups, lr=0.005, **SETTINGS[settings]),
+    )
     steps(50, theirs, ours)
     assert_equal(theirs, ours)
 
 
 def test_a_compiled_step_is_the_same():
-    theirs, ours = pair(lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005, compiled=True))
+    theirs, ours = pair(
+        lambda groups: timm.optim.Lamb(groups, lr=0.005),
+        lambda groups: Lamb(groups, lr=0.005, compiled=True),
+    )
     steps(50, theirs, ours)
     assert_equal(theirs, ours, 3e-6)  # of the tensor of one element; the others stay within 1e-6
 
 
 def test_state_goes_to_timms_and_back():
-    theirs, ours = pair(lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005))
+    theirs, ours = pair(
+        lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005)
+    )
     steps(10, theirs, ours)
     swapped_theirs, swapped_ours = copy.deepcopy(theirs), copy.deepcopy(ours)
-    swapped_theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch itself shares the tensors
+    swapped_theirs.load_state_dict(
+        copy.deepcopy(ours.state_dict())
+    )  # torch itself shares the tensors
     swapped_ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     for group in swapped_ours.param_groups:
         assert group["step"] == 10
@@ -110,13 +139,18 @@ def test_resnet50_takes_a_fifth_of_the_launches_of_timms_loop():
 
 def test_a_step_that_overflowed_changes_nothing_and_counts_for_nothing():
     """As under torch.amp.GradScaler, which hands over found_inf and the scale."""
-    theirs, ours = pair(lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005))
+    theirs, ours = pair(
+        lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005)
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     for step in range(20):
         torch.manual_seed(step)
         scale = scaler.get_scale() if step else 1024.0
         overflows = step % 5 == 2
-        before = [p.clone() for p in parameters(ours)], [copy.deepcopy(ours.state[p]) for p in parameters(ours)]
+        before = (
+            [p.clone() for p in parameters(ours)],
+            [copy.deepcopy(ours.state[p]) for p in parameters(ours)],
+        )
         scaler.scale(torch.zeros(1))  # as the loss's, so that the scale exists
         for mine, other in zip(parameters(ours), parameters(theirs)):
             other.grad = torch.randn_like(other)
@@ -127,7 +161,11 @@ def test_a_step_that_overflowed_changes_nothing_and_counts_for_nothing():
         scaler.update()
         if overflows:
             assert all(torch.equal(a, b) for a, b in zip(before[0], parameters(ours)))
-            assert all(torch.equal(state[name], ours.state[p][name]) for state, p in zip(before[1], parameters(ours)) for name in state)
+            assert all(
+                torch.equal(state[name], ours.state[p][name])
+                for state, p in zip(before[1], parameters(ours))
+                for name in state
+            )
             assert scaler.get_scale() == scale / 2
         else:
             theirs.step()

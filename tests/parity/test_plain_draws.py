@@ -1,8 +1,9 @@
 """The compiled draws equal the same functions written in plain Python, to the bit.
 
-Philox4x32-10 is held against its published words in tests/unit/test_draws.py, and the distributions against torchvision's and
-timm's in their own files; here each number of a batch is.
+Philox4x32-10 is held against its published words in tests/unit/test_draws.py, and the distributions
+against torchvision's and timm's in their own files; here each number of a batch is.
 """
+
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from rsb_ffcv.ops import crop, draws
 from rsb_ffcv.ops.operation import Address
 
 MASK = 0xFFFFFFFF
-PLACES = [(7, 3), (2 ** 62 + 5, 299)]  # seed, epoch
+PLACES = [(7, 3), (2**62 + 5, 299)]  # seed, epoch
 SLOTS = np.arange(200)
 HEIGHTS, WIDTHS = np.random.default_rng(0).integers(1, 700, (2, 200)).astype(np.int32)
 
@@ -34,20 +35,20 @@ class Stream:
         return (c0, c1, c2, c3)[k % 4]
 
     def uniform(self, k):
-        return self.word(k) * 2.0 ** -32
+        return self.word(k) * 2.0**-32
 
     def below(self, k, n):
         return self.word(k) * n >> 32
 
     def normal(self, k):
-        u = (self.word(k) + 1.0) * 2.0 ** -32
+        u = (self.word(k) + 1.0) * 2.0**-32
         return math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * self.uniform(k + 1))
 
     def log_gamma(self, k, shape):
         d = (shape if shape >= 1.0 else shape + 1.0) - 1.0 / 3.0
         c = 1.0 / math.sqrt(9.0 * d)
         while True:
-            x, u = self.normal(k), (self.word(k + 2) + 1.0) * 2.0 ** -32
+            x, u = self.normal(k), (self.word(k + 2) + 1.0) * 2.0**-32
             k += 3
             v = 1.0 + c * x
             v = v * (v * v)
@@ -55,7 +56,7 @@ class Stream:
                 break
         result = math.log(d * v)
         if shape < 1.0:
-            result, k = result + math.log((self.word(k) + 1.0) * 2.0 ** -32) / shape, k + 1
+            result, k = result + math.log((self.word(k) + 1.0) * 2.0**-32) / shape, k + 1
         return result, k
 
     def beta(self, k, alpha):
@@ -70,7 +71,9 @@ def test_single_numbers(seed, epoch):
         at, stream = (seed, epoch, slot, draws.MIX), Stream(seed, epoch, slot, draws.MIX)
         k, n = int(slot) % 9, 1 + 10 * int(slot)
         assert draws.word(*at, k) == stream.word(k) and draws.uniform(*at, k) == stream.uniform(k)
-        assert draws.below(*at, k, n) == stream.below(k, n) and draws.normal(*at, k) == stream.normal(k)
+        assert draws.below(*at, k, n) == stream.below(k, n) and draws.normal(
+            *at, k
+        ) == stream.normal(k)
         for alpha in (0.1, 0.2, 1.0, 4.0):
             assert draws.beta(*at, 8, alpha)[0] == stream.beta(8, alpha)
     words = draws.words64(seed, epoch, draws.ORDER, 50)
@@ -95,13 +98,22 @@ def crop_box(stream, height, width, scale, ratio):
 
 
 @pytest.mark.parametrize("seed, epoch", PLACES)
-@pytest.mark.parametrize("scale, ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.2, 5.0)), ((1.0, 1.0), (0.75, 1.5))])
+@pytest.mark.parametrize(
+    "scale, ratio",
+    [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.2, 5.0)), ((1.0, 1.0), (0.75, 1.5))],
+)
 def test_crops(seed, epoch, scale, ratio):
-    boxes, filters, flips = crop._random_boxes(seed, epoch, SLOTS, HEIGHTS, WIDTHS, *scale, *ratio, 0.3)
-    for slot, height, width, box, cubic, flip in zip(SLOTS, HEIGHTS.tolist(), WIDTHS.tolist(), boxes, filters, flips):
+    boxes, filters, flips = crop._random_boxes(
+        seed, epoch, SLOTS, HEIGHTS, WIDTHS, *scale, *ratio, 0.3
+    )
+    for slot, height, width, box, cubic, flip in zip(
+        SLOTS, HEIGHTS.tolist(), WIDTHS.tolist(), boxes, filters, flips
+    ):
         stream = Stream(seed, epoch, slot, draws.CROP)
         assert tuple(box) == crop_box(stream, height, width, scale, ratio)
-        assert cubic == stream.below(40, 2) and flip == (Stream(seed, epoch, slot, draws.FLIP).uniform(0) < 0.3)
+        assert cubic == stream.below(40, 2) and flip == (
+            Stream(seed, epoch, slot, draws.FLIP).uniform(0) < 0.3
+        )
 
 
 @pytest.mark.parametrize("seed, epoch", PLACES)
@@ -152,9 +164,13 @@ LAWS = {
     a.ADD: lambda level, *_: (min(128, int(level / 10 * 110)),),
     a.ENHANCE: lambda level, *_: (level / 10 * 1.8 + 0.1,),
     a.ENHANCE_INC: lambda level, sign, *_: (max(0.1, 1.0 + sign * (level / 10 * 0.9)),),
-    a.DESATURATE: lambda level, *_: (min(1.0, max(0.0, 1.0 - max(0.5, min(1.0, 0.5 + 0.5 * (level / 10))))),),
+    a.DESATURATE: lambda level, *_: (
+        min(1.0, max(0.0, 1.0 - max(0.5, min(1.0, 0.5 + 0.5 * (level / 10))))),
+    ),
     a.SIGMA: lambda level, *_: (max(0.1, min(2.0, 0.1 + (2.0 - 0.1) * (level / 10))),),
-    a.SIGMA_RANDOM: lambda level, sign, u, h, w: (0.1 + (2.0 * max(0.0, min(1.0, level / 10)) - 0.1) * u,),
+    a.SIGMA_RANDOM: lambda level, sign, u, h, w: (
+        0.1 + (2.0 * max(0.0, min(1.0, level / 10)) - 0.1) * u,
+    ),
     a.SIGNED: lambda level, sign, *_: (1.0 + sign * level,),
     a.PLAIN: lambda level, *_: (level,),
 }
@@ -186,21 +202,39 @@ def layers_of(stream, policy, height, width):
             level = max(0.0, min(level, policy.magnitude_max))
         sign = 1.0 if stream.uniform(k + 4) < 0.5 else -1.0
         op, law = policy.ops[which]
-        yield op, stream.below(k + 5, 2), LAWS[law](level, sign, stream.uniform(k + 6), height, width)
+        yield (
+            op,
+            stream.below(k + 5, 2),
+            LAWS[law](level, sign, stream.uniform(k + 6), height, width),
+        )
 
 
 @pytest.mark.parametrize("seed, epoch", PLACES)
-@pytest.mark.parametrize("spec", ["rand-m7-mstd0.5-inc1", "rand-m9-n3-mstd101-p0.7", "rand-m6-n4-tweights-mstd1",
-                                  "rand-m9-t3aw-n3", "rand-m12-n2-t3a-mmax10", "3a", "ta_wide"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rand-m7-mstd0.5-inc1",
+        "rand-m9-n3-mstd101-p0.7",
+        "rand-m6-n4-tweights-mstd1",
+        "rand-m9-t3aw-n3",
+        "rand-m12-n2-t3a-mmax10",
+        "3a",
+        "ta_wide",
+    ],
+)
 def test_layers(seed, epoch, spec):
     operation, seen = a.RandAugment(spec), set()
     drawn = operation.draw(Address(seed, epoch, SLOTS), HEIGHTS, WIDTHS)
     for slot, height, width, layers in zip(SLOTS, HEIGHTS.tolist(), WIDTHS.tolist(), drawn):
-        expected = layers_of(Stream(seed, epoch, slot, draws.RAND_AUGMENT), operation.policy, height, width)
+        expected = layers_of(
+            Stream(seed, epoch, slot, draws.RAND_AUGMENT), operation.policy, height, width
+        )
         for layer, (op, cubic, argument) in zip(layers, expected, strict=True):
             assert (layer["op"], layer["filter"]) == (op, cubic) and tuple(layer["fill"]) == a.FILL
             # Python rounds decimally where a rotation's cosine is rounded to 15 places
-            assert layer["argument"].tolist() == pytest.approx([*argument, *[0] * (6 - len(argument))], rel=1e-13, abs=1e-12)
+            assert layer["argument"].tolist() == pytest.approx(
+                [*argument, *[0] * (6 - len(argument))], rel=1e-13, abs=1e-12
+            )
             seen.add(op)
     assert seen >= {op for op, _ in operation.policy.ops}
 
@@ -216,5 +250,7 @@ def test_jitter(seed, epoch, strengths):
             other = at + stream.below(at, len(ops) - at)
             places[at], places[other] = places[other], places[at]
         assert layers["op"].tolist() == [ops[place] for place in places]
-        assert layers["argument"][:, 0].tolist() == [low[p] + (high[p] - low[p]) * stream.uniform(4 + p) for p in places]
+        assert layers["argument"][:, 0].tolist() == [
+            low[p] + (high[p] - low[p]) * stream.uniform(4 + p) for p in places
+        ]
         assert not layers["argument"][:, 1:].any()

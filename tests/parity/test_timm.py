@@ -1,4 +1,5 @@
 """Equal to timm on the same draws."""
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +11,26 @@ from timm.utils import ModelEmaV3
 
 from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss, soft_targets
-from rsb_ffcv.loading.batch import BatchTransform, Mix, cutmix_box, draw_mix, erase, erase_boxes, mix_each, mix_images, normalize
+from rsb_ffcv.loading.batch import (
+    BatchTransform,
+    Mix,
+    cutmix_box,
+    draw_mix,
+    erase,
+    erase_boxes,
+    mix_each,
+    mix_images,
+    normalize,
+)
 
 SLOTS = np.arange(4000)
 
 
 def logits_and_labels(seed, n=32, classes=11):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, classes, generator=generator) * 3, torch.randint(0, classes, (n,), generator=generator)
+    return torch.randn(n, classes, generator=generator) * 3, torch.randint(
+        0, classes, (n,), generator=generator
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -30,18 +43,30 @@ def test_losses(seed):
     for threshold, summed in ((0.0, False), (0.2, False), (0.0, True), (0.2, True)):
         reference = BinaryCrossEntropy(smoothing, threshold or None, sum_classes=summed)
         ours = Loss("bce", smoothing, threshold, summed)
-        torch.testing.assert_close(ours(logits, labels, lam), reference(logits, soft), rtol=1e-6, atol=0)
-        torch.testing.assert_close(ours(logits, labels), reference(logits, labels), rtol=1e-6, atol=0)
-    torch.testing.assert_close(Loss("ce", smoothing)(logits, labels, lam), SoftTargetCrossEntropy()(logits, soft))
-    torch.testing.assert_close(Loss("ce", smoothing)(logits, labels), LabelSmoothingCrossEntropy(smoothing)(logits, labels))
+        torch.testing.assert_close(
+            ours(logits, labels, lam), reference(logits, soft), rtol=1e-6, atol=0
+        )
+        torch.testing.assert_close(
+            ours(logits, labels), reference(logits, labels), rtol=1e-6, atol=0
+        )
+    torch.testing.assert_close(
+        Loss("ce", smoothing)(logits, labels, lam), SoftTargetCrossEntropy()(logits, soft)
+    )
+    torch.testing.assert_close(
+        Loss("ce", smoothing)(logits, labels), LabelSmoothingCrossEntropy(smoothing)(logits, labels)
+    )
 
 
 def test_auto_loss_is_bce_while_mixing_and_smoothed_cross_entropy_otherwise():
     logits, labels = logits_and_labels(0)
     auto = Loss("auto", 0.1)
-    torch.testing.assert_close(auto(logits, labels, 0.3),
-                               BinaryCrossEntropy(0)(logits, timm_mixup.mixup_target(labels, 11, 0.3, 0.0)))
-    torch.testing.assert_close(auto(logits, labels), LabelSmoothingCrossEntropy(0.1)(logits, labels))
+    torch.testing.assert_close(
+        auto(logits, labels, 0.3),
+        BinaryCrossEntropy(0)(logits, timm_mixup.mixup_target(labels, 11, 0.3, 0.0)),
+    )
+    torch.testing.assert_close(
+        auto(logits, labels), LabelSmoothingCrossEntropy(0.1)(logits, labels)
+    )
 
 
 class Scripted:
@@ -58,13 +83,20 @@ def test_mixing_a_batch(seed, cutmix, monkeypatch):
     rng = np.random.default_rng(seed)
     height, width = (int(side) for side in rng.integers(20, 60, 2))
     lam, centre = float(rng.beta(1, 1)), (int(rng.integers(height)), int(rng.integers(width)))
-    images, labels = torch.from_numpy(rng.normal(size=(8, 3, height, width)).astype(np.float32)), torch.arange(8)
+    images, labels = (
+        torch.from_numpy(rng.normal(size=(8, 3, height, width)).astype(np.float32)),
+        torch.arange(8),
+    )
     script = Scripted(rand=[0.0, 0.0 if cutmix else 0.9], beta=[lam], randint=centre)
     monkeypatch.setattr(timm_mixup.np, "random", script)
-    theirs, their_targets = timm_mixup.Mixup(0.2, 1.0, num_classes=8, label_smoothing=0.0)(images.clone(), labels)
+    theirs, their_targets = timm_mixup.Mixup(0.2, 1.0, num_classes=8, label_smoothing=0.0)(
+        images.clone(), labels
+    )
     mix = cutmix_box(lam, height, width, *centre) if cutmix else Mix(lam)
     torch.testing.assert_close(mix_images(images.clone(), mix), theirs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(soft_targets(labels, 8, mix.lam), their_targets, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        soft_targets(labels, 8, mix.lam), their_targets, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -73,16 +105,32 @@ def test_mixing_each_image_or_pair(seed, mode, monkeypatch):
     rng = np.random.default_rng(seed)
     height, width = (int(side) for side in rng.integers(20, 60, 2))
     count = {"pair": 4, "elem": 8}[mode]
-    lam, cutmix, mixed = rng.beta(1, 1, count).astype(np.float32), rng.random(count) < 0.5, rng.random(count) < 0.7
+    lam, cutmix, mixed = (
+        rng.beta(1, 1, count).astype(np.float32),
+        rng.random(count) < 0.5,
+        rng.random(count) < 0.7,
+    )
     centres = np.stack([rng.integers(height, size=count), rng.integers(width, size=count)], 1)
-    images, labels = torch.from_numpy(rng.normal(size=(8, 3, height, width)).astype(np.float32)), torch.arange(8)
-    script = Scripted(rand=[np.where(cutmix, 0.0, 0.9), np.where(mixed, 0.0, 0.99)], beta=[lam, lam],
-                      randint=centres[cutmix & mixed].ravel().tolist())
+    images, labels = (
+        torch.from_numpy(rng.normal(size=(8, 3, height, width)).astype(np.float32)),
+        torch.arange(8),
+    )
+    script = Scripted(
+        rand=[np.where(cutmix, 0.0, 0.9), np.where(mixed, 0.0, 0.99)],
+        beta=[lam, lam],
+        randint=centres[cutmix & mixed].ravel().tolist(),
+    )
     monkeypatch.setattr(timm_mixup.np, "random", script)
     reference = timm_mixup.Mixup(0.2, 1.0, prob=0.7, num_classes=8, label_smoothing=0.0, mode=mode)
     theirs, their_targets = reference(images.clone(), labels)
-    mixes = [Mix() if not on else cutmix_box(float(share), height, width, *map(int, centre)) if cut else Mix(float(share))
-             for share, cut, on, centre in zip(lam, cutmix, mixed, centres)]
+    mixes = [
+        Mix()
+        if not on
+        else cutmix_box(float(share), height, width, *map(int, centre))
+        if cut
+        else Mix(float(share))
+        for share, cut, on, centre in zip(lam, cutmix, mixed, centres)
+    ]
     ours, kept = mix_each(images.clone(), mixes)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(soft_targets(labels, 8, kept), their_targets, rtol=1e-6, atol=1e-6)
@@ -93,7 +141,9 @@ def test_each_image_or_pair_has_a_draw_of_its_own_slot():
     for mode, count in (("elem", 8), ("pair", 4)):
         out, lam = BatchTransform(3, 0.5, 1.0, mode=mode)(images, 2, slots)
         drawn = [draw_mix(3, 2, int(slot), 16, 16, 0.5, 1.0) for slot in slots[:count]]
-        assert lam.shape == (8, 1) and lam[:count, 0].tolist() == pytest.approx([mix.lam for mix in drawn])
+        assert lam.shape == (8, 1) and lam[:count, 0].tolist() == pytest.approx(
+            [mix.lam for mix in drawn]
+        )
         torch.testing.assert_close(out, mix_each(normalize(images), drawn)[0])
         assert mode == "elem" or torch.equal(lam, lam.flip(0))
 
@@ -104,11 +154,16 @@ def test_the_mixs_draws_have_timms_distribution():
     assert abs(len(mixups) / 6000 - 0.5) < 0.03
     assert stats.kstest(mixups, stats.beta(0.2, 0.2).cdf).pvalue > 0.01
     np.random.seed(0)
-    boxes = [timm_mixup.cutmix_bbox_and_lam((3, 224, 224), np.random.beta(1, 1)) for _ in range(3000)]
+    boxes = [
+        timm_mixup.cutmix_bbox_and_lam((3, 224, 224), np.random.beta(1, 1)) for _ in range(3000)
+    ]
     ours = [mix for mix in drawn if mix.box is not None]
     assert stats.ks_2samp([mix.lam for mix in ours], [lam for _, lam in boxes]).pvalue > 0.01
     for edge in range(4):
-        assert stats.ks_2samp([mix.box[edge] for mix in ours], [box[edge] for box, _ in boxes]).pvalue > 0.001
+        assert (
+            stats.ks_2samp([mix.box[edge] for mix in ours], [box[edge] for box, _ in boxes]).pvalue
+            > 0.001
+        )
     assert all(draw_mix(0, 0, slot, 32, 32, 0.2, 1.0, prob=0.0) == Mix() for slot in range(50))
     assert all(draw_mix(0, 0, slot, 32, 32, 0.2, 0.0).box is None for slot in range(50))
     assert all(draw_mix(0, 0, slot, 32, 32, 0.0, 1.0).box is not None for slot in range(50))
@@ -134,9 +189,12 @@ def test_erasing_has_timms_distribution():
 
 
 def test_images_are_erased_before_they_are_mixed():
-    """As torchvision's references do, and timm without its prefetcher: the erased boxes of both images show in the mix."""
+    """As torchvision's references do, and timm without its prefetcher: the erased boxes of both
+    images show in the mix."""
     slots = np.arange(8)
-    images = torch.randint(0, 256, (8, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (8, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     transform = BatchTransform(3, mixup_alpha=1.0, erase_prob=1.0)
     mixed, lam = transform(images.clone(), 2, slots)
     erased = normalize(images)

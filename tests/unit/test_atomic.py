@@ -1,4 +1,5 @@
 """Files that are whole or absent, also on file systems that lack locks or cannot flush a folder."""
+
 import errno
 import fcntl
 import os
@@ -16,7 +17,9 @@ def nothing_said_yet(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
-def test_a_file_in_place_is_written_though_its_folder_cannot_be_flushed(tmp_path, monkeypatch, capsys, number):
+def test_a_file_in_place_is_written_though_its_folder_cannot_be_flushed(
+    tmp_path, monkeypatch, capsys, number
+):
     plain = os.fsync
 
     def refuse_folders(descriptor):

@@ -1,4 +1,5 @@
 """The benchmarks' runner measures what it says, and says what is absent."""
+
 import json
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import runner  # noqa: E402
 
 
 def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch):
-    """With a clock that goes as the test says: real seconds depend on what else the machine does."""
+    """With a clock that goes as the test says: real seconds depend on what else the machine
+    does."""
     log = tmp_path / "turns"
-    (tmp_path / "who.py").write_text(textwrap.dedent(f"""
+    (tmp_path / "who.py").write_text(
+        textwrap.dedent(f"""
         import time
         now = 0.0
         time.perf_counter = lambda: now
@@ -34,42 +37,79 @@ def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch)
         class Broken:
             def __init__(self):
                 raise OSError("no such driver")
-    """))
+    """)
+    )
     source = str(tmp_path / "who.py")
     monkeypatch.setattr(runner, "SETTLE_SECONDS", 0)
-    result = runner.race({"a": (f"{source}:Sleeper", {"name": "a", "seconds": [9, 0.05, 0.025, 0.1]}), "gone": (f"{source}:Missing", {}),
-                          "b": (f"{source}:Sleeper", {"name": "b", "seconds": [9, 1, 1, 1]}), "broken": (f"{source}:Broken", {})}, 3)
+    result = runner.race(
+        {
+            "a": (f"{source}:Sleeper", {"name": "a", "seconds": [9, 0.05, 0.025, 0.1]}),
+            "gone": (f"{source}:Missing", {}),
+            "b": (f"{source}:Sleeper", {"name": "b", "seconds": [9, 1, 1, 1]}),
+            "broken": (f"{source}:Broken", {}),
+        },
+        3,
+    )
     assert log.read_text() == "abababab"  # one repeat to warm up, three that count
-    assert "not installed" in result["gone"]["absent"] and "no such driver" in result["broken"]["absent"]
+    assert (
+        "not installed" in result["gone"]["absent"]
+        and "no such driver" in result["broken"]["absent"]
+    )
     assert result["a"]["repeats"] == [200, 400, 100] and result["b"]["repeats"] == [10, 10, 10]
-    assert [result["a"][key] for key in ("low", "images_per_s", "high")] == pytest.approx([100, 200, 400])
+    assert [result["a"][key] for key in ("low", "images_per_s", "high")] == pytest.approx(
+        [100, 200, 400]
+    )
 
 
 def test_the_table_compares_and_judges(monkeypatch):
     import loader
 
     rate = lambda value: {"images_per_s": value, "low": value, "high": value}  # noqa: E731
-    results = {"threads": 2, "rows": {row: {"ours": rate(1000.0)} for row in loader.ROWS}, "scaling": {"1": rate(500.0)},
-               "first_batch": {"ours": {"seconds": [0.2]}, "stock ffcv": {"absent": "x"}},
-               "class_mixing": {"random": {"median": 226.0, "least": 200}}}
-    results["rows"]["crop"] |= {"stock ffcv": rate(250.0), "timm": rate(400.0), "DALI CPU": {"absent": "not installed"}}
+    results = {
+        "threads": 2,
+        "rows": {row: {"ours": rate(1000.0)} for row in loader.ROWS},
+        "scaling": {"1": rate(500.0)},
+        "first_batch": {"ours": {"seconds": [0.2]}, "stock ffcv": {"absent": "x"}},
+        "class_mixing": {"random": {"median": 226.0, "least": 200}},
+    }
+    results["rows"]["crop"] |= {
+        "stock ffcv": rate(250.0),
+        "timm": rate(400.0),
+        "DALI CPU": {"absent": "not installed"},
+    }
     lines = loader.table(results).splitlines()
     assert any("stock ffcv" in line and "4.00 | 2.5 | reached" in line for line in lines)
     assert any("timm" in line and "2.50 | 6.0 | falls short" in line for line in lines)
     assert any("DALI CPU | not installed" in line and "not compared" in line for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["Ours", "Timm", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("StockFFCV", "RegionDecode"))])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Ours",
+        "Timm",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("StockFFCV", "RegionDecode")),
+    ],
+)
 def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
-    arguments = {"threads": 1, **({"folder": str(pictures / "train")} if kind == "Timm" else {"path": str(betons / "train.beton")})}
+    arguments = {
+        "threads": 1,
+        **(
+            {"folder": str(pictures / "train")}
+            if kind == "Timm"
+            else {"path": str(betons / "train.beton")}
+        ),
+    }
     code = f"""
         import json, sys
-        sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT)!r}]
+        sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT)!r}]
         import contestants
         contestants.BATCH = 32
         print(json.dumps(contestants.{kind}(**{arguments}).repeat()))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900
+    )
     if kind == "RegionDecode" and "headers" in done.stderr:
         pytest.skip("libjpeg-turbo's headers (libjpeg62-turbo-dev) are not installed")
     assert done.returncode == 0, done.stderr
@@ -89,9 +129,15 @@ def test_the_first_step_is_seen_and_its_run_ended(betons, tmp_path):
 def test_the_table_of_the_start_compares_and_judges():
     import start
 
-    rows = {start.OURS: {"seconds": [3.0, 3.3, 3.2]}, start.IMPORTS: {"seconds": [4.0, 4.0, 5.0]}, start.FFCV: {"absent": "x"}}
+    rows = {
+        start.OURS: {"seconds": [3.0, 3.3, 3.2]},
+        start.IMPORTS: {"seconds": [4.0, 4.0, 5.0]},
+        start.FFCV: {"absent": "x"},
+    }
     lines = start.table({"rows": rows}).splitlines()
-    assert any("| 0.80 | 1.2 | reached |" in line for line in lines) and any("| x |" in line for line in lines)
+    assert any("| 0.80 | 1.2 | reached |" in line for line in lines) and any(
+        "| x |" in line for line in lines
+    )
     rows[start.OURS] = {"seconds": [5.0]}
     assert "| 1.25 | 1.2 | falls short |" in start.table({"rows": rows})
 
@@ -99,11 +145,13 @@ def test_the_table_of_the_start_compares_and_judges():
 def test_both_writers_write_what_they_are_given(pictures, tmp_path):
     code = f"""
         import sys
-        sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT)!r}]
+        sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT)!r}]
         import writer
         print(writer.Ours({str(pictures)!r}, {str(tmp_path)!r}, 1, 30).repeat(), writer.StockFFCV({str(pictures)!r}, {str(tmp_path)!r}, 1, 30).repeat())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0 and done.stdout.split()[-2:] == ["96", "96"], done.stderr
     from rsb_ffcv.beton import read_beton
 

@@ -1,4 +1,5 @@
 """The reader refuses, in one line, every file that is not whole."""
+
 import numpy as np
 import pytest
 
@@ -8,9 +9,19 @@ from rsb_ffcv.ops import native
 
 def test_layout_is_ffcvs():
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        FieldDescType,
+        HeaderType,
+        get_metadata_type,
+    )
 
-    assert (beton.HEADER, beton.FIELD, beton.ALLOCATION) == (HeaderType, FieldDescType, ALLOC_TABLE_TYPE)
+    assert (beton.HEADER, beton.FIELD, beton.ALLOCATION) == (
+        HeaderType,
+        FieldDescType,
+        ALLOC_TABLE_TYPE,
+    )
     assert beton.VERSION == CURRENT_VERSION
     assert beton.SAMPLE_METADATA == get_metadata_type([RGBImageField(), IntField()])
 
@@ -20,10 +31,15 @@ def test_reads_every_sample(betons):
     assert len(file) == 96 and file.num_classes == 3
     assert np.bincount(file.labels).tolist() == [32, 32, 32]
     data = (betons / "train.beton").read_bytes()
-    for pointer, size, (checksum, entry_bytes) in zip(file.pointers.tolist(), file.sizes.tolist(), file.extras.tolist()):
-        image = data[pointer:pointer + size]
+    for pointer, size, (checksum, entry_bytes) in zip(
+        file.pointers.tolist(), file.sizes.tolist(), file.extras.tolist()
+    ):
+        image = data[pointer : pointer + size]
         assert image[:2] == b"\xff\xd8" and image[-2:] == b"\xff\xd9" and entry_bytes > 0
-        assert native.checksum(np.frombuffer(data[pointer:pointer + size + entry_bytes], np.uint8)) == checksum
+        assert (
+            native.checksum(np.frombuffer(data[pointer : pointer + size + entry_bytes], np.uint8))
+            == checksum
+        )
 
 
 def extras_start(whole) -> int:
@@ -31,7 +47,12 @@ def extras_start(whole) -> int:
     header = np.frombuffer(whole, beton.HEADER, 1)[0]
     at = int(header["alloc_table_ptr"]) - beton.TRAILER.itemsize
     trailer = np.frombuffer(whole, beton.TRAILER, 1, at)[0]
-    return at - int(trailer["names_bytes"]) - int(trailer["about_bytes"]) - beton.EXTRA.itemsize * int(header["num_samples"])
+    return (
+        at
+        - int(trailer["names_bytes"])
+        - int(trailer["about_bytes"])
+        - beton.EXTRA.itemsize * int(header["num_samples"])
+    )
 
 
 def as_ffcv_writes_it(path) -> bytes:
@@ -40,7 +61,7 @@ def as_ffcv_writes_it(path) -> bytes:
     header = np.frombuffer(whole, beton.HEADER, 1)
     table = int(header["alloc_table_ptr"][0])
     header["alloc_table_ptr"] = extras_start(whole)
-    return bytes(whole[:int(header["alloc_table_ptr"][0])] + whole[table:])
+    return bytes(whole[: int(header["alloc_table_ptr"][0])] + whole[table:])
 
 
 def test_a_file_without_checksums_is_read_and_says_so(betons, tmp_path):
@@ -57,8 +78,12 @@ def test_every_flipped_bit_outside_of_the_images_is_noticed(betons, tmp_path):
     metadata_end = fields_end + 27 * beton.SAMPLE_METADATA.itemsize
     trailer = extras_start(whole)
     rng = np.random.default_rng(0)
-    places = [*range(24), *rng.integers(24, metadata_end, 150), *range(trailer, trailer + beton.EXTRA.itemsize * 27 + 40, 3),
-              *rng.integers(trailer, len(whole), 150)]
+    places = [
+        *range(24),
+        *rng.integers(24, metadata_end, 150),
+        *range(trailer, trailer + beton.EXTRA.itemsize * 27 + 40, 3),
+        *rng.integers(trailer, len(whole), 150),
+    ]
     path = tmp_path / "flipped.beton"
     for place in places:
         damaged = whole.copy()
@@ -71,13 +96,24 @@ def test_every_flipped_bit_outside_of_the_images_is_noticed(betons, tmp_path):
 def test_a_file_cut_anywhere_is_refused(betons, tmp_path):
     whole = (betons / "val.beton").read_bytes()
     cut = tmp_path / "cut.beton"
-    for length in [*range(0, 60), 1000, 2000, 2100, 2600, len(whole) // 2, len(whole) - 700, len(whole) - 1]:
+    for length in [
+        *range(0, 60),
+        1000,
+        2000,
+        2100,
+        2600,
+        len(whole) // 2,
+        len(whole) - 700,
+        len(whole) - 1,
+    ]:
         cut.write_bytes(whole[:length])
         with pytest.raises(InputError, match="cut.beton"):
             beton.read_beton(cut)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(10000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(10000)]
+)
 def test_what_is_no_beton_is_refused(tmp_path, content):
     path = tmp_path / "x.beton"
     path.write_bytes(content)
@@ -110,10 +146,16 @@ def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
     assert refused > 100
 
 
-@pytest.mark.parametrize("field, value, refused", [
-    ("size", lambda row, length: length - int(row["ptr"]), False), ("size", lambda row, length: length - int(row["ptr"]) + 1, True),
-    ("size", lambda row, length: 2 ** 64 - int(row["ptr"]), True), ("size", lambda row, length: 0, True),
-    ("ptr", lambda row, length: int(row["ptr"]) + 1, True)])
+@pytest.mark.parametrize(
+    "field, value, refused",
+    [
+        ("size", lambda row, length: length - int(row["ptr"]), False),
+        ("size", lambda row, length: length - int(row["ptr"]) + 1, True),
+        ("size", lambda row, length: 2**64 - int(row["ptr"]), True),
+        ("size", lambda row, length: 0, True),
+        ("ptr", lambda row, length: int(row["ptr"]) + 1, True),
+    ],
+)
 def test_the_allocation_tables_bounds_are_exact(betons, tmp_path, field, value, refused):
     whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
     table = np.frombuffer(whole, beton.ALLOCATION, 27, len(whole) - 27 * 24)
@@ -141,10 +183,14 @@ def test_the_fingerprint_tells_files_apart_that_differ_in_pixels_or_labels_only(
     from rsb_ffcv.dataset.writer import write_beton
 
     def fingerprint(name, colour, labels):
-        source = Source(["a", "b"], list("0123"), labels, lambda index: np.full((9, 9, 3), colour, np.uint8))
+        source = Source(
+            ["a", "b"], list("0123"), labels, lambda index: np.full((9, 9, 3), colour, np.uint8)
+        )
         write_beton(tmp_path / name, source, storing(source, Encoding("raw")), {}, 1)
         return beton.read_beton(tmp_path / name).fingerprint()
 
     first = fingerprint("1.beton", (1, 2, 3), [0, 1, 0, 1])
     assert first == fingerprint("2.beton", (1, 2, 3), [0, 1, 0, 1])
-    assert first != fingerprint("3.beton", (1, 2, 4), [0, 1, 0, 1]) and first != fingerprint("4.beton", (1, 2, 3), [0, 0, 1, 1])
+    assert first != fingerprint("3.beton", (1, 2, 4), [0, 1, 0, 1]) and first != fingerprint(
+        "4.beton", (1, 2, 3), [0, 0, 1, 1]
+    )

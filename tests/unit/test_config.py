@@ -1,4 +1,5 @@
 """Every wrong option ends the program with its name, value, place and the nearest right one."""
+
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,8 +15,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def given(betons, tmp_path):
     """The options that have no default."""
-    return [f"--data.train_dataset={betons}/train.beton", f"--data.val_dataset={betons}/val.beton",
-            "--data.num_workers=2", "--data.in_memory=0", f"--logging.folder={tmp_path}/run"]
+    return [
+        f"--data.train_dataset={betons}/train.beton",
+        f"--data.val_dataset={betons}/val.beton",
+        "--data.num_workers=2",
+        "--data.in_memory=0",
+        f"--logging.folder={tmp_path}/run",
+    ]
 
 
 def read(given, *more):
@@ -24,11 +30,26 @@ def read(given, *more):
 
 def test_defaults_of_shared_options_are_ffcv_imagenets(given):
     c = read(given)
-    assert (c.lr.lr, c.lr.lr_schedule_type, c.lr.lr_peak_epoch, c.lr.step_ratio, c.lr.step_length) == (
-        0.5, "cyclic", 2, 0.1, 30)
-    assert (c.training.batch_size, c.training.optimizer, c.training.momentum, c.training.weight_decay,
-            c.training.epochs, c.training.label_smoothing) == (512, "sgd", 0.9, 4e-5, 30, 0.1)
-    assert (c.validation.batch_size, c.validation.resolution, c.validation.lr_tta) == (512, 224, True)
+    assert (
+        c.lr.lr,
+        c.lr.lr_schedule_type,
+        c.lr.lr_peak_epoch,
+        c.lr.step_ratio,
+        c.lr.step_length,
+    ) == (0.5, "cyclic", 2, 0.1, 30)
+    assert (
+        c.training.batch_size,
+        c.training.optimizer,
+        c.training.momentum,
+        c.training.weight_decay,
+        c.training.epochs,
+        c.training.label_smoothing,
+    ) == (512, "sgd", 0.9, 4e-5, 30, 0.1)
+    assert (c.validation.batch_size, c.validation.resolution, c.validation.lr_tta) == (
+        512,
+        224,
+        True,
+    )
     assert (c.resolution.min_res, c.resolution.max_res) == (160, 160) and c.model.arch == "resnet50"
 
 
@@ -41,28 +62,35 @@ def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
     assert (c.lr.lr, c.training.epochs) == (3e-3, 7)
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("training:\n  epocs: 3\n", ["training.epocs", "training.epochs"]),
-    ("trainig:\n  epochs: 3\n", ["trainig.epochs", "training.epochs"]),
-    ("training:\n  epochs: many\n", ["training.epochs='many'", "whole number"]),
-    ("training:\n  epochs: 2.5\n", ["training.epochs=2.5"]),
-    ("training:\n  epochs: -1\n", ["training.epochs=-1", "1 or more"]),
-    ("training:\n  epochs: [3]\n", ["training.epochs=[3]"]),
-    ("lr:\n  lr: .nan\n", ["lr.lr=nan"]),
-    ("lr:\n  lr_schedule_type: cosin\n", ["lr.lr_schedule_type='cosin'", "cosine"]),
-    ("mix:\n  prob: 1.5\n", ["mix.prob=1.5", "from 0 to 1"]),
-    ("ema:\n  warmup: yes please\n", ["ema.warmup='yes please'", "0 or 1"]),
-    ("data:\n  num_workers: 0\n", ["data.num_workers=0", "1"]),
-    ("data:\n  num_workers: many\n", ["data.num_workers='many'", "whole number from 1 to 1024 or auto"]),
-    ("training: 3\n", ["section 'training'"]),
-    ("just text\n", ["holds no sections"]),
-    ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["'lr' stands there twice"]),
-    ("lr:\n  lr: 0.1\n  lr: 0.2\n", ["'lr' stands there twice"]),
-    ("logging:\n  folder: ''\n", ["logging.folder=''", "not empty"]),
-    ("training:\n  seed: " + "9" * 400 + "\n", ["training.seed="]),
-    ("data:\n  num_workers:\n", ["data.num_workers=None"]),
-    ("a: [\n", ["not a recipe in YAML"]),
-    ("x: !!python/object/apply:os.system [ls]\n", ["not a recipe in YAML"])])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("training:\n  epocs: 3\n", ["training.epocs", "training.epochs"]),
+        ("trainig:\n  epochs: 3\n", ["trainig.epochs", "training.epochs"]),
+        ("training:\n  epochs: many\n", ["training.epochs='many'", "whole number"]),
+        ("training:\n  epochs: 2.5\n", ["training.epochs=2.5"]),
+        ("training:\n  epochs: -1\n", ["training.epochs=-1", "1 or more"]),
+        ("training:\n  epochs: [3]\n", ["training.epochs=[3]"]),
+        ("lr:\n  lr: .nan\n", ["lr.lr=nan"]),
+        ("lr:\n  lr_schedule_type: cosin\n", ["lr.lr_schedule_type='cosin'", "cosine"]),
+        ("mix:\n  prob: 1.5\n", ["mix.prob=1.5", "from 0 to 1"]),
+        ("ema:\n  warmup: yes please\n", ["ema.warmup='yes please'", "0 or 1"]),
+        ("data:\n  num_workers: 0\n", ["data.num_workers=0", "1"]),
+        (
+            "data:\n  num_workers: many\n",
+            ["data.num_workers='many'", "whole number from 1 to 1024 or auto"],
+        ),
+        ("training: 3\n", ["section 'training'"]),
+        ("just text\n", ["holds no sections"]),
+        ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["'lr' stands there twice"]),
+        ("lr:\n  lr: 0.1\n  lr: 0.2\n", ["'lr' stands there twice"]),
+        ("logging:\n  folder: ''\n", ["logging.folder=''", "not empty"]),
+        ("training:\n  seed: " + "9" * 400 + "\n", ["training.seed="]),
+        ("data:\n  num_workers:\n", ["data.num_workers=None"]),
+        ("a: [\n", ["not a recipe in YAML"]),
+        ("x: !!python/object/apply:os.system [ls]\n", ["not a recipe in YAML"]),
+    ],
+)
 def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text(text)
@@ -74,15 +102,27 @@ def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
         assert part in message
 
 
-@pytest.mark.parametrize("flag, parts", [
-    ("--training.batchsize=3", ["training.batchsize", "training.batch_size"]),
-    ("--epochs=3", ["epochs", "training.epochs"]), ("--xyz", ["xyz"]), ("-training.epochs=3", ["-training.epochs=3"]),
-    ("stray", ["stray"]), ("--training.eval_only", ["--training.eval_only"]), ("--data.train_dataset=" + "x" * 300, ["xxx"]),
-    ("--data.in_memory=maybe", ["data.in_memory='maybe'"]), ("--config-file=nowhere.yaml", ["nowhere.yaml"]),
-    ("--data.train_dataset=nowhere.beton", ["data.train_dataset=nowhere.beton"]),
-    ("--augment.scale_min=0.9 --augment.scale_max=0.5", ["augment.scale_min=0.9", "augment.scale_max=0.5"]),
-    ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
-    ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"])])
+@pytest.mark.parametrize(
+    "flag, parts",
+    [
+        ("--training.batchsize=3", ["training.batchsize", "training.batch_size"]),
+        ("--epochs=3", ["epochs", "training.epochs"]),
+        ("--xyz", ["xyz"]),
+        ("-training.epochs=3", ["-training.epochs=3"]),
+        ("stray", ["stray"]),
+        ("--training.eval_only", ["--training.eval_only"]),
+        ("--data.train_dataset=" + "x" * 300, ["xxx"]),
+        ("--data.in_memory=maybe", ["data.in_memory='maybe'"]),
+        ("--config-file=nowhere.yaml", ["nowhere.yaml"]),
+        ("--data.train_dataset=nowhere.beton", ["data.train_dataset=nowhere.beton"]),
+        (
+            "--augment.scale_min=0.9 --augment.scale_max=0.5",
+            ["augment.scale_min=0.9", "augment.scale_max=0.5"],
+        ),
+        ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
+        ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"]),
+    ],
+)
 def test_a_wrong_flag_is_named(given, flag, parts):
     with pytest.raises(InputError) as caught:
         read(given, *flag.split())
@@ -93,8 +133,13 @@ def test_a_wrong_flag_is_named(given, flag, parts):
 def test_large_whole_numbers_and_texts_that_yaml_reads_as_numbers_stay_exact(given, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("compute:\n  compile: 1\ndist:\n  port: 12355\ntraining:\n  epochs: 1e3\n")
-    c = read(given, f"--config-file={recipe}", f"--training.seed={2 ** 63 - 1}")
-    assert (c.compute.compile, c.dist.port, c.training.epochs, c.training.seed) == ("1", 12355, 1000, 2 ** 63 - 1)
+    c = read(given, f"--config-file={recipe}", f"--training.seed={2**63 - 1}")
+    assert (c.compute.compile, c.dist.port, c.training.epochs, c.training.seed) == (
+        "1",
+        12355,
+        1000,
+        2**63 - 1,
+    )
 
 
 def test_the_environment_is_not_an_option(given, monkeypatch):
@@ -119,7 +164,9 @@ def test_help_shows_every_option_with_its_default(program, capsys):
             assert f"--{section.name}.{item.name}  [" in shown and item.metadata["text"] in shown
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "rsb_configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "rsb_configs").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_recipe_is_valid(recipe, given):
     c = read([f"--config-file={recipe}", *given])
     assert as_dict(c)["data"]["num_workers"] == 2
@@ -127,7 +174,11 @@ def test_every_recipe_is_valid(recipe, given):
 
 def test_loader_threads_may_be_left_to_the_machine(given):
     others = [flag for flag in given if "num_workers" not in flag]
-    assert read(others).data.num_workers == "auto" == read([*others, "--data.num_workers=auto"]).data.num_workers
+    assert (
+        read(others).data.num_workers
+        == "auto"
+        == read([*others, "--data.num_workers=auto"]).data.num_workers
+    )
     assert read([*others, "--data.num_workers=3"]).data.num_workers == 3
 
 
@@ -135,31 +186,88 @@ def test_the_a2_recipe_says_what_it_must(given):
     for name, epochs in (("a2_300", 300), ("a2_600", 600)):
         c = read([f"--config-file={ROOT}/rsb_configs/{name}.yaml", *given])
         t = c.training
-        assert (t.optimizer, t.weight_decay, t.epochs, t.batch_size, t.global_batch) == ("lamb", 0.02, epochs, 256, 2048)
-        assert (c.lr.lr, c.lr.lr_schedule_type, c.lr.warmup_epochs, c.lr.warmup_lr, c.lr.min_lr) == (
-            5e-3, "cosine", 5, 5e-5, 0)
-        assert (c.mix.mixup, c.mix.cutmix, t.loss, t.label_smoothing, c.ema.decay) == (0.2, 1.0, "auto", 0.1, 0.9999)
+        assert (t.optimizer, t.weight_decay, t.epochs, t.batch_size, t.global_batch) == (
+            "lamb",
+            0.02,
+            epochs,
+            256,
+            2048,
+        )
+        assert (
+            c.lr.lr,
+            c.lr.lr_schedule_type,
+            c.lr.warmup_epochs,
+            c.lr.warmup_lr,
+            c.lr.min_lr,
+        ) == (5e-3, "cosine", 5, 5e-5, 0)
+        assert (c.mix.mixup, c.mix.cutmix, t.loss, t.label_smoothing, c.ema.decay) == (
+            0.2,
+            1.0,
+            "auto",
+            0.1,
+            0.9999,
+        )
         assert c.augment.rand_augment.startswith("rand-m7-") and c.augment.erase_prob == 0.25
         assert c.compute.precision == "auto" and c.model.arch == "resnet50"
 
 
-@pytest.mark.parametrize("epochs, start, end", [(16, 11, 13), (24, 17, 20), (32, 23, 27), (40, 29, 34), (56, 41, 48), (88, 65, 76)])
+@pytest.mark.parametrize(
+    "epochs, start, end",
+    [(16, 11, 13), (24, 17, 20), (32, 23, 27), (40, 29, 34), (56, 41, 48), (88, 65, 76)],
+)
 def test_ffcv_imagenets_ladder(given, epochs, start, end):
     """rn50_configs/rn50_<epochs>_epochs.yaml of libffcv/ffcv-imagenet."""
     c = read([f"--config-file={ROOT}/rsb_configs/ffcv_rn50_{epochs}.yaml", *given])
-    assert (c.training.epochs, c.resolution.start_ramp, c.resolution.end_ramp) == (epochs, start, end)
-    assert (c.resolution.min_res, c.resolution.max_res, c.validation.resolution, c.lr.lr) == (160, 192, 256, 1.7)
+    assert (c.training.epochs, c.resolution.start_ramp, c.resolution.end_ramp) == (
+        epochs,
+        start,
+        end,
+    )
+    assert (c.resolution.min_res, c.resolution.max_res, c.validation.resolution, c.lr.lr) == (
+        160,
+        192,
+        256,
+        1.7,
+    )
     assert c.training.use_blurpool and c.validation.lr_tta and c.lr.lr_schedule_type == "cyclic"
 
 
-@pytest.mark.parametrize("name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup", [
-    ("paper_a1_600", 224, 600, 5e-3, 0.01, 0.1, 0.05, 3, 7, 0.2), ("paper_a2_300", 224, 300, 5e-3, 0.02, 0.0, 0.05, 3, 7, 0.1),
-    ("paper_a3_100", 160, 100, 8e-3, 0.02, 0.0, 0.0, 1, 6, 0.1)])
-def test_the_papers_recipes(given, name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup):
+@pytest.mark.parametrize(
+    "name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup",
+    [
+        ("paper_a1_600", 224, 600, 5e-3, 0.01, 0.1, 0.05, 3, 7, 0.2),
+        ("paper_a2_300", 224, 300, 5e-3, 0.02, 0.0, 0.05, 3, 7, 0.1),
+        ("paper_a3_100", 160, 100, 8e-3, 0.02, 0.0, 0.0, 1, 6, 0.1),
+    ],
+)
+def test_the_papers_recipes(
+    given, name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup
+):
     """Table 2 of arXiv:2110.00476."""
     c = read([f"--config-file={ROOT}/rsb_configs/{name}.yaml", *given])
     t = c.training
-    assert (c.resolution.min_res, c.resolution.max_res, t.epochs, c.lr.lr, t.weight_decay) == (resolution, resolution, epochs, lr, decay)
-    assert (t.label_smoothing, c.model.drop_path, c.augment.repeats, c.mix.mixup, c.mix.cutmix) == (smoothing, drop_path, repeats, mixup, 1.0)
-    assert (t.optimizer, t.loss, t.global_batch, c.lr.warmup_epochs, c.validation.crop_ratio) == ("lamb", "bce", 2048, 5, 0.95)
-    assert c.augment.rand_augment == f"rand-m{magnitude}-mstd0.5-inc1" and c.augment.erase_prob == 0 == c.ema.decay
+    assert (c.resolution.min_res, c.resolution.max_res, t.epochs, c.lr.lr, t.weight_decay) == (
+        resolution,
+        resolution,
+        epochs,
+        lr,
+        decay,
+    )
+    assert (t.label_smoothing, c.model.drop_path, c.augment.repeats, c.mix.mixup, c.mix.cutmix) == (
+        smoothing,
+        drop_path,
+        repeats,
+        mixup,
+        1.0,
+    )
+    assert (t.optimizer, t.loss, t.global_batch, c.lr.warmup_epochs, c.validation.crop_ratio) == (
+        "lamb",
+        "bce",
+        2048,
+        5,
+        0.95,
+    )
+    assert (
+        c.augment.rand_augment == f"rand-m{magnitude}-mstd0.5-inc1"
+        and c.augment.erase_prob == 0 == c.ema.decay
+    )

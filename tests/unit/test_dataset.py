@@ -1,4 +1,6 @@
-"""Raw pictures to .beton: right colours, same bytes each time, and nothing left behind where it fails."""
+"""Raw pictures to .beton: right colours, same bytes each time, and nothing left behind where it
+fails."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +15,8 @@ COLOUR = (200, 120, 40)
 
 
 def stored(mode: str, path):
-    """A file of each kind whose right RGB reading is known: (path, RGB of every pixel, tolerance)."""
+    """A file of each kind whose right RGB reading is known: (path, RGB of every pixel,
+    tolerance)."""
     picture = Image.new("RGB", (32, 24), COLOUR)
     grey = round(0.299 * COLOUR[0] + 0.587 * COLOUR[1] + 0.114 * COLOUR[2])
     if mode == "grey":
@@ -40,7 +43,9 @@ def stored(mode: str, path):
     raise AssertionError(mode)
 
 
-@pytest.mark.parametrize("mode", ["grey", "cmyk", "palette", "palette with transparency", "alpha", "16 bit", "1 bit"])
+@pytest.mark.parametrize(
+    "mode", ["grey", "cmyk", "palette", "palette with transparency", "alpha", "16 bit", "1 bit"]
+)
 def test_every_kind_of_picture_comes_out_as_right_rgb(mode, tmp_path):
     path, colour, tolerance = stored(mode, tmp_path)
     pixels = load_rgb(path.read_bytes(), str(path))
@@ -52,24 +57,43 @@ def test_every_kind_of_picture_comes_out_as_right_rgb(mode, tmp_path):
 def test_exif_orientation_is_applied(orientation, tmp_path):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16] = 255  # a white quarter, top left
-    turn = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
-            5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, 1), 7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
-            8: lambda x: np.rot90(x, 3)}[orientation]
+    turn = {
+        1: lambda x: x,
+        2: np.fliplr,
+        3: lambda x: np.rot90(x, 2),
+        4: np.flipud,
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, 3),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(turn(upright))).save(tmp_path / "x.jpg", quality=100, exif=exif)
+    Image.fromarray(np.ascontiguousarray(turn(upright))).save(
+        tmp_path / "x.jpg", quality=100, exif=exif
+    )
     pixels = load_rgb((tmp_path / "x.jpg").read_bytes(), "x")
     assert pixels.shape == upright.shape and np.abs(pixels.astype(int) - upright).mean() < 3
 
 
 def write(pictures, target, num_workers=2, chunk_size=100, subset=-1, **encoding):
-    write_splits(Place("imagenet", str(pictures)), str(target), "", subset, num_workers, chunk_size, Encoding(**encoding))
+    write_splits(
+        Place("imagenet", str(pictures)),
+        str(target),
+        "",
+        subset,
+        num_workers,
+        chunk_size,
+        Encoding(**encoding),
+    )
     return read_beton(target / "train.beton")
 
 
 def test_bytes_do_not_depend_on_the_number_of_threads(pictures, tmp_path):
     for workers in (1, 4):
-        write(pictures, tmp_path / str(workers), num_workers=workers, chunk_size=3, mode="proportion")
+        write(
+            pictures, tmp_path / str(workers), num_workers=workers, chunk_size=3, mode="proportion"
+        )
     for name in ("train.beton", "val.beton"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
 
@@ -79,23 +103,34 @@ def test_modes_store_what_they_say(pictures, tmp_path):
     assert (write(pictures, tmp_path / "raw", mode="raw").modes == RAW).all()
     smart = write(pictures, tmp_path / "smart", mode="smart", smart_threshold=12000)
     raw_bytes = smart.heights.astype(int) * smart.widths * 3
-    assert ((smart.modes == RAW) == (raw_bytes <= 12000)).all() and 0 < (smart.modes == RAW).sum() < 96
-    share = (write(pictures, tmp_path / "p", mode="proportion", compress_probability=0.25).modes == JPG).mean()
+    assert ((smart.modes == RAW) == (raw_bytes <= 12000)).all() and 0 < (
+        smart.modes == RAW
+    ).sum() < 96
+    share = (
+        write(pictures, tmp_path / "p", mode="proportion", compress_probability=0.25).modes == JPG
+    ).mean()
     assert 0.1 < share < 0.4
 
 
 def test_raw_pixels_are_the_pictures(pictures, tmp_path):
     file = write(pictures, tmp_path, mode="raw")
     data = np.fromfile(file.path, np.uint8)
-    first = data[file.pointers[0]:file.pointers[0] + file.sizes[0]].reshape(file.heights[0], file.widths[0], 3)
-    assert np.array_equal(first, load_rgb((pictures / "train" / "amber" / "0.jpg").read_bytes(), ""))
+    first = data[file.pointers[0] : file.pointers[0] + file.sizes[0]].reshape(
+        file.heights[0], file.widths[0], 3
+    )
+    assert np.array_equal(
+        first, load_rgb((pictures / "train" / "amber" / "0.jpg").read_bytes(), "")
+    )
 
 
 def test_the_longer_side_is_shrunk_and_small_pictures_stay(pictures, tmp_path):
     file = write(pictures, tmp_path, max_resolution=60)
     longer = np.maximum(file.heights, file.widths)
     whole = write(pictures, tmp_path / "whole")
-    assert longer.max() == 60 and (longer == np.minimum(60, np.maximum(whole.heights, whole.widths))).all()
+    assert (
+        longer.max() == 60
+        and (longer == np.minimum(60, np.maximum(whole.heights, whole.widths))).all()
+    )
 
 
 def test_a_subset_takes_the_first_pictures(pictures, tmp_path):
@@ -107,7 +142,9 @@ def test_images_lie_within_pages_as_ffcv_reads_them(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         for number in range(12):  # 1.2 MB each: seven fit a page of 8 MiB
-            Image.fromarray(rng.integers(0, 256, (500, 800, 3), np.uint8)).save(tmp_path / split / "a" / f"{number}.png")
+            Image.fromarray(rng.integers(0, 256, (500, 800, 3), np.uint8)).save(
+                tmp_path / split / "a" / f"{number}.png"
+            )
     file = write(tmp_path, tmp_path / "out", mode="raw")
     page = 1 << 23
     assert (file.pointers // page == (file.pointers + file.sizes - np.uint64(1)) // page).all()
@@ -127,14 +164,25 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
         for _ in range(3):
             damaged[start + int(rng.integers(0, length))] = int(rng.integers(0, 256))
         pixels = load_rgb(bytes(damaged), "y.jpg")
-        assert sorted(pixels.shape) == [3, 24, 32] and np.abs(pixels.astype(int) - COLOUR).max() <= 6
+        assert (
+            sorted(pixels.shape) == [3, 24, 32] and np.abs(pixels.astype(int) - COLOUR).max() <= 6
+        )
 
 
-@pytest.mark.parametrize("name, file", [("val_500.ffcv", "val_500.ffcv"), ("folder/", "folder/val.beton"),
-                                        ("x.beton", "x.beton"), ("plain", "plain")])
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("val_500.ffcv", "val_500.ffcv"),
+        ("folder/", "folder/val.beton"),
+        ("x.beton", "x.beton"),
+        ("plain", "plain"),
+    ],
+)
 def test_with_a_split_the_target_is_the_file(pictures, tmp_path, name, file):
     write_splits(Place("imagenet", str(pictures)), f"{tmp_path}/{name}", "val", num_workers=1)
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
+        file
+    ]
 
 
 def test_one_split_alone_is_numbered_like_both(tmp_path):
@@ -142,7 +190,9 @@ def test_one_split_alone_is_numbered_like_both(tmp_path):
     (source / "val" / "a" / "1.jpg").unlink()
     (source / "val" / "a").rmdir()
     with pytest.raises(InputError, match="same classes .a in one only"):
-        write_splits(Place("imagenet", str(source)), str(tmp_path / "val.beton"), "val", num_workers=1)
+        write_splits(
+            Place("imagenet", str(source)), str(tmp_path / "val.beton"), "val", num_workers=1
+        )
 
 
 def test_demo_pictures_that_cannot_be_put_anywhere_are_an_error(tmp_path):
@@ -159,12 +209,20 @@ def make(tmp_path, *, skip=()):
     return tmp_path / "in"
 
 
-@pytest.mark.parametrize("damage, message", [
-    ("nothing there", "in is not a folder"), ("empty folder", "has no folder 'train'"),
-    ("no classes", "has no class folder"), ("class without images", "class 'b' has no image"),
-    ("missing split", "has no folder 'val'"), ("unreadable picture", "2.jpg: not a readable picture"),
-    ("truncated picture", "2.jpg: not a readable picture"), ("empty file", "2.jpg: not a readable picture"),
-    ("other classes in val", "do not have the same classes")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("nothing there", "in is not a folder"),
+        ("empty folder", "has no folder 'train'"),
+        ("no classes", "has no class folder"),
+        ("class without images", "class 'b' has no image"),
+        ("missing split", "has no folder 'val'"),
+        ("unreadable picture", "2.jpg: not a readable picture"),
+        ("truncated picture", "2.jpg: not a readable picture"),
+        ("empty file", "2.jpg: not a readable picture"),
+        ("other classes in val", "do not have the same classes"),
+    ],
+)
 def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
     source = make(tmp_path, skip=("train/b",) if damage == "class without images" else ())
     picture = source / "val" / "b" / "2.jpg"
@@ -182,28 +240,37 @@ def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
         picture.write_text("not a picture")
     elif damage == "truncated picture":
         whole = (source / "val" / "b" / "1.jpg").read_bytes()
-        picture.write_bytes(whole[:len(whole) // 2])
+        picture.write_bytes(whole[: len(whole) // 2])
     elif damage == "empty file":
         picture.touch()
     elif damage == "other classes in val":
         (source / "val" / "b").rename(source / "val" / "c")
     with pytest.raises(InputError, match=message):
         write_splits(Place("imagenet", str(source)), str(tmp_path / "out"), num_workers=2)
-    left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    left = (
+        [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    )
     assert {name for name in left if not name.startswith(".")} <= {"train.beton"}
 
 
 def test_a_target_that_cannot_be_written_is_named(pictures, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cfg.write_path=.*file"):
-        write_splits(Place("imagenet", str(pictures)), str(tmp_path / "file" / "out"), num_workers=1)
+        write_splits(
+            Place("imagenet", str(pictures)), str(tmp_path / "file" / "out"), num_workers=1
+        )
 
 
 def test_an_image_too_large_for_a_page_is_named(tmp_path):
     source = make(tmp_path)
     Image.new("RGB", (2000, 2000)).save(source / "train" / "a" / "huge.png")
     with pytest.raises(InputError, match="huge.png: 12000000 bytes"):
-        write_splits(Place("imagenet", str(source)), str(tmp_path / "out"), num_workers=1, encoding=Encoding("raw"))
+        write_splits(
+            Place("imagenet", str(source)),
+            str(tmp_path / "out"),
+            num_workers=1,
+            encoding=Encoding("raw"),
+        )
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
@@ -211,12 +278,16 @@ def test_tiny_imagenets_own_layout(tmp_path):
     (tmp_path / "wnids.txt").write_text("n2\nn1\n")
     for name in ("n1", "n2"):
         (tmp_path / "train" / name / "images").mkdir(parents=True)
-        Image.new("RGB", (64, 64), COLOUR).save(tmp_path / "train" / name / "images" / f"{name}_0.JPEG")
+        Image.new("RGB", (64, 64), COLOUR).save(
+            tmp_path / "train" / name / "images" / f"{name}_0.JPEG"
+        )
     (tmp_path / "val" / "images").mkdir(parents=True)
     for number in range(3):
         Image.new("RGB", (64, 64), COLOUR).save(tmp_path / "val" / "images" / f"val_{number}.JPEG")
     annotations = tmp_path / "val" / "val_annotations.txt"
-    annotations.write_text("val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\nval_2.JPEG\tn2\t0\t0\t1\t1\n")
+    annotations.write_text(
+        "val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\nval_2.JPEG\tn2\t0\t0\t1\t1\n"
+    )
     write_splits(Place("tiny_imagenet", str(tmp_path)), str(tmp_path / "out"), num_workers=1)
     assert read_beton(tmp_path / "out" / "train.beton").labels.tolist() == [0, 1]
     assert read_beton(tmp_path / "out" / "val.beton").labels.tolist() == [1, 0, 1]
@@ -239,7 +310,8 @@ def test_a_download_that_fails_is_one_clear_error(dataset, tmp_path, monkeypatch
 
 
 def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
-    """CIFAR-10's own file layout, with torchvision's checksums replaced by those of the small files made here."""
+    """CIFAR-10's own file layout, with torchvision's checksums replaced by those of the small files
+    made here."""
     import hashlib
     import pickle
 
@@ -256,13 +328,24 @@ def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
     def part():
         return {"data": rng.integers(0, 256, (4, 3072), np.uint8), "labels": [0, 1, 2, 9]}
 
-    monkeypatch.setattr(CIFAR10, "train_list", [save(f"data_batch_{i}", part()) for i in range(1, 6)])
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [save(f"data_batch_{i}", part()) for i in range(1, 6)]
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [save("test_batch", part())])
     name, digest = save("batches.meta", {"label_names": [str(i) for i in range(10)]})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": digest})
-    write_splits(Place("cifar10", str(tmp_path)), str(tmp_path / "out"), num_workers=1, encoding=Encoding("raw"))
+    write_splits(
+        Place("cifar10", str(tmp_path)),
+        str(tmp_path / "out"),
+        num_workers=1,
+        encoding=Encoding("raw"),
+    )
     train = read_beton(tmp_path / "out" / "train.beton")
-    assert len(train) == 20 and train.labels.tolist() == [0, 1, 2, 9] * 5 and (train.heights == 32).all()
+    assert (
+        len(train) == 20
+        and train.labels.tolist() == [0, 1, 2, 9] * 5
+        and (train.heights == 32).all()
+    )
 
 
 def test_the_demo_set_is_a_function_of_its_seed(tmp_path):
@@ -270,11 +353,21 @@ def test_the_demo_set_is_a_function_of_its_seed(tmp_path):
     make_demo_images(tmp_path / "b", {"train": 2, "val": 1})
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.jpg"))
     assert len(files) == 30
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    assert all(
+        (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        for file in files
+    )
 
 
 def test_the_demo_set_does_not_give_its_classes_away_by_colour():
-    means = np.array([[np.asarray(draw_picture(name, np.random.default_rng([label, number]))).mean((0, 1))
-                       for number in range(40)] for label, name in enumerate(CLASSES)])
+    means = np.array(
+        [
+            [
+                np.asarray(draw_picture(name, np.random.default_rng([label, number]))).mean((0, 1))
+                for number in range(40)
+            ]
+            for label, name in enumerate(CLASSES)
+        ]
+    )
     between, within = means.mean(1).std(0), means.std(1).mean(0)
     assert (between < 0.4 * within).all()

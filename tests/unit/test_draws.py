@@ -1,4 +1,6 @@
-"""Addressed draws: the generator is Philox, each address its own number, and the distributions are right."""
+"""Addressed draws: the generator is Philox, each address its own number, and the distributions are
+right."""
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,12 +10,19 @@ from rsb_ffcv.ops import draws
 MASK = 0xFFFFFFFF
 
 
-@pytest.mark.parametrize("counter, key, words", [
-    # known answers of Random123's kat_vectors, philox4x32 with 10 rounds
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((MASK,) * 4, (MASK, MASK), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1))])
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        # known answers of Random123's kat_vectors, philox4x32 with 10 rounds
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((MASK,) * 4, (MASK, MASK), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
 def test_philox_gives_the_published_words(counter, key, words):
     slot, epoch, op, block = counter
     assert draws.philox(np.uint64(key[1] << 32 | key[0]), epoch, slot, op, block) == words
@@ -44,7 +53,8 @@ def test_uniform_and_normal_have_their_distributions():
 @pytest.mark.parametrize("a", [0.1, 0.2, 1.0, 4.0])
 def test_beta_has_its_distribution(a):
     values = np.array([draws.beta(3, 0, slot, draws.MIX, 0, a)[0] for slot in range(20000)])
-    # Near 1 a small alpha has most of its mass between two floats; the lower half shows the whole, by symmetry.
+    # Near 1 a small alpha has most of its mass between two floats; the lower half shows the whole,
+    # by symmetry.
     lower = values[values < 0.5]
     assert abs(len(lower) / 20000 - 0.5) < 0.02
     assert stats.kstest(lower, lambda x: 2 * stats.beta(a, a).cdf(x)).pvalue > 0.01

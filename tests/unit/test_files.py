@@ -1,4 +1,6 @@
-"""What is asked of `.beton` files and done with them: info, verify, show, merge, subset, shard, concat, export, estimate."""
+"""What is asked of `.beton` files and done with them: info, verify, show, merge, subset, shard,
+concat, export, estimate."""
+
 import csv
 import io
 import json
@@ -41,14 +43,28 @@ def damage(path, sample: int, where: float = 0.5):
         opened.write(bytes([byte ^ 0x10]))
 
 
-# ---- info -------------------------------------------------------------------------------------------------------------
+# ---- info
+# --------------------------------------------------------------------------------------------------
+
 
 def test_info_tells_what_is_in_the_file(written):
     text = dataset.info(written / "train.beton")
     size = (written / "train.beton").stat().st_size
-    for part in (f"12 images, 3 classes, {size} bytes", "jpg: 12 images", "width: 40 .. 44 px", "height: 40 .. 43 px", "jpeg_quality=90",
-                 "pass_through=True", "dataset=imagenet", "split=train", "kept=12", "rsb_ffcv=", "entry points for partial decoding: 12 images",
-                 "images of each class (4 .. 4)", "n01440764          4  tench"):
+    for part in (
+        f"12 images, 3 classes, {size} bytes",
+        "jpg: 12 images",
+        "width: 40 .. 44 px",
+        "height: 40 .. 43 px",
+        "jpeg_quality=90",
+        "pass_through=True",
+        "dataset=imagenet",
+        "split=train",
+        "kept=12",
+        "rsb_ffcv=",
+        "entry points for partial decoding: 12 images",
+        "images of each class (4 .. 4)",
+        "n01440764          4  tench",
+    ):
         assert part in text, (part, text)
 
 
@@ -77,12 +93,17 @@ def stock(path, target):
     return target
 
 
-# ---- verify -----------------------------------------------------------------------------------------------------------
+# ---- verify
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("decode", [0.0, 0.5, 1.0])
 def test_a_sound_file_verifies(written, decode, capsys):
     assert dataset.verify(written / "train.beton", decode, 2)
-    assert f"0 of 12 images damaged; structure sound, all checksums compared, {int(12 * decode)} images decoded" in capsys.readouterr().out
+    assert (
+        f"0 of 12 images damaged; structure sound, all checksums compared, {int(12 * decode)} "
+        f"images decoded" in capsys.readouterr().out
+    )
 
 
 def test_every_damaged_image_is_named(copy, tmp_path, capsys):
@@ -91,7 +112,10 @@ def test_every_damaged_image_is_named(copy, tmp_path, capsys):
     assert not dataset.verify(copy, 0.0, 2, str(tmp_path / "bad.csv"))
     shown = capsys.readouterr().out
     name = read_beton(copy).names()[7]
-    assert f"sample 7 ({name}) is damaged: its bytes do not match their checksum" in shown and "2 of 12 images damaged" in shown
+    assert (
+        f"sample 7 ({name}) is damaged: its bytes do not match their checksum" in shown
+        and "2 of 12 images damaged" in shown
+    )
     rows = list(csv.reader(open(tmp_path / "bad.csv")))
     assert rows[0] == ["sample", "path", "reason"] and [row[0] for row in rows[1:]] == ["2", "7"]
 
@@ -101,7 +125,7 @@ def test_damage_without_checksums_is_seen_by_decoding(copy, tmp_path, capsys):
     data = bytearray(path.read_bytes())
     file = read_beton(path)
     start, size = int(file.pointers[4]), int(file.sizes[4])
-    data[start + size // 2:start + size] = bytes(size - size // 2)
+    data[start + size // 2 : start + size] = bytes(size - size // 2)
     path.write_bytes(data)
     assert dataset.verify(path, 0.0, 2) and not dataset.verify(path, 1.0, 2)
     assert "sample 4 (sample_00000004) is not a decodable JPEG" in capsys.readouterr().out
@@ -129,18 +153,30 @@ def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
     monkeypatch.setattr(inspect, "read_sound", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.verify(copy, 1.0, 1)
-    monkeypatch.setattr(inspect, "read_sound", lambda opened, file, index, decode: seen.append(index) or real(opened, file, index, decode))
+    monkeypatch.setattr(
+        inspect,
+        "read_sound",
+        lambda opened, file, index, decode: seen.append(index) or real(opened, file, index, decode),
+    )
     assert not dataset.verify(copy, 1.0, 1)
     shown = capsys.readouterr().out
-    assert "going on after 8 of 12" in shown and "1 of 12 images damaged" in shown and seen == [8, 8, 9, 10, 11]
+    assert (
+        "going on after 8 of 12" in shown
+        and "1 of 12 images damaged" in shown
+        and seen == [8, 8, 9, 10, 11]
+    )
     assert list(copy.parent.glob(".*")) == []
     os.utime(copy)  # another file, as far as one can tell: from the start again
-    (copy.parent / f".{copy.name}.verify").write_text(json.dumps({"bytes": 1, "done": 8, "bad": []}))
+    (copy.parent / f".{copy.name}.verify").write_text(
+        json.dumps({"bytes": 1, "done": 8, "bad": []})
+    )
     assert not dataset.verify(copy, 1.0, 1)
 
 
 def test_verify_through_the_program_has_an_exit_status(copy, call_program):
-    assert call_program("write_ffcv.py", "verify", f"--cfg.path={copy}", "--cfg.num_workers=2")[0] == 0
+    assert (
+        call_program("write_ffcv.py", "verify", f"--cfg.path={copy}", "--cfg.num_workers=2")[0] == 0
+    )
     damage(copy, 0)
     status, shown, _ = call_program("write_ffcv.py", "verify", f"--cfg.path={copy}")
     assert status == 1 and "sample 0" in shown
@@ -149,11 +185,15 @@ def test_verify_through_the_program_has_an_exit_status(copy, call_program):
     assert status == 2 and "did you mean verify?" in errors
 
 
-# ---- merge, subset, shard ---------------------------------------------------------------------------------------------
+# ---- merge, subset, shard
+# ---------------------------------------------------------------------------------------------
+
 
 def test_merging_shards_gives_the_file_again(written, tmp_path):
     parts = dataset.shard(str(written / "train.beton"), str(tmp_path / "parts"), 5, 2)
-    assert [len(part) for part in parts] == [3, 3, 2, 2, 2] and all(part.about.classes == WNIDS for part in parts)
+    assert [len(part) for part in parts] == [3, 3, 2, 2, 2] and all(
+        part.about.classes == WNIDS for part in parts
+    )
     assert parts[0].path.name == "train-00000-of-00005.beton"
     merged = dataset.merge([str(part.path) for part in parts], str(tmp_path / "merged.beton"), 2)
     whole = read_beton(written / "train.beton")
@@ -165,22 +205,36 @@ def test_merging_shards_gives_the_file_again(written, tmp_path):
 
 
 def test_merging_brings_classes_together_by_name(written, tmp_path):
-    first = dataset.subset(str(written / "train.beton"), str(tmp_path / "a.beton"), 1, classes=f"{WNIDS[2]},{WNIDS[0]}")
+    first = dataset.subset(
+        str(written / "train.beton"), str(tmp_path / "a.beton"), 1, classes=f"{WNIDS[2]},{WNIDS[0]}"
+    )
     second = dataset.subset(str(written / "val.beton"), str(tmp_path / "b.beton"), 1, classes="1")
-    assert first.about.classes == [WNIDS[0], WNIDS[2]] and second.about.classes == [WNIDS[1]] and set(first.labels) == {0, 1}
+    assert (
+        first.about.classes == [WNIDS[0], WNIDS[2]]
+        and second.about.classes == [WNIDS[1]]
+        and set(first.labels) == {0, 1}
+    )
     merged = dataset.merge([str(first.path), str(second.path)], str(tmp_path / "c.beton"), 2)
     assert merged.about.classes == WNIDS and merged.about.titles[2].startswith("great white shark")
-    wanted = [pair for pair in expected("train") if pair[0] != 1] + [pair for pair in expected("val") if pair[0] == 1]
+    wanted = [pair for pair in expected("train") if pair[0] != 1] + [
+        pair for pair in expected("val") if pair[0] == 1
+    ]
     assert contents(merged.path) == sorted(wanted)
 
 
 def test_merging_gives_a_stock_file_checksums_and_entry_points(written, tmp_path):
     path = stock(written / "train.beton", tmp_path / "stock.beton")
     merged = dataset.merge([str(path)], str(tmp_path / "sound.beton"), 2)
-    assert (merged.extras == read_beton(written / "train.beton").extras).all() and contents(merged.path) == expected("train")
+    assert (merged.extras == read_beton(written / "train.beton").extras).all() and contents(
+        merged.path
+    ) == expected("train")
     assert merged.about.classes == ["0", "1", "2"]
-    both = dataset.merge([str(written / "val.beton"), str(path)], str(tmp_path / "both.beton"), 2)  # its numbers are the other's
-    assert both.about.classes == WNIDS and contents(both.path) == sorted(expected("train") + expected("val"))
+    both = dataset.merge(
+        [str(written / "val.beton"), str(path)], str(tmp_path / "both.beton"), 2
+    )  # its numbers are the other's
+    assert both.about.classes == WNIDS and contents(both.path) == sorted(
+        expected("train") + expected("val")
+    )
 
 
 def test_subsets(written, tmp_path):
@@ -193,8 +247,12 @@ def test_subsets(written, tmp_path):
     assert np.bincount(take(per_class=2).labels).tolist() == [2, 2, 2]
     both = take(classes="1", samples="3-6")
     assert both.names() == [names[4], names[5], names[6]] and both.about.classes == [WNIDS[1]]
-    for wrong, message in (({"samples": "12"}, "cfg.samples=12"), ({"samples": "x"}, "cfg.samples=x"), ({"classes": "shark"}, "no class 'shark'"),
-                           ({"classes": "0", "samples": "11"}, "no sample fits")):
+    for wrong, message in (
+        ({"samples": "12"}, "cfg.samples=12"),
+        ({"samples": "x"}, "cfg.samples=x"),
+        ({"classes": "shark"}, "no class 'shark'"),
+        ({"classes": "0", "samples": "11"}, "no sample fits"),
+    ):
         with pytest.raises(InputError, match=message):
             take(**wrong)
 
@@ -210,17 +268,25 @@ def test_a_damaged_sample_is_not_copied(copy, tmp_path):
         dataset.export(str(copy), str(tmp_path / "out"), 2)
 
 
-# ---- concat -----------------------------------------------------------------------------------------------------------
+# ---- concat
+# --------------------------------------------------------------------------------------------------
+
 
 def test_appending_leaves_what_is_there_in_its_place(copy, written, tmp_path):
     before, old = read_beton(copy), copy.read_bytes()
     file = dataset.concat(str(copy), [str(written / "val.beton")], 2)
     assert contents(copy) == sorted(expected("train") + expected("val"))
-    assert (file.pointers[:12] == before.pointers).all() and (file.labels[:12] == before.labels).all()
+    assert (file.pointers[:12] == before.pointers).all() and (
+        file.labels[:12] == before.labels
+    ).all()
     assert file.names() == before.names() + read_beton(written / "val.beton").names()
     first = int(before.pointers.min())
-    assert copy.read_bytes()[first:len(old)] == old[first:]
-    assert file.about.counts["kept"] == 18 and file.about.source["images"] == 18 and dataset.verify(copy, 1.0, 1)
+    assert copy.read_bytes()[first : len(old)] == old[first:]
+    assert (
+        file.about.counts["kept"] == 18
+        and file.about.source["images"] == 18
+        and dataset.verify(copy, 1.0, 1)
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
     gap = slice(beton.front_bytes(18), first)
     assert not any(copy.read_bytes()[gap])
@@ -236,11 +302,17 @@ def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_pa
     small = dataset.subset(str(written / "train.beton"), str(tmp_path / "small.beton"), 1)
     many = tmp_path / "many"
     for number in range(3000):
-        put(many / "train" / WNIDS[number % 3] / f"new_{number:04d}.jpg", sources.jpeg(0, 0, 8)) if number < 3 else None
+        put(
+            many / "train" / WNIDS[number % 3] / f"new_{number:04d}.jpg", sources.jpeg(0, 0, 8)
+        ) if number < 3 else None
     (many / "val").mkdir()
     one = sources.jpeg(0, 0, 8)
-    source = dataset.sources.Source(WNIDS, [f"new_{number}" for number in range(3000)], np.arange(3000) % 3, lambda index: one)
-    big = dataset.write_beton(tmp_path / "big.beton", source, dataset.storing(source, Encoding()), {}, 2)
+    source = dataset.sources.Source(
+        WNIDS, [f"new_{number}" for number in range(3000)], np.arange(3000) % 3, lambda index: one
+    )
+    big = dataset.write_beton(
+        tmp_path / "big.beton", source, dataset.storing(source, Encoding()), {}, 2
+    )
     old = small.pointers.copy()
     file = dataset.concat(str(tmp_path / "small.beton"), [str(big.path)], 2)
     moved = file.pointers[:12] != old
@@ -250,14 +322,21 @@ def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_pa
 
 
 def test_new_classes_follow_the_old_ones(written, tmp_path):
-    first = dataset.subset(str(written / "train.beton"), str(tmp_path / "a.beton"), 1, classes="1,2")
+    first = dataset.subset(
+        str(written / "train.beton"), str(tmp_path / "a.beton"), 1, classes="1,2"
+    )
     file = dataset.concat(str(first.path), [str(written / "val.beton")], 1)
-    assert file.about.classes == [WNIDS[1], WNIDS[2], WNIDS[0]] and np.bincount(file.labels).tolist() == [6, 6, 2]
+    assert file.about.classes == [WNIDS[1], WNIDS[2], WNIDS[0]] and np.bincount(
+        file.labels
+    ).tolist() == [6, 6, 2]
 
 
 @pytest.mark.parametrize("stop_at", ["images", "tail", "front", "rename"])
-def test_a_stopped_append_is_brought_back_by_the_next_call(copy, written, monkeypatch, stop_at, capsys):
+def test_a_stopped_append_is_brought_back_by_the_next_call(
+    copy, written, monkeypatch, stop_at, capsys
+):
     """As if the process were killed there: nothing that it would do afterwards happens."""
+
     class Killed(BaseException):
         pass
 
@@ -278,7 +357,7 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(copy, written, monkey
                 def keep_and_die(front):
                     keep_front(front)
                     with open(path, "r+b") as file:
-                        file.write(front[:len(front) // 2])
+                        file.write(front[: len(front) // 2])
                     raise Killed
 
                 real(path, end, metadata, table, extras, names, about, keep_and_die)
@@ -292,11 +371,15 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(copy, written, monkey
     with pytest.raises(InputError, match="append.*interrupted"):
         read_beton(copy)
     if stop_at in ("images", "tail"):
-        with pytest.raises(InputError, match="cannot be read|no such"):  # another append that fails brings the file back as it was
+        with pytest.raises(
+            InputError, match="cannot be read|no such"
+        ):  # another append that fails brings the file back as it was
             dataset.concat(str(copy), ["/nowhere.beton"], 1)
         assert copy.read_bytes() == before
     dataset.concat(str(copy), [str(written / "val.beton")], 1)
-    assert contents(copy) == sorted(expected("train") + expected("val")) and dataset.verify(copy, 1.0, 1)
+    assert contents(copy) == sorted(expected("train") + expected("val")) and dataset.verify(
+        copy, 1.0, 1
+    )
     assert list(copy.parent.glob(".*")) == []
 
 
@@ -313,11 +396,17 @@ def test_what_cannot_be_appended_leaves_the_file(copy, written, tmp_path):
     assert copy.read_bytes() == before and list(tmp_path.glob(".*")) == []
 
 
-# ---- export, estimate, show -------------------------------------------------------------------------------------------
+# ---- export, estimate, show
+# -------------------------------------------------------------------------------------------
+
 
 def test_exported_jpegs_are_the_source_byte_for_byte(written, tmp_path):
     dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 2)
-    exported = {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    exported = {
+        str(path.relative_to(tmp_path / "out")): path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
     assert exported == {f"{wnid}/{name}": data for wnid, name, data in pictures("train")}
     with pytest.raises(InputError, match="exists"):
         dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 2)
@@ -325,21 +414,49 @@ def test_exported_jpegs_are_the_source_byte_for_byte(written, tmp_path):
 
 def test_exported_raw_images_are_png_of_their_pixels(tmp_path):
     sources.folders(tmp_path / "in")
-    write_splits(Place("imagenet", str(tmp_path / "in")), str(tmp_path / "val.beton"), "val", num_workers=1, encoding=Encoding("raw"))
+    write_splits(
+        Place("imagenet", str(tmp_path / "in")),
+        str(tmp_path / "val.beton"),
+        "val",
+        num_workers=1,
+        encoding=Encoding("raw"),
+    )
     dataset.export(str(tmp_path / "val.beton"), str(tmp_path / "out"), 1)
     for wnid, name, data in pictures("val"):
         exported = Image.open(tmp_path / "out" / wnid / name.replace(".JPEG", ".png"))
-        assert np.array_equal(np.asarray(exported), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert np.array_equal(
+            np.asarray(exported), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        )
 
 
 def test_exported_names_stay_below_the_folder(tmp_path):
-    names = ["../../evil.jpg", "/etc/passwd", "..", "a/b.jpg", "c/b.jpg", "", ".hidden.jpg", "x" * 300 + ".jpg"]
-    source = dataset.sources.Source(["../up", "..", "a/b"], names, [number % 3 for number in range(len(names))], lambda index: sources.jpeg(0, index))
+    names = [
+        "../../evil.jpg",
+        "/etc/passwd",
+        "..",
+        "a/b.jpg",
+        "c/b.jpg",
+        "",
+        ".hidden.jpg",
+        "x" * 300 + ".jpg",
+    ]
+    source = dataset.sources.Source(
+        ["../up", "..", "a/b"],
+        names,
+        [number % 3 for number in range(len(names))],
+        lambda index: sources.jpeg(0, index),
+    )
     dataset.write_beton(tmp_path / "x.beton", source, dataset.storing(source, Encoding()), {}, 1)
-    dataset.export(str(tmp_path / "x.beton"), str(tmp_path / "deep" / "out"), 1) if (tmp_path / "deep").mkdir() is None else None
+    dataset.export(str(tmp_path / "x.beton"), str(tmp_path / "deep" / "out"), 1) if (
+        tmp_path / "deep"
+    ).mkdir() is None else None
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 1 + len(names) and all((tmp_path / "deep" / "out") in path.parents for path in files if path.suffix != ".beton")
-    assert sorted(path.read_bytes() for path in files if path.suffix != ".beton") == sorted(sources.jpeg(0, index) for index in range(len(names)))
+    assert len(files) == 1 + len(names) and all(
+        (tmp_path / "deep" / "out") in path.parents for path in files if path.suffix != ".beton"
+    )
+    assert sorted(path.read_bytes() for path in files if path.suffix != ".beton") == sorted(
+        sources.jpeg(0, index) for index in range(len(names))
+    )
 
 
 def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_path, monkeypatch):
@@ -358,16 +475,34 @@ def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_pa
     half = next((tmp_path / ".out.part").rglob("*.JPEG"))
     half.write_bytes(half.read_bytes()[:100])
     dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
-    assert len(list((tmp_path / "out").rglob("*.JPEG"))) == 12 and len(half.parts) and not (tmp_path / ".out.part").exists()
+    assert (
+        len(list((tmp_path / "out").rglob("*.JPEG"))) == 12
+        and len(half.parts)
+        and not (tmp_path / ".out.part").exists()
+    )
     assert (tmp_path / "out" / half.relative_to(tmp_path / ".out.part")).stat().st_size > 100
 
 
-def test_the_estimate_is_near_the_truth(pictures, tmp_path, call_program):  # the 96 training pictures of the suite
-    status, shown, _ = call_program("write_ffcv.py", "estimate", f"--cfg.data_dir={pictures}", "--cfg.num_workers=2", "--cfg.write_mode=raw",
-                                    "--cfg.split=train")
+def test_the_estimate_is_near_the_truth(
+    pictures, tmp_path, call_program
+):  # the 96 training pictures of the suite
+    status, shown, _ = call_program(
+        "write_ffcv.py",
+        "estimate",
+        f"--cfg.data_dir={pictures}",
+        "--cfg.num_workers=2",
+        "--cfg.write_mode=raw",
+        "--cfg.split=train",
+    )
     assert status == 0 and "judged by 96 of 96 images" in shown
-    status, shown, _ = call_program("write_ffcv.py", f"--cfg.data_dir={pictures}", f"--cfg.write_path={tmp_path}/x.beton", "--cfg.num_workers=2",
-                                    "--cfg.write_mode=raw", "--cfg.split=train")
+    status, shown, _ = call_program(
+        "write_ffcv.py",
+        f"--cfg.data_dir={pictures}",
+        f"--cfg.write_path={tmp_path}/x.beton",
+        "--cfg.num_workers=2",
+        "--cfg.write_mode=raw",
+        "--cfg.split=train",
+    )
     assert status == 0
     source = dataset.open_sources(Place("imagenet", str(pictures)), ["train"])["train"]
     needed = dataset._estimate("train", source, Encoding("raw"), 2, 100)
@@ -390,39 +525,80 @@ def test_the_contact_sheet_shows_what_training_sees(written, tmp_path, call_prog
     from rsb_ffcv.training import show
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: {arch: resnet18}\nresolution: {min_res: 192, max_res: 192}\naugment: {rand_augment: rand-m7-mstd0.5-inc1, "
-                      "erase_prob: 0.5}\ntraining: {epochs: 9, seed: 5}\n")
-    status, shown, errors = call_program("write_ffcv.py", "show", f"--cfg.path={written}/train.beton", f"--cfg.write_path={tmp_path}/sheet.png",
-                                         "--cfg.samples=1,9", f"--cfg.recipe={recipe}", "--cfg.epochs=3")
+    recipe.write_text(
+        "model: {arch: resnet18}\nresolution: {min_res: 192, max_res: 192}\naugment: "
+        "{rand_augment: rand-m7-mstd0.5-inc1, "
+        "erase_prob: 0.5}\ntraining: {epochs: 9, seed: 5}\n"
+    )
+    status, shown, errors = call_program(
+        "write_ffcv.py",
+        "show",
+        f"--cfg.path={written}/train.beton",
+        f"--cfg.write_path={tmp_path}/sheet.png",
+        "--cfg.samples=1,9",
+        f"--cfg.recipe={recipe}",
+        "--cfg.epochs=3",
+    )
     assert status == 0, errors
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     cell, step = show.CELL, show.CELL + show.GAP
-    loader = TrainLoader(written / "train.beton", batch_size=4, resolution=192, num_workers=1, seed=5, rand_augment="rand-m7-mstd0.5-inc1")
-    epochs = [np.concatenate([images.numpy() for images, _ in loader.epoch(epoch)]) for epoch in range(3)]
+    loader = TrainLoader(
+        written / "train.beton",
+        batch_size=4,
+        resolution=192,
+        num_workers=1,
+        seed=5,
+        rand_augment="rand-m7-mstd0.5-inc1",
+    )
+    epochs = [
+        np.concatenate([images.numpy() for images, _ in loader.epoch(epoch)]) for epoch in range(3)
+    ]
     erased = 0
     for row in range(2):
         for epoch in range(3):
-            shown = sheet[show.GAP + row * (step + show.LABEL):, show.GAP + (1 + epoch) * step:][:cell, :cell]
+            shown = sheet[show.GAP + row * (step + show.LABEL) :, show.GAP + (1 + epoch) * step :][
+                :cell, :cell
+            ]
             same = (np.abs(epochs[epoch].astype(int) - shown).max(-1) <= 1).mean((1, 2))
             assert same.max() > 0.6
             erased += same.max() < 1
     assert 0 < erased < 6
-    for arguments, message in ((["--cfg.samples=1", "--cfg.classes=1"], "give one of them"), (["--cfg.classes=x"], "no class 'x'"),
-                               (["--cfg.samples=99"], "cfg.samples=99"), (["--cfg.recipe=/nowhere.yaml"], "/nowhere.yaml")):
-        status, _, errors = call_program("write_ffcv.py", "show", f"--cfg.path={written}/train.beton", f"--cfg.write_path={tmp_path}/x.png", *arguments)
+    for arguments, message in (
+        (["--cfg.samples=1", "--cfg.classes=1"], "give one of them"),
+        (["--cfg.classes=x"], "no class 'x'"),
+        (["--cfg.samples=99"], "cfg.samples=99"),
+        (["--cfg.recipe=/nowhere.yaml"], "/nowhere.yaml"),
+    ):
+        status, _, errors = call_program(
+            "write_ffcv.py",
+            "show",
+            f"--cfg.path={written}/train.beton",
+            f"--cfg.write_path={tmp_path}/x.png",
+            *arguments,
+        )
         assert status == 2 and message in errors and not (tmp_path / "x.png").exists()
 
 
 def test_a_sheet_of_classes_has_their_names(written, tmp_path, call_program):
-    status, shown, _ = call_program("write_ffcv.py", "show", f"--cfg.path={written}/train.beton", f"--cfg.write_path={tmp_path}/x.png",
-                                    f"--cfg.classes={WNIDS[0]},2", "--cfg.count=3")
+    status, shown, _ = call_program(
+        "write_ffcv.py",
+        "show",
+        f"--cfg.path={written}/train.beton",
+        f"--cfg.write_path={tmp_path}/x.png",
+        f"--cfg.classes={WNIDS[0]},2",
+        "--cfg.count=3",
+    )
     assert status == 0 and "6 images" in shown
     assert Image.open(tmp_path / "x.png").size == (3 * 196 + 4, 2 * 228 + 4)
 
 
-# ---- what a hostile reading of the code has found ---------------------------------------------------------------------
+# ---- what a hostile reading of the code has found
+# ---------------------------------------------------------------------
 
-def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(copy, written, monkeypatch):
+
+def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(
+    copy, written, monkeypatch
+):
     class Killed(BaseException):
         pass
 
@@ -461,18 +637,35 @@ def test_an_append_through_a_link_hides_the_file_itself(copy, written, tmp_path)
 def test_many_appends_with_other_settings_stay_readable(written, tmp_path):
     sources.folders(tmp_path / "in")
     for number, quality in enumerate((90, 80, 70)):
-        write_splits(Place("imagenet", str(tmp_path / "in")), str(tmp_path / f"{number}.beton"), "val", num_workers=1,
-                     encoding=Encoding(pass_through=False, jpeg_quality=quality))
+        write_splits(
+            Place("imagenet", str(tmp_path / "in")),
+            str(tmp_path / f"{number}.beton"),
+            "val",
+            num_workers=1,
+            encoding=Encoding(pass_through=False, jpeg_quality=quality),
+        )
         target = read_beton(tmp_path / f"{number}.beton")
         names = [f"{number}/{name}" for name in target.names()]
-        source = dataset.sources.Source(WNIDS, names, target.labels, lambda index: sources.jpeg(0, index))
-        dataset.write_beton(tmp_path / f"{number}_named.beton", source, dataset.storing(source, Encoding()), target.about.settings, 1)
+        source = dataset.sources.Source(
+            WNIDS, names, target.labels, lambda index: sources.jpeg(0, index)
+        )
+        dataset.write_beton(
+            tmp_path / f"{number}_named.beton",
+            source,
+            dataset.storing(source, Encoding()),
+            target.about.settings,
+            1,
+        )
     for number in (1, 2):
-        file = dataset.concat(str(tmp_path / "0_named.beton"), [str(tmp_path / f"{number}_named.beton")], 1)
+        file = dataset.concat(
+            str(tmp_path / "0_named.beton"), [str(tmp_path / f"{number}_named.beton")], 1
+        )
     assert [part["jpeg_quality"] for part in file.about.settings["of_parts"]] == [90, 80, 70]
 
 
-def test_an_export_does_not_take_another_files_beginnings_for_its_own(written, tmp_path, monkeypatch):
+def test_an_export_does_not_take_another_files_beginnings_for_its_own(
+    written, tmp_path, monkeypatch
+):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -489,9 +682,20 @@ def test_an_export_does_not_take_another_files_beginnings_for_its_own(written, t
 def test_many_equal_names_export_in_linear_time(monkeypatch):
     made, plain = [], inspect.Path
     monkeypatch.setattr(inspect, "Path", lambda *parts: made.append(parts) or plain(*parts))
-    file = type("File", (), {"num_classes": 1, "class_name": lambda self, label: "a", "names": lambda self: [f"{i}/rgb.jpg" for i in range(5000)],
-                             "labels": np.zeros(5000, int), "modes": np.zeros(5000, int)})()
-    assert len(set(inspect._places(file))) == 5000 and len(made) == 2 * 5000 - 1  # one try for the first, two for each other
+    file = type(
+        "File",
+        (),
+        {
+            "num_classes": 1,
+            "class_name": lambda self, label: "a",
+            "names": lambda self: [f"{i}/rgb.jpg" for i in range(5000)],
+            "labels": np.zeros(5000, int),
+            "modes": np.zeros(5000, int),
+        },
+    )()
+    assert (
+        len(set(inspect._places(file))) == 5000 and len(made) == 2 * 5000 - 1
+    )  # one try for the first, two for each other
 
 
 def test_the_file_itself_is_no_place_for_a_report_or_a_sheet(copy, call_program):
@@ -508,7 +712,7 @@ def hostile(path, target, change):
     table = int(np.frombuffer(whole, beton.HEADER, 1)["alloc_table_ptr"][0])
     at = table - beton.TRAILER.itemsize
     trailer = np.frombuffer(whole, beton.TRAILER, 1, at).copy()
-    about = json.loads(whole[at - int(trailer["about_bytes"][0]):at])
+    about = json.loads(whole[at - int(trailer["about_bytes"][0]) : at])
     text = change(about)
     start = at - int(trailer["about_bytes"][0])
     part = np.frombuffer(text, np.uint8)
@@ -517,7 +721,9 @@ def hostile(path, target, change):
     whole[:24] = header.tobytes()
     rows = np.frombuffer(whole, beton.ALLOCATION, -1, table).copy()
     trailer["about_bytes"], trailer["about"] = len(text), beton.checksum(part)
-    trailer["structure"] = beton.structure_checksum(bytes(whole[:beton.front_bytes(int(header["num_samples"][0]))]), rows)
+    trailer["structure"] = beton.structure_checksum(
+        bytes(whole[: beton.front_bytes(int(header["num_samples"][0]))]), rows
+    )
     trailer["trailer"] = beton.checksum(trailer.view(np.uint8)[:-8])
     target.write_bytes(whole[:start] + text + trailer.tobytes() + rows.tobytes())
     return target
@@ -528,10 +734,26 @@ def test_what_a_forged_file_says_of_itself_is_checked(written, tmp_path):
         return lambda about: json.dumps({**about, name: value}).encode()
 
     path = written / "val.beton"
-    assert read_beton(hostile(path, tmp_path / "same.beton", lambda about: json.dumps(about).encode())).about == read_beton(path).about
-    for number, change in enumerate((
-            lambda about: b"[" * 100000, lambda about: b"{}", lambda about: b"nothing", with_part("classes", ["a", "a", "b"]),
-            with_part("classes", ["\ud800", "a", "b"]), with_part("classes", [1, 2, 3]), with_part("counts", {"kept": "x"}),
-            with_part("source", {"split": []}), with_part("settings", {"max_resolution": "x"}), with_part("source", 1), with_part("classes", ["a"]))):
+    assert (
+        read_beton(
+            hostile(path, tmp_path / "same.beton", lambda about: json.dumps(about).encode())
+        ).about
+        == read_beton(path).about
+    )
+    for number, change in enumerate(
+        (
+            lambda about: b"[" * 100000,
+            lambda about: b"{}",
+            lambda about: b"nothing",
+            with_part("classes", ["a", "a", "b"]),
+            with_part("classes", ["\ud800", "a", "b"]),
+            with_part("classes", [1, 2, 3]),
+            with_part("counts", {"kept": "x"}),
+            with_part("source", {"split": []}),
+            with_part("settings", {"max_resolution": "x"}),
+            with_part("source", 1),
+            with_part("classes", ["a"]),
+        )
+    ):
         with pytest.raises(InputError, match="what it says of itself|damaged: sample"):
             read_beton(hostile(path, tmp_path / f"{number}.beton", change))

@@ -1,4 +1,5 @@
 """Schedule, weight-decay split, average and BlurPool."""
+
 import math
 
 import pytest
@@ -18,21 +19,29 @@ def test_a2_schedule_warms_up_then_falls_to_zero():
     assert s.lr(5 * 625) == 5e-3 == max(s.lr(step) for step in range(0, 300 * 625, 125))
     assert math.isclose(s.lr(5 * 625 // 2 + 1), 0.5 * (5e-5 + 5e-3), rel_tol=1e-3)
     assert math.isclose(s.lr(5 * 625 + 295 * 625 // 2), 2.5e-3, rel_tol=1e-4)
-    assert 0 <= s.lr(300 * 625 - 1) < 1e-9 and s.lr(10 ** 9) == s.lr(300 * 625 - 1)
+    assert 0 <= s.lr(300 * 625 - 1) < 1e-9 and s.lr(10**9) == s.lr(300 * 625 - 1)
 
 
 def test_warm_up_never_repeats_and_never_exceeds_the_peak():
     s = Schedule("cosine", 1.0, 10, 100, 2, 0.0)
     rates = [s.lr(step) for step in range(1000)]
-    assert all(a < b for a, b in zip(rates[:200], rates[1:201])) and all(a > b for a, b in zip(rates[200:], rates[201:]))
+    assert all(a < b for a, b in zip(rates[:200], rates[1:201])) and all(
+        a > b for a, b in zip(rates[200:], rates[201:])
+    )
 
 
 def test_spanning_cosine_is_timms():
     from timm.scheduler import CosineLRScheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=8e-3)
-    reference = CosineLRScheduler(optimizer, t_initial=100 * 20, lr_min=1e-5, warmup_t=5 * 20, warmup_lr_init=1e-4,
-                                  t_in_epochs=False)
+    reference = CosineLRScheduler(
+        optimizer,
+        t_initial=100 * 20,
+        lr_min=1e-5,
+        warmup_t=5 * 20,
+        warmup_lr_init=1e-4,
+        t_in_epochs=False,
+    )
     s = Schedule("cosine_spanning", 8e-3, 100, 20, 5, 1e-4, 1e-5)
     for step in range(2000):
         assert math.isclose(s.lr(step), reference._get_lr(step)[0], rel_tol=1e-9), step
@@ -44,9 +53,13 @@ def test_cyclic_and_step_are_ffcv_imagenets():
     cyclic = Schedule("cyclic", 1.7, 16, 10, peak_epoch=2)
     for step in range(160):
         ends = np.interp([step // 10, step // 10 + 1], [0, 2, 16], [1e-4 * 1.7, 1.7, 0])
-        assert math.isclose(cyclic.lr(step), np.interp(step % 10, [0, 10], ends), rel_tol=1e-9, abs_tol=1e-12)
+        assert math.isclose(
+            cyclic.lr(step), np.interp(step % 10, [0, 10], ends), rel_tol=1e-9, abs_tol=1e-12
+        )
     step_wise = Schedule("step", 0.5, 70, 4, step_ratio=0.1, step_length=30)
-    assert [step_wise.lr(4 * epoch) for epoch in (0, 28, 30, 60)] == pytest.approx([0.5, 0.5, 0.05, 0.005])
+    assert [step_wise.lr(4 * epoch) for epoch in (0, 28, 30, 60)] == pytest.approx(
+        [0.5, 0.5, 0.05, 0.005]
+    )
     assert step_wise.lr(4 * 69 + 2) == pytest.approx(0.0025)  # towards 0 within the last epoch
 
 
@@ -64,7 +77,11 @@ def test_optimizers_by_name():
     assert type(build_optimizer("sgd", model, 0.1, 0, 0.9)) is torch.optim.SGD
     assert type(build_optimizer("adamw", model, 0.1, 0, 0.9)) is torch.optim.AdamW
     lamb = build_optimizer("lamb", model, 0.1, 0.02, 0.9)
-    assert type(lamb) is Lamb and lamb.defaults["max_grad_norm"] == 1.0 and lamb.defaults["eps"] == 1e-6
+    assert (
+        type(lamb) is Lamb
+        and lamb.defaults["max_grad_norm"] == 1.0
+        and lamb.defaults["eps"] == 1e-6
+    )
     assert "lion" in type(build_optimizer("lion", model, 0.1, 0, 0.9)).__name__.lower()
     with pytest.raises(InputError, match="training.optimizer=lam "):
         build_optimizer("lam", model, 0.1, 0, 0.9)
@@ -81,9 +98,14 @@ def test_the_average_follows_weights_and_batch_norm_statistics():
         model(torch.randn(8, 3, 5, 5) + 3)
         ema.update()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        expected = state if step == 0 else {
-            name: 0.9 * old + 0.1 * state[name] if old.is_floating_point() else state[name]
-            for name, old in expected.items()}
+        expected = (
+            state
+            if step == 0
+            else {
+                name: 0.9 * old + 0.1 * state[name] if old.is_floating_point() else state[name]
+                for name, old in expected.items()
+            }
+        )
     for name, tensor in ema.module.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
     assert ema.module[1].running_mean.abs().min() > 0.01 and ema.module[1].num_batches_tracked == 4
@@ -94,7 +116,9 @@ def test_blurpool_blurs_before_strided_convolutions_only():
     wrapped = [module for module in model.modules() if isinstance(module, BlurPoolConv2d)]
     assert len(wrapped) == 6 and all(max(module.conv.stride) > 1 for module in wrapped)
     flat = torch.full((1, wrapped[0].conv.in_channels, 9, 9), 2.0)
-    blurred = torch.nn.functional.conv2d(flat, wrapped[0].blur_filter, padding=1, groups=flat.shape[1])
+    blurred = torch.nn.functional.conv2d(
+        flat, wrapped[0].blur_filter, padding=1, groups=flat.shape[1]
+    )
     assert torch.allclose(blurred[:, :, 1:-1, 1:-1], flat[:, :, 1:-1, 1:-1])
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
@@ -110,21 +134,30 @@ def test_a_model_that_cannot_take_the_resolution_is_named():
     model = build_model("vit_tiny_patch16_224", 10)
     check_input_size(model, "vit_tiny_patch16_224", "validation.resolution", 224)
     assert model.training
-    with pytest.raises(InputError, match="validation.resolution=64: vit_tiny_patch16_224 cannot take"):
+    with pytest.raises(
+        InputError, match="validation.resolution=64: vit_tiny_patch16_224 cannot take"
+    ):
         check_input_size(model, "vit_tiny_patch16_224", "validation.resolution", 64)
     with pytest.raises(InputError, match="resnet50.nonsense"):
         build_model("resnet50.nonsense", 10)
 
 
-GOLDEN = {  # kind -> (epoch of 20, learning rate), reckoned by hand or by the sources named in `Schedule`
-    "cosine": [(0, 0.01), (2, 1.0), (11, 0.55), (20, 0.1)], "polynomial": [(0, 0.01), (2, 1.0), (11, 0.325), (20, 0.1)],
-    "cosine_spanning": [(0, 0.01), (2, 0.977975), (10, 0.55), (20, 0.1)], "constant": [(0, 0.01), (2, 1.0), (20, 1.0)],
-    "cyclic": [(0, 1e-4), (4, 1.0), (12, 0.5), (20, 0.0)], "step": [(0, 1.0), (7, 1.0), (8, 0.1), (16, 0.01)]}
+# kind -> (epoch of 20, learning rate), reckoned by hand or by the sources named in `Schedule`
+GOLDEN = {
+    "cosine": [(0, 0.01), (2, 1.0), (11, 0.55), (20, 0.1)],
+    "polynomial": [(0, 0.01), (2, 1.0), (11, 0.325), (20, 0.1)],
+    "cosine_spanning": [(0, 0.01), (2, 0.977975), (10, 0.55), (20, 0.1)],
+    "constant": [(0, 0.01), (2, 1.0), (20, 1.0)],
+    "cyclic": [(0, 1e-4), (4, 1.0), (12, 0.5), (20, 0.0)],
+    "step": [(0, 1.0), (7, 1.0), (8, 0.1), (16, 0.01)],
+}
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_golden_learning_rates(kind):
-    s = Schedule(kind, 1.0, 20, 1000, 2, 0.01, 0.1, peak_epoch=4, step_ratio=0.1, step_length=8, power=2.0)
+    s = Schedule(
+        kind, 1.0, 20, 1000, 2, 0.01, 0.1, peak_epoch=4, step_ratio=0.1, step_length=8, power=2.0
+    )
     for epoch, rate in GOLDEN[kind]:
         assert s.lr(1000 * epoch) == pytest.approx(rate, abs=2e-3 if epoch == 20 else 1e-6), epoch
 
@@ -172,7 +205,9 @@ def test_equal_average_and_its_batch_norm_are_torchs():
     from torch.optim.swa_utils import AveragedModel, update_bn
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=0.3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=0.3)
+    )
     ours, theirs = Swa(model), AveragedModel(model)
     for _ in range(5):
         with torch.no_grad():
@@ -193,15 +228,22 @@ def test_equal_average_and_its_batch_norm_are_torchs():
         for batch in images[3:]:
             resumed.module(batch)
     resumed.end_batch_norm()
-    for (name, a), b in zip(theirs.module.state_dict().items(), resumed.module.state_dict().values()):
+    for (name, a), b in zip(
+        theirs.module.state_dict().items(), resumed.module.state_dict().values()
+    ):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
-    assert [norm.momentum for norm in (resumed.module[1], resumed.module[3])] == [0.1, 0.3] and not resumed.module.training
+    assert [norm.momentum for norm in (resumed.module[1], resumed.module[3])] == [
+        0.1,
+        0.3,
+    ] and not resumed.module.training
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
 @pytest.mark.parametrize("overflows", [(), (0,), (0, 1), (3,)])
 def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
-    """As fused CUDA steps take it: told by the scaler on the device. What remains is a run of the other steps alone."""
+    """As fused CUDA steps take it: told by the scaler on the device. What remains is a run of the
+    other steps alone."""
+
     def run(steps, scaled):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4))
@@ -213,7 +255,9 @@ def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
         for step in steps:
             generator = torch.Generator().manual_seed(step)
             for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator) * (scaler.scale(torch.ones(())) if scaled else 1)
+                parameter.grad = torch.randn(parameter.shape, generator=generator) * (
+                    scaler.scale(torch.ones(())) if scaled else 1
+                )
                 if scaled and step in overflows:
                     parameter.grad[0] = float("inf")
             scaler.step(optimizer)
@@ -223,7 +267,10 @@ def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
     # Memory that others have used: what is allocated and not set shows
     spoiled = [torch.full((2000,), float("nan")) for _ in range(50)]
     del spoiled
-    ours, plain = run(range(6), True), run([step for step in range(6) if step not in overflows], False)
+    ours, plain = (
+        run(range(6), True),
+        run([step for step in range(6) if step not in overflows], False),
+    )
     for a, b in zip(ours, plain):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 

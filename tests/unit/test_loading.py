@@ -1,4 +1,6 @@
-"""What a batch holds is a function of (seed, epoch, batch): not of threads, ranks or what was read before."""
+"""What a batch holds is a function of (seed, epoch, batch): not of threads, ranks or what was read
+before."""
+
 import ctypes
 import gc
 import os
@@ -25,7 +27,13 @@ SPEC = "rand-m7-mstd0.5-inc1"
 
 
 def loader(betons, **options):
-    options = {"batch_size": 16, "resolution": 32, "num_workers": 2, "rand_augment": SPEC, **options}
+    options = {
+        "batch_size": 16,
+        "resolution": 32,
+        "num_workers": 2,
+        "rand_augment": SPEC,
+        **options,
+    }
     return TrainLoader(betons / "train.beton", **options)
 
 
@@ -36,7 +44,9 @@ def batches(made, epoch, **options):
 
 
 def equal(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) and torch.equal(p, q) for (x, p), (y, q) in zip(a, b))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(p, q) for (x, p), (y, q) in zip(a, b)
+    )
 
 
 def order(kind="random", seed=0, epoch=0, count=1000, window_bytes=1 << 40, size=50_000):
@@ -46,34 +56,45 @@ def order(kind="random", seed=0, epoch=0, count=1000, window_bytes=1 << 40, size
 
 def test_the_order_is_a_new_permutation_each_epoch():
     for kind, window_bytes in (("random", 1), ("quasi_random", 4 << 20)):
-        orders = [order(kind, *which, window_bytes=window_bytes).indices for which in ((0, 0), (0, 1), (1, 0))]
+        orders = [
+            order(kind, *which, window_bytes=window_bytes).indices
+            for which in ((0, 0), (0, 1), (1, 0))
+        ]
         for one in orders:
             assert sorted(one) == list(range(1000))
         assert not (orders[0] == orders[1]).all() and not (orders[0] == orders[2]).all()
-        assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < (0.1 if kind == "random" else 0.6)
+        assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < (
+            0.1 if kind == "random" else 0.6
+        )
     assert (order("sequential").indices == np.arange(1000)).all()
 
 
 def test_quasi_random_keeps_to_its_windows():
-    """Between two starts, only samples of the window's extents; every byte in one window; windows no larger than asked."""
+    """Between two starts, only samples of the window's extents; every byte in one window; windows
+    no larger than asked."""
     made = order("quasi_random", count=3000, window_bytes=10 << 20, size=60_000)
     assert 15 < len(made.starts) < 25 and made.starts[0] == 0
     first = 8192 + 60_000 * made.indices
     for window, (start, end) in enumerate(zip(made.starts, [*made.starts[1:], 3000])):
         extents = made.extents[window]
-        inside = (first[start:end, None] >= extents[:, 0]) & (first[start:end, None] + 60_000 <= extents.sum(1))
+        inside = (first[start:end, None] >= extents[:, 0]) & (
+            first[start:end, None] + 60_000 <= extents.sum(1)
+        )
         assert (inside.sum(1) == 1).all()
         assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * RUN_BYTES
         assert extents[:, 1].max() <= RUN_BYTES + 60_000
-        assert abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3  # mixed within the window
+        assert (
+            abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3
+        )  # mixed within the window
     assert (order("quasi_random", window_bytes=1 << 40).indices == order("random").indices).all()
 
 
 def test_quasi_random_mixes_the_classes_of_a_sorted_file():
-    """1000 classes of 1300 images of 60 kB, class after class: what a batch of 256 holds (random order: 226)."""
+    """1000 classes of 1300 images of 60 kB, class after class: what a batch of 256 holds (random
+    order: 226)."""
     labels = np.repeat(np.arange(1000), 130)  # a tenth of ImageNet, windows a tenth of the default
     made = order("quasi_random", count=len(labels), window_bytes=(1 << 30) // 10, size=60_000)
-    batches = labels[made.indices][:len(labels) // 256 * 256].reshape(-1, 256)
+    batches = labels[made.indices][: len(labels) // 256 * 256].reshape(-1, 256)
     classes = [len(set(batch)) for batch in batches]
     assert np.mean(classes) > 75 and min(classes) > 50
 
@@ -84,27 +105,43 @@ def test_repeated_augmentation_is_dealt_as_timms_sampler_does(monkeypatch):
 
     permutation = order(count=1024).indices
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.from_numpy(permutation))
-    theirs = [list(RepeatAugSampler(range(1024), num_replicas=8, rank=rank, num_repeats=3)) for rank in range(8)]
+    theirs = [
+        list(RepeatAugSampler(range(1024), num_replicas=8, rank=rank, num_repeats=3))
+        for rank in range(8)
+    ]
     for world_size in (8, 2, 1):  # the same groups, whoever takes them
         for rank in range(world_size):
             for batch in range(8 // world_size * 4):
                 slots = group_slots(batch, 16, rank, world_size, 8, 3)
                 step, group = divmod(batch * world_size + rank, 8)
-                assert (permutation[slots // 3] == theirs[group][16 * step:16 * step + 16]).all()
+                assert (permutation[slots // 3] == theirs[group][16 * step : 16 * step + 16]).all()
 
 
 def test_any_number_of_processes_covers_the_same_slots_of_a_step():
     for world_size in (1, 2, 4):
         per_step = 4 // world_size
-        slots = np.concatenate([group_slots(2 * per_step + turn, 8, rank, world_size)
-                                for turn in range(per_step) for rank in range(world_size)])
+        slots = np.concatenate(
+            [
+                group_slots(2 * per_step + turn, 8, rank, world_size)
+                for turn in range(per_step)
+                for rank in range(world_size)
+            ]
+        )
         assert sorted(slots) == list(range(64, 96))
 
 
-EVERYTHING = {"rand_augment": SPEC, "color_jitter": (0.3, 0.3, 0.3, 0.1), "repeats": 3, "global_batch": 48}
+EVERYTHING = {
+    "rand_augment": SPEC,
+    "color_jitter": (0.3, 0.3, 0.3, 0.1),
+    "repeats": 3,
+    "global_batch": 48,
+}
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"rand_augment": "3a"}, {"order": "quasi_random", "window_bytes": 100_000}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING, {"rand_augment": "3a"}, {"order": "quasi_random", "window_bytes": 100_000}],
+)
 def test_bytes_do_not_depend_on_the_number_of_threads(betons, options):
     one = batches(loader(betons, num_workers=1, **options), 3)
     assert len(one) == 6
@@ -124,29 +161,47 @@ def test_copies_of_an_image_differ_and_count_for_others(betons):
             faces.setdefault(index, []).append(image)
     made.close()
     assert len(faces) == 32 and all(len(copies) == 3 for copies in faces.values())
-    assert all(not torch.equal(copies[i], copies[j]) for copies in faces.values() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert all(
+        not torch.equal(copies[i], copies[j])
+        for copies in faces.values()
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    )
 
 
 def test_epochs_and_seeds_differ(betons):
     first = batches(loader(betons), 0)
-    assert not equal(first, batches(loader(betons), 1)) and not equal(first, batches(loader(betons, seed=1), 0))
+    assert not equal(first, batches(loader(betons), 1)) and not equal(
+        first, batches(loader(betons, seed=1), 0)
+    )
 
 
 def test_an_epoch_from_step_k_is_the_tail_of_the_epoch(betons):
-    for options in ({"global_batch": 32}, EVERYTHING, {"order": "quasi_random", "window_bytes": 100_000, "global_batch": 32}):
+    for options in (
+        {"global_batch": 32},
+        EVERYTHING,
+        {"order": "quasi_random", "window_bytes": 100_000, "global_batch": 32},
+    ):
         made = loader(betons, **options)
         groups, steps = made.batches_per_step, made.steps_per_epoch
         whole = batches(made, 2)
         for step in range(steps + 1):
-            assert equal(whole[groups * step:], batches(loader(betons, **options), 2, start_step=step))
+            assert equal(
+                whole[groups * step :], batches(loader(betons, **options), 2, start_step=step)
+            )
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"order": "quasi_random", "window_bytes": 100_000}, {"order": "sequential"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING, {"order": "quasi_random", "window_bytes": 100_000}, {"order": "sequential"}],
+)
 def test_ranks_together_see_what_one_sees(betons, options):
     options = {"batch_size": 8, "global_batch": 48, **options}
     alone = batches(loader(betons, **options), 0)
     for world_size in (2, 3):
-        ranks = [batches(loader(betons, rank=rank, world_size=world_size, **options), 0) for rank in range(world_size)]
+        ranks = [
+            batches(loader(betons, rank=rank, world_size=world_size, **options), 0)
+            for rank in range(world_size)
+        ]
         assert equal(alone, [batch for together in zip(*ranks) for batch in together])
 
 
@@ -157,12 +212,21 @@ def test_draws_belong_to_slots_not_to_places_in_a_batch():
     from rsb_ffcv.ops.operation import Address
 
     slots, sides = np.arange(100, 164), np.full(64, 300, np.uint16)
-    for op in (RandomResizedCrop(32), RandAugment(SPEC), RandAugment("rand-n2-t3aw"), RandAugment("3a"), RandAugment("ta_wide"),
-               ColorJitter(0.4, 0.4, 0.4, 0.1)):
+    for op in (
+        RandomResizedCrop(32),
+        RandAugment(SPEC),
+        RandAugment("rand-n2-t3aw"),
+        RandAugment("3a"),
+        RandAugment("ta_wide"),
+        ColorJitter(0.4, 0.4, 0.4, 0.1),
+    ):
         whole = op.draw(Address(1, 2, slots), sides, sides)
         part = op.draw(Address(1, 2, slots[20:]), sides[20:], sides[20:])
         assert np.array_equal(whole[20:], part) and not np.array_equal(whole[:44], part)
-    boxes = [erase_boxes(1, 2, chosen, 32, 32, 0.5, 0.02, 0.3, 0.3, 3.0) for chosen in (slots, slots[20:])]
+    boxes = [
+        erase_boxes(1, 2, chosen, 32, 32, 0.5, 0.02, 0.3, 0.3, 3.0)
+        for chosen in (slots, slots[20:])
+    ]
     assert np.array_equal(boxes[0][20:], boxes[1]) and not np.array_equal(boxes[0][:44], boxes[1])
 
 
@@ -180,11 +244,23 @@ def test_batches_may_be_kept(betons):
 
 
 def test_evaluation_counts_every_image_once_over_any_number_of_ranks(betons):
-    alone = EvalLoader(betons / "val.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9)
+    alone = EvalLoader(
+        betons / "val.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9
+    )
     expected = torch.cat([images for images, _ in alone])
     assert len(expected) == 27
-    parts = [EvalLoader(betons / "val.beton", batch_size=4, resolution=32, num_workers=1, crop_ratio=0.9, rank=rank,
-                        world_size=4) for rank in range(4)]
+    parts = [
+        EvalLoader(
+            betons / "val.beton",
+            batch_size=4,
+            resolution=32,
+            num_workers=1,
+            crop_ratio=0.9,
+            rank=rank,
+            world_size=4,
+        )
+        for rank in range(4)
+    ]
     seen = torch.empty_like(expected)
     for rank, part in enumerate(parts):
         images = torch.cat([images for images, _ in part])
@@ -198,23 +274,29 @@ def damage(betons, tmp_path, samples) -> None:
     file = read_beton(betons / "train.beton")
     for sample in samples:
         start, size = int(file.pointers[sample]), int(file.sizes[sample])
-        data[start + size // 2:start + size // 2 + 20] = bytes(range(20))
+        data[start + size // 2 : start + size // 2 + 20] = bytes(range(20))
     (tmp_path / "train.beton").write_bytes(data)
 
 
 def test_a_damaged_image_reaches_the_caller_with_its_number(betons, tmp_path):
     damage(betons, tmp_path, [17])
     made = loader(tmp_path)
-    with pytest.raises(InputError, match="sample 17 is damaged: its bytes do not match their checksum"):
+    with pytest.raises(
+        InputError, match="sample 17 is damaged: its bytes do not match their checksum"
+    ):
         list(made.epoch(0))
     with pytest.raises(InputError, match="sample 17 "):  # and the loader lives on
         list(made.epoch(1))
-    evaluation = EvalLoader(tmp_path / "train.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9)
+    evaluation = EvalLoader(
+        tmp_path / "train.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9
+    )
     with pytest.raises(InputError, match="sample 17 "):
         list(evaluation)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"global_batch": 32, "rank": 1, "world_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1}, {"global_batch": 32, "rank": 1, "world_size": 2}]
+)
 def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons, tmp_path, options):
     bad = [3, 17, 40, 41, 77]
     damage(betons, tmp_path, bad)
@@ -227,9 +309,15 @@ def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons,
             assert same == (order[slot] not in bad)
             if not same:
                 named.add(int(order[slot]))
-                heir = next(order[(slot + k) % 96] for k in range(1, 96) if order[(slot + k) % 96] not in bad)
+                heir = next(
+                    order[(slot + k) % 96]
+                    for k in range(1, 96)
+                    if order[(slot + k) % 96] not in bad
+                )
                 assert mended[1][row] == made.beton.labels[heir]
-    assert {index for index, reason in made.skipped} == named and all("checksum" in reason for _, reason in made.skipped)
+    assert {index for index, reason in made.skipped} == named and all(
+        "checksum" in reason for _, reason in made.skipped
+    )
     list(made.epoch(0))
     assert len(made.skipped) <= 5  # each epoch counts its own
     whole.close(), made.close()
@@ -262,12 +350,17 @@ def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
 
 
 class Held(DrawnOperation):
-    """Holds each image until `release` is set. begun: the slots, in the order in which threads came to them; kept: whether an
-    image's draws were the same before and after."""
+    """Holds each image until `release` is set. begun: the slots, in the order in which threads came
+    to them; kept: whether an image's draws were the same before and after."""
 
     def __init__(self):
         super().__init__()
-        self.begun, self.kept, self.release, self.came = [], [], threading.Event(), threading.Semaphore(0)
+        self.begun, self.kept, self.release, self.came = (
+            [],
+            [],
+            threading.Event(),
+            threading.Semaphore(0),
+        )
 
         def kernel(image, height, width, draw, scratch):
             before = draw[0]
@@ -277,8 +370,14 @@ class Held(DrawnOperation):
             self.kept.append(before == draw[0])
             return 0
 
-        self.kernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int64),
-                                       ctypes.c_void_p)(kernel)
+        self.kernel = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_void_p,
+        )(kernel)
 
     def draw(self, address, heights, widths):
         return address.slots + 123456789
@@ -288,6 +387,7 @@ class Held(DrawnOperation):
 
     def when_begun(self, images: int, action) -> threading.Thread:
         """Calls `action` on a thread once so many images are held."""
+
         def act():
             for _ in range(images):
                 self.came.acquire()
@@ -312,24 +412,34 @@ def test_closing_from_another_thread_lets_go_who_waits(betons):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_overwritten_stretches_never_become_images(betons, tmp_path, seed):
-    """Random bytes over a random stretch: the file is refused, or every image delivered is the undamaged one's."""
+    """Random bytes over a random stretch: the file is refused, or every image delivered is the
+    undamaged one's."""
     rng, data = np.random.default_rng(seed), np.fromfile(betons / "train.beton", np.uint8)
     file = read_beton(betons / "train.beton")
     table = int(data[:24].view(HEADER)["alloc_table_ptr"][0])
-    low, high = ((int(file.pointers[0]), int(file.pointers[-1])), (0, 6000), (table - 2000, len(data)))[(0, 0, 1, 0, 2)[seed % 5]]
+    low, high = (
+        (int(file.pointers[0]), int(file.pointers[-1])),
+        (0, 6000),
+        (table - 2000, len(data)),
+    )[(0, 0, 1, 0, 2)[seed % 5]]
     length = int(rng.choice([1, 2, 8, 100, 5000]))
     at = int(rng.integers(low, max(low + 1, high - length)))
-    data[at:at + length] = rng.integers(0, 256, len(data[at:at + length]))
+    data[at : at + length] = rng.integers(0, 256, len(data[at : at + length]))
     data.tofile(tmp_path / "train.beton")
     try:
         made = loader(tmp_path, on_bad_sample="skip", rand_augment="")
     except InputError:
         return
-    sound, order = loader(betons, rand_augment=""), epoch_order("random", 0, 0, file.pointers, file.sizes, 1).indices
+    sound, order = (
+        loader(betons, rand_augment=""),
+        epoch_order("random", 0, 0, file.pointers, file.sizes, 1).indices,
+    )
     for number, (images, expected) in enumerate(zip(made.epoch(0), sound.epoch(0))):
         bad = {index for index, _ in made.skipped}
         rows = [row for row, slot in enumerate(made.slots(number)) if order[slot] not in bad]
-        assert torch.equal(images[0][rows], expected[0][rows]) and torch.equal(images[1][rows], expected[1][rows])
+        assert torch.equal(images[0][rows], expected[0][rows]) and torch.equal(
+            images[1][rows], expected[1][rows]
+        )
     assert len(made.skipped) <= 1 + length // 500
     made.close(), sound.close()
 
@@ -339,7 +449,8 @@ def threads() -> int:
 
 
 def has_threads(expected: int) -> bool:
-    """Whether this process has so many, or soon has: the kernel lists one a little longer than it can be joined."""
+    """Whether this process has so many, or soon has: the kernel lists one a little longer than it
+    can be joined."""
     until = time.monotonic() + 60
     while threads() != expected and time.monotonic() < until:
         time.sleep(0.001)
@@ -389,8 +500,15 @@ def test_the_resolution_may_change_between_epochs_at_once(betons):
     made.close()
 
 
-@numba.cfunc(numba.int32(numba.types.CPointer(numba.uint8), numba.int32, numba.int32, numba.types.CPointer(numba.int64),
-                         numba.types.voidptr))
+@numba.cfunc(
+    numba.int32(
+        numba.types.CPointer(numba.uint8),
+        numba.int32,
+        numba.int32,
+        numba.types.CPointer(numba.int64),
+        numba.types.voidptr,
+    )
+)
 def paint(image, height, width, draw, scratch):
     if draw[0] == 13:
         return 8
@@ -400,7 +518,8 @@ def paint(image, height, width, draw, scratch):
 
 
 class Paint(DrawnOperation):
-    """An op of a user, in numba: the whole image takes the slot's number as its colour; slot 13 is refused."""
+    """An op of a user, in numba: the whole image takes the slot's number as its colour; slot 13 is
+    refused."""
 
     def draw(self, address, heights, widths):
         return address.slots
@@ -423,15 +542,24 @@ def test_an_op_of_ones_own_takes_part(betons):
 
 
 def test_a_status_of_ones_own_is_told(betons):
-    refuse = numba.cfunc(numba.int32(numba.types.CPointer(numba.uint8), numba.int32, numba.int32,
-                         numba.types.CPointer(numba.int64), numba.types.voidptr))(lambda image, height, width, draw, scratch: 77)
+    refuse = numba.cfunc(
+        numba.int32(
+            numba.types.CPointer(numba.uint8),
+            numba.int32,
+            numba.int32,
+            numba.types.CPointer(numba.int64),
+            numba.types.voidptr,
+        )
+    )(lambda image, height, width, draw, scratch: 77)
 
     class Refuse(Paint):
         def generate_code(self):
             return refuse.address
 
     made = loader(betons, ops=[Refuse()])
-    with pytest.raises(InputError, match="was refused by an operation, with status 77; correct the operation"):
+    with pytest.raises(
+        InputError, match="was refused by an operation, with status 77; correct the operation"
+    ):
         next(made.epoch(0))
     made.close()
 
@@ -458,7 +586,10 @@ def test_a_loader_that_stands_still_says_so(betons):
         os._exit(0)  # the interpreter itself would wait for the two stuck calls into it
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert "said: the loader stands still: no image has been finished for 1 s; in progress: sample " in done.stdout, done.stderr
+    assert (
+        "said: the loader stands still: no image has been finished for 1 s; in progress: sample "
+        in done.stdout
+    ), done.stderr
     assert "Current thread" in done.stderr
 
 
@@ -469,7 +600,9 @@ def test_what_threads_still_work_on_outlives_a_close_from_elsewhere(betons):
     with pytest.raises(RuntimeError, match="closed"):
         next(made.epoch(0))
     gc.collect()
-    kept = [np.full(size, 7, np.int64) for size in (2, 8, 16, 64, 500) for _ in range(300)]  # takes freed memory, if any is
+    kept = [
+        np.full(size, 7, np.int64) for size in (2, 8, 16, 64, 500) for _ in range(300)
+    ]  # takes freed memory, if any is
     held.release.set()
     closing.join()
     assert len(kept) == 1500 and held.kept == [True, True]
@@ -514,12 +647,19 @@ def test_open_epochs_end_quietly_with_a_cycle_and_with_the_interpreter(betons):
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
-def test_the_replacement_of_a_bad_image_is_begun_before_all_that_was_begun_ahead(betons, tmp_path, monkeypatch):
-    data, file = bytearray((betons / "train.beton").read_bytes()), read_beton(betons / "train.beton")
+def test_the_replacement_of_a_bad_image_is_begun_before_all_that_was_begun_ahead(
+    betons, tmp_path, monkeypatch
+):
+    data, file = (
+        bytearray((betons / "train.beton").read_bytes()),
+        read_beton(betons / "train.beton"),
+    )
     data[int(file.pointers[0]) + 300] ^= 255
     (tmp_path / "train.beton").write_bytes(data)
     held = Held()
-    made = loader(tmp_path, batch_size=1, num_workers=1, order="sequential", on_bad_sample="skip", ops=[held])
+    made = loader(
+        tmp_path, batch_size=1, num_workers=1, order="sequential", on_bad_sample="skip", ops=[held]
+    )
     submit = made._pool.submit
 
     def noted(batch, urgent=False):
@@ -534,8 +674,8 @@ def test_the_replacement_of_a_bad_image_is_begun_before_all_that_was_begun_ahead
 
 
 def test_slow_images_are_not_taken_for_a_standstill(betons, monkeypatch):
-    """Any image that gets done counts. The wait for the core is replaced: its 0.2 s pass at once, and every third call waits
-    until one image more is done."""
+    """Any image that gets done counts. The wait for the core is replaced: its 0.2 s pass at once,
+    and every third call waits until one image more is done."""
     calls, turns = [], threading.Semaphore(0)
 
     class Library:
@@ -551,7 +691,9 @@ def test_slow_images_are_not_taken_for_a_standstill(betons, monkeypatch):
                     time.sleep(0.001)
             return native.library.rsb_pool_wait(handle, job, 0)
 
-    kernel = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(lambda *_: 0 if turns.acquire(timeout=60) else 1)
+    kernel = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(
+        lambda *_: 0 if turns.acquire(timeout=60) else 1
+    )
 
     class InTurn(Paint):
         def generate_code(self):
@@ -582,14 +724,28 @@ def test_a_forked_process_is_told_that_it_has_no_threads(betons):
     made.close()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"batch_size": 128}, "holds 96"), ({"num_workers": 0}, "data.num_workers=0"),
-    ({"global_batch": 24}, "training.global_batch=24"), ({"rand_augment": "rand-x9"}, "x9"),
-    ({"rand_augment": "augmix"}, "augmix"), ({"order": "shuffled"}, "data.order='shuffled'"),
-    ({"on_bad_sample": "ignore"}, "data.on_bad_sample='ignore'"), ({"repeats": 0}, "repeats=0"), ({"rank": 2}, "rank=2"),
-    ({"interpolation": "nearest"}, "interpolation='nearest'"), ({"color_jitter": (0, 0, 0, 1)}, "color_jitter="),
-    ({"batch_size": 0}, "batch_size=0"), ({"scale": (0.5, 0.1)}, "scale="), ({"scale": (0.5, 2)}, "scale="), ({"ratio": (0, 1)}, "ratio="),
-    ({"flip_prob": 7}, "flip_prob=7"), ({"flip_prob": float("nan")}, "flip_prob=nan")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 128}, "holds 96"),
+        ({"num_workers": 0}, "data.num_workers=0"),
+        ({"global_batch": 24}, "training.global_batch=24"),
+        ({"rand_augment": "rand-x9"}, "x9"),
+        ({"rand_augment": "augmix"}, "augmix"),
+        ({"order": "shuffled"}, "data.order='shuffled'"),
+        ({"on_bad_sample": "ignore"}, "data.on_bad_sample='ignore'"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"rank": 2}, "rank=2"),
+        ({"interpolation": "nearest"}, "interpolation='nearest'"),
+        ({"color_jitter": (0, 0, 0, 1)}, "color_jitter="),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"scale": (0.5, 0.1)}, "scale="),
+        ({"scale": (0.5, 2)}, "scale="),
+        ({"ratio": (0, 1)}, "ratio="),
+        ({"flip_prob": 7}, "flip_prob=7"),
+        ({"flip_prob": float("nan")}, "flip_prob=nan"),
+    ],
+)
 def test_wrong_settings_are_named(betons, options, message):
     with pytest.raises(InputError, match=message):
         loader(betons, **options)

@@ -1,4 +1,5 @@
 """What the processes of a job tell each other, in two processes of their own."""
+
 import json
 import os
 import subprocess
@@ -24,15 +25,24 @@ dist.destroy_process_group()
 def in_two_processes(code: str) -> list:
     """What `code`, run as two processes of a job, prints as JSON on each."""
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(a_free_port())}
-    processes = [subprocess.Popen([sys.executable, "-c", JOIN + code + LEAVE], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={
-        **os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN + code + LEAVE],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
     answers = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     return [json.loads(answer) for answer in answers]
 
 
 def test_a_wish_that_is_granted_is_not_granted_twice():
-    """A timed save is due on both processes until it is done: here the second process notices a step after the first."""
+    """A timed save is due on both processes until it is done: here the second process notices a
+    step after the first."""
     granted = in_two_processes("""
 from rsb_ffcv.training.processes import Votes
 votes, due, saves = Votes(), False, []

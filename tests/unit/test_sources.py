@@ -1,4 +1,6 @@
-"""Every way people own ImageNet gives the same labelled images, and what is wrong with one is told by name."""
+"""Every way people own ImageNet gives the same labelled images, and what is wrong with one is told
+by name."""
+
 import errno
 import functools
 import http.server
@@ -30,19 +32,43 @@ def write(tmp_path, place: Place, split: str = "", **options) -> Path:
 FORMS = {
     "folders": (sources.folders, "imagenet", ""),
     "archives, meta.mat": (sources.archives, "imagenet_archives", ""),
-    "archives, text tables, unpacked": (functools.partial(sources.archives, mat=False, packed=False), "imagenet_archives", ""),
-    "archives, truth as .mat": (functools.partial(sources.archives, truth_as_mat=True), "imagenet_archives", ""),
+    "archives, text tables, unpacked": (
+        functools.partial(sources.archives, mat=False, packed=False),
+        "imagenet_archives",
+        "",
+    ),
+    "archives, truth as .mat": (
+        functools.partial(sources.archives, truth_as_mat=True),
+        "imagenet_archives",
+        "",
+    ),
     "kaggle": (sources.kaggle, "kaggle", ""),
     "webdataset, cls": (sources.webdataset, "webdataset", ""),
-    "webdataset, json, braces": (functools.partial(sources.webdataset, with_json=True), "webdataset", "/imagenet-{split}-{0000..0001}.tar"),
+    "webdataset, json, braces": (
+        functools.partial(sources.webdataset, with_json=True),
+        "webdataset",
+        "/imagenet-{split}-{0000..0001}.tar",
+    ),
     "parquet": (sources.parquet, "parquet", ""),
-    "parquet, plain, by pattern": (functools.partial(sources.parquet, hugging_face=False), "parquet", "/{split}*.parquet"),
+    "parquet, plain, by pattern": (
+        functools.partial(sources.parquet, hugging_face=False),
+        "parquet",
+        "/{split}*.parquet",
+    ),
     "datasets": (sources.parquet, "datasets", ""),
     "csv, names": (functools.partial(sources.lists, numbers=False, head=True), "csv", ""),
-    "csv, numbers, no head": (functools.partial(sources.lists, numbers=True, head=False), "csv", ""),
+    "csv, numbers, no head": (
+        functools.partial(sources.lists, numbers=True, head=False),
+        "csv",
+        "",
+    ),
     "tiny imagenet": (sources.tiny_imagenet, "tiny_imagenet", ""),
 }
-NAMED = {name for name, (make, *_) in FORMS.items() if "webdataset" not in name and "plain" not in name and "numbers" not in name}
+NAMED = {
+    name
+    for name, (make, *_) in FORMS.items()
+    if "webdataset" not in name and "plain" not in name and "numbers" not in name
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -65,22 +91,33 @@ def test_every_form_gives_the_same_labelled_images(form, tmp_path):
 def test_a_tar_of_folders_is_read_in_place(tmp_path):
     out = write(tmp_path, Place("imagenet", str(sources.tar_of_folders(tmp_path / "in"))))
     assert all(contents(out / f"{split}.beton") == expected(split) for split in ("train", "val"))
-    put_tar(tmp_path / "flat.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")])
+    put_tar(
+        tmp_path / "flat.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")]
+    )
     with pytest.raises(InputError, match="same images"):
         write(tmp_path / "x", Place("imagenet", str(tmp_path / "flat.tar")))
     out = write(tmp_path / "flat", Place("imagenet", str(tmp_path / "flat.tar")), "train")
     assert contents(out / "train.beton") == expected("train")
-    put_tar(tmp_path / "only_train.tar", [(f"train/{wnid}/{name}", data) for wnid, name, data in pictures("train")])
+    put_tar(
+        tmp_path / "only_train.tar",
+        [(f"train/{wnid}/{name}", data) for wnid, name, data in pictures("train")],
+    )
     with pytest.raises(InputError, match="no folder val"):
         write(tmp_path / "y", Place("imagenet", str(tmp_path / "only_train.tar")), "val")
 
 
 def test_a_callable_of_pairs(tmp_path, monkeypatch):
     sources.lists(tmp_path / "in", numbers=False, head=True)
-    (tmp_path / "my_data.py").write_text("def pairs(split):\n    return [line.split(',') for line in open(f'in/{split}.csv').read().split()[1:]]\n")
+    (tmp_path / "my_data.py").write_text(
+        "def pairs(split):\n    return [line.split(',') for line in "
+        "open(f'in/{split}.csv').read().split()[1:]]\n"
+    )
     monkeypatch.chdir(tmp_path)
     out = write(tmp_path, Place("callable", "in", callable="my_data:pairs"))
-    assert contents(out / "val.beton") == expected("val") and read_beton(out / "val.beton").about.classes == WNIDS
+    assert (
+        contents(out / "val.beton") == expected("val")
+        and read_beton(out / "val.beton").about.classes == WNIDS
+    )
     for wrong in ("my_data", "my_data:absent", "absent:pairs"):
         with pytest.raises(InputError, match="cfg.callable"):
             write(tmp_path, Place("callable", "in", callable=wrong))
@@ -93,29 +130,48 @@ def test_imagenette_as_unpacked(tmp_path):
     for split, count in (("train", 2), ("val", 1)):
         for label, wnid in enumerate(wnids):
             for number in range(count):
-                put(tmp_path / "imagenette2" / split / wnid / f"{wnid}_{number}.JPEG", sources.jpeg(label % 3, 10 * label + number))
+                put(
+                    tmp_path / "imagenette2" / split / wnid / f"{wnid}_{number}.JPEG",
+                    sources.jpeg(label % 3, 10 * label + number),
+                )
     out = write(tmp_path, Place("imagenette", str(tmp_path)))
-    assert contents(out / "train.beton") == sorted((label, sources.jpeg(label % 3, 10 * label + number)) for label in range(10) for number in range(2))
+    assert contents(out / "train.beton") == sorted(
+        (label, sources.jpeg(label % 3, 10 * label + number))
+        for label in range(10)
+        for number in range(2)
+    )
     about = read_beton(out / "val.beton").about
-    assert about.classes == wnids and about.titles[0].startswith("tench") and read_beton(out / "val.beton").names()[0] == f"{wnids[0]}/{wnids[0]}_0.JPEG"
+    assert (
+        about.classes == wnids
+        and about.titles[0].startswith("tench")
+        and read_beton(out / "val.beton").names()[0] == f"{wnids[0]}/{wnids[0]}_0.JPEG"
+    )
 
 
 def test_class_names_may_be_given(tmp_path):
     sources.webdataset(tmp_path / "in")
     (tmp_path / "names.txt").write_text("\n".join(WNIDS))
-    out = write(tmp_path, Place("webdataset", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")))
+    out = write(
+        tmp_path, Place("webdataset", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt"))
+    )
     about = read_beton(out / "train.beton").about
     assert about.classes == WNIDS and about.titles[1].startswith("goldfish")
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     with pytest.raises(InputError, match="cfg.class_names.*2 lines"):
-        write(tmp_path, Place("webdataset", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")))
+        write(
+            tmp_path,
+            Place("webdataset", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")),
+        )
 
 
-# ---- remote -----------------------------------------------------------------------------------------------------------
+# ---- remote
+# --------------------------------------------------------------------------------------------------
+
 
 class Server(http.server.ThreadingHTTPServer):
-    """A web server of one folder that answers requests for parts, as object stores do. lost: how many of the next requests it
-    cuts off."""
+    """A web server of one folder that answers requests for parts, as object stores do. lost: how
+    many of the next requests it cuts off."""
+
     lost = 0
 
     def __init__(self, folder):
@@ -142,7 +198,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
                 self.send_header("Content-Length", str(last - first + 1))
                 self.end_headers()
-                self.wfile.write(data[first:last + 1])
+                self.wfile.write(data[first : last + 1])
 
             def end_headers(self):
                 self.send_header("Accept-Ranges", "bytes")
@@ -172,8 +228,18 @@ def server(tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("form", ["folders", "archives, meta.mat", "kaggle", "webdataset, json, braces", "parquet", "csv, names",
-                                  "tiny imagenet"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "folders",
+        "archives, meta.mat",
+        "kaggle",
+        "webdataset, json, braces",
+        "parquet",
+        "csv, names",
+        "tiny imagenet",
+    ],
+)
 def test_any_form_is_read_from_a_web_server(form, tmp_path, server):
     make, dataset, pattern = FORMS[form]
     shutil.rmtree(tmp_path / "in")
@@ -193,7 +259,9 @@ def test_files_of_memory_and_file_urls(tmp_path):
     assert contents(out / "val.beton") == expected("val")
 
 
-def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(tmp_path, server, monkeypatch, capsys):
+def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(
+    tmp_path, server, monkeypatch, capsys
+):
     monkeypatch.setattr(files, "PAUSE", 0.01)
     shutil.rmtree(tmp_path / "in")
     sources.webdataset(tmp_path / "in")
@@ -212,8 +280,12 @@ def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(tmp_path, 
 
     with monkeypatch.context() as patched:
         patched.setattr(files.Remote, "read", breaks_down)
-        with pytest.raises(InputError, match=r"127.0.0.1.*cannot be reached.*the same command again"):
-            write(tmp_path / "lost", place, "train", skip=True, max_skipped=1.0)  # a lost network is no bad picture
+        with pytest.raises(
+            InputError, match=r"127.0.0.1.*cannot be reached.*the same command again"
+        ):
+            write(
+                tmp_path / "lost", place, "train", skip=True, max_skipped=1.0
+            )  # a lost network is no bad picture
     assert not (tmp_path / "lost/out/train.beton").exists()
     server.lost = 0
     assert (write(tmp_path / "lost", place, "train") / "train.beton").read_bytes() == whole
@@ -234,7 +306,9 @@ def test_an_unknown_protocol_is_named():
         write_splits(Place("imagenet", "nonsense://bucket/x"), "out/")
 
 
-# ---- faults -----------------------------------------------------------------------------------------------------------
+# ---- faults
+# --------------------------------------------------------------------------------------------------
+
 
 def with_fault(root: Path, fault: str) -> str:
     """Puts a picture with a fault among others; its name."""
@@ -243,7 +317,7 @@ def with_fault(root: Path, fault: str) -> str:
     whole = sources.jpeg(1, 5)
     stream = io.BytesIO()
     if fault == "truncated":
-        path.write_bytes(whole[:len(whole) // 2])
+        path.write_bytes(whole[: len(whole) // 2])
     elif fault == "damaged in the middle":
         path.write_bytes(whole[:900] + bytes(range(256)) + whole[1156:])
     elif fault == "empty":
@@ -265,17 +339,30 @@ def with_fault(root: Path, fault: str) -> str:
         Image.new("1", (30000, 30000)).save(stream, "PNG")
         path.write_bytes(stream.getvalue())
     elif fault == "JPEG bomb":
-        path.write_bytes(whole[:whole.index(b"\xff\xc0") + 5] + b"\xff\xf0\xff\xf0" + whole[whole.index(b"\xff\xc0") + 9:])
+        path.write_bytes(
+            whole[: whole.index(b"\xff\xc0") + 5]
+            + b"\xff\xf0\xff\xf0"
+            + whole[whole.index(b"\xff\xc0") + 9 :]
+        )
     elif fault == "too wide":
         Image.new("L", (70000, 2)).save(stream, "PNG")
         path.write_bytes(stream.getvalue())
     return path.name
 
 
-FAULTS = {"truncated": "not a readable picture", "damaged in the middle": "not a readable picture", "empty": "it is empty",
-          "no picture": "not a readable picture", "dangling link": "No such file", "link out of the tree": "leaves .*follow_links=1",
-          "folder linked out of the tree": "leaves .*follow_links=1", "pipe": "not a regular file", "bomb": "30000 x 30000 pixels.*max_pixels",
-          "JPEG bomb": "65520 x 65520 pixels.*max_pixels", "too wide": "70000 x 2 pixels.*65535 a side"}
+FAULTS = {
+    "truncated": "not a readable picture",
+    "damaged in the middle": "not a readable picture",
+    "empty": "it is empty",
+    "no picture": "not a readable picture",
+    "dangling link": "No such file",
+    "link out of the tree": "leaves .*follow_links=1",
+    "folder linked out of the tree": "leaves .*follow_links=1",
+    "pipe": "not a regular file",
+    "bomb": "30000 x 30000 pixels.*max_pixels",
+    "JPEG bomb": "65520 x 65520 pixels.*max_pixels",
+    "too wide": "70000 x 2 pixels.*65535 a side",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -290,20 +377,41 @@ def test_a_bad_picture_ends_the_work_by_name_or_is_left_out_and_reported(fault, 
     out = write(tmp_path, place, "train", skip=True, max_skipped=0.1)
     assert contents(out / "train.beton") == expected("train")
     shown = capsys.readouterr().out
-    assert f"{WNIDS[1]} 4 of 5" in shown and "1 pictures were left out" in shown and "going on after" in shown
+    assert (
+        f"{WNIDS[1]} 4 of 5" in shown
+        and "1 pictures were left out" in shown
+        and "going on after" in shown
+    )
     head, row = (out / "train.beton.skipped.csv").read_text().splitlines()
-    assert head == "path,class,reason" and name in row and WNIDS[1] in row and re.search(FAULTS[fault], row)
+    assert (
+        head == "path,class,reason"
+        and name in row
+        and WNIDS[1] in row
+        and re.search(FAULTS[fault], row)
+    )
     assert read_beton(out / "train.beton").about.counts["left out"] == 1
 
 
 def test_links_may_be_followed(tmp_path):
     for fault in ("link out of the tree", "folder linked out of the tree"):
         with_fault(tmp_path / fault, fault)
-        out = write(tmp_path / f"{fault} out", Place("imagenet", str(tmp_path / fault), follow_links=True), "train")
+        out = write(
+            tmp_path / f"{fault} out",
+            Place("imagenet", str(tmp_path / fault), follow_links=True),
+            "train",
+        )
         assert len(read_beton(out / "train.beton")) == 13
     (tmp_path / "named").symlink_to(tmp_path / "link out of the tree")  # the root itself may be one
     (tmp_path / "link out of the tree/train" / WNIDS[1] / "fault.JPEG").unlink()
-    assert len(read_beton(write(tmp_path / "z", Place("imagenet", str(tmp_path / "named")), "train") / "train.beton")) == 12
+    assert (
+        len(
+            read_beton(
+                write(tmp_path / "z", Place("imagenet", str(tmp_path / "named")), "train")
+                / "train.beton"
+            )
+        )
+        == 12
+    )
 
 
 def test_a_raised_limit_lets_a_large_picture_in(tmp_path):
@@ -313,8 +421,10 @@ def test_a_raised_limit_lets_a_large_picture_in(tmp_path):
     put(tmp_path / "in/train" / WNIDS[0] / "wide.png", stream.getvalue())
     place = Place("imagenet", str(tmp_path / "in"))
     with pytest.raises(InputError, match="30000 x 40 pixels are more than cfg.max_pixels=1000000"):
-        write(tmp_path, place, "train", encoding=Encoding(max_pixels=10 ** 6))
-    out = write(tmp_path, place, "train", encoding=Encoding(max_pixels=2 * 10 ** 6))  # and goes on where that one ended
+        write(tmp_path, place, "train", encoding=Encoding(max_pixels=10**6))
+    out = write(
+        tmp_path, place, "train", encoding=Encoding(max_pixels=2 * 10**6)
+    )  # and goes on where that one ended
     assert read_beton(out / "train.beton").widths.max() == 30000
 
 
@@ -336,7 +446,9 @@ def exotic(kind: str) -> tuple[str, bytes]:
     return (".png" if "PNG" in kind else ".jpg"), stream.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["CMYK", "16-bit PNG", "PNG named JPEG", *(f"EXIF {turn}" for turn in range(1, 9))])
+@pytest.mark.parametrize(
+    "kind", ["CMYK", "16-bit PNG", "PNG named JPEG", *(f"EXIF {turn}" for turn in range(1, 9))]
+)
 def test_what_cannot_stay_as_it_is_is_encoded_upright(kind, tmp_path):
     suffix, data = exotic(kind)
     sources.folders(tmp_path / "in")
@@ -345,15 +457,26 @@ def test_what_cannot_stay_as_it_is_is_encoded_upright(kind, tmp_path):
     file = read_beton(out / "train.beton")
     encoded = kind != "EXIF 1"
     assert file.about.counts["encoded"] == encoded and file.names()[0] == f"{WNIDS[0]}/0{suffix}"
-    stored = (out / "train.beton").read_bytes()[file.pointers[0]:file.pointers[0] + file.sizes[0]]
+    stored = (out / "train.beton").read_bytes()[file.pointers[0] : file.pointers[0] + file.sizes[0]]
     turned = kind in {"EXIF 5", "EXIF 6", "EXIF 7", "EXIF 8"}
-    assert (stored != data) == encoded and (file.heights[0], file.widths[0]) == ((32, 24) if turned else (24, 32))
+    assert (stored != data) == encoded and (file.heights[0], file.widths[0]) == (
+        (32, 24) if turned else (24, 32)
+    )
     colour = (40000 / 257,) * 3 if kind == "16-bit PNG" else (200, 120, 40)
     assert np.abs(np.asarray(Image.open(io.BytesIO(stored))).astype(float) - colour).max() < 6
 
 
-@pytest.mark.parametrize("save", [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"optimize": True}, {"restart_marker_blocks": 3},
-                                  {"comment": b"x" * 5000}])
+@pytest.mark.parametrize(
+    "save",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": "4:4:4"},
+        {"optimize": True},
+        {"restart_marker_blocks": 3},
+        {"comment": b"x" * 5000},
+    ],
+)
 def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
     sources.folders(tmp_path / "in")
     pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
@@ -361,18 +484,40 @@ def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
         stream = io.BytesIO()
         Image.fromarray(picture).save(stream, "JPEG", **save)
         put(tmp_path / "in/train" / WNIDS[0] / f"0{number}.jpg", stream.getvalue())
-    out = write(tmp_path, Place("imagenet", str(tmp_path / "in")), "train", encoding=Encoding(max_resolution=60))
+    out = write(
+        tmp_path,
+        Place("imagenet", str(tmp_path / "in")),
+        "train",
+        encoding=Encoding(max_resolution=60),
+    )
     known = [data for label, data in contents(out / "train.beton") if label == 0]
-    assert all((tmp_path / f"in/train/{WNIDS[0]}/0{number}.jpg").read_bytes() in known for number in (0, 1))
-    out = write(tmp_path / "smaller", Place("imagenet", str(tmp_path / "in")), "train", encoding=Encoding(max_resolution=59))
+    assert all(
+        (tmp_path / f"in/train/{WNIDS[0]}/0{number}.jpg").read_bytes() in known for number in (0, 1)
+    )
+    out = write(
+        tmp_path / "smaller",
+        Place("imagenet", str(tmp_path / "in")),
+        "train",
+        encoding=Encoding(max_resolution=59),
+    )
     assert read_beton(out / "train.beton").about.counts["encoded"] == 2
-    out = write(tmp_path / "anew", Place("imagenet", str(tmp_path / "in")), "train", encoding=Encoding(pass_through=False))
+    out = write(
+        tmp_path / "anew",
+        Place("imagenet", str(tmp_path / "in")),
+        "train",
+        encoding=Encoding(pass_through=False),
+    )
     assert read_beton(out / "train.beton").about.counts["kept"] == 0
 
 
 def test_unicode_and_very_long_names_stay(tmp_path):
     sources.folders(tmp_path / "in")
-    names = ["päärynä 梨 🍐.jpg", "x" * 240 + ".jpg", "line\nbreak.jpg", b"latin-\xe9.jpg".decode("utf-8", "surrogateescape")]
+    names = [
+        "päärynä 梨 🍐.jpg",
+        "x" * 240 + ".jpg",
+        "line\nbreak.jpg",
+        b"latin-\xe9.jpg".decode("utf-8", "surrogateescape"),
+    ]
     for number, name in enumerate(names):
         put(tmp_path / "in/train" / WNIDS[0] / name, sources.jpeg(0, 20 + number))
     out = write(tmp_path, Place("imagenet", str(tmp_path / "in")), "train")
@@ -393,21 +538,34 @@ def test_equal_pictures_are_counted(tmp_path, capsys):
     sources.folders(tmp_path / "in")
     put(tmp_path / "in/train" / WNIDS[2] / "copy.jpg", sources.jpeg(0, 1))
     write(tmp_path, Place("imagenet", str(tmp_path / "in")), "train")
-    assert "1 images are byte for byte another's copy; 1 pictures stand in two classes or more" in capsys.readouterr().out
+    assert (
+        "1 images are byte for byte another's copy; 1 pictures stand in two classes or more"
+        in capsys.readouterr().out
+    )
 
 
-# ---- archives and lists that are not what they should be ---------------------------------------------------------------
+# ---- archives and lists that are not what they should be
+# ---------------------------------------------------------------
 
-@pytest.mark.parametrize("member", ["../escape.jpg", "/absolute.jpg", f"{WNIDS[0]}/../../escape.jpg"])
+
+@pytest.mark.parametrize(
+    "member", ["../escape.jpg", "/absolute.jpg", f"{WNIDS[0]}/../../escape.jpg"]
+)
 def test_an_archives_member_cannot_leave_it(member, tmp_path):
-    put_tar(tmp_path / "x.tar", [(member, sources.jpeg(0, 0)), (f"{WNIDS[0]}/1.jpg", sources.jpeg(0, 1))])
+    put_tar(
+        tmp_path / "x.tar",
+        [(member, sources.jpeg(0, 0)), (f"{WNIDS[0]}/1.jpg", sources.jpeg(0, 1))],
+    )
     with pytest.raises(InputError, match="not a path inside"):
         write(tmp_path, Place("imagenet", str(tmp_path / "x.tar")), "train")
 
 
 def test_links_in_archives_are_not_followed(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, data in ((f"{WNIDS[0]}/1.jpg", sources.jpeg(0, 1)), (f"{WNIDS[1]}/1.jpg", sources.jpeg(1, 1))):
+        for name, data in (
+            (f"{WNIDS[0]}/1.jpg", sources.jpeg(0, 1)),
+            (f"{WNIDS[1]}/1.jpg", sources.jpeg(1, 1)),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
@@ -418,7 +576,16 @@ def test_links_in_archives_are_not_followed(tmp_path):
         write(tmp_path, Place("imagenet", str(tmp_path / "x.tar")), "train")
 
 
-@pytest.mark.parametrize("path", ["../secret.jpg", "/etc/hostname", "http://127.0.0.1/x.jpg", "files/../../secret.jpg", "a\\..\\..\\b"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.jpg",
+        "/etc/hostname",
+        "http://127.0.0.1/x.jpg",
+        "files/../../secret.jpg",
+        "a\\..\\..\\b",
+    ],
+)
 def test_a_lists_path_cannot_leave_its_folder(path, tmp_path):
     sources.lists(tmp_path / "in", numbers=False, head=False)
     with open(tmp_path / "in/train.csv", "a") as file:
@@ -438,9 +605,16 @@ def test_a_damaged_archive_is_named(damage, tmp_path):
         with tarfile.open(path, "w:gz") as archive:
             archive.addfile(tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG"))
     else:
-        path.write_bytes({"cut": whole[:second + 700], "header": whole[:second + 20] + b"\xff" * 300 + whole[second + 320:],
-                          "text": b"hello " * 1000}[damage])
-    with pytest.raises(InputError, match="ILSVRC2012_img_val.tar: (ends inside|damaged or cut at byte|not a tar)"):
+        path.write_bytes(
+            {
+                "cut": whole[: second + 700],
+                "header": whole[: second + 20] + b"\xff" * 300 + whole[second + 320 :],
+                "text": b"hello " * 1000,
+            }[damage]
+        )
+    with pytest.raises(
+        InputError, match="ILSVRC2012_img_val.tar: (ends inside|damaged or cut at byte|not a tar)"
+    ):
         write(tmp_path, Place("imagenet_archives", str(tmp_path / "in")), "val")
 
 
@@ -471,7 +645,9 @@ def test_a_sample_without_a_label_is_a_fault(tmp_path):
             archive.addfile(member, io.BytesIO(data))
     with pytest.raises(InputError, match="zz.jpg: has no label"):
         write(tmp_path, Place("webdataset", str(tmp_path / "in")))
-    out = write(tmp_path, Place("webdataset", str(tmp_path / "in")), "train", skip=True, max_skipped=0.1)
+    out = write(
+        tmp_path, Place("webdataset", str(tmp_path / "in")), "train", skip=True, max_skipped=0.1
+    )
     assert contents(out / "train.beton") == expected("train")
 
 
@@ -480,14 +656,19 @@ def test_parquet_that_is_not_one_of_images_is_named(tmp_path):
     from pyarrow import parquet as pq
 
     (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"image": [b"x"], "fine": [1], "coarse": [2]}), tmp_path / "in/train.parquet")
+    pq.write_table(
+        pa.table({"image": [b"x"], "fine": [1], "coarse": [2]}), tmp_path / "in/train.parquet"
+    )
     with pytest.raises(InputError, match="cfg.label_column.*fine, coarse"):
         write(tmp_path, Place("parquet", str(tmp_path / "in")), "train")
     (tmp_path / "in/train.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(InputError, match="not parquet of images"):
         write(tmp_path, Place("parquet", str(tmp_path / "in")), "train")
     data = [sources.jpeg(0, 0), None, sources.jpeg(2, 2)]
-    pq.write_table(pa.table({"image": pa.array(data, pa.binary()), "fine": [0, 1, 2], "coarse": [0, None, 0]}), tmp_path / "in/train.parquet")
+    pq.write_table(
+        pa.table({"image": pa.array(data, pa.binary()), "fine": [0, 1, 2], "coarse": [0, None, 0]}),
+        tmp_path / "in/train.parquet",
+    )
     place = Place("parquet", str(tmp_path / "in"), label_column="fine")
     with pytest.raises(InputError, match="row 1 has no image"):
         write(tmp_path, place, "train")
@@ -502,7 +683,9 @@ def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
-    with pytest.raises(InputError, match="cfg.data_dir=nobody/nothing: the datasets library cannot load it"):
+    with pytest.raises(
+        InputError, match="cfg.data_dir=nobody/nothing: the datasets library cannot load it"
+    ):
         write(tmp_path, Place("datasets", "nobody/nothing"))
 
 
@@ -532,10 +715,17 @@ def test_what_a_devkit_says_of_other_classes_is_refused(tmp_path):
 
 def test_titles_are_the_sources_own(tmp_path):
     sources.kaggle(tmp_path / "in")
-    assert read_beton(write(tmp_path, Place("kaggle", str(tmp_path / "in"))) / "train.beton").about.titles == WORDS
+    assert (
+        read_beton(
+            write(tmp_path, Place("kaggle", str(tmp_path / "in"))) / "train.beton"
+        ).about.titles
+        == WORDS
+    )
 
 
-# ---- what a hostile reading of the code has found ---------------------------------------------------------------------
+# ---- what a hostile reading of the code has found
+# ---------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["CMYK", "extended", "PNG"])
 def test_damage_is_seen_also_in_what_is_no_plain_jpeg(kind, tmp_path):
@@ -557,7 +747,9 @@ def test_damage_is_seen_also_in_what_is_no_plain_jpeg(kind, tmp_path):
         if kind == "PNG":
             damaged[at] ^= 1 << int(rng.integers(8))
         else:
-            damaged[at:at + 2] = b"\xff\xd9"  # ends early; other damage may by chance decode to something
+            damaged[at : at + 2] = (
+                b"\xff\xd9"  # ends early; other damage may by chance decode to something
+            )
         with pytest.raises(InputError, match="x: not a readable picture"):
             encoding.store(0, bytes(damaged), "x")
 
@@ -569,8 +761,16 @@ def test_a_tiff_is_turned_once(turn):
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = turn
-    back = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.transpose(1, 0, 2),
-            6: lambda x: np.rot90(x, 1), 7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: lambda x: np.rot90(x, 3)}[turn]
+    back = {
+        1: lambda x: x,
+        2: np.fliplr,
+        3: lambda x: np.rot90(x, 2),
+        4: np.flipud,
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, 3),
+    }[turn]
     Image.fromarray(np.ascontiguousarray(back(upright))).save(stream, "TIFF", exif=exif)
     from rsb_ffcv.dataset.picture import load_rgb
 
@@ -590,7 +790,10 @@ def test_other_pictures_under_the_same_names_are_noticed(tmp_path, capsys):
 
     for root, side in (("one", 40), ("two", 30)):
         for number in range(30):
-            put(tmp_path / root / "train" / WNIDS[0] / f"{number:02d}.jpg", sources.jpeg(0, number, side))
+            put(
+                tmp_path / root / "train" / WNIDS[0] / f"{number:02d}.jpg",
+                sources.jpeg(0, number, side),
+            )
     one, two = (Place("imagenet", str(tmp_path / root)) for root in ("one", "two"))
     write(tmp_path, one, "train")
     with pytest.raises(InputError, match="is another picture than when it was written"):
@@ -608,16 +811,22 @@ def test_other_pictures_under_the_same_names_are_noticed(tmp_path, capsys):
             write(tmp_path / "x", one, "train")
     finally:
         writer._Part.add = real
-    with pytest.raises(InputError, match="begun from other pictures"):  # another size and time of the first
+    with pytest.raises(
+        InputError, match="begun from other pictures"
+    ):  # another size and time of the first
         write(tmp_path / "x", two, "train")
     replaced = tmp_path / "one" / "train" / WNIDS[0] / "10.jpg"
     replaced.write_bytes(sources.jpeg(0, 11, 50))
     assert len(read_beton(write(tmp_path / "x", one, "train") / "train.beton")) == 30
     assert "going on after 10 of 30" in capsys.readouterr().out  # from the replaced one on
-    assert (tmp_path / "x/out/train.beton").read_bytes() == (write(tmp_path / "y", one, "train") / "train.beton").read_bytes()
+    assert (tmp_path / "x/out/train.beton").read_bytes() == (
+        write(tmp_path / "y", one, "train") / "train.beton"
+    ).read_bytes()
 
 
-def test_a_shorter_list_than_it_was_begun_with_gives_the_bytes_of_the_shorter_list(tmp_path, monkeypatch):
+def test_a_shorter_list_than_it_was_begun_with_gives_the_bytes_of_the_shorter_list(
+    tmp_path, monkeypatch
+):
     from rsb_ffcv.dataset import writer
 
     sources.folders(tmp_path / "in")
@@ -630,8 +839,9 @@ def test_a_shorter_list_than_it_was_begun_with_gives_the_bytes_of_the_shorter_li
         patched.setattr(writer, "read_back", killed)
         with pytest.raises(InputError, match="stopped"):
             write(tmp_path, place, "train")
-    assert (write(tmp_path, place, "train", subset=7) / "train.beton").read_bytes() == \
-        (write(tmp_path / "fresh", place, "train", subset=7) / "train.beton").read_bytes()
+    assert (write(tmp_path, place, "train", subset=7) / "train.beton").read_bytes() == (
+        write(tmp_path / "fresh", place, "train", subset=7) / "train.beton"
+    ).read_bytes()
 
 
 def test_a_folder_that_vanishes_is_no_bad_picture(tmp_path):
@@ -682,16 +892,33 @@ def test_what_was_left_out_and_is_mended_is_taken_in(tmp_path):
         writer._finish = real
     fault.write_bytes(sources.jpeg(1, 5))
     out = write(tmp_path, place, "train", skip=True, max_skipped=0.1)
-    assert len(read_beton(out / "train.beton")) == 13 and not (out / "train.beton.skipped.csv").exists()
+    assert (
+        len(read_beton(out / "train.beton")) == 13
+        and not (out / "train.beton.skipped.csv").exists()
+    )
 
 
 def test_nothing_of_a_shard_is_dropped_without_a_word(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    put_tar(tmp_path / "in/x-train.tar", [("a.jpg", sources.jpeg(0, 0)), ("a.cls", b"0"), ("b.cls", b"1"), ("c.left.jpg", sources.jpeg(0, 2)),
-                                          ("c.right.jpg", sources.jpeg(0, 3)), ("c.cls", b"1"), ("d.jfif", sources.jpeg(0, 4)), ("d.cls", b"1")])
+    put_tar(
+        tmp_path / "in/x-train.tar",
+        [
+            ("a.jpg", sources.jpeg(0, 0)),
+            ("a.cls", b"0"),
+            ("b.cls", b"1"),
+            ("c.left.jpg", sources.jpeg(0, 2)),
+            ("c.right.jpg", sources.jpeg(0, 3)),
+            ("c.cls", b"1"),
+            ("d.jfif", sources.jpeg(0, 4)),
+            ("d.cls", b"1"),
+        ],
+    )
     out = write(tmp_path, Place("webdataset", str(tmp_path / "in")), "train")
     assert len(read_beton(out / "train.beton")) == 3
-    assert "2 members left out, without an image of their key or beside another one: b.cls, c.right.jpg" in capsys.readouterr().err
+    assert (
+        "2 members left out, without an image of their key or beside another one: b.cls, "
+        "c.right.jpg" in capsys.readouterr().err
+    )
 
 
 def test_an_archive_cut_between_members_and_missing_answers_are_noticed(tmp_path):
@@ -713,7 +940,9 @@ def test_an_archive_cut_between_members_and_missing_answers_are_noticed(tmp_path
 
 
 def test_an_archive_that_goes_backwards_ends(tmp_path):
-    put_tar(tmp_path / "x.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")])
+    put_tar(
+        tmp_path / "x.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")]
+    )
     whole = bytearray((tmp_path / "x.tar").read_bytes())
     whole[124:136] = (0xFF << 88 | (-1024) & ((1 << 88) - 1)).to_bytes(12)
     whole[148:156] = b" " * 8
@@ -729,9 +958,14 @@ def test_a_dataset_cannot_name_files_outside_of_it(tmp_path):
 
     put(tmp_path / "secret.jpg", sources.jpeg(0, 0))
     (tmp_path / "in").mkdir()
-    rows = [{"bytes": sources.jpeg(0, 1), "path": "a.jpg"}, {"bytes": None, "path": str(tmp_path / "secret.jpg")}]
+    rows = [
+        {"bytes": sources.jpeg(0, 1), "path": "a.jpg"},
+        {"bytes": None, "path": str(tmp_path / "secret.jpg")},
+    ]
     features = {"image": {"_type": "Image"}, "label": {"names": ["a", "b"], "_type": "ClassLabel"}}
-    table = pa.table({"image": pa.array(rows), "label": [0, 1]}).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    table = pa.table({"image": pa.array(rows), "label": [0, 1]}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
     pq.write_table(table, tmp_path / "in" / "train.parquet")
     with pytest.raises(InputError, match="secret.jpg, outside of the dataset"):
         write(tmp_path, Place("datasets", str(tmp_path / "in")), "train")
@@ -751,15 +985,26 @@ def test_classes_of_one_name_and_names_that_cannot_be_stored(tmp_path):
     sources.parquet(tmp_path / "in")
     (tmp_path / "names.txt").write_text("a\nb\na\n")
     with pytest.raises(InputError, match="cfg.class_names.*2 different"):
-        write(tmp_path, Place("parquet", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")))
+        write(
+            tmp_path,
+            Place("parquet", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")),
+        )
 
 
-@pytest.mark.parametrize("place, message", [
-    (Place("webdataset", "{tmp}/x-{{0000000..9999999}}.tar"), "more than 100000 shards"),
-    (Place("imagenet", "zip://*::{tmp}/no.zip"), "no.zip"), (Place("csv", "{tmp}/quote.csv"), "not a table")])
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        (Place("webdataset", "{tmp}/x-{{0000000..9999999}}.tar"), "more than 100000 shards"),
+        (Place("imagenet", "zip://*::{tmp}/no.zip"), "no.zip"),
+        (Place("csv", "{tmp}/quote.csv"), "not a table"),
+    ],
+)
 def test_odd_places_are_one_line(place, message, tmp_path):
     (tmp_path / "quote.csv").write_text('a.jpg,x\n"b.jpg,y\n' + "c.jpg,z\n" * 20000)
-    place = Place(place.dataset, place.data_dir.replace("{tmp}", str(tmp_path)).replace("{{", "{").replace("}}", "}"))
+    place = Place(
+        place.dataset,
+        place.data_dir.replace("{tmp}", str(tmp_path)).replace("{{", "{").replace("}}", "}"),
+    )
     with pytest.raises(InputError, match=message):
         write(tmp_path, place, "train")
     with pytest.raises(InputError, match="cfg.write_path=.*cannot be used"):

@@ -1,4 +1,5 @@
 """The shape of the house: who may import whom, and that two lists of versions say the same."""
+
 import ast
 import re
 import subprocess
@@ -9,9 +10,28 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rsb_ffcv"
-MAY_IMPORT = {"ops": set(), "learning": set(), "reporting": {"atomic"}, "loading": {"ops", "beton"},
-              "dataset": {"ops", "beton", "atomic"}, "beton": {"ops"}, "config": {"options"}, "atomic": set(), "options": set(),
-              "training": {"ops", "loading", "learning", "reporting", "config", "options", "atomic", "beton", "dataset"}}
+MAY_IMPORT = {
+    "ops": set(),
+    "learning": set(),
+    "reporting": {"atomic"},
+    "loading": {"ops", "beton"},
+    "dataset": {"ops", "beton", "atomic"},
+    "beton": {"ops"},
+    "config": {"options"},
+    "atomic": set(),
+    "options": set(),
+    "training": {
+        "ops",
+        "loading",
+        "learning",
+        "reporting",
+        "config",
+        "options",
+        "atomic",
+        "beton",
+        "dataset",
+    },
+}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -28,7 +48,9 @@ def imported_names(path: Path) -> set[str]:
 
 def imported_parts(path: Path) -> set[str]:
     """The parts of rsb_ffcv that a file imports."""
-    return {name.split(".")[1] for name in imported_names(path) if name.startswith("rsb_ffcv.")} & set(MAY_IMPORT)
+    return {
+        name.split(".")[1] for name in imported_names(path) if name.startswith("rsb_ffcv.")
+    } & set(MAY_IMPORT)
 
 
 def test_each_part_imports_only_the_parts_below_it():
@@ -40,7 +62,11 @@ def test_each_part_imports_only_the_parts_below_it():
 
 
 def test_no_part_is_left_out_of_the_rules():
-    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    parts = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert parts - {"__init__"} == set(MAY_IMPORT)
 
 
@@ -53,7 +79,9 @@ def test_only_the_module_for_it_may_import_ffcv():
 def test_a_run_imports_nothing_slow_that_its_first_step_does_not_need():
     slow = ("ffcv", "cv2", "matplotlib")
     code = f"import sys, rsb_ffcv.training.trainer; print([name for name in {slow} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -61,7 +89,8 @@ def test_conda_and_pip_users_get_the_same_versions():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = dict(line.split("==") for line in environment["dependencies"][-1]["pip"])
-    # conda resolves ffcv's own requirement; set_up.sh puts the headless build of the same module in its place
+    # conda resolves ffcv's own requirement; set_up.sh puts the headless build of the same module in
+    # its place
     conda["opencv-python-headless"] = conda.pop("opencv-python")
     assert conda == pinned
 
@@ -89,10 +118,17 @@ def test_the_same_versions_of_python_are_named_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [text.rpartition(" ")[2] for text in project["classifiers"] if "Python :: 3." in text]
     allowed = SpecifierSet(project["requires-python"])
-    assert named == [version for version in (f"3.{minor}" for minor in range(30)) if allowed.contains(version)]
+    assert named == [
+        version for version in (f"3.{minor}" for minor in range(30)) if allowed.contains(version)
+    ]
     listed = f"{', '.join(named[:-1])} or {named[-1]}"
     set_up = (ROOT / "set_up.sh").read_text()
-    assert f'supported="{" ".join(reversed(named))}"' in set_up and f"needs Python {listed} " in set_up
-    assert f"On Debian with Python {listed} (the suite passes on each)" in (ROOT / "README.md").read_text()
+    assert (
+        f'supported="{" ".join(reversed(named))}"' in set_up and f"needs Python {listed} " in set_up
+    )
+    assert (
+        f"On Debian with Python {listed} (the suite passes on each)"
+        in (ROOT / "README.md").read_text()
+    )
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["dependencies"][0].removeprefix("python=") in named

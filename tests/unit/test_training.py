@@ -1,4 +1,5 @@
 """Health policies, checkpoints and batch-norm statistics, each by itself."""
+
 import json
 import os
 import re
@@ -69,13 +70,24 @@ def test_one_odd_reading_is_no_rise():
     assert not said
 
 
-@pytest.mark.parametrize("classes, top1, tells", [(1000, 0.1, True), (1000, 0.2, False), (10, 11.0, True), (10, 20.0, False),
-                                                  (2, 51.0, True), (2, 60.0, False)])
+@pytest.mark.parametrize(
+    "classes, top1, tells",
+    [
+        (1000, 0.1, True),
+        (1000, 0.2, False),
+        (10, 11.0, True),
+        (10, 20.0, False),
+        (2, 51.0, True),
+        (2, 60.0, False),
+    ],
+)
 def test_top1_at_chance_is_told_at_the_stated_epoch(classes, top1, tells):
     checks, said = health()
     for epoch in range(8):
         checks.check_accuracy(epoch, {"top1": top1}, classes)
-    assert len(said) == tells and (not tells or "after epoch 5" in said[0] and "learning rate" in said[0])
+    assert len(said) == tells and (
+        not tells or "after epoch 5" in said[0] and "learning rate" in said[0]
+    )
     if tells:
         with pytest.raises(Stop, match="health.chance=warn"):
             health(chance="act")[0].check_accuracy(4, {"top1": top1}, classes)
@@ -116,7 +128,12 @@ def test_what_health_remembers_is_saved():
 
 def state(step, size=1000):
     torch.manual_seed(step)
-    return {**{name: None for name in checkpoint.KEYS}, "step": step, "model": {"w": torch.randn(size)}, "rows": []}
+    return {
+        **{name: None for name in checkpoint.KEYS},
+        "step": step,
+        "model": {"w": torch.randn(size)},
+        "rows": [],
+    }
 
 
 def test_the_newest_few_and_the_best_stay(tmp_path):
@@ -125,9 +142,15 @@ def test_the_newest_few_and_the_best_stay(tmp_path):
     for step in (3, 6, 9, 12):
         store.save(state(step), best=step == 6)
     assert store.finish()
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["best.pt", "checkpoint_000000009.pt", "checkpoint_000000012.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
+        "best.pt",
+        "checkpoint_000000009.pt",
+        "checkpoint_000000012.pt",
+    ]
     path, found = store.newest()
-    assert path.name == "checkpoint_000000012.pt" and torch.equal(found["model"]["w"], state(12)["model"]["w"])
+    assert path.name == "checkpoint_000000012.pt" and torch.equal(
+        found["model"]["w"], state(12)["model"]["w"]
+    )
     assert checkpoint.read(tmp_path / "best.pt")["step"] == 6
     store.close()
 
@@ -153,19 +176,32 @@ def test_any_damage_to_the_newest_falls_back_to_the_one_before(tmp_path, capsys)
     whole = newest.read_bytes()
     weights = whole.index(state(2)["model"]["w"].numpy().tobytes())
     rng = torch.Generator().manual_seed(0)
-    places = [weights, weights + 1234, weights + 3999, *torch.randint(0, len(whole), (150,), generator=rng).tolist()]
-    damages = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:] for at in places]
-    damages += [whole[:length] for length in (0, 1, 100, len(whole) // 2, len(whole) - 1)] + [bytes(len(whole))]
+    places = [
+        weights,
+        weights + 1234,
+        weights + 3999,
+        *torch.randint(0, len(whole), (150,), generator=rng).tolist(),
+    ]
+    damages = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in places]
+    damages += [whole[:length] for length in (0, 1, 100, len(whole) // 2, len(whole) - 1)] + [
+        bytes(len(whole))
+    ]
     fallen = 0
     for content in damages:
         newest.write_bytes(content)
         path, found = store.newest()
         err = capsys.readouterr().err
         if path == newest:  # a bit of padding or of a date, which nothing reads
-            assert torch.equal(found["model"]["w"], state(2)["model"]["w"]) and found["step"] == 2 and not err
+            assert (
+                torch.equal(found["model"]["w"], state(2)["model"]["w"])
+                and found["step"] == 2
+                and not err
+            )
         else:
             fallen += 1
-            assert found["step"] == 1 and re.search("warning: .*000000002.pt: .*; falling back to the one before", err), err
+            assert found["step"] == 1 and re.search(
+                "warning: .*000000002.pt: .*; falling back to the one before", err
+            ), err
     assert fallen > 60
     (tmp_path / "checkpoint_000000001.pt").write_bytes(b"")
     with pytest.raises(InputError, match="none of its 1 checkpoints can be read"):
@@ -180,7 +216,11 @@ def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path):
     store.finish()
     newest = tmp_path / "checkpoint_000000009.pt"
     newest.write_bytes(b"damaged")
-    assert store.newest()[1]["step"] == 6 and not newest.exists() and newest.with_suffix(".damaged").exists()
+    assert (
+        store.newest()[1]["step"] == 6
+        and not newest.exists()
+        and newest.with_suffix(".damaged").exists()
+    )
     newest.write_bytes(b"not looked at yet")
     store.save(state(7), False)
     assert store.finish() and (tmp_path / "checkpoint_000000007.pt").exists()
@@ -192,7 +232,11 @@ def test_the_newest_regular_checkpoint_stays_and_is_what_a_run_goes_back_to(tmp_
     store.lock()
     for step in (10, 20, 21, 22, 23):
         store.save(state(step), False)
-    assert store.finish() and [path.name[-6:-3] for path in sorted(tmp_path.glob("c*.pt"))] == ["020", "022", "023"]
+    assert store.finish() and [path.name[-6:-3] for path in sorted(tmp_path.glob("c*.pt"))] == [
+        "020",
+        "022",
+        "023",
+    ]
     assert store.newest()[1]["step"] == 23 and store.newest(regular=True)[1]["step"] == 20
     store.close()
 
@@ -209,7 +253,9 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     second.close()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_the_others(tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_the_others(
+    tmp_path, capsys, monkeypatch
+):
     store = checkpoint.Store(tmp_path, 1)
     store.lock()
     store.save(state(1), True)
@@ -221,7 +267,9 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_the_others(
     monkeypatch.setattr(os, "fsync", full)
     store.save(state(2), True)
     assert not store.finish()
-    assert "no checkpoint was written" in (err := capsys.readouterr().err) and "No space left" in err
+    assert (
+        "no checkpoint was written" in (err := capsys.readouterr().err) and "No space left" in err
+    )
     monkeypatch.undo()
     assert store.newest()[1]["step"] == 1 and checkpoint.read(tmp_path / "best.pt")["step"] == 1
     store.save(state(3), False)
@@ -255,11 +303,21 @@ def test_label_sets_are_checked(tmp_path):
     path.write_text("[[1, 2], [], 0]")
     names = ["b/x.jpg", "a/y.jpg", "c/z.jpg"]
     assert read_label_sets(str(path), names, 3).tolist() == [[1, 2], [-1, -1], [0, -1]]
-    numbered = [f"n0{number}/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 1)]  # as a folder of classes is listed
+    numbered = [
+        f"n0{number}/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 1)
+    ]  # as a folder of classes is listed
     assert read_label_sets(str(path), numbered, 3).tolist() == [[0, -1], [1, 2]]
-    with pytest.raises(InputError, match="has 3 entries, and data.val_dataset the image ILSVRC2012_val_00000004.JPEG"):
+    with pytest.raises(
+        InputError,
+        match="has 3 entries, and data.val_dataset the image ILSVRC2012_val_00000004.JPEG",
+    ):
         read_label_sets(str(path), ["ILSVRC2012_val_00000004.JPEG"], 3)
-    for content, message in (("[1, 2]", "has 2 entries"), ("[1, 2, 3]", "the entry of c/z.jpg is"), ("{", "cannot be read"), ("[1, [true], 'x']", "read")):
+    for content, message in (
+        ("[1, 2]", "has 2 entries"),
+        ("[1, 2, 3]", "the entry of c/z.jpg is"),
+        ("{", "cannot be read"),
+        ("[1, [true], 'x']", "read"),
+    ):
         path.write_text(content)
         with pytest.raises(InputError, match=f"validation.labels=.*{message}"):
             read_label_sets(str(path), names, 3)
@@ -275,24 +333,60 @@ def test_files_that_do_not_fit_the_recipe_or_each_other_are_refused_by_name(beto
     from rsb_ffcv.training.build import check_files
 
     def config(**more):
-        return read_config(TrainConfig, "", [f"--data.train_dataset={betons}/train.beton", f"--data.val_dataset={betons}/val.beton",
-                                             "--data.num_workers=1", "--data.in_memory=0", "--logging.folder=x",
-                                             *(f"--{name}={value}" for name, value in more.items())])
+        return read_config(
+            TrainConfig,
+            "",
+            [
+                f"--data.train_dataset={betons}/train.beton",
+                f"--data.val_dataset={betons}/val.beton",
+                "--data.num_workers=1",
+                "--data.in_memory=0",
+                "--logging.folder=x",
+                *(f"--{name}={value}" for name, value in more.items()),
+            ],
+        )
 
     def with_about(file, **changed):
         return replace(file, about=About(**{**vars(file.about), **changed}))
 
     train, val = read_beton(betons / "train.beton"), read_beton(betons / "val.beton")
-    assert check_files(config(), train, val) == check_files(config(**{"model.num_classes": 3}), train, val) == 3
+    assert (
+        check_files(config(), train, val)
+        == check_files(config(**{"model.num_classes": 3}), train, val)
+        == 3
+    )
     stock = replace(val, about=None)
     assert check_files(config(), train, stock) == 3
     for arguments, message in (
-            ((config(**{"model.num_classes": 4}), train, val), "model.num_classes=4: data.train_dataset=.*train.beton has 3 classes"),
-            ((config(), train, with_about(val, classes=["amber", "cyan", "blue"])), "class 1 is 'cyan', and that of .*train.beton is 'blue'"),
-            ((config(), train, with_about(val, classes=["amber", "blue", "cyan", "red"])), "has 4 classes, the training file has 3"),
-            ((config(), val, train), "train_dataset=.*val.beton was written from the split val.*exchange them"),
-            ((config(**{"resolution.max_res": 160}), with_about(train, settings={"max_resolution": 128}), val),
-             "resolution.max_res=160: the images of .*train.beton were shrunk to cfg.max_resolution=128"),
-            ((config(), train, with_about(val, settings={"max_resolution": 200})), "validation.resolution=224: .*val.beton")):
+        (
+            (config(**{"model.num_classes": 4}), train, val),
+            "model.num_classes=4: data.train_dataset=.*train.beton has 3 classes",
+        ),
+        (
+            (config(), train, with_about(val, classes=["amber", "cyan", "blue"])),
+            "class 1 is 'cyan', and that of .*train.beton is 'blue'",
+        ),
+        (
+            (config(), train, with_about(val, classes=["amber", "blue", "cyan", "red"])),
+            "has 4 classes, the training file has 3",
+        ),
+        (
+            (config(), val, train),
+            "train_dataset=.*val.beton was written from the split val.*exchange them",
+        ),
+        (
+            (
+                config(**{"resolution.max_res": 160}),
+                with_about(train, settings={"max_resolution": 128}),
+                val,
+            ),
+            "resolution.max_res=160: the images of .*train.beton were shrunk to "
+            "cfg.max_resolution=128",
+        ),
+        (
+            (config(), train, with_about(val, settings={"max_resolution": 200})),
+            "validation.resolution=224: .*val.beton",
+        ),
+    ):
         with pytest.raises(InputError, match=message):
             check_files(*arguments)

@@ -1,4 +1,5 @@
 """Work on threads comes back in order, with its errors, and never hangs without a word."""
+
 import subprocess
 import sys
 import textwrap
@@ -26,7 +27,7 @@ def test_results_come_in_order_and_not_far_ahead(threads):
         return item * item
 
     for number, result in enumerate(ordered(slow_at_times, range(200), threads, ahead=10)):
-        assert result == number ** 2 and len(begun) <= number + 11
+        assert result == number**2 and len(begun) <= number + 11
     assert sorted(begun) == list(range(200))
 
 
@@ -45,8 +46,8 @@ def test_an_error_comes_in_its_turn_and_ends_the_threads(error):
 
 
 def test_a_thread_that_hangs_ends_the_program_with_its_reason():
-    """Also where it hangs for ever: the program's end does not wait for it. The others have not begun by then: however slow the
-    machine is, it is the one that is waited for."""
+    """Also where it hangs for ever: the program's end does not wait for it. The others have not
+    begun by then: however slow the machine is, it is the one that is waited for."""
     code = f"""
         import sys, threading
         sys.path.insert(0, {str(ROOT)!r})
@@ -62,9 +63,13 @@ def test_a_thread_that_hangs_ends_the_program_with_its_reason():
             yield 4
         sys.exit(exit_status(lambda: list(ordered(hangs, items(), 2, name=lambda item: f"picture {{item}}", patience=0.5))))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 2 and "in hangs" in done.stderr  # its stack
-    assert done.stderr.splitlines()[-1].startswith("error: picture 3: a worker has not come back from it for")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: picture 3: a worker has not come back from it for"
+    )
 
 
 def test_leaving_early_gives_up_what_is_not_begun(monkeypatch):

@@ -1,7 +1,8 @@
 /* Threads that turn jobs (batches) into pixels without asking Python.
  *
- * Every thread takes the next row of the oldest job that has one left: a slow image holds up no other thread, and the
- * end of one batch overlaps with the start of the next. What a row holds does not depend on who works on it.
+ * Every thread takes the next row of the oldest job that has one left: a slow image holds up no
+ * other thread, and the end of one batch overlaps with the start of the next. What a row holds does
+ * not depend on who works on it.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -22,10 +23,13 @@ typedef struct {
 static void run_row(rsb_job *job, int row, rsb_scratch *scratch) {
     uint8_t *image = job->out + (size_t)row * job->height * job->width * 3;
     int status = RSB_NO_MEMORY;
-    if (scratch) status = job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
+    if (scratch)
+        status =
+            job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
     for (int i = 0; i < job->num_steps && status == RSB_OK; i++) {
         const rsb_step *step = &job->steps[i];
-        status = step->kernel(image, job->height, job->width, step->draws + row * step->stride, scratch);
+        status =
+            step->kernel(image, job->height, job->width, step->draws + row * step->stride, scratch);
     }
     job->status[row] = status;
 }
@@ -63,7 +67,8 @@ void rsb_pool_stop(rsb_pool *pool) {
     pthread_cond_broadcast(&pool->finished);
     pthread_mutex_unlock(&pool->lock);
     pthread_mutex_lock(&pool->joining); /* who comes second returns no sooner */
-    for (; pool->joined < pool->count; pool->joined++) pthread_join(pool->threads[pool->joined], NULL);
+    for (; pool->joined < pool->count; pool->joined++)
+        pthread_join(pool->threads[pool->joined], NULL);
     pthread_mutex_unlock(&pool->joining);
 }
 
@@ -97,8 +102,8 @@ rsb_pool *rsb_pool_new(int threads) {
     return pool;
 }
 
-/* Everything that `job` points to must stay until rsb_pool_wait says that it is done, or the pool is stopped. An urgent job
- * is begun before those that wait. */
+/* Everything that `job` points to must stay until rsb_pool_wait says that it is done, or the pool
+ * is stopped. An urgent job is begun before those that wait. */
 void rsb_pool_submit(rsb_pool *pool, rsb_job *job, int urgent) {
     job->next = job->done = 0;
     job->after = NULL;
@@ -117,7 +122,8 @@ void rsb_pool_submit(rsb_pool *pool, rsb_job *job, int urgent) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Waits until all rows of `job` are done, at most `milliseconds`. Returns how many are not, or -1: the pool was stopped. */
+/* Waits until all rows of `job` are done, at most `milliseconds`. Returns how many are not, or -1:
+ * the pool was stopped. */
 int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);

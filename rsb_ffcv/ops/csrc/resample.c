@@ -1,9 +1,11 @@
-/* Pillow's antialiased resize of a box, in 16-bit fixed point, rounded to 8 bits between its two passes.
+/* Pillow's antialiased resize of a box, in 16-bit fixed point, rounded to 8 bits between its two
+ * passes.
  *
- * The filters, their supports and the taps at the image's borders are those of Pillow's Resample.c. Pillow's coefficients
- * have 22 fractional bits; these have as many as fit into 16-bit integers (14 or more), so that one instruction multiplies
- * and adds two taps. The result differs by one grey level here and there; by two in about one value of a million with the
- * bicubic, in one of several thousand where it enlarges a few pixels to many.
+ * The filters, their supports and the taps at the image's borders are those of Pillow's Resample.c.
+ * Pillow's coefficients have 22 fractional bits; these have as many as fit into 16-bit integers (14
+ * or more), so that one instruction multiplies and adds two taps. The result differs by one grey
+ * level here and there; by two in about one value of a million with the bicubic, in one of several
+ * thousand where it enlarges a few pixels to many.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -13,10 +15,11 @@
 #include <immintrin.h>
 #endif
 
-#define TAPS 4 /* source pixels that one load and one multiply-add take: across, the taps come in such groups */
+/* source pixels that one load and one multiply-add take: across, the taps come in such groups */
+#define TAPS 4
 
-/* What output pixel i reads: `count` source pixels from first[i] on, with the weights at weights + i * count. Of the
- * rows every output has its own number, ends[i]; `count` is the largest. */
+/* What output pixel i reads: `count` source pixels from first[i] on, with the weights at weights +
+ * i * count. Of the rows every output has its own number, ends[i]; `count` is the largest. */
 typedef struct {
     int count, shift;
     int *first, *ends;
@@ -55,14 +58,16 @@ static int most_taps(double scale, int filter) {
 
 static size_t taps_bytes(double scale, int out, int filter) {
     size_t most = most_taps(scale, filter), room = (size_t)out + TAPS;
-    return (room * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 * 64;
+    return (room * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 *
+           64;
 }
 
-/* Fills `t`, whose arrays lie in `memory` (taps_bytes long, 64-byte aligned). Positions are relative to the window that
- * starts at `origin` and has `available` pixels. */
-static void make_taps(taps *t, uint8_t *memory, double start, double length, int size, int out, int filter, int origin,
-                      int available, int across, int mirrored) {
-    double scale = length / out, reach = support(scale, filter), per_pixel = scale < 1 ? 1 : 1 / scale, largest = 0;
+/* Fills `t`, whose arrays lie in `memory` (taps_bytes long, 64-byte aligned). Positions are
+ * relative to the window that starts at `origin` and has `available` pixels. */
+static void make_taps(taps *t, uint8_t *memory, double start, double length, int size, int out,
+                      int filter, int origin, int available, int across, int mirrored) {
+    double scale = length / out, reach = support(scale, filter),
+           per_pixel = scale < 1 ? 1 : 1 / scale, largest = 0;
     int most = most_taps(scale, filter);
     size_t room = (size_t)out + TAPS;
     t->spread = (int16_t *)memory;
@@ -75,7 +80,8 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
         int to = mirrored ? out - 1 - i : i, first, count;
         double centre = start + (i + 0.5) * scale, sum = 0, *w = exact + (size_t)to * most;
         tap_range(centre, reach, size, &first, &count);
-        for (int k = 0; k < count; k++) sum += w[k] = weight((first + k - centre + 0.5) * per_pixel, filter);
+        for (int k = 0; k < count; k++)
+            sum += w[k] = weight((first + k - centre + 0.5) * per_pixel, filter);
         sum = sum != 0 ? 1 / sum : 0;
         for (int k = 0; k < count; k++) {
             w[k] *= sum;
@@ -85,11 +91,13 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
         t->count = count > t->count ? count : t->count;
     }
     if (across) t->count = (t->count + TAPS - 1) / TAPS * TAPS;
-    /* 15 bits and a sign for the largest; products of 8 bits with weights that add up to 1 then fit 32 bits. */
+    /* 15 bits and a sign for the largest; products of 8 bits with weights that add up to 1 then fit
+     * 32 bits. */
     for (t->shift = 14; t->shift < 20 && largest * (1 << (t->shift + 1)) < 32767; t->shift++) {}
     for (int i = 0; i < out; i++) {
         double *w = exact + (size_t)i * most;
-        int16_t *to = t->weights + (size_t)i * t->count, *spread = t->spread + (size_t)i * t->count * 4;
+        int16_t *to = t->weights + (size_t)i * t->count,
+                *spread = t->spread + (size_t)i * t->count * 4;
         int before = 0;
         if (across) { /* unused taps come first where they would lie past the window's end */
             before = t->first[i] + t->count - available;
@@ -97,35 +105,43 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
             before = before > t->count - t->ends[i] ? t->count - t->ends[i] : before;
         }
         memset(to, 0, t->count * sizeof *to);
-        for (int k = 0; k < t->ends[i]; k++) to[before + k] = (int16_t)lrint(w[k] * (1 << t->shift));
+        for (int k = 0; k < t->ends[i]; k++)
+            to[before + k] = (int16_t)lrint(w[k] * (1 << t->shift));
         for (int k = 0; across && k < t->count; k += 2) { /* each pair of taps four times */
             uint32_t pair;
             memcpy(&pair, to + k, 4);
-            for (int j = 0; j < 4; j++) memcpy(spread + k / 4 * 16 + k % 4 / 2 * 8 + 2 * j, &pair, 4);
+            for (int j = 0; j < 4; j++)
+                memcpy(spread + k / 4 * 16 + k % 4 / 2 * 8 + 2 * j, &pair, 4);
         }
         t->first[i] -= before;
     }
-    for (int i = out; across && i < out + TAPS; i++) { /* columns_avx2 makes up to three pixels that nobody looks at */
+    /* columns_avx2 makes up to three pixels that nobody looks at */
+    for (int i = out; across && i < out + TAPS; i++) {
         t->first[i] = 0;
         memset(t->spread + (size_t)i * t->count * 4, 0, (size_t)t->count * 4 * sizeof *t->spread);
     }
 }
 
-RSB_INLINE uint8_t clip(int32_t value) { return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value; }
+RSB_INLINE uint8_t clip(int32_t value) {
+    return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value;
+}
 
-/* ---- portable -------------------------------------------------------------------------------------------------- */
+/* ---- portable ---- */
 
 static void columns_plain(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out, int n) {
     for (int i = 0; i < n; i++) {
         const uint8_t *p = in + (ptrdiff_t)t->first[i] * pixel_bytes;
         const int16_t *c = t->weights + (size_t)i * t->count;
         int32_t r = 1 << (t->shift - 1), g = r, b = r;
-        for (int k = 0; k < t->count; k++, p += pixel_bytes) r += p[0] * c[k], g += p[1] * c[k], b += p[2] * c[k];
-        out[3 * i] = clip(r >> t->shift), out[3 * i + 1] = clip(g >> t->shift), out[3 * i + 2] = clip(b >> t->shift);
+        for (int k = 0; k < t->count; k++, p += pixel_bytes)
+            r += p[0] * c[k], g += p[1] * c[k], b += p[2] * c[k];
+        out[3 * i] = clip(r >> t->shift), out[3 * i + 1] = clip(g >> t->shift),
+                out[3 * i + 2] = clip(b >> t->shift);
     }
 }
 
-static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in, ptrdiff_t stride, uint8_t *out, int n) {
+static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in, ptrdiff_t stride,
+                      uint8_t *out, int n) {
     for (int x = 0; x < n; x++) {
         int32_t sum = 1 << (shift - 1);
         for (int k = 0; k < count; k++) sum += in[k * stride + x] * c[k];
@@ -133,24 +149,26 @@ static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in,
     }
 }
 
-/* ---- AVX2 ------------------------------------------------------------------------------------------------------ */
+/* ---- AVX2 ---- */
 
 #if RSB_AVX2
 
-/* `rows` rows of source pixels to `n` RGB pixels each; one or two rows at a time, which share the loading of weights. */
-__attribute__((target("avx2"), always_inline)) static inline void columns_groups(const taps *t, const uint8_t *in,
-                                                                                 ptrdiff_t stride, int rows, int pixel_bytes,
-                                                                                 int groups, uint8_t *out,
-                                                                                 ptrdiff_t out_stride, int n) {
+/* `rows` rows of source pixels to `n` RGB pixels each; one or two rows at a time, which share the
+ * loading of weights. */
+__attribute__((target("avx2"), always_inline)) static inline void
+columns_groups(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int pixel_bytes,
+               int groups, uint8_t *out, ptrdiff_t out_stride, int n) {
     const char s = (char)pixel_bytes, z = -1;
-    const __m256i pairs = _mm256_setr_epi8(0, z, s, z, 1, z, s + 1, z, 2, z, s + 2, z, z, z, z, z, 2 * s, z, 3 * s, z, 2 * s + 1,
-                                           z, 3 * s + 1, z, 2 * s + 2, z, 3 * s + 2, z, z, z, z, z);
-    const __m256i rgb = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, z, z, z, z, z, z, z, z, z, z, 0, 1, 2, 4, 5, 6, z, z, z, z, z, z, z, z,
-                                         z, z);
+    const __m256i pairs =
+        _mm256_setr_epi8(0, z, s, z, 1, z, s + 1, z, 2, z, s + 2, z, z, z, z, z, 2 * s, z, 3 * s, z,
+                         2 * s + 1, z, 3 * s + 1, z, 2 * s + 2, z, 3 * s + 2, z, z, z, z, z);
+    const __m256i rgb = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, z, z, z, z, z, z, z, z, z, z, 0, 1, 2, 4,
+                                         5, 6, z, z, z, z, z, z, z, z, z, z);
     const __m256i half = _mm256_set1_epi32(1 << (t->shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(t->shift);
     __m256i sum[2][4]; /* of even and odd pairs of taps in the two halves: r, g, b, unused */
-    for (int i = 0; i < n; i += 4) { /* writes 14 bytes for 12: the rows of `out` have room, as has the table */
+    /* writes 14 bytes for 12: the rows of `out` have room, as has the table */
+    for (int i = 0; i < n; i += 4) {
 #pragma GCC unroll 4 /* of all loops over `sum`: it has to be registers */
         for (int j = 0; j < 4; j++) {
             const uint8_t *p = in + (ptrdiff_t)t->first[i + j] * pixel_bytes;
@@ -158,34 +176,43 @@ __attribute__((target("avx2"), always_inline)) static inline void columns_groups
             __m256i first = _mm256_setzero_si256(), second = first;
             for (int g = 0; g < groups; g++, p += TAPS * pixel_bytes) {
                 __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-                first = _mm256_add_epi32(first, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
+                first = _mm256_add_epi32(first,
+                                         _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
                 if (rows == 1) continue;
                 four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + stride)));
-                second = _mm256_add_epi32(second, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
+                second = _mm256_add_epi32(
+                    second, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
             }
             sum[0][j] = first, sum[1][j] = second;
         }
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) { /* pixels j and j + 2, so that packing puts neighbours together */
-                __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x20),
-                                                _mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x31));
+            /* pixels j and j + 2, so that packing puts neighbours together */
+            for (int j = 0; j < 2; j++) {
+                __m256i both =
+                    _mm256_add_epi32(_mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x20),
+                                     _mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x31));
                 sum[r][j] = _mm256_sra_epi32(_mm256_add_epi32(both, half), shift);
             }
             __m256i words = _mm256_packs_epi32(sum[r][0], sum[r][1]);
             __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), rgb);
-            _mm_storel_epi64((__m128i *)(out + r * out_stride + 3 * i), _mm256_castsi256_si128(bytes));
-            _mm_storel_epi64((__m128i *)(out + r * out_stride + 3 * i + 6), _mm256_extracti128_si256(bytes, 1));
+            _mm_storel_epi64((__m128i *)(out + r * out_stride + 3 * i),
+                             _mm256_castsi256_si128(bytes));
+            _mm_storel_epi64((__m128i *)(out + r * out_stride + 3 * i + 6),
+                             _mm256_extracti128_si256(bytes, 1));
         }
     }
 }
 
-__attribute__((target("avx2"))) static void columns_avx2(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows,
-                                                         int pixel_bytes, uint8_t *out, ptrdiff_t out_stride, int n) {
+__attribute__((target("avx2"))) static void columns_avx2(const taps *t, const uint8_t *in,
+                                                         ptrdiff_t stride, int rows,
+                                                         int pixel_bytes, uint8_t *out,
+                                                         ptrdiff_t out_stride, int n) {
     int groups = t->count / TAPS, y = 0;
     for (; y + 2 <= rows; y += 2, in += 2 * stride, out += 2 * out_stride)
-        if (groups == 1 && pixel_bytes == 4) /* most training crops: worth a loop that is unrolled */
+        /* most training crops: worth a loop that is unrolled */
+        if (groups == 1 && pixel_bytes == 4)
             columns_groups(t, in, stride, 2, 4, 1, out, out_stride, n);
         else if (groups == 2 && pixel_bytes == 4)
             columns_groups(t, in, stride, 2, 4, 2, out, out_stride, n);
@@ -196,28 +223,35 @@ __attribute__((target("avx2"))) static void columns_avx2(const taps *t, const ui
     if (y < rows) columns_groups(t, in, stride, 1, pixel_bytes, groups, out, out_stride, n);
 }
 
-__attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift, const uint8_t *in,
-                                                     ptrdiff_t stride, uint8_t *out, int n) {
+__attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift,
+                                                     const uint8_t *in, ptrdiff_t stride,
+                                                     uint8_t *out, int n) {
     enum { MOST = 64 };
     int32_t pair[MOST / 2];
     int x = 0;
-    if (count <= MOST) { /* larger ones shrink an image 30 times and more: not worth a second loop */
+    /* larger ones shrink an image 30 times and more: not worth a second loop */
+    if (count <= MOST) {
         const __m256i half = _mm256_set1_epi32(1 << (shift - 1));
         const __m128i by = _mm_cvtsi32_si128(shift);
-        for (int k = 0; k < count; k += 2) pair[k / 2] = (uint16_t)c[k] | (k + 1 < count ? (int32_t)c[k + 1] * 65536 : 0);
+        for (int k = 0; k < count; k += 2)
+            pair[k / 2] = (uint16_t)c[k] | (k + 1 < count ? (int32_t)c[k + 1] * 65536 : 0);
         for (; x + 16 <= n; x += 16) {
             __m256i low = half, high = half;
             const uint8_t *p = in + x;
-            for (int k = 0; k < count; k += 2, p += 2 * stride) { /* of an odd number the last is taken twice, once times 0 */
+            /* of an odd number the last is taken twice, once times 0 */
+            for (int k = 0; k < count; k += 2, p += 2 * stride) {
                 __m256i w = _mm256_set1_epi32(pair[k / 2]);
                 __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-                __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(k + 1 < count ? p + stride : p)));
+                __m256i b = _mm256_cvtepu8_epi16(
+                    _mm_loadu_si128((const __m128i *)(k + 1 < count ? p + stride : p)));
                 low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), w));
                 high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), w));
             }
-            __m256i words = _mm256_packs_epi32(_mm256_sra_epi32(low, by), _mm256_sra_epi32(high, by));
+            __m256i words =
+                _mm256_packs_epi32(_mm256_sra_epi32(low, by), _mm256_sra_epi32(high, by));
             _mm_storeu_si128((__m128i *)(out + x),
-                             _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+                             _mm_packus_epi16(_mm256_castsi256_si128(words),
+                                              _mm256_extracti128_si256(words, 1)));
         }
     }
     row_plain(c, count, shift, in + x, stride, out + x, n - x);
@@ -225,20 +259,23 @@ __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count
 
 #endif
 
-/* Rows of source pixels become rows of `n` RGB pixels; up to 15 bytes after each are written too. */
-static void resample_columns(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int pixel_bytes, uint8_t *out,
-                             ptrdiff_t out_stride, int n) {
+/* Rows of source pixels become rows of `n` RGB pixels; up to 15 bytes after each are written too.
+ */
+static void resample_columns(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows,
+                             int pixel_bytes, uint8_t *out, ptrdiff_t out_stride, int n) {
 #if RSB_AVX2
     if (rsb_has_avx2()) {
         columns_avx2(t, in, stride, rows, pixel_bytes, out, out_stride, n);
         return;
     }
 #endif
-    for (int y = 0; y < rows; y++) columns_plain(t, in + y * stride, pixel_bytes, out + y * out_stride, n);
+    for (int y = 0; y < rows; y++)
+        columns_plain(t, in + y * stride, pixel_bytes, out + y * out_stride, n);
 }
 
 /* Output row `y`, `n` bytes, from the rows of `in`. */
-static void resample_row(const taps *t, int y, const uint8_t *in, ptrdiff_t stride, uint8_t *out, int n) {
+static void resample_row(const taps *t, int y, const uint8_t *in, ptrdiff_t stride, uint8_t *out,
+                         int n) {
     const int16_t *c = t->weights + (size_t)y * t->count;
     in += t->first[y] * stride;
 #if RSB_AVX2
@@ -250,8 +287,9 @@ static void resample_row(const taps *t, int y, const uint8_t *in, ptrdiff_t stri
     row_plain(c, t->ends[y], t->shift, in, stride, out, n);
 }
 
-int rsb_resample(const rsb_window *window, int image_height, int image_width, const double box[4], int filter, int flip,
-                 int rows_first, uint8_t *out, int out_height, int out_width, rsb_scratch *scratch) {
+int rsb_resample(const rsb_window *window, int image_height, int image_width, const double box[4],
+                 int filter, int flip, int rows_first, uint8_t *out, int out_height, int out_width,
+                 rsb_scratch *scratch) {
     int top, left, rows, columns;
     rsb_reach(box[0], box[2], image_height, out_height, filter, &top, &rows);
     rsb_reach(box[1], box[3], image_width, out_width, filter, &left, &columns);
@@ -260,32 +298,42 @@ int rsb_resample(const rsb_window *window, int image_height, int image_width, co
         return RSB_BAD_CALL;
 
     size_t across_bytes = taps_bytes(box[3] / out_width, out_width, filter);
-    uint8_t *tables = rsb_buffer(scratch, RSB_TABLES, across_bytes + taps_bytes(box[2] / out_height, out_height, filter));
+    uint8_t *tables = rsb_buffer(
+        scratch, RSB_TABLES, across_bytes + taps_bytes(box[2] / out_height, out_height, filter));
     if (!tables) return RSB_NO_MEMORY;
     taps across, down;
-    make_taps(&across, tables, box[1], box[3], image_width, out_width, filter, left, columns, 1, flip);
-    make_taps(&down, tables + across_bytes, box[0], box[2], image_height, out_height, filter, top, rows, 0, 0);
+    make_taps(&across, tables, box[1], box[3], image_width, out_width, filter, left, columns, 1,
+              flip);
+    make_taps(&down, tables + across_bytes, box[0], box[2], image_height, out_height, filter, top,
+              rows, 0, 0);
 
     const uint8_t *in = window->pixels + (top - window->top) * window->stride +
                         (ptrdiff_t)(left - window->left) * window->pixel_bytes;
     size_t out_bytes = 3 * (size_t)out_width;
     if (rows_first) {
         size_t in_bytes = (size_t)columns * window->pixel_bytes;
-        size_t first = (in_bytes + RSB_PAD + 63) / 64 * 64, second = (out_bytes + RSB_PAD + 63) / 64 * 64;
-        uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (first + second)), *narrow = line + 2 * first;
+        size_t first = (in_bytes + RSB_PAD + 63) / 64 * 64,
+               second = (out_bytes + RSB_PAD + 63) / 64 * 64;
+        uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (first + second)),
+                *narrow = line + 2 * first;
         if (!line) return RSB_NO_MEMORY;
         for (int y = 0; y < out_height; y += 2) {
             int rows = y + 1 < out_height ? 2 : 1;
-            for (int r = 0; r < rows; r++) resample_row(&down, y + r, in, window->stride, line + first * r, in_bytes);
-            resample_columns(&across, line, first, rows, window->pixel_bytes, narrow, second, out_width);
-            for (int r = 0; r < rows; r++) memcpy(out + out_bytes * (y + r), narrow + second * r, out_bytes);
+            for (int r = 0; r < rows; r++)
+                resample_row(&down, y + r, in, window->stride, line + first * r, in_bytes);
+            resample_columns(&across, line, first, rows, window->pixel_bytes, narrow, second,
+                             out_width);
+            for (int r = 0; r < rows; r++)
+                memcpy(out + out_bytes * (y + r), narrow + second * r, out_bytes);
         }
     } else {
         size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
         uint8_t *narrow = rsb_buffer(scratch, RSB_NARROW, stride * rows);
         if (!narrow) return RSB_NO_MEMORY;
-        resample_columns(&across, in, window->stride, rows, window->pixel_bytes, narrow, stride, out_width);
-        for (int y = 0; y < out_height; y++) resample_row(&down, y, narrow, stride, out + out_bytes * y, out_bytes);
+        resample_columns(&across, in, window->stride, rows, window->pixel_bytes, narrow, stride,
+                         out_width);
+        for (int y = 0; y < out_height; y++)
+            resample_row(&down, y, narrow, stride, out + out_bytes * y, out_bytes);
     }
     return RSB_OK;
 }

@@ -1,4 +1,5 @@
-/* One stored image: read, checked, decoded, cropped and resized into its place; and the buffers that it takes. */
+/* One stored image: read, checked, decoded, cropped and resized into its place; and the buffers
+ * that it takes. */
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -48,7 +49,8 @@ uint64_t rsb_checksum(const uint8_t *bytes, size_t size) {
     if (size >= 32) {
         uint64_t a = P1 + P2, b = P2, c = 0, d = 0 - P1;
         for (; end - p >= 32; p += 32)
-            a = mix(a, word64(p)), b = mix(b, word64(p + 8)), c = mix(c, word64(p + 16)), d = mix(d, word64(p + 24));
+            a = mix(a, word64(p)), b = mix(b, word64(p + 8)), c = mix(c, word64(p + 16)),
+            d = mix(d, word64(p + 24));
         hash = rotate(a, 1) + rotate(b, 7) + rotate(c, 12) + rotate(d, 18);
         hash = merge(merge(merge(merge(hash, a), b), c), d);
     }
@@ -69,8 +71,8 @@ uint64_t rsb_checksum(const uint8_t *bytes, size_t size) {
 /* ---- the image ---- */
 
 /* `bytes` has RSB_PAD readable bytes after its end. */
-static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
-                rsb_scratch *scratch) {
+static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height,
+                int out_width, rsb_scratch *scratch) {
     int height = s->height, width = s->width, top, left, rows, columns, status;
     rsb_window window;
     if (s->raw) {
@@ -79,19 +81,25 @@ static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out
     } else {
         rsb_reach(s->box[0], s->box[2], height, out_height, s->filter, &top, &rows);
         rsb_reach(s->box[1], s->box[3], width, out_width, s->filter, &left, &columns);
-        status = rsb_jpeg_window(bytes, s->size, s->entry_bytes, height, width, top, left, rows, columns, scratch, &window);
+        status = rsb_jpeg_window(bytes, s->size, s->entry_bytes, height, width, top, left, rows,
+                                 columns, scratch, &window);
         if (status) return status;
     }
-    return rsb_resample(&window, height, width, s->box, s->filter, s->flip, s->rows_first, out, out_height, out_width, scratch);
+    return rsb_resample(&window, height, width, s->box, s->filter, s->flip, s->rows_first, out,
+                        out_height, out_width, scratch);
 }
 
 /* Where the sample's bytes have to be put, or NULL with the reason in `status`. */
-static uint8_t *room(const rsb_sample *s, int out_height, int out_width, rsb_scratch *scratch, int *status) {
-    /* Tolerance: a box computed in floating point may pass the border by a rounding error. Written so that NaN fails. */
-    if (!(s->box[0] >= 0 && s->box[1] >= 0 && s->box[2] > 0 && s->box[3] > 0 && s->box[0] + s->box[2] <= s->height + 1e-6 &&
-          s->box[1] + s->box[3] <= s->width + 1e-6) || out_height < 1 || out_width < 1 || s->filter > RSB_BICUBIC)
+static uint8_t *room(const rsb_sample *s, int out_height, int out_width, rsb_scratch *scratch,
+                     int *status) {
+    /* Tolerance: a box computed in floating point may pass the border by a rounding error. Written
+     * so that NaN fails. */
+    if (!(s->box[0] >= 0 && s->box[1] >= 0 && s->box[2] > 0 && s->box[3] > 0 &&
+          s->box[0] + s->box[2] <= s->height + 1e-6 && s->box[1] + s->box[3] <= s->width + 1e-6) ||
+        out_height < 1 || out_width < 1 || s->filter > RSB_BICUBIC)
         *status = RSB_BAD_CALL;
-    else if ((int64_t)s->height * s->width > RSB_MAX_PIXELS || s->size > 3 * (uint64_t)RSB_MAX_PIXELS)
+    else if ((int64_t)s->height * s->width > RSB_MAX_PIXELS ||
+             s->size > 3 * (uint64_t)RSB_MAX_PIXELS)
         *status = RSB_TOO_LARGE;
     else {
         uint8_t *bytes = rsb_buffer(scratch, RSB_FILE, s->size + s->entry_bytes);
@@ -101,12 +109,14 @@ static uint8_t *room(const rsb_sample *s, int out_height, int out_width, rsb_scr
     return NULL;
 }
 
-int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width, rsb_scratch *scratch) {
+int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+             rsb_scratch *scratch) {
     int status;
     uint64_t size = s->size + s->entry_bytes;
     uint8_t *bytes = room(s, out_height, out_width, scratch, &status);
     if (!bytes) return status;
-    /* Read, not mapped: a file that shrinks or a disk that fails then gives a status instead of a signal. */
+    /* Read, not mapped: a file that shrinks or a disk that fails then gives a status instead of a
+     * signal. */
     for (uint64_t got = 0; got < size;) {
         ssize_t n = pread(file, bytes + got, size - got, (off_t)(s->pointer + got));
         if (n < 0 && errno == EINTR) continue;
@@ -117,8 +127,10 @@ int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int ou
     return crop(bytes, s, out, out_height, out_width, scratch);
 }
 
-int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height, int out_width, rsb_scratch *scratch) {
+int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height,
+               int out_width, rsb_scratch *scratch) {
     int status;
     uint8_t *padded = room(s, out_height, out_width, scratch, &status);
-    return padded ? memcpy(padded, bytes, s->size + s->entry_bytes), crop(padded, s, out, out_height, out_width, scratch) : status;
+    return padded ? memcpy(padded, bytes, s->size + s->entry_bytes),
+           crop(padded, s, out, out_height, out_width, scratch) : status;
 }
