@@ -8,6 +8,7 @@ reads; `config` declares the programs' options and `options` reads them from fla
 
 import os
 import sys
+import threading
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,11 @@ def exit_status(program, *arguments) -> int:
     """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it
     raises InputError, 130 where the user interrupts it, 141 where nobody reads its output any more
     (`| head`)."""
+    from tqdm import tqdm  # here: a library user may not need it
+
+    # tqdm's own lock is for processes too. From Python 3.14 on that starts a process, which
+    # complains when this one is killed.
+    tqdm.set_lock(threading.RLock())
     try:
         return program(*arguments) or 0
     except InputError as error:

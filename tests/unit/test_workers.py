@@ -98,3 +98,22 @@ def test_leaving_early_gives_up_what_is_not_begun(monkeypatch):
     with pytest.raises(InputError):
         for _ in ordered(lambda item: (_ for _ in ()).throw(InputError("x")), [1], 1):
             pass
+
+
+def test_a_program_with_a_bar_that_is_killed_leaves_nothing_that_complains():
+    """With the way of starting processes that is Python 3.14's default."""
+    code = f"""
+        import multiprocessing, os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        multiprocessing.set_start_method("forkserver")
+        from tqdm import tqdm
+        from rsb_ffcv import exit_status
+        exit_status(lambda: [None for _ in tqdm(range(3), desc="bar")] and 0)
+        os._exit(0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
+    assert (
+        done.returncode == 0 and "bar" in done.stderr and "resource_tracker" not in done.stderr
+    ), done.stderr
