@@ -200,9 +200,9 @@ def main():
     parser.add_argument(
         "--threads",
         type=int,
-        default=1,
-        help="torch's threads in the run; 0: one a core. With several, a "
-        "core that another program uses makes the step wait, which is not what is measured here",
+        default=0,
+        help="torch's threads in the run; 0: one a core, as in any run. A core that another program "
+        "uses makes the step wait: measure on an idle machine",
     )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="start-benchmark-"))
