@@ -1,7 +1,9 @@
 """Offline: where raw images come from, how they become a `.beton` file, and what can be asked of
 and done with such files."""
 
+import os
 import shutil
+import stat
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -57,16 +59,19 @@ def write_splits(
     """
     target = Path(write_path)
     try:
-        is_folder, is_file = target.is_dir(), target.is_file()
+        # not target.is_dir(): from Python 3.14 on it is False also where the system refuses the name
+        mode = os.stat(target).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
     except OSError as error:
         raise InputError(
             f"cfg.write_path={target}: cannot be used ({error.strerror}); choose another"
         ) from error
-    if not split and (target.suffix in (".beton", ".ffcv", ".dat") or is_file):
+    if not split and (target.suffix in (".beton", ".ffcv", ".dat") or stat.S_ISREG(mode)):
         raise InputError(
             f"cfg.write_path={target}: names one file for two splits; give a folder, or cfg.split"
         )
-    one_file = bool(split) and not (is_folder or write_path.endswith("/"))
+    one_file = bool(split) and not (stat.S_ISDIR(mode) or write_path.endswith("/"))
     sources = _sources(place, split, subset)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
     needed = sum(
