@@ -9,7 +9,7 @@ setup(
             "rsb_ffcv.ops._native",
             sources=[
                 f"rsb_ffcv/ops/csrc/{name}.c"
-                for name in ("jpeg", "resample", "augment", "sample", "pool")
+                for name in ("scratch", "checksum", "jpeg", "resample", "augment", "sample", "pool")
             ],
             depends=[f"rsb_ffcv/ops/csrc/{name}.h" for name in ("rsb", "jpeg_hot", "augment_hot")],
             libraries=["turbojpeg", "m"],

@@ -132,3 +132,26 @@ def test_the_same_versions_of_python_are_named_everywhere():
     )
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["dependencies"][0].removeprefix("python=") in named
+
+
+def test_the_files_of_the_core_call_each_other_in_one_direction():
+    """And setup.py compiles all of them."""
+    sources = {path.stem: path.read_text() for path in (PACKAGE / "ops" / "csrc").glob("*.c")}
+    for name in ("jpeg", "augment"):
+        sources[name] += (PACKAGE / "ops" / "csrc" / f"{name}_hot.h").read_text()
+    home = {
+        function: name
+        for name, text in sources.items()
+        for function in re.findall(r"^\w[\w *]*?\b(rsb_\w+)\([^;]*?\) ?\{", text, re.M | re.S)
+    }
+    calls = {
+        name: {home[word] for word in re.findall(r"\brsb_\w+", text) if word in home} - {name}
+        for name, text in sources.items()
+    }
+    assert calls["sample"] == {"scratch", "checksum", "jpeg", "resample"}
+    while calls:
+        free = [name for name, others in calls.items() if not others & calls.keys()]
+        assert free, f"these call each other in a circle: {calls}"
+        for name in free:
+            del calls[name]
+    assert all(f'"{name}"' in (ROOT / "setup.py").read_text() for name in sources)
