@@ -222,6 +222,10 @@ class Heartbeat:
             self._leaving.set()
             self._thread.join()
 
+    def say_no_more(self):
+        """This process ends with a message of its own: that another one does so first is no news."""
+        self._leaving.set()
+
     def verdict(self, error: Exception):
         """After an `error` of the run: ends this process where it comes from another one that is
         lost. An error that does not say so may still have that cause: the beat gets time to find

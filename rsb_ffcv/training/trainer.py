@@ -81,12 +81,7 @@ class Trainer:
             self._build()
         except BaseException as error:
             self._open.close()
-            if (
-                self.heartbeat is not None
-                and isinstance(error, Exception)
-                and not isinstance(error, InputError)
-            ):
-                self.heartbeat.verdict(error)
+            self._end_beat(error)
             raise
 
     def _build(self):
@@ -213,7 +208,16 @@ class Trainer:
             self.heartbeat.end()
             self.votes = self.heartbeat = self.train_step = None  # they hold process groups
             compute.leave()
-        elif issubclass(kind, Exception) and not issubclass(kind, InputError):
+        else:
+            self._end_beat(error)
+
+    def _end_beat(self, error: BaseException):
+        """Before this process ends with `error`."""
+        if self.heartbeat is None:
+            return
+        if isinstance(error, InputError):
+            self.heartbeat.say_no_more()
+        elif isinstance(error, Exception):
             self.heartbeat.verdict(error)
 
     # ---------------------------------------------------------------- the run

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training import checkpoint
+from rsb_ffcv.training import checkpoint, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
 from rsb_ffcv.training.step import RunningStatistics
@@ -390,3 +390,24 @@ def test_files_that_do_not_fit_the_recipe_or_each_other_are_refused_by_name(beto
     ):
         with pytest.raises(InputError, match=message):
             check_files(*arguments)
+
+
+def test_a_process_that_ends_with_its_own_message_does_not_tell_of_another_that_has_ended(
+    monkeypatch, capsys
+):
+    def lost(*_):
+        raise RuntimeError("Connection closed by peer")
+
+    def ask(question, seconds):
+        raise RuntimeError("the store is gone")
+
+    ends, beat = [], processes.Heartbeat(1, ["a", "b"])
+    beat._group, beat._rank, beat._size = None, 1, 2
+    monkeypatch.setattr(processes.dist, "all_reduce", lost)
+    monkeypatch.setattr(processes, "ask_store", ask)
+    monkeypatch.setattr(processes.os, "_exit", ends.append)
+    beat._beat()
+    assert ends == [processes.LOST] and "process 0 (a) of 2 ended" in capsys.readouterr().err
+    beat.say_no_more()
+    beat._beat()
+    assert ends == [processes.LOST] and not capsys.readouterr().err
