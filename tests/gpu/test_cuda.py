@@ -2,10 +2,9 @@
 Skipped where there is no device."""
 
 import json
-import signal
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from rsb_ffcv.learning.optimizer import build_optimizer, decay_groups
 from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.step import TrainStep
+from tests.stops import Stop, wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_a_compiled_run_learns_and_its_average_follows(betons, tmp_path, precisi
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert f"precision {precision}, compile on" in done.stdout.splitlines()[0]
@@ -80,13 +80,18 @@ def test_a_killed_run_ends_near_one_that_was_not(betons, tmp_path):
     whole, killed = (
         command(betons, tmp_path / name, "fp16", **more) for name in ("whole", "killed")
     )
-    assert subprocess.run(whole, cwd=ROOT, timeout=500).returncode == 0
-    process = subprocess.Popen(killed, cwd=ROOT)
-    while len(list((tmp_path / "killed").glob("checkpoint_*"))) < 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    assert subprocess.run(whole, cwd=ROOT, timeout=900).returncode == 0
+    stop = Stop(("epoch 2", 1), tmp_path, 1)
+    process = subprocess.Popen(
+        [sys.executable, "tests/stops.py", *killed[2:]], cwd=ROOT, env={**os.environ, **stop.env}
+    )
+    wait_until(
+        lambda: stop.reached() and len(list((tmp_path / "killed").glob("checkpoint_*"))) == 2,
+        process,
+    )
+    process.kill()
     process.wait()
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -366,7 +366,8 @@ class Held(DrawnOperation):
             before = draw[0]
             self.begun.append(before - 123456789)
             self.came.release()
-            self.release.wait(60)
+            if not self.release.wait(60):
+                self.release.set()  # a defect: once is enough to wait
             self.kept.append(before == draw[0])
             return 0
 
