@@ -5,7 +5,7 @@ import sys
 import time
 
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
-import contestants  # noqa: E402
+import contestants
 
 kind, path, threads, rand_augment = sys.argv[1:]
 if kind == "Ours":

@@ -131,12 +131,12 @@ def _serve(factory: str, arguments: str):
             **json.loads(arguments)
         )
     except ImportError as error:
-        return answer(absent=f"not installed ({error})")
-    except (
-        Exception
-    ) as error:  # said in the table: one peer that does not start must not hide the others
+        answer(absent=f"not installed ({error})")
+        return
+    except Exception as error:  # in the table: one peer that fails must not hide the others
         traceback.print_exc()
-        return answer(absent=f"{type(error).__name__}: {error}")
+        answer(absent=f"{type(error).__name__}: {error}")
+        return
     answer(ready=True)
     for _ in sys.stdin:
         started = time.perf_counter()

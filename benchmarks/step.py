@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import runner  # noqa: E402
+import runner
 
-from rsb_ffcv.learning.average import Ema  # noqa: E402
-from rsb_ffcv.learning.loss import Loss  # noqa: E402
-from rsb_ffcv.learning.model import build_model  # noqa: E402
-from rsb_ffcv.learning.optimizer import build_optimizer  # noqa: E402
-from rsb_ffcv.loading import TrainLoader  # noqa: E402
-from rsb_ffcv.loading.batch import BatchTransform  # noqa: E402
-from rsb_ffcv.training import compute  # noqa: E402
-from rsb_ffcv.training.step import TrainStep  # noqa: E402
+from rsb_ffcv.learning.average import Ema
+from rsb_ffcv.learning.loss import Loss
+from rsb_ffcv.learning.model import build_model
+from rsb_ffcv.learning.optimizer import build_optimizer
+from rsb_ffcv.loading import TrainLoader
+from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.training import compute
+from rsb_ffcv.training.step import TrainStep
 
 
 def measure(options, precision: str, channels_last: bool) -> dict:

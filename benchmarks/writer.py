@@ -86,11 +86,12 @@ def repeated(images: Path, work: Path, count: int):
 def processes(work: Path, workers: int, shrink: int, repeats: int) -> dict:
     """{row: {name: seconds of whole processes}}, taking turns."""
     found = {}
-    for number in range(repeats):
+    for _ in range(repeats):
         for row, side in (("kept", 0), ("shrunk", shrink)):
             for name, kind in (("ours", "Ours"), ("stock ffcv", "StockFFCV")):
                 os.sync()
-                code = f"import writer; writer.{kind}({str(work / 'pictures')!r}, {str(work)!r}, {workers}, {side}).repeat()"
+                arguments = (str(work / "pictures"), str(work), workers, side)
+                code = f"import writer; writer.{kind}{arguments!r}.repeat()"
                 began = time.perf_counter()
                 subprocess.run(
                     [sys.executable, "-c", code],
@@ -119,7 +120,8 @@ def memory(work: Path, count: int, workers: int) -> dict:
             stream = BytesIO()
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
             known.append(stream.getvalue())
-        source = Source([str(n) for n in range(1000)], [f"class_{n % 1000}/image_{n:08d}.jpg" for n in range(count)],
+        names = [f"class_{n % 1000}/image_{n:08d}.jpg" for n in range(count)]
+        source = Source([str(n) for n in range(1000)], names,
                         np.arange(count) % 1000, lambda index: known[index % 64])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_beton(target, source, storing(source, Encoding()), {}, workers)

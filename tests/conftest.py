@@ -127,7 +127,7 @@ class Run:
         largest_file: int | None = None,
         stop_at=None,
         prepare: str = "",
-        own: dict = {},
+        own: dict[int, list[str]] | None = None,
     ):
         self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
         self.out.write_text(""), self.err.write_text("")
@@ -144,7 +144,7 @@ class Run:
         )
         self.processes = [
             ask(
-                start=[*map(str, arguments), *own.get(rank, [])],
+                start=[*map(str, arguments), *(own or {}).get(rank, [])],
                 out=str(self.out),
                 err=str(self.err),
                 largest_file=largest_file,

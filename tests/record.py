@@ -58,16 +58,21 @@ def main() -> int:
     folder = ROOT / "records" / f"{began:%Y-%m-%d}_test_all"
     folder.mkdir()
     (folder / "log.txt").write_text("".join(lines))
+    changes = "".join(f" `{line.strip()}`" for line in changed.splitlines())
+    machine = f"{facts['processor']} ({', '.join(facts['vectors'])}), {facts['cores']} cores"
+    versions = ", ".join(
+        f"{name} {version}" for name, version in facts["versions"].items() if version
+    )
     (folder / "README.md").write_text(f"""# The whole suite
 
 | | |
 |---|---|
 | result | {lines[-1].strip().strip("= ")} (exit status {status}) |
 | command | `make test-all`, begun {began:%Y-%m-%d %H:%M} |
-| commit | {commit}{", with changes:" if changed else ", without changes"}{"".join(f" `{line.strip()}`" for line in changed.splitlines())} |
+| commit | {commit}{", with changes:" if changed else ", without changes"}{changes} |
 | sizes | {KILLS} kills, {FUZZ_INPUTS} damaged images (`tests/sizes.py`) |
-| machine | {facts["processor"]} ({", ".join(facts["vectors"])}), {facts["cores"]} cores, {facts["memory_gib"]} GiB |
-| versions | Python {facts["python"]}; {", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)} |
+| machine | {machine}, {facts["memory_gib"]} GiB |
+| versions | Python {facts["python"]}; {versions} |
 
 `log.txt` has what was left out and why, what the tests say they did, and the 40 that took longest.
 """)

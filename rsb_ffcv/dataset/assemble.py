@@ -36,7 +36,7 @@ class Samples:
         self._opened = []
         try:
             for file in files:
-                self._opened.append(open(file.path, "rb", buffering=0))
+                self._opened.append(open(file.path, "rb", buffering=0))  # noqa: SIM115 open until close()
         except OSError as error:
             self.close()
             raise InputError(
@@ -73,8 +73,9 @@ class Samples:
             "".join(file.fingerprint() for file in self.files).encode()
             + self.choice.tobytes()
             + self.labels.tobytes()
+            + chr(0).join(self.classes).encode("utf-8", "surrogateescape")
         )
-        return f"{native.checksum(np.frombuffer(parts + chr(0).join(self.classes).encode('utf-8', 'surrogateescape'), np.uint8)):016x}"
+        return f"{native.checksum(np.frombuffer(parts, np.uint8)):016x}"
 
     def store(self, index: int) -> Stored:
         """The sample as it is stored, with entry points where its file has none. Raises BadPicture

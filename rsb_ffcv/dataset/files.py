@@ -215,6 +215,7 @@ class Remote:
                         f"the same command again when it can: it goes on from there"
                     ) from error
                 time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("the last try returns or raises")
 
     def is_folder(self, name: str) -> bool:
         return self._ask(name, lambda: self.fs.isdir(self._at(name)))

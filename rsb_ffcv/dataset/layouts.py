@@ -145,9 +145,9 @@ def _image_tar(files, name: str, split: str) -> Source:
         or tops & {"train", "val"}
         and not wanted
     ):
+        wrong = f"{outside} lies in no class folder" if outside else f"has no folder {split}"
         raise InputError(
-            f"{path}: {f'{outside} lies in no class folder' if outside else f'has no folder {split}'}; it should hold "
-            f"{split}/<class>/<image>, or <class>/<image>"
+            f"{path}: {wrong}; it should hold {split}/<class>/<image>, or <class>/<image>"
         )
     classes = sorted({member[0][len(prefix) :].split("/")[0] for member in members})
     numbers = {wnid: number for number, wnid in enumerate(classes)}

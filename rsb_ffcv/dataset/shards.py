@@ -3,8 +3,8 @@ datasets, torchvision's own."""
 
 import fnmatch
 import json
-import posixpath
 import os
+import posixpath
 import re
 import sys
 import tarfile

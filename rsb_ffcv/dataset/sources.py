@@ -214,7 +214,7 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
                 f"names with cfg.class_names"
             )
     longest = max((source.classes for source in sources.values()), key=len)
-    for split, source in sources.items():
+    for source in sources.values():
         if source.classes != longest[: len(source.classes)]:
             differing = sorted(set(longest) ^ set(source.classes)) or ["in another order"]
             raise InputError(

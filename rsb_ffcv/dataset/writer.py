@@ -107,16 +107,18 @@ def write_beton(
             return _finished(path, about, source, store)
         with _journal(path, about) as journal:
             unfinished = part_path(path)
-            with open(
-                os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666),
-                "r+b",
-                buffering=0,
-            ) as file:
-                with closing(_Part(path, file, journal, source)) as part:
-                    try:
-                        _write(part, source, store, num_workers, chunk_size, on_error, path.name)
-                    finally:
-                        part.sync()
+            with (
+                open(
+                    os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666),
+                    "r+b",
+                    buffering=0,
+                ) as file,
+                closing(_Part(path, file, journal, source)) as part,
+            ):
+                try:
+                    _write(part, source, store, num_workers, chunk_size, on_error, path.name)
+                finally:
+                    part.sync()
             _finish(part, source, about, unfinished)
             read_back(beton.read_beton(unfinished), num_workers, path.name)
             os.rename(unfinished, path)
@@ -406,23 +408,23 @@ def _write(
     if part.count:
         print(f"{title}: going on after {part.count} of {len(source)} pictures", flush=True)
     began, end_then = time.monotonic(), part.pages.end
-    with tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar:
-        with closing(
+    with (
+        tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar,
+        closing(
             ordered(
                 try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place
             )
-        ) as results:
-            for index, result in enumerate(results, part.count):
-                bad = isinstance(result, BadPicture)
-                part.add(index, source, None if bad else result)
-                if bad:
-                    leave_out(index, result)
-                if index % 16 == 0:
-                    bar.set_postfix_str(
-                        f"{(part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9):.1f} MB/s",
-                        refresh=False,
-                    )
-                bar.update()
+        ) as results,
+    ):
+        for index, result in enumerate(results, part.count):
+            bad = isinstance(result, BadPicture)
+            part.add(index, source, None if bad else result)
+            if bad:
+                leave_out(index, result)
+            if index % 16 == 0:
+                rate = (part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9)
+                bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+            bar.update()
     if left_out:
         _report(on_error.report, source, left_out)
 

@@ -53,18 +53,18 @@ class Lamb(Optimizer):
             )
         super().__init__(
             params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                bias_correction=bias_correction,
-                grad_averaging=grad_averaging,
-                max_grad_norm=max_grad_norm,
-                trust_clip=trust_clip,
-                always_adapt=always_adapt,
-                decoupled_decay=decoupled_decay,
-            ),
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "grad_averaging": grad_averaging,
+                "max_grad_norm": max_grad_norm,
+                "trust_clip": trust_clip,
+                "always_adapt": always_adapt,
+                "decoupled_decay": decoupled_decay,
+            },
         )
 
     def __setstate__(self, state):  # of load_state_dict and of copying

@@ -10,13 +10,17 @@ class Schedule:
     """lr(step) for step 0 .. total_steps - 1; beyond the end it stays at the last value.
 
     kind:
-      cosine           linear warm-up from warmup_lr, then a cosine from peak to min_lr over the remaining steps
-      cosine_spanning  timm's CosineLRScheduler: the cosine spans all steps and the warm-up hides its beginning
-      polynomial       linear warm-up, then min_lr + (peak - min_lr) x (1 - share of the remaining steps) ** power
+      cosine           linear warm-up from warmup_lr, then a cosine from peak to min_lr over the
+                       remaining steps
+      cosine_spanning  timm's CosineLRScheduler: the cosine spans all steps and the warm-up hides
+                       its beginning
+      polynomial       linear warm-up, then
+                       min_lr + (peak - min_lr) x (1 - share of the remaining steps) ** power
       constant         linear warm-up, then peak
-      cyclic           ffcv-imagenet's: linear from 1e-4 x peak to peak at peak_epoch, then linear to 0
-      step             ffcv-imagenet's: peak x step_ratio ** (epoch // step_length) at each epoch's start, 0 at the
-                       end, and linear in between
+      cyclic           ffcv-imagenet's: linear from 1e-4 x peak to peak at peak_epoch, then linear
+                       to 0
+      step             ffcv-imagenet's: peak x step_ratio ** (epoch // step_length) at each epoch's
+                       start, 0 at the end, and linear in between
     warmup_epochs may be fractional; it is rounded to whole steps. In the last swa_epochs the
     learning rate goes, by half a cosine over swa_anneal_epochs, from what the schedule has brought
     it to down to swa_lr, and stays there.

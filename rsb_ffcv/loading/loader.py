@@ -47,7 +47,7 @@ class _Loader:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 open until close()
         self._pool = Pool(num_workers)
 
     def close(self):
@@ -123,7 +123,10 @@ class _Loader:
 
     def _complaint(self, index: int, status: int) -> str:
         if status not in DAMAGE:
-            return f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the size of the images"
+            return (
+                f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the "
+                f"size of the images"
+            )
         return (
             f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
             f"write_ffcv.py"
@@ -361,7 +364,7 @@ class EvalLoader(_Loader):
 
     def __len__(self):
         """Batches this process gets."""
-        return -(-len(self.indices) // self.batch_size)
+        return (len(self.indices) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self):
         chunks = (

@@ -9,11 +9,12 @@ C, or a cached numba `cfunc`.
 
     class Darken(DrawnOperation):
         def draw(self, address, heights, widths):
-            return np.array([draws.uniform(address.seed, address.epoch, slot, DARKEN, 0) for slot in
-            address.slots])
+            return np.array([draws.uniform(address.seed, address.epoch, slot, DARKEN, 0)
+                             for slot in address.slots])
 
         def generate_code(self):
-            return darken.address  # of a numba cfunc; ctypes.cast(function, ctypes.c_void_p).value for C
+            # of a numba cfunc; for C: ctypes.cast(function, ctypes.c_void_p).value
+            return darken.address
 
 An instance goes into the loader's `ops=[...]`. Its kernel is a function
 

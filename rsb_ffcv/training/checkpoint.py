@@ -103,7 +103,7 @@ class Store:
         with the process."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 held while the process lives
             lock(self._lock, self.folder)
         except BlockingIOError:
             raise InputError(
@@ -144,7 +144,7 @@ class Store:
                     )
                 )
                 continue
-            if not isinstance(state, dict) or not KEYS <= state.keys():
+            if not isinstance(state, dict) or not state.keys() >= KEYS:
                 raise InputError(f"{path}: not a checkpoint of this program; {mend}")
             if self._lock is not None:
                 for damaged in paths[:number]:
@@ -267,7 +267,7 @@ def load_weights(model: torch.nn.Module, path: Path, which: str):
     """Puts weights into `model`: those of a checkpoint (`which`: "model", "ema" or "swa"), or a
     file that is a state_dict. Raises InputError where they are not there or do not fit."""
     state = read(path)
-    if isinstance(state, dict) and KEYS <= state.keys():
+    if isinstance(state, dict) and state.keys() >= KEYS:
         average = state[which] or {}
         if which != "model" and not (average.get("updates") or average.get("finished")):
             raise InputError(

@@ -128,7 +128,10 @@ def set_up(
                 f"compute.device=cpu"
             )
         elif device == "cuda":
-            wrong = "compute.device=cuda: this machine has no usable CUDA device; use compute.device=auto or cpu"
+            wrong = (
+                "compute.device=cuda: this machine has no usable CUDA device; use "
+                "compute.device=auto or cpu"
+            )
         device = "cpu"
     kind = "cuda" if device != "cpu" else "cpu"
     chosen = torch.device(kind)

@@ -179,7 +179,7 @@ class Heartbeat:
                     return
                 time.sleep(0.02)
         except (RuntimeError, TimeoutError):
-            reports = {rank: what for rank in range(1, self._size)}
+            reports = dict.fromkeys(range(1, self._size), what)
             speaks = self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
         else:
             speaks = self._rank == min(reports)

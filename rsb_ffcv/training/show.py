@@ -47,8 +47,9 @@ def show(
         )
     stored = [Image.fromarray(picture) for picture in _stored(file, chosen)]
     names = file.names()
+    titles = file.about.titles if file.about else []
     labels = [
-        f"{index}  {file.class_name(label)}\n{file.about.titles[label] if file.about and file.about.titles else names[index]}"
+        f"{index}  {file.class_name(label)}\n{titles[label] if titles else names[index]}"
         for index, label in zip(chosen.tolist(), file.labels[chosen].tolist())
     ]
     if recipe:

@@ -470,7 +470,10 @@ class Trainer:
 
     def _within_memory(self, section: str, resolution: int):
         """Around work on batches of `section`.batch_size images."""
-        lower = "lower training.batch_size (and keep training.global_batch: more groups are accumulated) or resolution.max_res"
+        lower = (
+            "lower training.batch_size (and keep training.global_batch: more groups are "
+            "accumulated) or resolution.max_res"
+        )
         return compute.within_memory(
             f"{section}.batch_size={getattr(self.config, section).batch_size} images of "
             f"{resolution} px",
@@ -519,9 +522,12 @@ class Trainer:
 
     def _check_state(self):
         """Before a save: what is saved may have to be gone back to. Raises GoBack or Stop."""
-        if self.health.non_finite in ("stop", "act") and self.unread:
-            if not compute.sum_over_processes(self.window[: len(self.unread)].sum()).isfinite():
-                self._read_losses()
+        if (
+            self.health.non_finite in ("stop", "act")
+            and self.unread
+            and not compute.sum_over_processes(self.window[: len(self.unread)].sum()).isfinite()
+        ):
+            self._read_losses()
         self.health.check_weights(self.step - 1, self.model.state_dict().values())
 
     def _save(self, best: bool):

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from rsb_ffcv import InputError, beton  # noqa: E402
-from rsb_ffcv.ops import native  # noqa: E402
+from rsb_ffcv import InputError, beton
+from rsb_ffcv.ops import native
 
 
 def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:

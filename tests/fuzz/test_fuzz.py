@@ -38,13 +38,13 @@ def seeds(tmp_path_factory):
     """JPEGs of every kind that the decoder tells apart, as small as they get interesting."""
     folder, rng = tmp_path_factory.mktemp("seeds"), np.random.default_rng(0)
     kinds = [
-        dict(subsampling=0),
-        dict(subsampling=1),
-        dict(subsampling=2),
-        dict(optimize=True),
-        dict(progressive=True),
-        dict(restart_marker_blocks=3),
-        dict(quality=100),
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"optimize": True},
+        {"progressive": True},
+        {"restart_marker_blocks": 3},
+        {"quality": 100},
     ]
     for number in range(3 * len(kinds)):
         height, width = (int(side) for side in rng.integers(8, 100, 2))

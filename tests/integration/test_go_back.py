@@ -90,8 +90,10 @@ import os
 from pathlib import Path
 unlink, acts = Path.unlink, []
 def counted(self, *arguments, **named):
-    if self.name.startswith("checkpoint_") and int(self.stem[-9:]) > 18 and acts.append(self) is None and len(acts) > {acts}:
-        os.kill(os.getpid(), 9)
+    if self.name.startswith("checkpoint_") and int(self.stem[-9:]) > 18:
+        acts.append(self)
+        if len(acts) > {acts}:
+            os.kill(os.getpid(), 9)
     unlink(self, *arguments, **named)
 from rsb_ffcv.training.checkpoint import Store
 give_up = Store.give_up
@@ -114,7 +116,7 @@ def test_a_best_state_of_steps_given_up_is_not_kept(tmp_path):
     from rsb_ffcv.training.checkpoint import KEYS, Store, read
 
     def saved(step):
-        return {**{name: None for name in KEYS}, "step": step, "model": {"w": torch.ones(1)}}
+        return {**dict.fromkeys(KEYS), "step": step, "model": {"w": torch.ones(1)}}
 
     store = Store(tmp_path, keep=3)
     store.lock()

@@ -67,7 +67,7 @@ def test_processes_with_other_files_or_recipes_are_refused_by_rank_and_differenc
 
 
 def test_processes_with_other_versions_are_refused(betons, tmp_path, train):
-    newer = 'import os, timm\ntimm.__version__ = "99.0" if os.environ["RANK"] == "1" else timm.__version__'
+    newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
     assert statuses == [2, 2] and "process 1 is not like process 0 (timm: 99.0 there" in err, err
 

@@ -47,7 +47,7 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(
     while kills < (KILLS if world == 1 else max(3, KILLS // 5)):
         folder = tmp_path / f"chain{chains}"
         chains += 1
-        for start in range(500):
+        for _ in range(500):
             moves = rng.randrange(MOST_MOVES)
             run = train(options(betons, folder, **more), world, stop_at=("", moves))
             if moves:  # else the kill comes while it starts

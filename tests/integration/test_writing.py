@@ -39,7 +39,8 @@ class Bar(writer.tqdm):
 
 writer.SYNC_SECONDS, writer.tqdm = {sync}, Bar
 sys.argv = ["write_ffcv.py", *{arguments!r}]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which the shell of the tests may have set to be ignored
+# the shell of the tests may have set it to be ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("begins", flush=True)
 sys.exit(exit_status(write_ffcv.main))
 """

@@ -306,14 +306,11 @@ def test_translations_take_the_size_of_the_image_they_move():
 def test_weighted_sets_draw_without_replacement_and_by_weight():
     drawn = draws("rand-n3-p1-t3aw")["op"]
     singles = [
-        op
-        for op in (
-            native.AUTOCONTRAST,
-            native.EQUALIZE,
-            native.INVERT,
-            native.SOLARIZE,
-            native.BLUR,
-        )
+        native.AUTOCONTRAST,
+        native.EQUALIZE,
+        native.INVERT,
+        native.SOLARIZE,
+        native.BLUR,
     ]
     for op in singles:
         assert ((drawn == op).sum(1) <= 1).all()

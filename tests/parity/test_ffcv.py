@@ -52,9 +52,10 @@ def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
         from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
         from ffcv.transforms import ToTensor
         for name in {names!r}:
-            loader = Loader(f"{tmp_path}/{{name}}.beton", batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL,
-                            drop_last=False, pipelines={{"image": [CenterCropRGBImageDecoder((32, 32), 0.9), ToTensor()],
-                                                        "label": [IntDecoder(), ToTensor()]}})
+            pipelines = {{"image": [CenterCropRGBImageDecoder((32, 32), 0.9), ToTensor()],
+                         "label": [IntDecoder(), ToTensor()]}}
+            loader = Loader(f"{tmp_path}/{{name}}.beton", batch_size=8, num_workers=1,
+                            order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines)
             images, labels = zip(*[(i.clone(), l.clone()) for i, l in loader])
             torch.save((torch.cat(images), torch.cat(labels)[:, 0]), f"{tmp_path}/{{name}}.pt")
     """)
@@ -90,8 +91,10 @@ def test_files_of_the_stock_writer_are_read(pictures, tmp_path):
         from ffcv.writer import DatasetWriter
         from torchvision.datasets import ImageFolder
         for mode in {list(kinds)!r}:
-            fields = {{"image": RGBImageField(write_mode=mode, smart_threshold=12000), "label": IntField()}}
-            DatasetWriter(f"{tmp_path}/{{mode}}.beton", fields, num_workers=2).from_indexed_dataset(ImageFolder({str(pictures / "val")!r}))
+            image = RGBImageField(write_mode=mode, smart_threshold=12000)
+            writer = DatasetWriter(f"{tmp_path}/{{mode}}.beton",
+                                   {{"image": image, "label": IntField()}}, num_workers=2)
+            writer.from_indexed_dataset(ImageFolder({str(pictures / "val")!r}))
     """)
     for mode, stored in kinds.items():
         path = tmp_path / f"{mode}.beton"
@@ -121,20 +124,20 @@ def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
         height, width = (int(side) for side in np.random.default_rng(slot).integers(20, 600, 2))
         used = []
 
-        def next_word(first_of_try: bool):
+        def next_word(first_of_try: bool, used=used):
             if first_of_try and len(used) % 2 == 0:
                 used[:] = range(-(-len(used) // 4) * 4)
             used.append(None)
             return len(used) - 1
 
         class Uniform:
-            def uniform_(self, low, high):
+            def uniform_(self, low, high, slot=slot, next_word=next_word):
                 share = draws.uniform(0, 0, slot, draws.CROP, next_word(True))
                 return torch.tensor(
                     float(low) + (float(high) - float(low)) * share, dtype=torch.float64
                 )
 
-        def randint(low, high, size):
+        def randint(low, high, size, slot=slot, next_word=next_word):
             return torch.tensor([draws.below(0, 0, slot, draws.CROP, next_word(False), high)])
 
         picture = torch.zeros(3, height, width)

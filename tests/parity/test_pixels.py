@@ -66,14 +66,14 @@ def jpeg(image, **options) -> tuple[bytes, np.ndarray]:
 
 
 KINDS = {
-    "4:4:4": dict(subsampling=0),
-    "4:2:2": dict(subsampling=1),
-    "4:2:0": dict(subsampling=2),
-    "own tables": dict(subsampling=2, optimize=True),
-    "progressive": dict(subsampling=2, progressive=True),
-    "restarts": dict(subsampling=2, restart_marker_blocks=3),
-    "quality 100": dict(quality=100, subsampling=0),
-    "quality 5": dict(quality=5, subsampling=2),
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "own tables": {"subsampling": 2, "optimize": True},
+    "progressive": {"subsampling": 2, "progressive": True},
+    "restarts": {"subsampling": 2, "restart_marker_blocks": 3},
+    "quality 100": {"quality": 100, "subsampling": 0},
+    "quality 5": {"quality": 5, "subsampling": 2},
 }
 
 

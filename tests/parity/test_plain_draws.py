@@ -183,7 +183,7 @@ def layers_of(stream, policy, height, width):
         which = stream.below(k, len(policy.ops))
         if policy.weights:
             share, total = stream.uniform(k), sum(left.values())
-            for which, weight in left.items():
+            for which, weight in left.items():  # noqa: B007 used below, where the loop stopped
                 share -= weight / total
                 if share < 0.0:
                     break

@@ -147,7 +147,8 @@ def test_both_writers_write_what_they_are_given(pictures, tmp_path):
         import sys
         sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT)!r}]
         import writer
-        print(writer.Ours({str(pictures)!r}, {str(tmp_path)!r}, 1, 30).repeat(), writer.StockFFCV({str(pictures)!r}, {str(tmp_path)!r}, 1, 30).repeat())
+        given = ({str(pictures)!r}, {str(tmp_path)!r}, 1, 30)
+        print(writer.Ours(*given).repeat(), writer.StockFFCV(*given).repeat())
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=900

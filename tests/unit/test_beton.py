@@ -17,13 +17,11 @@ def test_layout_is_ffcvs():
         get_metadata_type,
     )
 
-    assert (beton.HEADER, beton.FIELD, beton.ALLOCATION) == (
-        HeaderType,
-        FieldDescType,
-        ALLOC_TABLE_TYPE,
-    )
+    layouts = (beton.HEADER, beton.FIELD, beton.ALLOCATION)
+    assert layouts == (HeaderType, FieldDescType, ALLOC_TABLE_TYPE)
     assert beton.VERSION == CURRENT_VERSION
-    assert beton.SAMPLE_METADATA == get_metadata_type([RGBImageField(), IntField()])
+    metadata = get_metadata_type([RGBImageField(), IntField()])
+    assert metadata == beton.SAMPLE_METADATA
 
 
 def test_reads_every_sample(betons):
@@ -97,7 +95,7 @@ def test_a_file_cut_anywhere_is_refused(betons, tmp_path):
     whole = (betons / "val.beton").read_bytes()
     cut = tmp_path / "cut.beton"
     for length in [
-        *range(0, 60),
+        *range(60),
         1000,
         2000,
         2100,

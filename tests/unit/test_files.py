@@ -74,7 +74,8 @@ def test_a_reader_that_goes_away_is_no_error(written):
     from pathlib import Path
 
     root = Path(__file__).parents[2]
-    command = f"{sys.executable} write_ffcv.py info --cfg.path={written}/train.beton | head -n 1; exit ${{PIPESTATUS[0]}}"
+    info = f"{sys.executable} write_ffcv.py info --cfg.path={written}/train.beton"
+    command = f"{info} | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)
     assert done.returncode in (0, 141) and "12 images" in done.stdout and done.stderr == ""
 
@@ -116,7 +117,8 @@ def test_every_damaged_image_is_named(copy, tmp_path, capsys):
         f"sample 7 ({name}) is damaged: its bytes do not match their checksum" in shown
         and "2 of 12 images damaged" in shown
     )
-    rows = list(csv.reader(open(tmp_path / "bad.csv")))
+    with open(tmp_path / "bad.csv") as table:
+        rows = list(csv.reader(table))
     assert rows[0] == ["sample", "path", "reason"] and [row[0] for row in rows[1:]] == ["2", "7"]
 
 

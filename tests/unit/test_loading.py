@@ -19,9 +19,9 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import HEADER, read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader, pool
+from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
 from rsb_ffcv.ops import native
 from rsb_ffcv.ops.operation import DrawnOperation
-from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
 
 SPEC = "rand-m7-mstd0.5-inc1"
 
@@ -343,7 +343,10 @@ def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
     epoch = made.epoch(0)
     next(epoch)
     epoch.close()
-    assert equal(batches(loader(betons), 1), [(i.clone(), l.clone()) for i, l in made.epoch(1)])
+    assert equal(
+        batches(loader(betons), 1),
+        [tuple(part.clone() for part in batch) for batch in made.epoch(1)],
+    )
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(made.epoch(0))
@@ -571,14 +574,16 @@ def test_a_loader_that_stands_still_says_so(betons):
         import ctypes, threading
         from rsb_ffcv.loading import TrainLoader, pool
         from rsb_ffcv.ops.operation import DrawnOperation
-        kernel = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)(lambda *_: threading.Event().wait())
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)
+        kernel = prototype(lambda *_: threading.Event().wait())
         class Stuck(DrawnOperation):
             def draw(self, address, heights, widths):
                 return address.slots
             def generate_code(self):
                 return ctypes.cast(kernel, ctypes.c_void_p).value
         pool.STALL_SECONDS = 1.0
-        made = TrainLoader({str(betons / "train.beton")!r}, batch_size=16, resolution=32, num_workers=2, ops=[Stuck()])
+        made = TrainLoader({str(betons / "train.beton")!r}, batch_size=16, resolution=32,
+                           num_workers=2, ops=[Stuck()])
         try:
             next(made.epoch(0))
         except RuntimeError as error:
@@ -635,7 +640,8 @@ def test_open_epochs_end_quietly_with_a_cycle_and_with_the_interpreter(betons):
             pass
         for number in range(20):
             run = Run()
-            run.loader = TrainLoader({str(betons / "train.beton")!r}, batch_size=2, resolution=32, num_workers=2)
+            run.loader = TrainLoader({str(betons / "train.beton")!r}, batch_size=2, resolution=32,
+                                     num_workers=2)
             run.batches = run.loader.epoch(0)
             next(run.batches)
             run.me = run

@@ -191,7 +191,8 @@ class Server(http.server.ThreadingHTTPServer):
                 path = self.translate_path(self.path)
                 wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if not wanted or not os.path.isfile(path):
-                    return super().do_GET()
+                    super().do_GET()
+                    return
                 data = Path(path).read_bytes()
                 first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
                 self.send_response(206)

@@ -78,7 +78,9 @@ def test_only_the_module_for_it_may_import_ffcv():
 
 def test_a_run_imports_nothing_slow_that_its_first_step_does_not_need():
     slow = ("ffcv", "cv2", "matplotlib")
-    code = f"import sys, rsb_ffcv.training.trainer; print([name for name in {slow} if name in sys.modules])"
+    code = f"""
+import sys, rsb_ffcv.training.trainer
+print([name for name in {slow} if name in sys.modules])"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -129,7 +129,7 @@ def test_what_health_remembers_is_saved():
 def state(step, size=1000):
     torch.manual_seed(step)
     return {
-        **{name: None for name in checkpoint.KEYS},
+        **dict.fromkeys(checkpoint.KEYS),
         "step": step,
         "model": {"w": torch.randn(size)},
         "rows": [],

@@ -61,7 +61,8 @@ def test_a_thread_that_hangs_ends_the_program_with_its_reason():
             yield 3
             hanging.wait()
             yield 4
-        sys.exit(exit_status(lambda: list(ordered(hangs, items(), 2, name=lambda item: f"picture {{item}}", patience=0.5))))
+        name = lambda item: f"picture {{item}}"
+        sys.exit(exit_status(lambda: list(ordered(hangs, items(), 2, name=name, patience=0.5))))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
