@@ -7,7 +7,7 @@ from rsb_ffcv import exit_status
 from rsb_ffcv.config import TrainConfig, read_config
 
 
-def main():
+def main() -> None:
     config = read_config(TrainConfig, __doc__)
     from rsb_ffcv.training import (
         run,

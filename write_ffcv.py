@@ -3,7 +3,9 @@
 write_ffcv.py info --cfg.path=/data/beton/train.beton"""
 
 import difflib
+import io
 import sys
+from typing import cast
 
 from rsb_ffcv import InputError, exit_status
 from rsb_ffcv.config import WRITE_COMMANDS, read_config
@@ -11,7 +13,8 @@ from rsb_ffcv.config import WRITE_COMMANDS, read_config
 
 def main() -> int:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files may be no text at all
+        # names of files may be no text at all
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "write"
     if command not in WRITE_COMMANDS:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 BATCH, SIDE = 128, 224
 MEAN = (124, 116, 104)
@@ -22,7 +23,7 @@ class Ours:
         from rsb_ffcv.loading import EvalLoader, TrainLoader
 
         self.epoch = 0
-        common = {"batch_size": BATCH, "resolution": SIDE, "num_workers": threads}
+        common: dict[str, Any] = {"batch_size": BATCH, "resolution": SIDE, "num_workers": threads}
         self.loader = (
             EvalLoader(path, crop_ratio=0.95, interpolation="bicubic", **common)
             if evaluate

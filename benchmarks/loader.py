@@ -132,7 +132,7 @@ def scaling(work: Path, cores: int, repeats: int) -> dict:
 
 def first_batch(work: Path, threads: int, repeats: int) -> dict:
     """{name: seconds of each fresh process}, all taking turns, the first start of each left out."""
-    found = {}
+    found: dict[str, dict] = {}
     for number in range(repeats + 1):
         for name, kind, spec in (
             ("ours", "Ours", ""),
@@ -204,12 +204,12 @@ def table(results: dict) -> str:
             )
             continue
         seconds = statistics.median(result["seconds"])
-        asked = FIRST_BATCH_SECONDS if name.startswith("ours") else ""
-        verdict = "" if asked == "" else "reached" if seconds <= asked else "falls short"
+        most = FIRST_BATCH_SECONDS if name.startswith("ours") else None
+        verdict = "" if most is None else "reached" if seconds <= most else "falls short"
         lines.append(
             f"| first batch, second start | {name} | {seconds:.2f} s ({min(result['seconds']):.2f} "
             f".. "
-            f"{max(result['seconds']):.2f}) | | {asked and f'{asked} s'} | {verdict} |"
+            f"{max(result['seconds']):.2f}) | | {'' if most is None else f'{most} s'} | {verdict} |"
         )
     rates = "; ".join(
         f"{n} threads {r['images_per_s']:,.0f}" for n, r in results["scaling"].items()

@@ -55,7 +55,9 @@ class Contestant:
     with."""
 
     def __init__(self, name: str, factory: str, arguments: dict):
-        self.name, self.rates, self.absent = name, [], None
+        self.name = name
+        self.rates: list[float] = []
+        self.absent: str | None = None
         self._process = subprocess.Popen(
             [sys.executable, __file__, factory, json.dumps(arguments)],
             stdin=subprocess.PIPE,

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -92,7 +93,11 @@ def until(arguments: list[str], sign: bytes, stream: str) -> float:
     """Seconds from the start of a process until it writes `sign` to its stdout or stderr; it is
     then killed."""
     began = time.perf_counter()
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: subprocess.PIPE}
+    streams: dict[str, Any] = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        stream: subprocess.PIPE,
+    }
     process = subprocess.Popen(arguments, cwd=ROOT, **streams)
     pipe, seen = getattr(process, stream), b""
     try:
@@ -144,7 +149,7 @@ def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
         ),
         FFCV: lambda: whole("import ffcv"),
     }
-    found = {name: {"seconds": []} for name in rows}
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in rows}
     for number in range(repeats + 1):
         for name, run in rows.items():
             if "absent" in found[name]:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +44,13 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         rand_augment="rand-m7-mstd0.5-inc1",
         device=where.device,
     )
-    model = build_model(options.arch, loader.beton.num_classes).to(
-        where.device, memory_format=where.memory_format
-    )
+    model: Any = build_model(options.arch, loader.beton.num_classes)
+    model = model.to(where.device, memory_format=where.memory_format)
     ema = Ema(model, 0.9999)
     optimizer = build_optimizer(
         options.optimizer, model, 0.005, 0.02, 0.9, compiled=where.compile and cuda
     )
-    wrapped = torch.compile(model, dynamic=False) if where.compile else model
+    wrapped: Any = torch.compile(model, dynamic=False) if where.compile else model
     step = TrainStep(
         model,
         wrapped.train(),
@@ -107,11 +107,12 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         torch.cuda.reset_peak_memory_stats()
     gradients = {parameter: torch.full_like(parameter, 1e-6) for parameter in model.parameters()}
     update()
-    found = {"synthetic": [], "loaded": [], "waiting": [], "update": []}
+    found: dict[str, list[float]] = {"synthetic": [], "loaded": [], "waiting": [], "update": []}
     for _ in range(options.repeats):
         found["synthetic"].append(steps(synthetic)[0])
         seconds, share = steps(loaded)
-        found["loaded"].append(seconds), found["waiting"].append(share)
+        found["loaded"].append(seconds)
+        found["waiting"].append(share)
         found["update"].append(update())
     loader.close()
     middle = {name: statistics.median(values) for name, values in found.items()}
@@ -151,7 +152,7 @@ def main():
     )
     parser.add_argument("--compile", default="auto", choices=["auto", "0", "1"])
     options = parser.parse_args()
-    results = {
+    results: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "environment": runner.environment(["rsb_ffcv", "torch", "timm"]),
         "rows": [],

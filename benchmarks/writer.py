@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -85,7 +86,7 @@ def repeated(images: Path, work: Path, count: int):
 
 def processes(work: Path, workers: int, shrink: int, repeats: int) -> dict:
     """{row: {name: seconds of whole processes}}, taking turns."""
-    found = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for _ in range(repeats):
         for row, side in (("kept", 0), ("shrunk", shrink)):
             for name, kind in (("ours", "Ours"), ("stock ffcv", "StockFFCV")):
@@ -219,7 +220,7 @@ def main():
     work = Path(tempfile.mkdtemp(prefix="writer-benchmark-"))
     try:
         repeated(options.images, work, options.count)
-        results = {
+        results: dict[str, Any] = {
             "command": f"benchmarks/writer.py --images {options.images.name} --workers "
             f"{options.workers} --repeats {options.repeats} "
             f"--count {options.count} --shrink {options.shrink} --small {options.small}",

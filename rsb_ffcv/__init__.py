@@ -9,6 +9,7 @@ reads; `config` declares the programs' options and `options` reads them from fla
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 __version__ = "0.1.0"
 
@@ -27,12 +28,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def warn(text: str):
+def warn(text: str) -> None:
     """One line on stderr about something that the run can do without."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def exit_status(program, *arguments) -> int:
+def exit_status(program: Callable[..., int | None], *arguments: object) -> int:
     """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it
     raises InputError, 130 where the user interrupts it, 141 where nobody reads its output any more
     (`| head`)."""

@@ -6,8 +6,10 @@ import errno
 import fcntl
 import io
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from rsb_ffcv import InputError, first_line, warn
 
@@ -17,7 +19,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EB
 
 
 @contextmanager
-def atomic_file(path, mend: str):
+def atomic_file(path: str | Path, mend: str) -> Iterator[io.BufferedWriter]:
     """A binary file to write that takes the name `path` when the block ends: flushed to disk,
     renamed, and the folder flushed as well.
 
@@ -41,7 +43,9 @@ def atomic_file(path, mend: str):
             temporary.unlink()
 
 
-def write_table(path, head: list[str], rows, mend: str):
+def write_table(
+    path: str | Path, head: list[str], rows: Iterable[Iterable[object]], mend: str
+) -> None:
     """A CSV file, whole or not at all. Raises InputError as atomic_file does."""
     with atomic_file(path, mend) as file:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
@@ -51,7 +55,7 @@ def write_table(path, head: list[str], rows, mend: str):
         text.detach()  # flushed, and not closed
 
 
-def flush_folder(path):
+def flush_folder(path: str | Path) -> None:
     """The names in a folder outlive a power failure from now on. Some file systems (SMB, some of
     FUSE) cannot flush a folder: a warning, once a folder, since the names are in place."""
     try:
@@ -67,7 +71,7 @@ def flush_folder(path):
         )
 
 
-def lock(file, path):
+def lock(file: int | IO[Any], path: str | Path) -> None:
     """Takes the exclusive lock of an open file, which ends with it. Raises BlockingIOError where
     another process has it. Where the file system of `path` has no locks: a warning, once."""
     try:
@@ -84,7 +88,7 @@ def lock(file, path):
 _warned: set[str] = set()
 
 
-def _warn_once(text: str):
+def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         warn(text)

@@ -18,9 +18,11 @@ a multiple of the page size, so that a trailer that is gone is noticed.
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -92,7 +94,7 @@ class About:
     titles: list[str]
     counts: dict
 
-    def check(self):
+    def check(self) -> None:
         """Raises ValueError where a part is not of its kind: the file's text may be anybody's."""
         lists, tables = (
             (self.classes, self.titles),
@@ -139,7 +141,7 @@ class Beton:
     about: About | None
     names_at: tuple[int, int, int] | None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     @property
@@ -193,7 +195,7 @@ class Beton:
         return f"{checksum(np.concatenate(parts)):016x}"
 
 
-def read_beton(path) -> Beton:
+def read_beton(path: str | Path) -> Beton:
     """Opens `path` and checks it whole: header, fields, table, and each image's pointer, size and
     shape.
 
@@ -203,7 +205,7 @@ def read_beton(path) -> Beton:
     """
     path = Path(path)
 
-    def refuse(why, mend="write it again with write_ffcv.py"):
+    def refuse(why: str, mend: str = "write it again with write_ffcv.py") -> NoReturn:
         raise InputError(f"{path}: {why}; {mend}")
 
     try:
@@ -304,15 +306,15 @@ def read_beton(path) -> Beton:
 
 
 def put_around(
-    path,
+    path: str | Path,
     end: int,
     metadata: np.ndarray,
     table: np.ndarray,
     extras: np.ndarray,
     names: list[str],
     about: About,
-    keep_front=lambda front: None,
-):
+    keep_front: Callable[[bytes], object] = lambda front: None,
+) -> None:
     """Writes into a file everything around its images, which end at byte `end`: first what stands
     behind them, and once that is on the disk, header, descriptors and `metadata`, which keep_front
     is given before. metadata, table, extras: SAMPLE_METADATA, ALLOCATION and EXTRA, one a sample.
@@ -390,7 +392,14 @@ def make_trailer(
     return trailer
 
 
-def _read_extras(file, header, table_start, metadata_end, structure, refuse):
+def _read_extras(
+    file: BinaryIO,
+    header: np.void,
+    table_start: int,
+    metadata_end: int,
+    structure: int,
+    refuse: Callable[..., NoReturn],
+) -> tuple[np.ndarray | None, About | None, tuple[int, int, int] | None]:
     """(the samples' EXTRAs, About, where the names are), or Nones where the file is one of
     FFCV's."""
     count = int(header["num_samples"])
@@ -431,7 +440,7 @@ def _read_extras(file, header, table_start, metadata_end, structure, refuse):
     return extras, about, (start + extras.nbytes, names_bytes, int(trailer["names"][0]))
 
 
-def _metadata_type(fields, refuse):
+def _metadata_type(fields: np.ndarray, refuse: Callable[..., NoReturn]) -> np.dtype:
     """The dtype of a metadata row. Only fields of known width are accepted: any other would shift
     what follows."""
     widths = {
@@ -457,7 +466,9 @@ def _metadata_type(fields, refuse):
     return np.dtype([("", widths[int(field["type_id"])]) for field in fields], align=True)
 
 
-def _image_sizes(pointers, table, refuse):
+def _image_sizes(
+    pointers: np.ndarray, table: np.ndarray, refuse: Callable[..., NoReturn]
+) -> np.ndarray:
     """Stored bytes of each image: its pointer looked up in the allocation table."""
     table = table[np.argsort(table["ptr"], kind="stable")]
     rows = np.minimum(np.searchsorted(table["ptr"], pointers), len(table) - 1)

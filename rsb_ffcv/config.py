@@ -5,10 +5,12 @@ model.arch (resnet18 there) and data.num_workers (required there).
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rsb_ffcv import InputError
-from rsb_ffcv.options import REQUIRED, flag, option, read_options
+from rsb_ffcv.options import REQUIRED, Program, flag, option, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -672,8 +674,8 @@ class ExportConfig:
 
 
 # The first word of write_ffcv.py's command line -> what it can be told
-WRITE_COMMANDS = {
-    kind.__doc__.partition(":")[0]: kind
+WRITE_COMMANDS: dict[str, type[Any]] = {
+    (kind.__doc__ or "").partition(":")[0]: kind
     for kind in (
         WriteConfig,
         EstimateConfig,
@@ -692,7 +694,9 @@ WRITE_COMMANDS = {
 IGNORED = {"training.bn_wd"}  # in ffcv-imagenet's published files, read by nothing there either
 
 
-def read_config(program: type, description: str, arguments=None):
+def read_config(
+    program: type[Program], description: str | None, arguments: Sequence[str] | None = None
+) -> Program:
     """The `program` dataclass (TrainConfig, one of WRITE_COMMANDS) from the command line; see
     `options.read_options`.
 
@@ -700,12 +704,12 @@ def read_config(program: type, description: str, arguments=None):
     with another.
     """
     config = read_options(program, description, arguments, IGNORED)
-    if program is TrainConfig:
+    if isinstance(config, TrainConfig):
         _check_together(config)
     return config
 
 
-def _check_together(c: TrainConfig):
+def _check_together(c: TrainConfig) -> None:
     """What no option can be checked for by itself."""
     for name in ("train_dataset", "val_dataset"):
         path = getattr(c.data, name)

@@ -12,8 +12,10 @@ import math
 import os
 import sys
 from argparse import ArgumentParser
-from dataclasses import MISSING, field, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from fastargs import Param, Section
@@ -22,13 +24,25 @@ from fastargs.validation import Checker
 
 from rsb_ffcv import InputError, warn
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 REQUIRED = object()
+Program = TypeVar("Program", bound="DataclassInstance")
 
 
 class _Value(Checker):
     """A fastargs checker that reads one option: type, range and choices, or one of `words`."""
 
-    def __init__(self, kind, low, high, choices, words=(), needed=False):
+    def __init__(
+        self,
+        kind: type,
+        low: float,
+        high: float,
+        choices: Sequence[object],
+        words: Sequence[str] = (),
+        needed: bool = False,
+    ) -> None:
         self.kind, self.low, self.high, self.choices, self.words, self.needed = (
             kind,
             low,
@@ -38,7 +52,7 @@ class _Value(Checker):
             needed,
         )
 
-    def check(self, value):
+    def check(self, value: Any) -> Any:
         if value in self.words:
             return value
         if self.kind is bool:
@@ -60,7 +74,7 @@ class _Value(Checker):
             raise ValueError(self.help())
         return value
 
-    def _number(self, value):
+    def _number(self, value: object) -> int | float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(self.help())
         if self.kind is int and isinstance(value, (int, str)):
@@ -76,10 +90,10 @@ class _Value(Checker):
             raise ValueError(self.help())
         return int(number) if self.kind is int else number
 
-    def help(self):
+    def help(self) -> str:
         return " or ".join([self._help(), *self.words])
 
-    def _help(self):
+    def _help(self) -> str:
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
         if self.kind is bool:
@@ -102,10 +116,18 @@ class _Value(Checker):
         )
 
 
-def option(kind, default, text, low=-math.inf, high=math.inf, choices=(), words=()):
+def option(
+    kind: type,
+    default: object,
+    text: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Sequence[object] = (),
+    words: Sequence[str] = (),
+) -> Any:
     """One option. text: meaning and unit, shown by --help. words: values that are taken as they
     are, whatever the kind."""
-    extra = {} if default is REQUIRED else {"default": default}
+    extra: dict[str, Any] = {} if default is REQUIRED else {"default": default}
     return field(
         metadata={
             "checker": _Value(kind, low, high, choices, words, default is REQUIRED),
@@ -115,11 +137,16 @@ def option(kind, default, text, low=-math.inf, high=math.inf, choices=(), words=
     )
 
 
-def flag(default, text):
+def flag(default: bool, text: str) -> Any:
     return option(bool, default, text)
 
 
-def read_options(program: type, description: str, arguments=None, ignored=frozenset()):
+def read_options(
+    program: type[Program],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    ignored: Collection[str] = frozenset(),
+) -> Program:
     """The `program` dataclass, whose fields are sections (dataclasses of `option`s), from the
     command line.
 
@@ -129,7 +156,7 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
     or missing.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sections = {section.name: section.type for section in fields(program)}
+    sections: dict[str, Any] = {section.name: section.type for section in fields(program)}
     config = Config()
     for name, section in sections.items():
         Section(name, section.__doc__, config).params(
@@ -159,7 +186,7 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
     )  # fastargs' own is drawn for a VT100 and speaks of environment variables
     given = parser.parse_args(arguments)
 
-    values = {name: {} for name in sections}
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     met = []
     for path in given.config_file:
         for name, key, value in _read_yaml(path):
@@ -173,7 +200,8 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
         )
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
-            _set(values, sections, *flag_name.split(".", 1), value, "on the command line")
+            name, key = flag_name.split(".", 1)
+            _set(values, sections, name, key, value, "on the command line")
     for name, section in sections.items():
         for item in fields(section):
             if item.default is MISSING and item.name not in values[name]:
@@ -185,26 +213,26 @@ def read_options(program: type, description: str, arguments=None, ignored=frozen
     return program(**{name: section(**values[name]) for name, section in sections.items()})
 
 
-def as_dict(config) -> dict:
+def as_dict(config: "DataclassInstance") -> dict[str, dict[str, Any]]:
     """{section: {option: value}} of a config: plain values, ready for JSON."""
     return {
         section.name: {
             item.name: getattr(getattr(config, section.name), item.name)
-            for item in fields(section.type)
+            for item in fields(getattr(config, section.name))
         }
         for section in fields(config)
     }
 
 
 class _Parser(ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}; options are --section.name=value, see --help")
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, which by itself keeps the last of two equal keys without a word."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         repeated = [key for key in keys if keys.count(key) > 1]
         if repeated:
@@ -214,7 +242,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _options_text(sections):
+def _options_text(sections: Mapping[str, type[Any]]) -> str:
     lines = [
         "Options, as --section.name=value or in the YAML file as 'section:' and below it '  name: "
         "value':"
@@ -230,13 +258,13 @@ def _options_text(sections):
     return "\n".join(lines)
 
 
-def _shown(default):
+def _shown(default: object) -> object:
     if isinstance(default, float):
         return f"{default:.6g}"
     return int(default) if isinstance(default, bool) else "empty" if default == "" else default
 
 
-def _check_flags(arguments, sections):
+def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) -> None:
     """argparse would say "unrecognized arguments"; this names the nearest flag."""
     for argument in arguments:
         name, _, value = argument[2:].partition("=")
@@ -245,7 +273,7 @@ def _check_flags(arguments, sections):
             _find(sections, section, key, f"(value {value!r}) on the command line")
 
 
-def _read_yaml(path):
+def _read_yaml(path: str | Path) -> Iterator[tuple[str, str, Any]]:
     """(section, key, value) of each line of a recipe."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
@@ -272,7 +300,7 @@ def _read_yaml(path):
             yield str(name), str(key), value
 
 
-def _find(sections, name, key, where):
+def _find(sections: Mapping[str, type[Any]], name: str, key: str, where: str) -> Field[Any]:
     """The field behind `name.key`, or InputError with the nearest valid name."""
     known = {
         f"{section_name}.{item.name}": item
@@ -289,7 +317,14 @@ def _find(sections, name, key, where):
     return known[f"{name}.{key}"]
 
 
-def _set(values, sections, name, key, value, where):
+def _set(
+    values: dict[str, dict[str, Any]],
+    sections: Mapping[str, type[Any]],
+    name: str,
+    key: str,
+    value: object,
+    where: str,
+) -> None:
     item = _find(sections, name, key, f"(value {value!r}) {where}")
     try:
         values[name][key] = item.metadata["checker"].check(value)

@@ -208,7 +208,7 @@ def parquet(root: Path, hugging_face: bool = True):
 
 def lists(root: Path, numbers: bool, head: bool):
     for split in ("train", "val"):
-        rows = []
+        rows: list[list] = []
         for wnid, name, data in pictures(split):
             put(root / "files" / name, data)
             rows.append([f"files/{name}", WNIDS.index(wnid) if numbers else wnid])

@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,12 +72,12 @@ def serve():
                     resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
                 stops.install()
                 sys.argv = ["train_imagenet.py", *request["start"]]
-                status = 1
+                ended: Any = 1
                 try:
                     exec(request["prepare"], {})
-                    status = exit_status(train_imagenet.main)
+                    ended = exit_status(train_imagenet.main)
                 except SystemExit as error:
-                    status = error.code
+                    ended = error.code
                 except BaseException:
                     import traceback
 
@@ -88,7 +89,7 @@ def serve():
                     for thread in os.listdir("/proc/self/task")
                 ]
                 Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
-                os._exit(status)
+                os._exit(ended)
         print(json.dumps(answer), file=answers, flush=True)
 
 

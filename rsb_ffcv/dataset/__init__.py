@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rsb_ffcv import InputError, beton
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
-from rsb_ffcv.dataset.picture import BadPicture, Encoding
+from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored
 from rsb_ffcv.dataset.sources import Place, Source, open_sources
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
@@ -46,7 +47,7 @@ def write_splits(
     skip: bool = False,
     max_skipped: float = 0.01,
     report: str = "",
-):
+) -> None:
     """Writes `split`, or where it is empty train and val, and prints what they will take, and then
     what they hold.
 
@@ -111,6 +112,7 @@ def write_splits(
             on_error,
             {"dataset": place.dataset, "split": name},
         )
+        assert written.about is not None  # this program wrote it
         if not report and not written.about.counts["left out"]:
             named.unlink(missing_ok=True)  # an earlier call's
         _summary(written, source, time.monotonic() - began, on_error.report)
@@ -118,7 +120,7 @@ def write_splits(
 
 def estimate_splits(
     place: Place, split: str, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
-):
+) -> None:
     """Prints what write_splits would take."""
     for name, source in _sources(place, split, subset).items():
         _estimate(name, source, encoding, num_workers, chunk_size)
@@ -133,7 +135,7 @@ def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
     }
 
 
-def storing(source: Source, encoding: Encoding):
+def storing(source: Source, encoding: Encoding) -> Callable[[int], Stored]:
     """What write_beton stores of each picture of a source."""
     return lambda index: encoding.store(index, source.picture(index), source.place(index))
 
@@ -149,13 +151,13 @@ def settings_of(encoding: Encoding) -> dict:
 
 
 def _estimate(
-    title, source: Source, encoding: Encoding, num_workers: int, chunk_size: int
+    title: str | Path, source: Source, encoding: Encoding, num_workers: int, chunk_size: int
 ) -> float:
     """Bytes that a file will take, judged by some pictures all over the source; prints them with
     the time."""
     store, began = storing(source, encoding), time.monotonic()
 
-    def size(index):
+    def size(index: int) -> int | None:
         try:
             return store(index).data.nbytes
         except BadPicture:  # its turn will come, and be told
@@ -192,8 +194,9 @@ def duration(seconds: float) -> str:
     )
 
 
-def _summary(written: beton.Beton, source: Source, seconds: float, report: Path):
+def _summary(written: beton.Beton, source: Source, seconds: float, report: Path) -> None:
     """Prints what a file holds, and its images of each class beside the source's."""
+    assert written.about is not None and written.extras is not None  # this program wrote it
     counts = written.about.counts
     there = np.bincount(written.labels, minlength=len(source.classes))
     wanted = np.bincount(source.labels, minlength=len(source.classes))

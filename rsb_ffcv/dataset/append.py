@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +28,14 @@ class _Append:
     """The names under which an append stands while it is under way: the file itself, hidden; a note
     with its length before; and the new front, once all behind it is on the disk."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.hidden, self.note, self.front = (
             path.with_name(f".{path.name}.{what}") for what in ("appending", "append", "front")
         )
 
     @contextmanager
-    def locked(self):
+    def locked(self) -> Iterator[None]:
         """One append at a time in a folder."""
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -72,15 +73,15 @@ class _Append:
             file.flush()
             os.fsync(file.fileno())
         if complete:
-            file = read_beton(self.hidden)
+            whole = read_beton(self.hidden)
             read_back(
-                file, num_workers, self.path.name, np.flatnonzero(file.pointers >= note["bytes"])
+                whole, num_workers, self.path.name, np.flatnonzero(whole.pointers >= note["bytes"])
             )
         os.rename(self.hidden, self.path)
         self.finish()
         return note if complete else {}
 
-    def finish(self):
+    def finish(self) -> None:
         flush_folder(self.path.parent)
         for path in (self.front, self.note):
             path.unlink(missing_ok=True)
@@ -198,7 +199,7 @@ def _append_images(
     num_workers: int,
     names: list[str],
     about: About,
-):
+) -> None:
     """Copies the images of `itself`, samples of the target that must move, and of `samples` behind
     the target's end, and writes the tables anew."""
     old, count = len(target), len(target) + len(samples)
@@ -237,7 +238,7 @@ def _append_images(
                     extras[place] = image.checksum, image.data.nbytes - image.size
         os.fsync(file.fileno())
 
-    def keep(front: bytes):
+    def keep(front: bytes) -> None:
         with atomic_file(append.front, "free space") as file:
             file.write(front)
 

@@ -25,7 +25,7 @@ class Samples:
         classes: list[str],
         titles: list[str],
         numbers: list[np.ndarray],
-    ):
+    ) -> None:
         self.files, self.choice, self.classes, self.titles = files, choice, classes, titles
         names = [file.names() for file in files]
         self.names = [names[which][sample] for which, sample in choice.tolist()]
@@ -45,10 +45,10 @@ class Samples:
                 f"or raise `ulimit -n`"
             ) from error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.choice)
 
-    def close(self):
+    def close(self) -> None:
         for file in self._opened:
             file.close()
 
@@ -179,7 +179,7 @@ def shard(path: str, write_path: str, shards: int, num_workers: int) -> list[Bet
 
 def sample_numbers(text: str, count: int) -> list[int]:
     """Of "0-99,200": all numbers, each below `count`. Raises InputError."""
-    found = []
+    found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
@@ -258,7 +258,7 @@ def common_classes(
             names = classes[: file.num_classes]
         places = {name: number for number, name in enumerate(classes)}
         numbers.append(np.array([places[name] for name in names], np.int64))
-    titles = {}
+    titles: dict[str, str] = {}
     for file in files:
         if file.about and file.about.titles:
             titles.update(zip(file.about.classes, file.about.titles))
@@ -306,7 +306,7 @@ def _write(write_path: str, samples: Samples, num_workers: int) -> Beton:
     return written
 
 
-def _make_folder(path: Path):
+def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

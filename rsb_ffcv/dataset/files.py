@@ -12,10 +12,14 @@ import posixpath
 import stat
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any, NoReturn, TypeVar
 
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.dataset.picture import BadPicture
+
+Answer = TypeVar("Answer")
 
 MOST_BYTES = 1 << 30  # of one picture file
 TRIES, PAUSE = (
@@ -71,10 +75,11 @@ def inside(name: str) -> str:
 class Local:
     """A folder of this machine."""
 
-    def __init__(self, root: str, follow_links: bool):
+    def __init__(self, root: str, follow_links: bool) -> None:
         self.root, self.follow_links = os.path.abspath(root), follow_links
         self._real = os.path.realpath(root)
-        self._within = {}  # folder -> whether it lies below the root, links resolved
+        # folder -> whether it lies below the root, links resolved
+        self._within: dict[str, bool] = {}
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -91,12 +96,13 @@ class Local:
     def list(self, name: str = "") -> list[str]:
         """All files below, sorted; links to folders are entered, each once."""
 
-        def refuse(error):
+        def refuse(error: OSError) -> NoReturn:
             raise InputError(
                 f"{error.filename}: cannot be listed ({error.strerror}); see to its permissions"
             )
 
-        found, seen = [], set()
+        found: list[str] = []
+        seen: set[str] = set()
         for where, folders, files in os.walk(self.path(name), onerror=refuse, followlinks=True):
             real = os.path.realpath(where)
             if real in seen:
@@ -166,7 +172,7 @@ class Local:
     def _is_below(self, path: str) -> bool:
         return os.path.commonpath([self._real, os.path.realpath(path)]) == self._real
 
-    def open(self, name: str):
+    def open(self, name: str) -> IO[bytes]:
         """A binary file that can seek."""
         return os.fdopen(self._open(self.path(name)), "rb")
 
@@ -175,7 +181,7 @@ class Remote:
     """A folder that fsspec reaches: s3://, gs://, http://, memory://, zip://...::..., as its URL
     says."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str) -> None:
         import fsspec
 
         try:
@@ -194,7 +200,7 @@ class Remote:
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _ask(self, name: str, request):
+    def _ask(self, name: str, request: Callable[[], Answer]) -> Answer:
         """request(), again after a pause where the network fails."""
         for attempt in range(TRIES):
             try:
@@ -261,11 +267,14 @@ class Remote:
             )
         return part
 
-    def open(self, name: str):
+    def open(self, name: str) -> IO[bytes]:
         return self._ask(name, lambda: self.fs.open(self._at(name), "rb", block_size=1 << 20))
 
 
-def _check_length(path: str, length: int):
+Files = Local | Remote
+
+
+def _check_length(path: str, length: int) -> None:
     if length > MOST_BYTES:
         raise BadPicture(
             f"{path}: {length} bytes are more than a picture has ({MOST_BYTES}); replace or remove "
@@ -273,7 +282,7 @@ def _check_length(path: str, length: int):
         )
 
 
-def read_text(files, name: str) -> str:
+def read_text(files: Files, name: str) -> str:
     try:
         return files.read(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -285,23 +294,23 @@ def read_text(files, name: str) -> str:
 class _Window(io.RawIOBase):
     """`length` bytes of a seekable file from `start` on, as a file."""
 
-    def __init__(self, file, start: int, length: int):
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self.file, self.start, self.length, self.at = file, start, length, 0
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def tell(self):
+    def tell(self) -> int:
         return self.at
 
-    def seek(self, offset, whence=os.SEEK_SET):
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
         return self.at
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         self.file.seek(self.start + self.at)
         part = self.file.read(max(0, min(len(buffer), self.length - self.at)))
         buffer[: len(part)] = part
@@ -310,7 +319,7 @@ class _Window(io.RawIOBase):
 
 
 @contextmanager
-def opened(files, name: str):
+def opened(files: Files, name: str) -> Iterator[IO[bytes]]:
     """A binary file that can seek; InputError where it cannot be read."""
     try:
         with files.open(name) as file:
@@ -323,7 +332,9 @@ def opened(files, name: str):
         ) from error
 
 
-def tar_members(file, path: str, start: int = 0, length: int = -1):
+def tar_members(
+    file: IO[bytes], path: str, start: int = 0, length: int = -1
+) -> Iterator[tuple[str, int, int]]:
     """Yields (name, first byte, bytes) of each member of a tar file, which may lie within another;
     bytes -1: not a regular file (a link, a device). Folders are left out. Only headers are read.
 
@@ -337,7 +348,8 @@ def tar_members(file, path: str, start: int = 0, length: int = -1):
             fileobj=io.BufferedReader(_Window(file, start, length), 4096), mode="r:"
         ) as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps them all
+                # tarfile keeps them all
+                archive.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
                 if member.size < 0 or archive.offset <= member.offset:
                     raise InputError(
                         f"{path}: damaged at byte {start + member.offset}; download it again"

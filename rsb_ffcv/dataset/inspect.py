@@ -23,7 +23,7 @@ SHOWN = 20  # damaged images that are printed
 WIDEST = 40  # characters of a histogram's bar
 
 
-def info(path) -> str:
+def info(path: str | Path) -> str:
     """Several lines for people: samples, classes, sizes, modes, settings, bytes. Raises InputError
     as read_beton does."""
     file = read_beton(path)
@@ -57,6 +57,7 @@ def info(path) -> str:
             "written by another program: no checksums, names, settings or entry points in it"
         )
     else:
+        assert file.extras is not None  # what has the one has the other
         about = file.about
         entered = int((file.extras["entry_bytes"] > 0).sum())
         lines.append(
@@ -77,7 +78,7 @@ def info(path) -> str:
     return "\n".join(lines)
 
 
-def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
+def verify(path: str | Path, decode: float, num_workers: int, report: str = "") -> bool:
     """Whether a file is sound: its structure, every image's checksum and entry points, and that
     images decode, to the sides the metadata says: the share `decode` of them, spread evenly. Prints
     what is not, and names it in the CSV file `report`.
@@ -107,13 +108,14 @@ def verify(path, decode: float, num_workers: int, report: str = "") -> bool:
         tqdm(total=len(file), initial=done, desc=file.path.name, unit="img", smoothing=0.05) as bar,
     ):
 
-        def check(index):
+        def check(index: int) -> str | None:
             try:
                 read_sound(
                     opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode)
                 )
             except (ValueError, OSError) as error:
                 return first_line(error)
+            return None
 
         with closing(
             ordered(
@@ -187,7 +189,7 @@ def _remember(note: Path, content: dict) -> bool:
     return True
 
 
-def export(path, write_path: str, num_workers: int):
+def export(path: str | Path, write_path: str, num_workers: int) -> None:
     """Writes each image to <write_path>/<class>/<name>: a JPEG as its bytes are, a raw one as PNG.
     An image that is damaged ends it. The folder takes its name at the end; what an interrupted call
     has written is kept and not written again."""
@@ -213,9 +215,9 @@ def export(path, write_path: str, num_workers: int):
             (unfinished / folder).mkdir(parents=True, exist_ok=True)
         with open(file.path, "rb", buffering=0) as opened:
 
-            def put(index):
+            def put(index: int) -> None:
                 try:
-                    data = read_sound(opened.fileno(), file, index, False)[: int(file.sizes[index])]
+                    stored = read_sound(opened.fileno(), file, index, False)
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}; write the file again, or leave the "
@@ -223,8 +225,10 @@ def export(path, write_path: str, num_workers: int):
                         f"subset"
                     ) from error
                 place = unfinished / places[index]
+                image = stored[: int(file.sizes[index])]
+                data: np.ndarray | bytes = image
                 if file.modes[index] == RAW:
-                    data = _png(data.reshape(int(file.heights[index]), int(file.widths[index]), 3))
+                    data = _png(image.reshape(int(file.heights[index]), int(file.widths[index]), 3))
                 if not place.exists() or place.stat().st_size != memoryview(data).nbytes:
                     place.write_bytes(data)
 
@@ -261,7 +265,9 @@ def _places(file: Beton) -> list[Path]:
     classes = [_plain(file.class_name(label)) for label in range(file.num_classes)]
     if len(set(classes)) < len(classes):
         classes = [f"{label:05d}_{name}" for label, name in enumerate(classes)]
-    taken, places, numbers = set(), [], {}
+    taken: set[Path] = set()
+    places: list[Path] = []
+    numbers: dict[Path, int] = {}
     for name, label, mode in zip(file.names(), file.labels.tolist(), file.modes.tolist()):
         stem, suffix = os.path.splitext(_plain(name.rpartition("/")[2]))
         suffix = (

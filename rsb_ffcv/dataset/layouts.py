@@ -6,15 +6,19 @@ import io
 import re
 import sys
 import tarfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.dataset import synthetic
-from rsb_ffcv.dataset.files import inside, open_root, opened, read_text, tar_members
+from rsb_ffcv.dataset.files import Files, inside, open_root, opened, read_text, tar_members
 from rsb_ffcv.dataset.sources import IMAGE_SUFFIXES, Index, Place, Source, is_image, label_numbers
+
+Row = TypeVar("Row")
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 
@@ -32,7 +36,7 @@ def demo(place: Place, split: str) -> Source:
     return image_folder(place, split)
 
 
-def _root(place: Place):
+def _root(place: Place) -> Files:
     files, name = open_root(place.data_dir, place.follow_links)
     if not name:
         return files
@@ -74,7 +78,7 @@ def image_folder(place: Place, split: str) -> Source:
     return index.source(classes)
 
 
-def _subfolders(files, name: str) -> list[str]:
+def _subfolders(files: Files, name: str) -> list[str]:
     classes = files.folders(name)
     if not classes:
         raise InputError(
@@ -83,7 +87,7 @@ def _subfolders(files, name: str) -> list[str]:
     return classes
 
 
-def _class_folders(index: Index, folder: str, classes: list[str], inner: str = ""):
+def _class_folders(index: Index, folder: str, classes: list[str], inner: str = "") -> None:
     """Adds the images below folder/<class>/inner; other files are counted and said."""
     left_out = 0
     for label, name in enumerate(classes):
@@ -108,7 +112,7 @@ def _class_folders(index: Index, folder: str, classes: list[str], inner: str = "
     _say_left_out(index.files.path(folder), left_out)
 
 
-def _say_left_out(where: str, count: int):
+def _say_left_out(where: str, count: int) -> None:
     if count:
         print(
             f"{where}: {count} files left out, whose names do not end in "
@@ -117,7 +121,7 @@ def _say_left_out(where: str, count: int):
         )
 
 
-def _image_tar(files, name: str, split: str) -> Source:
+def _image_tar(files: Files, name: str, split: str) -> Source:
     path = files.path(name)
     with opened(files, name) as file:
         everything = list(tar_members(file, path))
@@ -231,7 +235,7 @@ class _Devkit:
     truth: list[int]
 
 
-def _devkit(files) -> _Devkit | None:
+def _devkit(files: Files) -> _Devkit | None:
     """From the archive, its folder, or its files lying beside the images: the ground truth (a
     number or wnid a line, or .mat), and the synset table, which gives the numbers' wnids: meta.mat,
     or text, `wnid number word...` a line."""
@@ -244,7 +248,9 @@ def _devkit(files) -> _Devkit | None:
             ):
                 for member in archive:
                     if member.isreg() and "/data/" in member.name and member.size < 1 << 26:
-                        texts[PurePosixPath(member.name).name] = archive.extractfile(member).read()
+                        content = archive.extractfile(member)
+                        assert content is not None  # a regular file has some
+                        texts[PurePosixPath(member.name).name] = content.read()
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(
                 f"{files.path(f'{DEVKIT}.tar.gz')}: cannot be read ({first_line(error)}); download "
@@ -283,7 +289,7 @@ def _read_devkit(texts: dict[str, bytes]) -> _Devkit:
         from scipy.io import loadmat
 
         table = np.atleast_1d(loadmat(io.BytesIO(texts["meta.mat"]), squeeze_me=True)["synsets"])
-        if "num_children" in table.dtype.names:
+        if "num_children" in (table.dtype.names or ()):
             table = table[
                 table["num_children"].astype(int) == 0
             ]  # the others are groups of classes
@@ -422,7 +428,7 @@ def csv_list(place: Place, split: str) -> Source:
     return _listed(files, pairs, {label for _, label in others}, files.path(name))
 
 
-def _rows(files, name: str, reader) -> list:
+def _rows(files: Files, name: str, reader: Callable[..., Iterable[Row]]) -> list[Row]:
     try:
         return list(reader(io.StringIO(read_text(files, name)), strict=True))
     except csv.Error as error:
@@ -432,7 +438,7 @@ def _rows(files, name: str, reader) -> list:
         ) from error
 
 
-def _csv_pairs(files, name: str) -> list[tuple[str, str]]:
+def _csv_pairs(files: Files, name: str) -> list[tuple[str, str]]:
     rows = [row for row in _rows(files, name, csv.reader) if row]
     head = [cell.strip().lower() for cell in rows[0]] if rows else []
     path, label = 0, 1
@@ -484,7 +490,9 @@ def python_callable(place: Place, split: str) -> Source:
     return _listed(files, pairs, set(), f"cfg.callable={place.callable}")
 
 
-def _listed(files, pairs, other_labels, where: str) -> Source:
+def _listed(
+    files: Files, pairs: list[tuple[str, str]], other_labels: set[str], where: str
+) -> Source:
     """Labels that are all numbers are kept; others are class names."""
     classes, numbers = label_numbers(where, {label for _, label in pairs} | other_labels)
     index = Index(files)

@@ -3,7 +3,7 @@ refused by name."""
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -86,7 +86,7 @@ class Encoding:
     pass_through: bool = True
     max_pixels: int = 100_000_000
 
-    def store(self, index: int, picture, name: str) -> Stored:
+    def store(self, index: int, picture: bytes | np.ndarray, name: str) -> Stored:
         """A picture file's bytes, or uint8 pixels (height, width, 3), as they go into the file.
         index: position in the source. Raises BadPicture naming the picture where it cannot be read
         or stored."""
@@ -117,9 +117,10 @@ class Encoding:
             pixels = (
                 load_rgb(picture, name, self.max_pixels) if isinstance(picture, bytes) else picture
             )
-            height, width = self._sides(*pixels.shape[:2], name)
-            if pixels.shape[:2] != (height, width):
-                pixels = native.resized(pixels, *pixels.shape[:2], height, width)
+            rows, columns = pixels.shape[:2]
+            height, width = self._sides(rows, columns, name)
+            if (rows, columns) != (height, width):
+                pixels = native.resized(pixels, rows, columns, height, width)
         height, width = pixels.shape[:2]
         if self._mode(index, height, width) == beton.RAW:
             data = np.ascontiguousarray(pixels).reshape(-1)
@@ -200,7 +201,7 @@ def stored(
     return Stored(both, len(data), native.checksum(both), mode, height, width, how)
 
 
-def _decode(data, name, *sides) -> np.ndarray:
+def _decode(data: np.ndarray, name: str, *sides: int) -> np.ndarray:
     try:
         return native.resized(data, *sides)
     except MemoryError as error:
@@ -277,7 +278,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _orientation(picture: Image.Image):
+def _orientation(picture: Image.Image) -> Any:
     try:
         return picture.getexif().get(0x0112)
     except Exception:  # as above

@@ -11,13 +11,15 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from rsb_ffcv import InputError, first_line
-from rsb_ffcv.dataset.files import open_root, opened, tar_members
+from rsb_ffcv.dataset.files import Files, open_root, opened, tar_members
 from rsb_ffcv.dataset.picture import BadPicture
 from rsb_ffcv.dataset.sources import (
     IMAGE_SUFFIXES,
@@ -31,7 +33,7 @@ from rsb_ffcv.dataset.sources import (
 GROUPS_KEPT = 4  # row groups of parquet in memory at once
 
 
-def shard_names(place: Place, split: str, suffix: str):
+def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]]:
     """(where to read, names of the split's shards). data_dir: a folder, of whose shards those are
     taken that lie in a folder of the split's name or have it in theirs; or a pattern (`{split}`,
     `{000..147}`, `{a,b}`, `*`)."""
@@ -78,11 +80,14 @@ def webdataset(place: Place, split: str) -> Source:
     """Samples are members of one key (the name up to its first dot): an image, and `.cls` or
     `.json` with its label."""
     files, shards = shard_names(place, split, ".tar")
-    index, labels, without = Index(files), [], []
+    index = Index(files)
+    labels: list[str | None] = []
+    without: list[str] = []
     for shard in shards:
         index.paths.append(shard)
         with opened(files, shard) as file:
-            key, parts = None, {}
+            key: str | None = None
+            parts: dict[str, tuple[int, int]] = {}
             for name, start, length in tar_members(file, files.path(shard)):
                 folder, base = posixpath.split(name)
                 stem, _, extension = base.partition(".")
@@ -115,11 +120,18 @@ def webdataset(place: Place, split: str) -> Source:
 
 
 def _add_sample(
-    index: Index, labels: list, without: list, file, shard: str, key: str | None, parts: dict
-):
-    image, *others = [
+    index: Index,
+    labels: list[str | None],
+    without: list[str],
+    file: IO[bytes],
+    shard: str,
+    key: str | None,
+    parts: dict[str, tuple[int, int]],
+) -> None:
+    images: list[str | None] = [
         extension for extension in parts if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
-    ] or [None]
+    ]
+    image, *others = images or [None]
     without += [f"{key}.{extension}" for extension in others]
     if image is None:
         without += [f"{key}.{extension}" for extension in parts]
@@ -128,7 +140,7 @@ def _add_sample(
     labels.append(_sample_label(file, parts))
 
 
-def _sample_label(file, parts: dict) -> str | None:
+def _sample_label(file: IO[bytes], parts: dict[str, tuple[int, int]]) -> str | None:
     for extension in ("cls", "json"):
         if extension in parts and 0 <= parts[extension][1] < 1 << 24:
             start, length = parts[extension]
@@ -168,12 +180,15 @@ def parquet(place: Place, split: str) -> Source:
     from pyarrow import parquet as pq
 
     files, shards = shard_names(place, split, ".parquet")
-    groups, labels, names, classes = [], [], [], []
+    groups: list[tuple[str, int, int]] = []
+    labels: list[Any] = []
+    names: list[str] = []
+    classes: list[str] = []
     image = label = None
     for shard in shards:
         try:
             with opened(files, shard) as file, pq.ParquetFile(file) as table:
-                if image is None:
+                if image is None or label is None:
                     image, label = _columns(place, table.schema_arrow, files.path(shard))
                 known = _class_names(table.schema_arrow, label)
                 if groups and known != classes:
@@ -217,13 +232,19 @@ def parquet(place: Place, split: str) -> Source:
         raise InputError(
             f"cfg.data_dir={place.data_dir}: its parquet files hold no row; give others"
         )
+    assert image is not None  # the first file decided it
     return _labelled(
         place, classes, names, labels, _RowGroups(files, groups, image).read, files.path(shards[0])
     )
 
 
 def _labelled(
-    place: Place, classes: list[str], names: list[str], labels: list, read, origin: str = ""
+    place: Place,
+    classes: list[str],
+    names: list[str],
+    labels: list[Any],
+    read: Callable[[int], bytes],
+    origin: str = "",
 ) -> Source:
     """labels: numbers, or texts; None and numbers outside of a given list of classes are faults."""
     if classes:
@@ -235,7 +256,7 @@ def _labelled(
         return Source(
             classes,
             names,
-            [0 if row in faults else label for row, label in enumerate(labels)],
+            np.array([0 if row in faults else label for row, label in enumerate(labels)], np.int64),
             read,
             faults=faults,
             origin=origin,
@@ -251,18 +272,21 @@ def _labelled(
     return Source(
         classes,
         names,
-        [0 if row in faults else numbers[str(label)] for row, label in enumerate(labels)],
+        np.array(
+            [0 if row in faults else numbers[str(label)] for row, label in enumerate(labels)],
+            np.int64,
+        ),
         read,
         faults=faults,
         origin=origin,
     )
 
 
-def _columns(place: Place, schema, path: str) -> tuple[str, str]:
+def _columns(place: Place, schema: Any, path: str) -> tuple[str, str]:
     """Names of the image column and the label column: given, or the only ones of their kind."""
     import pyarrow
 
-    def is_image(kind):
+    def is_image(kind: Any) -> bool:
         return (
             pyarrow.types.is_binary(kind)
             or pyarrow.types.is_large_binary(kind)
@@ -270,10 +294,10 @@ def _columns(place: Place, schema, path: str) -> tuple[str, str]:
             and kind.get_field_index("bytes") >= 0
         )
 
-    def is_label(kind):
+    def is_label(kind: Any) -> bool:
         return pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind)
 
-    return tuple(
+    image, label = (
         _column(
             path, option, given, [(field.name, fits(field.type)) for field in schema], preferred
         )
@@ -282,9 +306,12 @@ def _columns(place: Place, schema, path: str) -> tuple[str, str]:
             ("label_column", place.label_column, is_label, "label"),
         )
     )
+    return image, label
 
 
-def _column(path, option, given, columns, preferred) -> str:
+def _column(
+    path: str, option: str, given: str, columns: list[tuple[str, bool]], preferred: str
+) -> str:
     fitting = [name for name, fits in columns if fits]
     choice = given or (
         preferred if preferred in fitting else fitting[0] if len(fitting) == 1 else ""
@@ -298,7 +325,7 @@ def _column(path, option, given, columns, preferred) -> str:
     return choice
 
 
-def _class_names(schema, label: str) -> list[str]:
+def _class_names(schema: Any, label: str) -> list[str]:
     """As Hugging Face keeps them in a parquet file's metadata."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
@@ -317,10 +344,11 @@ class _RowGroups:
     """Images of parquet files by row; the last few row groups stay in memory, and no two threads
     read the same one."""
 
-    def __init__(self, files, groups: list[tuple[str, int, int]], column: str):
+    def __init__(self, files: Files, groups: list[tuple[str, int, int]], column: str) -> None:
         self.files, self.groups, self.column = files, groups, column
         self.starts = np.array([first for *_, first in groups])
-        self._kept, self._lock = OrderedDict(), threading.Lock()
+        self._kept: OrderedDict[int, tuple[threading.Lock, list[Any]]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, row: int) -> bytes:
         number = int(np.searchsorted(self.starts, row, "right")) - 1
@@ -342,7 +370,7 @@ class _RowGroups:
             )
         return data
 
-    def _load(self, shard: str, group: int):
+    def _load(self, shard: str, group: int) -> Any:
         import pyarrow
         from pyarrow import parquet as pq
 

@@ -9,7 +9,7 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import MAX_CLASSES
-from rsb_ffcv.dataset.files import open_root, read_text
+from rsb_ffcv.dataset.files import Files, open_root, read_text
 from rsb_ffcv.dataset.picture import BadPicture
 from rsb_ffcv.ops.native import checksum
 
@@ -49,27 +49,28 @@ class Source:
     classes: list[str]
     names: list[str]
     labels: np.ndarray
-    read: Callable
+    read: Callable[[int], bytes | np.ndarray]
     titles: list[str] = field(default_factory=list)
     faults: dict[int, str] = field(default_factory=dict)
     origin: str = ""
-    place: Callable | None = None
-    stamp: Callable = lambda index: ()
+    place: Callable[[int], str] = None  # type: ignore[assignment]  # set by __post_init__
+    stamp: Callable[[int], tuple] = lambda index: ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.names, self.classes, self.titles = (
             [_storable(name) for name in part] for part in (self.names, self.classes, self.titles)
         )
-        self.place = self.place or self.names.__getitem__
+        if self.place is None:
+            self.place = self.names.__getitem__
         self.labels = np.asarray(self.labels, np.int64)
         if len(set(self.names)) < len(self.names):
-            seen = set()
+            seen: set[str] = set()
             for index, name in enumerate(self.names):
                 if name in seen:
                     self.faults.setdefault(index, "the source has this name twice")
                 seen.add(name)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
     def first(self, count: int) -> "Source":
@@ -81,7 +82,7 @@ class Source:
             faults={index: why for index, why in self.faults.items() if index < count},
         )
 
-    def picture(self, index: int):
+    def picture(self, index: int) -> bytes | np.ndarray:
         """What `read` gives. Raises BadPicture for one that has a fault."""
         if index in self.faults:
             raise BadPicture(f"{self.place(index)}: {self.faults[index]}; correct or remove it")
@@ -95,8 +96,8 @@ class Source:
     def fingerprint(self) -> str:
         """Tells apart sources with other names, labels, order or classes."""
         text = "\0".join([*self.names, "", *self.classes, "", *self.titles])
-        text = text.encode("utf-8", "surrogateescape") + self.labels.tobytes()
-        return f"{checksum(np.frombuffer(text, np.uint8)):016x}"
+        known = text.encode("utf-8", "surrogateescape") + self.labels.tobytes()
+        return f"{checksum(np.frombuffer(known, np.uint8)):016x}"
 
 
 def _storable(name: str) -> str:
@@ -112,24 +113,27 @@ def _storable(name: str) -> str:
 class Index:
     """Pictures as ranges of files, in compact form: a million take tens of megabytes."""
 
-    def __init__(self, files):
-        self.files, self.paths, self.names, self.labels, self.faults = files, [], [], array("q"), {}
-        self._stamps = {}
+    def __init__(self, files: Files) -> None:
+        self.files, self.labels = files, array("q")
+        self.paths: list[str] = []
+        self.names: list[str] = []
+        self.faults: dict[int, str] = {}
+        self._stamps: dict[int, tuple] = {}
         self._ranges = array(
             "q"
         )  # of each picture: number of its file, first byte, bytes (-1: all)
 
-    def add_file(self, name: str, label: int, shown: str):
+    def add_file(self, name: str, label: int, shown: str) -> None:
         self.paths.append(name)
         self._add(shown, label, 0, -1)
 
-    def add_member(self, shown: str, label: int, start: int, length: int):
+    def add_member(self, shown: str, label: int, start: int, length: int) -> None:
         """A part of the file that was last put into `paths`."""
         if length < 0:
             self.faults[len(self.names)] = "a link or device in its archive, not a file"
         self._add(shown, label, start, max(length, 0))
 
-    def _add(self, shown, label, start, length):
+    def _add(self, shown: str, label: int, start: int, length: int) -> None:
         self.names.append(shown)
         self.labels.append(label)
         self._ranges.extend((len(self.paths) - 1, start, length))
@@ -150,7 +154,7 @@ class Index:
         path, _, length = self._ranges[3 * index : 3 * index + 3]
         return self.files.path(self.paths[path]) + (f": {self.names[index]}" if length >= 0 else "")
 
-    def source(self, classes: list[str], titles=()) -> Source:
+    def source(self, classes: list[str], titles: Sequence[str] = ()) -> Source:
         if not self.names:
             raise InputError(
                 f"{self.files.path('')} holds no image; give a folder with labelled images"
@@ -257,9 +261,9 @@ def _known_titles(classes: list[str]) -> list[str]:
         return []
     from importlib.util import find_spec
 
-    timm = PurePosixPath(
-        find_spec("timm").origin
-    ).parent  # found without importing it, which takes seconds
+    spec = find_spec("timm")  # found without importing it, which takes seconds
+    assert spec is not None and spec.origin is not None  # this package depends on it
+    timm = PurePosixPath(spec.origin).parent
     with open(timm / "data/_info/imagenet_synset_to_lemma.txt", encoding="utf-8") as table:
         titles = dict(line.rstrip("\n").split("\t", 1) for line in table if "\t" in line)
     return [titles[name] for name in classes] if all(name in titles for name in classes) else []

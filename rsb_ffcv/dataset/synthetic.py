@@ -9,6 +9,7 @@ photographs.
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,9 @@ CLASSES = [
 IMAGES_PER_CLASS = {"train": 320, "val": 50}
 
 
-def make_demo_images(root: Path, images_per_class=IMAGES_PER_CLASS, seed: int = 0):
+def make_demo_images(
+    root: Path, images_per_class: Mapping[str, int] = IMAGES_PER_CLASS, seed: int = 0
+) -> None:
     """Fills root/train/<class>/ and root/val/<class>/ with JPEGs of about 128 px, unless both are
     there already.
 
@@ -60,7 +63,7 @@ def make_demo_images(root: Path, images_per_class=IMAGES_PER_CLASS, seed: int = 
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _draw_class(folder: Path, count: int, seed: int, split_number: int, name: str):
+def _draw_class(folder: Path, count: int, seed: int, split_number: int, name: str) -> None:
     (folder / name).mkdir(parents=True)
     for number in range(count):
         rng = np.random.default_rng([seed, split_number, CLASSES.index(name), number])
@@ -93,7 +96,13 @@ def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _texture(rng, width, height, contrast, base=None):
+def _texture(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    contrast: float,
+    base: np.ndarray | None = None,
+) -> Image.Image:
     """Smooth colour noise at two scales around one colour (RGB 0 .. 255, drawn unless given)."""
     base = _colour(rng) if base is None else base
     total = np.empty((height, width, 3), np.float32)
@@ -111,11 +120,11 @@ def _texture(rng, width, height, contrast, base=None):
     return Image.fromarray(np.clip(total, 0, 255).astype(np.uint8))
 
 
-def _colour(rng):
+def _colour(rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(40, 215, 3)
 
 
-def _contrasting(rng, canvas, mask):
+def _contrasting(rng: np.random.Generator, canvas: Image.Image, mask: Image.Image) -> Image.Image:
     """A texture whose colour differs visibly from what the shape will cover."""
     under = np.asarray(canvas)[np.asarray(mask) > 0].mean(0)
     while abs((base := _colour(rng)).mean() - under.mean()) < 50:
@@ -123,7 +132,7 @@ def _contrasting(rng, canvas, mask):
     return _texture(rng, *canvas.size, contrast=rng.uniform(10, 40), base=base)
 
 
-def _clutter(rng, width, height):
+def _clutter(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """A thin line or a small blot: never the size of a shape."""
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
@@ -136,7 +145,7 @@ def _clutter(rng, width, height):
     return mask
 
 
-def _polar(radii):
+def _polar(radii: list[float]) -> list[tuple[float, float]]:
     """Corner points at equal angles with the given radii, first one up."""
     return [
         (r * math.sin(2 * math.pi * i / len(radii)), -r * math.cos(2 * math.pi * i / len(radii)))
@@ -144,7 +153,7 @@ def _polar(radii):
     ]
 
 
-def _rectangle(left, top, right, bottom):
+def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
@@ -167,7 +176,9 @@ _OUTLINES = {
 }
 
 
-def _shape_mask(name, width, height, centre, radius, angle):
+def _shape_mask(
+    name: str, width: int, height: int, centre: list[float], radius: float, angle: float
+) -> Image.Image:
     """Antialiased coverage of the rotated shape, mode L."""
     over = 3
     mask = Image.new("L", (width * over, height * over))

@@ -9,21 +9,34 @@ import faulthandler
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import TypeVar
 
 from rsb_ffcv import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PATIENCE = 300.0  # seconds without a result, after which a thread counts as stuck
 
 
-def ordered(function, items, threads: int, ahead: int = 100, name=str, patience: float = PATIENCE):
+def ordered(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    ahead: int = 100,
+    name: Callable[[Item], str] = str,
+    patience: float = PATIENCE,
+) -> Generator[Result, None, None]:
     """Yields function(item) for each of `items`, in their order, at most `ahead` (two a thread at
     least) of them begun before their turn. Raises what `function` raises, and InputError with
     name(item) where nothing comes for `patience` seconds."""
-    tasks, pending = SimpleQueue(), deque()
+    tasks: SimpleQueue[tuple[Future[Result], Item] | None] = SimpleQueue()
+    pending: deque[tuple[Future[Result], Item]] = deque()
 
-    def work():
+    def work() -> None:
         while (task := tasks.get()) is not None:
             future, item = task
             if future.set_running_or_notify_cancel():

@@ -13,15 +13,18 @@ time or interruptions.
 """
 
 import errno
+import io
 import json
 import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -62,6 +65,23 @@ RECORD = np.dtype(
 )
 
 
+class Pictures(Protocol):
+    """What a file is written from: a Source, or Samples of other files (see there)."""
+
+    classes: list[str]
+    titles: list[str]
+    names: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def place(self, index: int, /) -> str: ...
+
+    def identity(self, index: int, /) -> int: ...
+
+    def fingerprint(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class OnError:
     """skip: leave out a picture that cannot be used, instead of ending; at most `most` of all
@@ -73,9 +93,9 @@ class OnError:
 
 
 def write_beton(
-    path,
-    source,
-    store,
+    path: str | Path,
+    source: Pictures,
+    store: Callable[[int], Stored],
     settings: dict,
     num_workers: int,
     chunk_size: int = 100,
@@ -138,7 +158,7 @@ def evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
-def _finished(path: Path, about: About, source, store) -> Beton:
+def _finished(path: Path, about: About, source: Pictures, store: Callable[[int], Stored]) -> Beton:
     """The file that stands there, where it is the one that would be written."""
     there = beton.read_beton(path)
     mend = "remove it or choose another cfg.write_path"
@@ -152,6 +172,7 @@ def _finished(path: Path, about: About, source, store) -> Beton:
             raise InputError(
                 f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}"
             )
+    assert there.extras is not None  # as `about`: this program wrote it
     if len(there) == len(source):  # samples are pictures, one for one
         for index in evenly(len(there), SAMPLED).tolist():
             if store(index).checksum != there.extras["checksum"][index]:
@@ -188,7 +209,7 @@ def _journal_path(path: Path) -> Path:
 
 
 @contextmanager
-def _journal(path: Path, about: About):
+def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
     """The journal, locked, at its first record. Its first line holds the settings."""
     name = _journal_path(path)
     head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
@@ -219,7 +240,7 @@ def _journal(path: Path, about: About):
         yield file
 
 
-def _write_all(file, data):
+def _write_all(file: io.FileIO, data: bytes | np.ndarray) -> None:
     """Raises OSError where an unbuffered file takes a part only."""
     if file.write(data) != memoryview(data).nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -228,7 +249,7 @@ def _write_all(file, data):
 class Pages:
     """Where images go in an open unbuffered file: one behind the other from `end` on."""
 
-    def __init__(self, file, end: int):
+    def __init__(self, file: io.FileIO, end: int) -> None:
         self.file, self.end = file, end
         file.truncate(end)
         file.seek(end)
@@ -248,7 +269,7 @@ class _Part:
     """The unfinished file. records: of the pictures so far, `count` of them; pages: where the next
     image goes."""
 
-    def __init__(self, path: Path, file, journal, source):
+    def __init__(self, path: Path, file: io.FileIO, journal: io.FileIO, source: Pictures) -> None:
         self.file, self.journal = file, journal
         self.records = np.zeros(len(source), RECORD)
         front = beton.front_bytes(len(source))
@@ -260,9 +281,10 @@ class _Part:
             time.monotonic() + SYNC_SECONDS,
         )
         self.pages = Pages(file, end)
-        self._thread, self._syncing = ThreadPoolExecutor(1), None
+        self._thread = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
 
-    def _take_up(self, path: Path, source, start: int) -> tuple[int, int]:
+    def _take_up(self, path: Path, source: Pictures, start: int) -> tuple[int, int]:
         """How many pictures of an earlier call are whole and still the source's, and where they
         end: those stay."""
         head = self.journal.tell()
@@ -297,7 +319,7 @@ class _Part:
         self.journal.truncate(head + count * RECORD.itemsize)
         return count, last
 
-    def add(self, index: int, source, stored: Stored | None):
+    def add(self, index: int, source: Pictures, stored: Stored | None) -> None:
         """A picture in its turn; None: left out."""
         record = self.records[index : index + 1]
         record["index"], record["source"], record["label"] = (
@@ -320,7 +342,7 @@ class _Part:
         if self.pages.end - self._synced_end >= SYNC_BYTES or time.monotonic() >= self._sync_at:
             self.sync(wait=False)
 
-    def keep(self, count: int):
+    def keep(self, count: int) -> None:
         """Forgets the pictures from number `count` on."""
         self.sync()
         kept = self.records[:count][self.records["how"][:count] != _LEFT_OUT]
@@ -333,7 +355,7 @@ class _Part:
         self.pages, self.count = Pages(self.file, end), count
         self.synced, self._synced_end = count, end
 
-    def sync(self, wait: bool = True):
+    def sync(self, wait: bool = True) -> None:
         """Brings the images to the disk and then their records to the journal, which so never
         speaks of what is not there. Unless it is to `wait`, another thread does it, and where that
         is not done yet, this is left for later."""
@@ -343,7 +365,7 @@ class _Part:
             self._syncing.result()
         known = self.records[self.synced : self.count].tobytes()
 
-        def bring():
+        def bring() -> None:
             os.fdatasync(self.file.fileno())
             _write_all(self.journal, known)
 
@@ -356,7 +378,7 @@ class _Part:
         if wait:
             self._syncing.result()
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the thread."""
         self._thread.shutdown()
 
@@ -366,11 +388,17 @@ def _check(record: np.ndarray) -> int:
 
 
 def _write(
-    part: _Part, source, store, num_workers: int, chunk_size: int, on_error: OnError, title: str
-):
-    left_out = []
+    part: _Part,
+    source: Pictures,
+    store: Callable[[int], Stored],
+    num_workers: int,
+    chunk_size: int,
+    on_error: OnError,
+    title: str,
+) -> None:
+    left_out: list[tuple[int, str]] = []
 
-    def try_to_store(index):
+    def try_to_store(index: int) -> Stored | BadPicture:
         try:
             return store(index)
         except BadPicture as error:
@@ -378,7 +406,7 @@ def _write(
                 return error
             raise
 
-    def leave_out(index, error):
+    def leave_out(index: int, error: BadPicture) -> None:
         left_out.append((index, str(error)))
         if len(left_out) > on_error.most * len(source):
             _report(on_error.report, source, left_out)
@@ -417,9 +445,8 @@ def _write(
         ) as results,
     ):
         for index, result in enumerate(results, part.count):
-            bad = isinstance(result, BadPicture)
-            part.add(index, source, None if bad else result)
-            if bad:
+            part.add(index, source, None if isinstance(result, BadPicture) else result)
+            if isinstance(result, BadPicture):
                 leave_out(index, result)
             if index % 16 == 0:
                 rate = (part.pages.end - end_then) / 1e6 / (time.monotonic() - began + 1e-9)
@@ -429,7 +456,7 @@ def _write(
         _report(on_error.report, source, left_out)
 
 
-def _report(path: Path, source, left_out: list[tuple[int, str]]):
+def _report(path: Path, source: Pictures, left_out: list[tuple[int, str]]) -> None:
     rows = [
         [source.names[index], source.classes[source.labels[index]], reason]
         for index, reason in left_out
@@ -437,7 +464,7 @@ def _report(path: Path, source, left_out: list[tuple[int, str]]):
     write_table(path, ["path", "class", "reason"], rows, "choose another cfg.report")
 
 
-def _finish(part: _Part, source, about: About, unfinished: Path):
+def _finish(part: _Part, source: Pictures, about: About, unfinished: Path) -> None:
     """Everything around the images."""
     known = part.records[part.records["how"] != _LEFT_OUT]
     if not len(known):
@@ -457,7 +484,7 @@ def _finish(part: _Part, source, about: About, unfinished: Path):
         known["pointer"],
         known["size"],
     )
-    for name in beton.EXTRA.names:
+    for name in beton.EXTRA.names or ():
         extras[name] = known[name]
     beton.put_around(
         unfinished,
@@ -470,13 +497,13 @@ def _finish(part: _Part, source, about: About, unfinished: Path):
     )
 
 
-def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | None = None):
+def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | None = None) -> None:
     """Holds a file's images (default: all) against their checksums. Raises InputError naming one
     that is not as it was written."""
     samples = np.arange(len(file)) if samples is None else samples
     with open(file.path, "rb", buffering=0) as opened:
 
-        def check(chosen):
+        def check(chosen: np.ndarray) -> None:
             for index in chosen.tolist():
                 try:
                     file.read(opened.fileno(), index)

@@ -26,7 +26,7 @@ class _Average:
     """A copy of `model` (`module`, eval mode, no gradients) whose tensors are paired with the
     model's."""
 
-    def __init__(self, model: nn.Module, buffers: str = "lerp"):
+    def __init__(self, model: nn.Module, buffers: str = "lerp") -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         own, followed = self.module.state_dict(), model.state_dict()
         assert own.keys() == followed.keys()
@@ -40,9 +40,10 @@ class _Average:
         self._averaged = [own[name] for name in averaged], [followed[name] for name in averaged]
         self._copied = [own[name] for name in copied], [followed[name] for name in copied]
 
-    def _move(self, share: float):
+    def _move(self, share: float | torch.Tensor) -> None:
         """mine += share * (the model's - mine); what is not averaged is copied."""
-        torch._foreach_lerp_(*self._averaged, share)
+        # a 0-dim tensor is a number to torch, and not to its stub
+        torch._foreach_lerp_(*self._averaged, share)  # type: ignore[arg-type]  # see above
         if self._copied[0]:
             torch._foreach_copy_(*self._copied)
 
@@ -63,14 +64,14 @@ class Ema(_Average):
         warmup: bool = False,
         power: float = 2 / 3,
         buffers: str = "lerp",
-    ):
+    ) -> None:
         super().__init__(model, buffers)
         self.decay, self.warmup, self.power = decay, warmup, power
         self.updates: int | torch.Tensor = (
             0  # a tensor where only the device knows which updates were left out
         )
 
-    def current_decay(self) -> float:
+    def current_decay(self) -> float | torch.Tensor:
         """Of the next update."""
         if self.updates == 0:
             return 0.0  # the first update copies the model, as timm's does
@@ -87,7 +88,7 @@ class Ema(_Average):
         )
 
     @torch.no_grad()
-    def update(self, skipped: torch.Tensor | None = None):
+    def update(self, skipped: torch.Tensor | None = None) -> None:
         """Moves the average towards the model as it is now.
 
         skipped: a float tensor on the device, 1 where the optimizer left its step out (fp16
@@ -113,7 +114,7 @@ class Ema(_Average):
             torch._foreach_copy_(*self._copied)
         self.updates += 1 - skipped
 
-    def restart(self):
+    def restart(self) -> None:
         """Forgets the past: the average becomes the model."""
         self._move(1.0)
         self.updates = 1
@@ -121,7 +122,7 @@ class Ema(_Average):
     def state_dict(self) -> dict:
         return {"module": self.module.state_dict(), "updates": int(self.updates)}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         self.module.load_state_dict(state["module"])
         self.updates = state["updates"]
 
@@ -131,26 +132,26 @@ class Swa(_Average):
     them: after the last update, `begin_batch_norm`, a forward pass over training batches,
     `end_batch_norm`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "copy")
         self.models = 0
         self.batches = -1  # of the re-estimation that this process has done; -1: not begun
         self.finished = False  # with the re-estimation
 
     @torch.no_grad()
-    def update(self):
+    def update(self) -> None:
         """Adds the model as it is now."""
         self._move(1 / (self.models + 1))
         self.models += 1
 
-    def begin_batch_norm(self):
+    def begin_batch_norm(self) -> None:
         """Forgets the statistics; forward passes then average theirs equally."""
         for norm in self._norms():
             norm.reset_running_stats()
         self.batches = 0
         self.resume_batch_norm()
 
-    def resume_batch_norm(self):
+    def resume_batch_norm(self) -> None:
         self._momenta = [norm.momentum for norm in self._norms()]
         for norm in self._norms():
             norm.momentum = None  # torch's word for the equal average
@@ -158,7 +159,7 @@ class Swa(_Average):
             # used
             norm.train()
 
-    def end_batch_norm(self):
+    def end_batch_norm(self) -> None:
         for norm, momentum in zip(self._norms(), self._momenta):
             norm.momentum = momentum
         self.module.eval()
@@ -177,7 +178,7 @@ class Swa(_Average):
             "finished": self.finished,
         }
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         self.module.load_state_dict(state["module"])
         self.models, self.batches, self.finished = (
             state["models"],

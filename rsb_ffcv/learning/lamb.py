@@ -5,8 +5,12 @@ NvLamb: gradients clipped to a global norm of 1, bias correction, weight decay i
 trust ratio where there is weight decay.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from rsb_ffcv import InputError
 
@@ -33,7 +37,7 @@ class Lamb(Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -45,7 +49,7 @@ class Lamb(Optimizer):
         always_adapt: bool = False,
         decoupled_decay: bool = False,
         compiled: bool = False,
-    ):
+    ) -> None:
         if compiled:
             self._compiled = True
             self._prepare, self._update = (
@@ -67,7 +71,7 @@ class Lamb(Optimizer):
             },
         )
 
-    def __setstate__(self, state):  # of load_state_dict and of copying
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of load_state_dict and of copying
         super().__setstate__(state)
         for group in self.param_groups:
             for name in ("caution", "corrected_weight_decay"):
@@ -79,7 +83,7 @@ class Lamb(Optimizer):
             if "step" in group:
                 group["step"] = float(group["step"])
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As timm's: the step is a tensor."""
         state = super().state_dict()
         for group in state["param_groups"]:
@@ -88,7 +92,9 @@ class Lamb(Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(  # type: ignore[override]  # one signature for torch's two overloads
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -118,7 +124,13 @@ class Lamb(Optimizer):
             self._step_group(group, params, some, kept)
         return loss
 
-    def _step_group(self, group, params, grads, kept):
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        kept: torch.Tensor | None,
+    ) -> None:
         if kept is not None and not isinstance(group.get("step", 0.0), torch.Tensor):
             group["step"] = torch.full_like(kept, group.get("step", 0.0), dtype=torch.float64)
         group["step"] = group.get("step", 0.0) + (1 if kept is None else kept)
@@ -160,7 +172,7 @@ class Lamb(Optimizer):
             )
 
 
-def _portions(params) -> list[slice]:
+def _portions(params: list[torch.Tensor]) -> list[slice]:
     """All at once, but on the CPU as many as its cache holds with their moments, from one pass over
     them to the next."""
     if params[0].device.type != "cpu":
@@ -174,7 +186,12 @@ def _portions(params) -> list[slice]:
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(params)])]
 
 
-def _prepare(grads, kept, scale, limit: float | None):
+def _prepare(
+    grads: list[torch.Tensor],
+    kept: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    limit: float | None,
+) -> None:
     """Gradients for the update, in place: zero where they overflowed, without the scaler's factor,
     clipped to one norm."""
     if kept is not None:
@@ -188,14 +205,14 @@ def _prepare(grads, kept, scale, limit: float | None):
 
 
 def _update(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    lr,
-    one,
-    two,
-    kept,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    lr: float | torch.Tensor,
+    one: float | torch.Tensor,
+    two: float | torch.Tensor,
+    kept: torch.Tensor | None,
     beta1: float,
     beta2: float,
     beta3: float,
@@ -204,7 +221,7 @@ def _update(
     trust_clip: bool,
     always_adapt: bool,
     decoupled_decay: bool,
-):
+) -> None:
     """One group, in place. one, two: bias corrections. lr, one, two, kept are 0-dim tensors, or
     numbers with kept None."""
     if kept is None:
@@ -235,7 +252,8 @@ def _update(
         torch._foreach_mul_(params, 1 - step_size * weight_decay)
     elif weight_decay:
         if kept is None:
-            torch._foreach_add_(updates, params, alpha=weight_decay / scale)
+            alpha = weight_decay / scale  # a number, as `kept` is None
+            torch._foreach_add_(updates, params, alpha=alpha)  # type: ignore[arg-type]  # see above
         else:
             torch._foreach_add_(updates, torch._foreach_mul(params, weight_decay / scale))
     if weight_decay or always_adapt:
@@ -249,7 +267,8 @@ def _update(
         torch._foreach_mul_(updates, list((ratios * (-step_size * scale)).unbind()))
         torch._foreach_add_(params, updates)
     elif kept is None:
-        torch._foreach_add_(params, updates, alpha=-step_size * scale)
+        alpha = -step_size * scale  # a number, as above
+        torch._foreach_add_(params, updates, alpha=alpha)  # type: ignore[arg-type]  # see above
     else:
         torch._foreach_mul_(updates, -step_size * scale)
         torch._foreach_add_(params, updates)

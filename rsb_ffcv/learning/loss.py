@@ -15,7 +15,7 @@ def soft_targets(
     num_classes: int,
     lam: float | torch.Tensor | None = None,
     smoothing: float = 0.0,
-):
+) -> torch.Tensor:
     """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 -
     smoothing + off); with `lam` (a number, or a tensor of shape (n, 1)), that share of it and 1 -
     lam of the partner's, image n - 1 - i."""

@@ -1,5 +1,7 @@
 """The network: any of timm's, by name, with ffcv-imagenet's BlurPool on request."""
 
+from typing import Any, cast
+
 import timm
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from rsb_ffcv import InputError, first_line
 
 
-def check_arch(arch: str):
+def check_arch(arch: str) -> None:
     """Raises InputError, with neighbours, for a name that timm does not have."""
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch[:4]}*")[:5]
@@ -36,7 +38,7 @@ def build_model(
     had or were trained with another mean.
     """
     check_arch(arch)
-    options = {"drop_path_rate": drop_path} if drop_path else {}
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if not zero_init_last:
         options["zero_init_last"] = False
     try:
@@ -51,7 +53,7 @@ def build_model(
             f"model.arch={arch}, model.pretrained={int(pretrained)}: {what} ({first_line(error)}); "
             f"connect to the network, or choose another model"
         ) from error
-    expected = model.pretrained_cfg.get("mean", mean)
+    expected: Any = cast(dict[str, Any], model.pretrained_cfg).get("mean", mean)  # as all of timm's
     if pretrained and mean is not None and tuple(expected) != tuple(mean):
         raise InputError(
             f"model.arch={arch}: its published weights expect images normalized with mean "
@@ -64,7 +66,7 @@ def build_model(
 
 
 @torch.no_grad()
-def check_input_size(model: nn.Module, arch: str, option: str, side: int):
+def check_input_size(model: nn.Module, arch: str, option: str, side: int) -> None:
     """Raises InputError naming `option` where `model` cannot take images of `side` pixels a
     side."""
     was_training = model.training
@@ -84,17 +86,19 @@ class BlurPoolConv2d(nn.Module):
     """A strided convolution after a fixed 3 x 3 binomial blur (Zhang, "Making convolutional
     networks shift-invariant again", ICML 2019; as libffcv/ffcv-imagenet applies it)."""
 
-    def __init__(self, conv: nn.Conv2d):
+    blur_filter: torch.Tensor
+
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
         self.conv = conv
         self.register_buffer("blur_filter", kernel.repeat(conv.in_channels, 1, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.conv2d(x, self.blur_filter, padding=1, groups=self.conv.in_channels))
 
 
-def add_blurpool(module: nn.Module):
+def add_blurpool(module: nn.Module) -> None:
     """Wraps every strided convolution of 16 or more input channels below `module`, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:

@@ -23,10 +23,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def check_optimizer(name: str):
+def check_optimizer(name: str) -> None:
     """Raises InputError for a name that `build_optimizer` does not take."""
     # adahessian differentiates twice, which the training step does not prepare for
-    known = sorted({"sgd", "adamw", "lamb", *timm.optim.list_optimizers()} - {"adahessian"})
+    known = sorted(
+        {"sgd", "adamw", "lamb", *map(str, timm.optim.list_optimizers())} - {"adahessian"}
+    )
     if name not in known:
         raise InputError(
             f"training.optimizer={name} is not an optimizer of timm, or one that this program does "

@@ -25,14 +25,18 @@ from rsb_ffcv.ops import draws as d
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0 .. 1
 
 
-def normalize(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
+def normalize(
+    images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> torch.Tensor:
     """uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last: (x / 255 - mean) / std."""
     scale, shift = _normalization(mean, std, images.device)
     return (images.float() * scale + shift).permute(0, 3, 1, 2)
 
 
 @cache
-def _normalization(mean, std, device):
+def _normalization(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Put on the device once: a copy in each step would wait for it."""
     return (
         torch.tensor([1 / (255 * s) for s in std], device=device),
@@ -63,7 +67,7 @@ def draw_mix(
     """timm's draw at one address. alpha 0 switches that kind off; both on: cutmix with
     switch_prob."""
 
-    def uniform(k):
+    def uniform(k: int) -> float:
         return d.uniform(seed, epoch, slot, d.MIX, k)
 
     if not (mixup_alpha or cutmix_alpha) or uniform(0) >= prob:
@@ -118,8 +122,17 @@ def mix_each(images: torch.Tensor, mixes: list[Mix]) -> tuple[torch.Tensor, torc
 
 @njit(cache=True, nogil=True)
 def erase_boxes(
-    seed, epoch, slots, height, width, prob, min_area, max_area, min_aspect, max_aspect
-):
+    seed: int,
+    epoch: int,
+    slots: np.ndarray,
+    height: int,
+    width: int,
+    prob: float,
+    min_area: float,
+    max_area: float,
+    min_aspect: float,
+    max_aspect: float,
+) -> np.ndarray:
     """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros
     for none.
 
@@ -201,7 +214,9 @@ class BatchTransform:
     def mixes(self) -> bool:
         return bool(self.mixup_alpha or self.cutmix_alpha)
 
-    def __call__(self, images, epoch: int, slots: np.ndarray, mixing: bool = True):
+    def __call__(
+        self, images: torch.Tensor, epoch: int, slots: np.ndarray, mixing: bool = True
+    ) -> tuple[torch.Tensor, float | torch.Tensor | None]:
         """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W),
         lam). lam: None where nothing mixes (`mixing` off, or no alpha set), else the share image i
         kept, one number or (n, 1); the rest is image n - 1 - i's."""

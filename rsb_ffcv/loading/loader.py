@@ -9,8 +9,10 @@ slots) alone.
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,12 +20,12 @@ import torch
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import RAW, Beton, read_beton
-from rsb_ffcv.loading.order import epoch_order, group_slots
+from rsb_ffcv.loading.order import Order, epoch_order, group_slots
 from rsb_ffcv.loading.pool import Batch, Pool
 from rsb_ffcv.ops.augment import ColorJitter, RandAugment
 from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
 from rsb_ffcv.ops.native import DAMAGE, SAMPLE, reason
-from rsb_ffcv.ops.operation import Address
+from rsb_ffcv.ops.operation import Address, Decoder, DrawnOperation
 
 IMAGES_AHEAD, BATCHES_AHEAD = (
     512,
@@ -32,11 +34,17 @@ IMAGES_AHEAD, BATCHES_AHEAD = (
 MOST_REPLACEMENTS = 1000  # a file where this many neighbours are bad is no dataset
 
 
+Batches = Generator[tuple[torch.Tensor, torch.Tensor], None, None]  # images, labels
+Begun = tuple[Batch, Address, np.ndarray]  # and the dataset indices of its images
+
+
 class _Loader:
     """A file, threads, and a list of operations: a decoder first, then ops that change each image
     in place."""
 
-    def __init__(self, path, batch_size: int, num_workers: int, device):
+    def __init__(
+        self, path: str | Path, batch_size: int, num_workers: int, device: str | torch.device
+    ) -> None:
         if num_workers < 1:
             raise InputError(
                 f"data.num_workers={num_workers}: at least one thread has to load; give 1 or more"
@@ -50,13 +58,13 @@ class _Loader:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 open until close()
         self._pool = Pool(num_workers)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the threads. Iterators that are still open end with an error. Garbage collection
         closes as well."""
         self._pool.close()
         self._file.close()
 
-    def preload(self, stop: Callable[[], bool] = lambda: False):
+    def preload(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Reads the file once, in order, so that its pages are in memory before the first epoch.
         Raises InputError where it does not fit. stop: asked now and then whether to leave it at
         that."""
@@ -70,7 +78,13 @@ class _Loader:
         while not stop() and (read := os.preadv(self._file.fileno(), [block], at)):
             at += read
 
-    def _submit(self, ops, address: Address, indices: np.ndarray, urgent: bool = False) -> tuple:
+    def _submit(
+        self,
+        ops: Sequence[DrawnOperation],
+        address: Address,
+        indices: np.ndarray,
+        urgent: bool = False,
+    ) -> Begun:
         """Draws a batch's random numbers and begins with it."""
         self._pool.check()
         b = self.beton
@@ -80,11 +94,12 @@ class _Loader:
         samples["raw"] = b.modes[indices] == RAW
         if b.extras is not None:
             samples["verify"] = 1
-            for name in b.extras.dtype.names:
+            for name in b.extras.dtype.names or ():
                 samples[name] = b.extras[name][indices]
         decoder, *others = ops
+        assert isinstance(decoder, Decoder)  # comes first
         crops = decoder.draw(address, samples["height"], samples["width"])
-        for name in crops.dtype.names:
+        for name in crops.dtype.names or ():
             samples[name] = crops[name]
         heights, widths = (np.full(len(indices), side) for side in decoder.shape[:2])
         operations = [
@@ -97,28 +112,43 @@ class _Loader:
         self._pool.submit(batch, urgent)
         return batch, address, indices
 
-    def _finish(self, ops, order, batch: Batch, address: Address, indices: np.ndarray):
+    def _finish(
+        self,
+        ops: Sequence[DrawnOperation],
+        order: np.ndarray | None,
+        batch: Batch,
+        address: Address,
+        indices: np.ndarray,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Waits for a batch: (images, labels) on the device."""
         self._pool.wait(batch, lambda row: f"sample {indices[row]}")
         for row in np.flatnonzero(batch.status):
             indices = self._replace(ops, order, batch, address, indices, int(row))
         labels = torch.from_numpy(self.beton.labels[indices])
-        if self.device.type != "cuda":
+        if self._copying is None:
             return batch.images.to(self.device), labels.to(self.device)
         with torch.cuda.stream(
             self._copying
         ):  # beside the steps that the device is still busy with
-            copied = tuple(
+            images, labels = (
                 part.to(self.device, non_blocking=True)
                 for part in (batch.images, labels.pin_memory())
             )
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._copying)
-        for part in copied:
+        for part in (images, labels):
             part.record_stream(current)
-        return copied
+        return images, labels
 
-    def _replace(self, ops, order, batch, address, indices, row: int):
+    def _replace(
+        self,
+        ops: Sequence[DrawnOperation],
+        order: np.ndarray | None,
+        batch: Batch,
+        address: Address,
+        indices: np.ndarray,
+        row: int,
+    ) -> np.ndarray:
         raise InputError(self._complaint(indices[row], batch.status[row]))
 
     def _complaint(self, index: int, status: int) -> str:
@@ -133,11 +163,16 @@ class _Loader:
             f"{', or train with data.on_bad_sample=skip' if isinstance(self, TrainLoader) else ''}"
         )
 
-    def _iterate(self, ops, batches, order=None):
+    def _iterate(
+        self,
+        ops: Sequence[DrawnOperation],
+        batches: Iterable[tuple[Address, np.ndarray]],
+        order: np.ndarray | None = None,
+    ) -> Batches:
         """Yields the batches of `batches` (an iterable of (Address, indices)), some of them begun
         ahead."""
         ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
-        begun = deque()
+        begun: deque[Begun] = deque()
         try:
             for address, indices in batches:
                 begun.append(self._submit(ops, address, indices))
@@ -176,28 +211,28 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        path,
+        path: str | Path,
         *,
         batch_size: int,
         resolution: int,
         num_workers: int,
         seed: int = 0,
         global_batch: int = 0,
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_prob: float = 0.5,
         rand_augment: str = "",
-        color_jitter=(0.0, 0.0, 0.0, 0.0),
+        color_jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
         interpolation: str = "random",
-        ops=(),
+        ops: Sequence[DrawnOperation] = (),
         repeats: int = 1,
         order: str = "random",
         window_bytes: int = 1 << 30,
         on_bad_sample: str = "raise",
         rank: int = 0,
         world_size: int = 1,
-        device="cpu",
-    ):
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__(path, batch_size, num_workers, device)
         global_batch = global_batch or batch_size * world_size
         if global_batch % (batch_size * world_size):
@@ -230,17 +265,19 @@ class TrainLoader(_Loader):
         self.skipped: list[
             tuple[int, str]
         ] = []  # of the newest epoch: sample, what is wrong with it
-        self._crop = {
+        self._crop: dict[str, Any] = {
             "scale": scale,
             "ratio": ratio,
             "flip_prob": flip_prob,
             "interpolation": interpolation,
         }
-        self._ops = [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
+        self._ops: list[DrawnOperation] = (
+            [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
+        )
         self._ops += [ColorJitter(*color_jitter), *ops]
         RandomResizedCrop(resolution, **self._crop)  # settings that it refuses are refused now
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Batches an epoch gives this process."""
         return self.steps_per_epoch * self.batches_per_step
 
@@ -255,7 +292,7 @@ class TrainLoader(_Loader):
             self.repeats,
         )
 
-    def epoch(self, epoch: int, start_step: int = 0):
+    def epoch(self, epoch: int, start_step: int = 0) -> Batches:
         """Yields (images uint8 (batch_size, resolution, resolution, 3), labels int64 (batch_size,))
         on `device`, from step `start_step` on, without decoding what comes before it. The batches
         are the caller's to keep. Closing the generator gives up what was begun ahead."""
@@ -286,10 +323,12 @@ class TrainLoader(_Loader):
         )
         return images, slots
 
-    def _operations(self) -> list:
+    def _operations(self) -> list[DrawnOperation]:
         return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
 
-    def _batches(self, order, epoch: int, start_step: int):
+    def _batches(
+        self, order: Order, epoch: int, start_step: int
+    ) -> Iterator[tuple[Address, np.ndarray]]:
         advised = 0
         for batch in range(start_step * self.batches_per_step, len(self)):
             slots = self.slots(batch)
@@ -306,15 +345,26 @@ class TrainLoader(_Loader):
                 advised += 1
             yield Address(self.seed, epoch, slots), order.indices[places]
 
-    def _advise(self, extents, advice):
+    def _advise(self, extents: np.ndarray, advice: int | None) -> None:
+        if advice is None:
+            return
         with suppress(OSError):  # a hint, which some file systems refuse
-            for offset, length in extents if advice is not None else ():
+            for offset, length in extents:
                 os.posix_fadvise(self._file.fileno(), int(offset), int(length), advice)
 
-    def _replace(self, ops, order, batch, address, indices, row: int):
+    def _replace(
+        self,
+        ops: Sequence[DrawnOperation],
+        order: np.ndarray | None,
+        batch: Batch,
+        address: Address,
+        indices: np.ndarray,
+        row: int,
+    ) -> np.ndarray:
         if self.on_bad_sample == "raise":
             return super()._replace(ops, order, batch, address, indices, row)
         self.skipped.append((int(indices[row]), reason(batch.status[row])))
+        assert order is not None  # an epoch has one
         slot = address.slots[row : row + 1]
         others = min(MOST_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
@@ -341,7 +391,7 @@ class EvalLoader(_Loader):
 
     def __init__(
         self,
-        path,
+        path: str | Path,
         *,
         batch_size: int,
         resolution: int,
@@ -350,8 +400,8 @@ class EvalLoader(_Loader):
         interpolation: str = "bicubic",
         rank: int = 0,
         world_size: int = 1,
-        device="cpu",
-    ):
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__(path, batch_size, num_workers, device)
         if not 0 < crop_ratio <= 1 or resolution < 1 or not 0 <= rank < world_size:
             raise InputError(
@@ -362,11 +412,11 @@ class EvalLoader(_Loader):
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Batches this process gets."""
         return (len(self.indices) + self.batch_size - 1) // self.batch_size
 
-    def __iter__(self):
+    def __iter__(self) -> Batches:
         chunks = (
             self.indices[start : start + self.batch_size]
             for start in range(0, len(self.indices), self.batch_size)

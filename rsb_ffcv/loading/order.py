@@ -26,10 +26,12 @@ class Order:
 
     indices: np.ndarray
     starts: np.ndarray
-    extents: list
+    extents: list[np.ndarray]
 
 
-def epoch_order(kind: str, seed: int, epoch: int, pointers, sizes, window_bytes: int) -> Order:
+def epoch_order(
+    kind: str, seed: int, epoch: int, pointers: np.ndarray, sizes: np.ndarray, window_bytes: int
+) -> Order:
     """The order of an epoch over samples that lie at `pointers` with `sizes` bytes.
 
     kind: "sequential"; "random": a permutation (64-bit draws sorted, ties by index);

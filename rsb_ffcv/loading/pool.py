@@ -4,6 +4,7 @@ import ctypes
 import faulthandler
 import os
 import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,14 +13,21 @@ from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
 STALL_SECONDS = 300.0  # no image takes nearly as long: a disk that does not answer, or a defect
-_abandoned = []  # pools with a stuck thread, and what it may still write to
+_abandoned: list["_State"] = []  # pools with a stuck thread, and what it may still write to
 
 
 class Batch:
     """Images in the making: (n, H, W, 3) uint8 `images`, and each row's `status` (see
     csrc/rsb.h)."""
 
-    def __init__(self, images: torch.Tensor, file: int, decoder: int, samples, operations):
+    def __init__(
+        self,
+        images: torch.Tensor,
+        file: int,
+        decoder: int,
+        samples: np.ndarray,
+        operations: Sequence[tuple[int, np.ndarray, int]],
+    ) -> None:
         """operations: pairs of a kernel's address and its draws, (n, ...) or (n, k, ...) with k
         passes."""
         self.images = images
@@ -48,13 +56,13 @@ class Batch:
 class _State:
     """What a Pool's end needs to know after the Pool itself is gone."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: int) -> None:
         self.handle, self.process, self.closed, self.stuck = handle, os.getpid(), False, False
         self.held: dict[
             int, Batch
         ] = {}  # every batch that threads may still write to, whoever has lost interest in it
 
-    def end(self, function):
+    def end(self, function: Callable[[int], object]) -> None:
         """function: rsb_pool_stop or rsb_pool_free. A forked child has no such threads; a stuck one
         cannot be joined."""
         self.closed = True
@@ -66,7 +74,7 @@ class _State:
 class Pool:
     """A fixed number of threads that decode and augment, without the interpreter."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int) -> None:
         handle = library.rsb_pool_new(threads)
         if not handle:
             raise InputError(
@@ -74,16 +82,16 @@ class Pool:
             )
         self._state = _State(handle)
         self._free: dict[
-            int, list
+            int, list[np.ndarray]
         ] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
         weakref.finalize(self, self._state.end, library.rsb_pool_free)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the threads; a `wait` in progress, in whatever thread, ends with RuntimeError.
         Garbage collection closes, too, and the end of the interpreter."""
         self._state.end(library.rsb_pool_stop)
 
-    def memory(self, shape, pin: bool) -> torch.Tensor:
+    def memory(self, shape: Sequence[int], pin: bool) -> torch.Tensor:
         """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once
         nobody holds it."""
         if pin:
@@ -96,17 +104,22 @@ class Pool:
             self._free = {size: free}
         block = free.pop() if free else np.empty(size, np.uint8)
         view = block[:]
-        weakref.finalize(view, lambda: len(free) < 8 and free.append(block)).atexit = False
+
+        def take_back() -> None:
+            if len(free) < 8:
+                free.append(block)
+
+        weakref.finalize(view, take_back).atexit = False
         return torch.from_numpy(view).view(shape)
 
-    def submit(self, batch: Batch, urgent: bool = False):
+    def submit(self, batch: Batch, urgent: bool = False) -> None:
         """Begins with `batch` after those submitted before it; urgent: before those that nobody has
         begun."""
         self.check()
         self._state.held[id(batch)] = batch
         library.rsb_pool_submit(self._state.handle, ctypes.byref(batch.job), urgent)
 
-    def wait(self, batch: Batch, name=str):
+    def wait(self, batch: Batch, name: Callable[[int], str] = str) -> None:
         """Returns when `batch` is done. Where no image gets done for STALL_SECONDS, writes all
         threads' stacks to stderr and raises RuntimeError, naming the rows in progress by
         `name(row)`."""
@@ -121,7 +134,7 @@ class Pool:
                 self._state.stuck = True
                 _abandoned.append(self._state)
                 faulthandler.dump_traceback(2)  # the descriptor: a notebook's sys.stderr has none
-                rows = ", ".join(name(row) for row in np.flatnonzero(batch.status == RUNNING))
+                rows = ", ".join(name(int(row)) for row in np.flatnonzero(batch.status == RUNNING))
                 raise RuntimeError(
                     f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} "
                     f"s; "
@@ -129,7 +142,7 @@ class Pool:
                 )
         self._state.held.pop(id(batch), None)
 
-    def cancel(self, batches):
+    def cancel(self, batches: Sequence[Batch]) -> None:
         """Gives up `batches`; returns when no thread works on them any more."""
         if self._state.closed or os.getpid() != self._state.process:
             return
@@ -139,7 +152,7 @@ class Pool:
             if not self._state.stuck:
                 self.wait(batch)
 
-    def check(self):
+    def check(self) -> None:
         """Raises RuntimeError where the threads are gone."""
         if self._state.closed:
             raise RuntimeError("the loader is closed")

@@ -9,7 +9,9 @@ addressed random numbers; the pixels are made by `csrc/augment.c`.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -100,7 +102,7 @@ OPS = (
 )
 INCREASING_OPS = tuple(f"{name}Increasing" if f"{name}Increasing" in TIMM else name for name in OPS)
 # timm's other sets (-tweights, -t3a, -t3aw); where weights are given, an image gets no op twice
-SETS = {
+SETS: dict[str, dict[str, float | None]] = {
     "3a": dict.fromkeys(("SolarizeIncreasing", "Desaturate", "GaussianBlur")),
     "3aw": {
         "SolarizeIncreasing": 6,
@@ -165,14 +167,14 @@ class Policy:
     normal noise of deviation `magnitude_std` (inf: uniform up to it), clipped to 0 ..
     magnitude_max; timm's scale of 10. weights: of the choice, which is then without replacement."""
 
-    ops: tuple
+    ops: tuple[tuple[int, int], ...]
     layers: int = 2
     prob: float = 0.5
     magnitude: float = 10.0
     magnitude_std: float = 0.0
     magnitude_max: float = 10.0
     bins: np.ndarray | None = None
-    weights: tuple = ()
+    weights: tuple[float, ...] = ()
 
 
 def parse_policy(text: str) -> Policy:
@@ -192,7 +194,7 @@ def parse_policy(text: str) -> Policy:
             prob=1.0,
             bins=np.stack([_wide_bins(*row) for row in WIDE.values()]),
         )
-    names = {
+    names: dict[str, tuple[str, Callable[[str], Any]]] = {
         "m": ("magnitude", int),
         "n": ("layers", int),
         "p": ("prob", float),
@@ -206,7 +208,8 @@ def parse_policy(text: str) -> Policy:
             f"augment.rand_augment={text!r}: write timm's spec, such as rand-m7-mstd0.5-inc1, or "
             f"3a or ta_wide"
         )
-    found, chosen = {}, None
+    found: dict[str, Any] = {}
+    chosen = None
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
         if part.startswith("t") and part[1:] in SETS:
@@ -246,7 +249,7 @@ def _wide_bins(op: int, law: int, first: float, last: float) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _rotation(argument, degrees, height, width):
+def _rotation(argument: np.ndarray, degrees: float, height: float, width: float) -> None:
     """Pillow's Image.rotate about the centre."""
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
@@ -255,7 +258,15 @@ def _rotation(argument, degrees, height, width):
 
 
 @njit(cache=True, nogil=True)
-def op_argument(argument, law, level, sign, uniform, height, width):
+def op_argument(
+    argument: np.ndarray,
+    law: int,
+    level: float,
+    sign: float,
+    uniform: float,
+    height: float,
+    width: float,
+) -> None:
     """Fills `argument` (6 numbers): what an op of this law takes. level: see the laws above; sign:
     +1 or -1; uniform: a draw in [0, 1); height, width: of the image in pixels."""
     share = level / 10.0
@@ -323,7 +334,7 @@ def op_argument(argument, law, level, sign, uniform, height, width):
 
 
 @njit(cache=True, nogil=True)
-def _choose(uniform, weights, chosen):
+def _choose(uniform: float, weights: np.ndarray, chosen: np.ndarray) -> int:
     """An index, with probability proportional to its weight; none that `chosen` has."""
     total = 0.0
     for i in range(len(weights)):
@@ -341,21 +352,21 @@ def _choose(uniform, weights, chosen):
 
 @njit(cache=True, nogil=True)
 def _draw_layers(
-    seed,
-    epoch,
-    slots,
-    heights,
-    widths,
-    ops,
-    laws,
-    bins,
-    weights,
-    layers,
-    prob,
-    magnitude,
-    std,
-    upper,
-):
+    seed: int,
+    epoch: int,
+    slots: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    ops: np.ndarray,
+    laws: np.ndarray,
+    bins: np.ndarray,
+    weights: np.ndarray,
+    layers: int,
+    prob: float,
+    magnitude: float,
+    std: float,
+    upper: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     drawn = np.zeros((len(slots), layers), np.int32)
     cubic = np.zeros((len(slots), layers), np.uint8)
     arguments = np.zeros((len(slots), layers, 6))
@@ -400,7 +411,7 @@ def _draw_layers(
 class _Layers(DrawnOperation):
     """Runs ops of the compiled core. Draws: (n, passes) records of `native.LAYER`."""
 
-    def generate_code(self):
+    def generate_code(self) -> int:
         return n.AUGMENT
 
 
@@ -411,7 +422,9 @@ class RandAugment(_Layers):
     ops; "random" is one of "bilinear" and "bicubic" for each op, as timm does.
     """
 
-    def __init__(self, policy: str, fill=FILL, interpolation: str = "random"):
+    def __init__(
+        self, policy: str, fill: tuple[int, ...] = FILL, interpolation: str = "random"
+    ) -> None:
         super().__init__()
         self.policy, self.fill, self.filter = (
             parse_policy(policy),
@@ -420,7 +433,7 @@ class RandAugment(_Layers):
         )
         self.passes = self.policy.layers
 
-    def draw(self, address: Address, heights, widths):
+    def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         p = self.policy
         ops, laws = np.array(p.ops, np.int64).T
         bins = np.empty((len(ops), 0)) if p.bins is None else p.bins
@@ -448,7 +461,9 @@ class RandAugment(_Layers):
 
 
 @njit(cache=True, nogil=True)
-def _draw_jitter(seed, epoch, slots, ops, low, high):
+def _draw_jitter(
+    seed: int, epoch: int, slots: np.ndarray, ops: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     order = np.zeros((len(slots), len(ops)), np.int32)
     factors = np.zeros((len(slots), len(ops)))
     for i in range(len(slots)):
@@ -474,7 +489,7 @@ class ColorJitter(_Layers):
         contrast: float = 0.0,
         saturation: float = 0.0,
         hue: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         strengths = (brightness, contrast, saturation, hue)
         if min(strengths) < 0 or hue > 0.5:
@@ -489,7 +504,7 @@ class ColorJitter(_Layers):
         self.ops, self.low, self.high = np.array(rows, np.float64).reshape(-1, 3).T.copy()
         self.passes = len(rows)
 
-    def draw(self, address: Address, heights, widths):
+    def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         layers = np.zeros((len(heights), self.passes), n.LAYER)
         layers["op"], layers["argument"][..., 0] = _draw_jitter(
             address.seed,

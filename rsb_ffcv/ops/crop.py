@@ -27,7 +27,12 @@ def filter_number(interpolation: str) -> int:
     return FILTERS[interpolation]
 
 
-def rows_first(heights, widths, out_heights, out_widths):
+def rows_first(
+    heights: np.ndarray | int,
+    widths: np.ndarray | int,
+    out_heights: np.ndarray | int,
+    out_widths: np.ndarray | int,
+) -> np.ndarray:
     """Whether Pillow resizes down the columns first. Since Pillow 13 it does where the height
     shrinks by more than twice what the width does; before, never. The order decides how overshoots
     of the bicubic are clipped."""
@@ -37,8 +42,16 @@ def rows_first(heights, widths, out_heights, out_widths):
 
 @njit(cache=True, nogil=True)
 def random_resized_crop_box(
-    seed, epoch, slot, height, width, scale_lo, scale_hi, ratio_lo, ratio_hi
-):
+    seed: int,
+    epoch: int,
+    slot: int,
+    height: int,
+    width: int,
+    scale_lo: float,
+    scale_hi: float,
+    ratio_lo: float,
+    ratio_hi: float,
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) in pixels, as torchvision's RandomResizedCrop.get_params draws it.
 
     Area is uniform in [scale_lo, scale_hi] of the image's, aspect (width / height) log-uniform in
@@ -70,8 +83,17 @@ def random_resized_crop_box(
 
 @njit(cache=True, nogil=True)
 def _random_boxes(
-    seed, epoch, slots, heights, widths, scale_lo, scale_hi, ratio_lo, ratio_hi, flip_prob
-):
+    seed: int,
+    epoch: int,
+    slots: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale_lo: float,
+    scale_hi: float,
+    ratio_lo: float,
+    ratio_hi: float,
+    flip_prob: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     boxes = np.empty((len(slots), 4))
     flips = np.empty(len(slots), np.uint8)
     filters = np.empty(len(slots), np.uint8)
@@ -95,7 +117,7 @@ def _random_boxes(
 class _CropDecoder(Decoder):
     """Reads a batch and resizes one box of each image. Draws: (n,) records of `CROP`."""
 
-    def __init__(self, resolution: int, interpolation: str):
+    def __init__(self, resolution: int, interpolation: str) -> None:
         super().__init__()
         self.resolution, self.filter, self.shape = (
             resolution,
@@ -103,7 +125,7 @@ class _CropDecoder(Decoder):
             (resolution, resolution, 3),
         )
 
-    def generate_code(self):
+    def generate_code(self) -> int:
         return DECODE
 
 
@@ -115,11 +137,11 @@ class RandomResizedCrop(_CropDecoder):
     def __init__(
         self,
         resolution: int,
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_prob: float = 0.5,
         interpolation: str = "random",
-    ):
+    ) -> None:
         super().__init__(resolution, interpolation)
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip_prob <= 1):
             raise InputError(
@@ -129,7 +151,7 @@ class RandomResizedCrop(_CropDecoder):
             )
         self.numbers = tuple(map(float, (*scale, *ratio, flip_prob)))
 
-    def draw(self, address: Address, heights, widths):
+    def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         crops = np.empty(len(heights), CROP)
         crops["box"], crops["filter"], crops["flip"] = _random_boxes(
             address.seed, address.epoch, address.slots, heights, widths, *self.numbers
@@ -144,7 +166,7 @@ class CenterCrop(_CropDecoder):
     """timm's evaluation: the shorter side resized to floor(resolution / ratio), then the central
     square; both as one box of the stored image. ratio: 0 .. 1. No draws."""
 
-    def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic"):
+    def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic") -> None:
         super().__init__(resolution, interpolation)
         if self.filter < 0:
             raise InputError(
@@ -152,7 +174,7 @@ class CenterCrop(_CropDecoder):
             )
         self.ratio = ratio
 
-    def draw(self, address: Address, heights, widths):
+    def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         sides = np.stack([heights, widths], 1).astype(np.int64)
         shorter, target = sides.min(1, keepdims=True), math.floor(self.resolution / self.ratio)
         scaled = np.where(sides == shorter, target, (target * sides / shorter).astype(np.int64))

@@ -21,7 +21,7 @@ ORDER, CROP, FLIP, RAND_AUGMENT, MIX, ERASE, NOISE, STORE, INIT, DROP, JITTER, W
 
 
 @njit(cache=True, nogil=True)
-def philox(seed, epoch, slot, op, block):
+def philox(seed: int, epoch: int, slot: int, op: int, block: int) -> tuple[int, int, int, int]:
     """Four uint32 words at one address. seed: 64 bits; epoch, slot, op, block: 32 bits each."""
     k0, k1 = uint32(seed), uint32(uint64(seed) >> uint64(32))
     c0, c1, c2, c3 = uint32(slot), uint32(epoch), uint32(op), uint32(block)
@@ -36,11 +36,11 @@ def philox(seed, epoch, slot, op, block):
         )
         k0 = uint32(k0 + uint32(0x9E3779B9))
         k1 = uint32(k1 + uint32(0xBB67AE85))
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3  # type: ignore[return-value]  # ints to whoever calls it from Python
 
 
 @njit(cache=True, nogil=True)
-def word(seed, epoch, slot, op, k):
+def word(seed: int, epoch: int, slot: int, op: int, k: int) -> int:
     """Draw k as a uint32."""
     words = philox(seed, epoch, slot, op, k // 4)
     lane = k % 4
@@ -48,19 +48,20 @@ def word(seed, epoch, slot, op, k):
 
 
 @njit(cache=True, nogil=True)
-def uniform(seed, epoch, slot, op, k):
+def uniform(seed: int, epoch: int, slot: int, op: int, k: int) -> float:
     """Draw k as a float64 in [0, 1), a multiple of 2**-32."""
     return word(seed, epoch, slot, op, k) * 2.0**-32
 
 
 @njit(cache=True, nogil=True)
-def below(seed, epoch, slot, op, k, n):
+def below(seed: int, epoch: int, slot: int, op: int, k: int, n: int) -> int:
     """Draw k as an integer in [0, n), 1 <= n < 2**31. Bias at most n / 2**32."""
-    return int64((uint64(word(seed, epoch, slot, op, k)) * uint64(n)) >> uint64(32))
+    high = (uint64(word(seed, epoch, slot, op, k)) * uint64(n)) >> uint64(32)
+    return int64(high)  # type: ignore[return-value]  # an int to whoever calls it from Python
 
 
 @njit(cache=True, nogil=True)
-def normal(seed, epoch, slot, op, k):
+def normal(seed: int, epoch: int, slot: int, op: int, k: int) -> float:
     """A standard normal float64 from draws k and k + 1 (Box-Muller)."""
     u = (word(seed, epoch, slot, op, k) + 1.0) * 2.0**-32  # (0, 1]: its log is finite
     return math.sqrt(-2.0 * math.log(u)) * math.cos(
@@ -69,7 +70,9 @@ def normal(seed, epoch, slot, op, k):
 
 
 @njit(cache=True, nogil=True)
-def log_gamma_variate(seed, epoch, slot, op, k, shape):
+def log_gamma_variate(
+    seed: int, epoch: int, slot: int, op: int, k: int, shape: float
+) -> tuple[float, int]:
     """(log of a Gamma(shape, 1) variate, first unused k). shape > 0. Marsaglia & Tsang 2000,
     boosted below 1.
 
@@ -94,7 +97,7 @@ def log_gamma_variate(seed, epoch, slot, op, k, shape):
 
 
 @njit(cache=True, nogil=True)
-def beta(seed, epoch, slot, op, k, a):
+def beta(seed: int, epoch: int, slot: int, op: int, k: int, a: float) -> tuple[float, int]:
     """(a Beta(a, a) variate in [0, 1], first unused k). a > 0."""
     x, k = log_gamma_variate(seed, epoch, slot, op, k, a)
     y, k = log_gamma_variate(seed, epoch, slot, op, k, a)
@@ -102,7 +105,7 @@ def beta(seed, epoch, slot, op, k, a):
 
 
 @njit(cache=True, nogil=True)
-def words64(seed, epoch, op, count):
+def words64(seed: int, epoch: int, op: int, count: int) -> np.ndarray:
     """uint64 array of `count` words, one for each slot 0 .. count - 1."""
     out = np.empty(count, np.uint64)
     for slot in range(count):

@@ -7,7 +7,9 @@ function means.
 
 import ctypes
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -79,8 +81,11 @@ class Job(ctypes.Structure):
     """One batch for the pool; every pointer must outlive its work."""
 
     _fields_ = [
-        (name, ctypes.c_int32) for name in ("file", "rows", "height", "width", "num_steps")
-    ] + [
+        ("file", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("num_steps", ctypes.c_int32),
         ("decoder", ctypes.c_void_p),
         ("samples", ctypes.c_void_p),
         ("steps", ctypes.c_void_p),
@@ -101,7 +106,7 @@ def _find() -> Path:
     )
 
 
-def bind(path) -> ctypes.CDLL:
+def bind(path: str | Path) -> ctypes.CDLL:
     """The shared library at `path` with the argument types of its functions."""
     try:
         library = ctypes.CDLL(path)
@@ -135,7 +140,7 @@ def bind(path) -> ctypes.CDLL:
 
 library = bind(_find())
 DECODE, AUGMENT = (
-    ctypes.cast(function, ctypes.c_void_p).value
+    cast(int, ctypes.cast(function, ctypes.c_void_p).value)  # None would be address 0
     for function in (library.rsb_load, library.rsb_augment)
 )
 
@@ -143,16 +148,18 @@ DECODE, AUGMENT = (
 class _Scratch:
     """The core's buffers, grown and kept."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pointer = library.rsb_scratch_new()
 
-    def __del__(self):
+    def __del__(self) -> None:
         library.rsb_scratch_free(self.pointer)
 
 
 class _OfThread(threading.local):
     def __init__(
         self,
+    ) -> (
+        None
     ):  # called in each thread that asks for an attribute; what it holds dies with the thread
         self.scratch = _Scratch()
         self.scratch_of_entries = (
@@ -164,7 +171,7 @@ class _OfThread(threading.local):
 _thread = _OfThread()
 
 
-def checksum(data) -> int:
+def checksum(data: np.ndarray) -> int:
     """XXH64 (seed 0) of a contiguous array's bytes."""
     return library.rsb_checksum(data.ctypes.data, data.nbytes)
 
@@ -184,7 +191,7 @@ def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
     return room[:used].copy()
 
 
-def load(file: int, sample, height: int, width: int) -> np.ndarray:
+def load(file: int, sample: np.ndarray | np.void, height: int, width: int) -> np.ndarray:
     """The image of one SAMPLE record of an open file, (height, width, 3) uint8. Raises ValueError
     with the reason where it cannot be read. What the loader's threads do for each row of a batch.
     """
@@ -193,7 +200,7 @@ def load(file: int, sample, height: int, width: int) -> np.ndarray:
     return image
 
 
-def check_jpeg(data: np.ndarray):
+def check_jpeg(data: np.ndarray) -> None:
     """Raises ValueError with the reason where a JPEG of any colours (uint8 bytes) does not decode
     to its end without a warning."""
     _run(library.rsb_jpeg_check, data.ctypes.data, data.nbytes)
@@ -223,7 +230,7 @@ def resized(data: np.ndarray, height: int, width: int, to_height: int, to_width:
     return image
 
 
-def augment(image: np.ndarray, layer) -> np.ndarray:
+def augment(image: np.ndarray, layer: np.ndarray | np.void) -> np.ndarray:
     """One (H, W, 3) uint8 image through one LAYER record: a new array. What the loader's threads do
     in place."""
     image, layer = np.array(image, np.uint8, order="C"), np.array(layer, LAYER)
@@ -231,7 +238,7 @@ def augment(image: np.ndarray, layer) -> np.ndarray:
     return image
 
 
-def _run(function, *arguments):
+def _run(function: Callable[..., int], *arguments: object) -> None:
     status = function(*arguments, _thread.scratch.pointer)
     if status == NO_MEMORY:
         raise MemoryError(reason(status))

@@ -11,14 +11,14 @@ METRICS = "metrics.jsonl"
 MEND = "free space or choose another logging.folder"
 
 
-def write_metrics(folder: Path, rows: list[dict]):
+def write_metrics(folder: Path, rows: list[dict]) -> None:
     """Replaces the log by `rows`, one JSON line each. At most some hundred lines: rewriting them
     keeps the file whole whenever a run is killed."""
     with atomic_file(folder / METRICS, MEND) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def write_json(path: Path, content):
+def write_json(path: Path, content: object) -> None:
     with atomic_file(path, MEND) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
@@ -29,7 +29,7 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def draw_curves(rows: list[dict], path: Path):
+def draw_curves(rows: list[dict], path: Path) -> None:
     """A PNG with accuracy, loss and learning rate over epochs."""
     import matplotlib  # a second to import; a run needs it once
 

@@ -4,13 +4,14 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from types import FrameType
 
 from rsb_ffcv import InputError, exit_status
 from rsb_ffcv.config import TrainConfig
 from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
 
-def run(config: TrainConfig):
+def run(config: TrainConfig) -> None:
     """Trains (or evaluates) as `config` says: in this process, in torchrun's, or in processes
     started here.
 
@@ -48,7 +49,7 @@ def run(config: TrainConfig):
         interrupt.restore()
 
 
-def _spawn(config: TrainConfig):
+def _spawn(config: TrainConfig) -> None:
     """ffcv-imagenet's way to several processes on one machine: dist.world_size of them."""
     try:
         socket.create_server((config.dist.address, config.dist.port)).close()
@@ -57,7 +58,7 @@ def _spawn(config: TrainConfig):
             f"dist.address={config.dist.address}, dist.port={config.dist.port}: cannot be used "
             f"({error.strerror}); give this machine's address (localhost) and a free port"
         ) from error
-    children = []
+    children: list[int] = []
     received = hand_on(children)
     from torch import multiprocessing
 
@@ -85,9 +86,9 @@ def _spawn(config: TrainConfig):
 def hand_on(children: list[int]) -> list[signal.Signals]:
     """From now on, requests to end go to the processes of `children`, which may grow. Returns the
     list of those received."""
-    received = []
+    received: list[signal.Signals] = []
 
-    def forward(number, _frame):
+    def forward(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         for child in children:
             with suppress(ProcessLookupError):  # one that has ended
@@ -98,7 +99,7 @@ def hand_on(children: list[int]) -> list[signal.Signals]:
     return received
 
 
-def _child(rank: int, config: TrainConfig):
+def _child(rank: int, config: TrainConfig) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

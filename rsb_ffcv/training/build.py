@@ -167,7 +167,7 @@ def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torc
     )
     if c.checkpoint.warm_start and new:
         checkpoint.load_weights(made, Path(c.checkpoint.warm_start), c.checkpoint.warm_start_from)
-    sizes = {}
+    sizes: dict[int, str] = {}
     for side, option in (
         (c.resolution.min_res, "resolution.min_res"),
         (c.resolution.max_res, "resolution.max_res"),
@@ -177,4 +177,6 @@ def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torc
         sizes.setdefault(side, option)
     for side, option in sizes.items():
         check_input_size(made, c.model.arch, option, side)
-    return made.to(compute.device, memory_format=compute.memory_format)
+    return made.to(  # type: ignore[call-overload]  # torch's stub lacks memory_format
+        compute.device, memory_format=compute.memory_format
+    )

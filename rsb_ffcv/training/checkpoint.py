@@ -12,9 +12,10 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
@@ -38,7 +39,7 @@ KEYS = {
 }
 
 
-def on_host(state):
+def on_host(state: Any) -> Any:
     """A copy of nested dicts, lists and tuples, its tensors on the CPU and nobody else's."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
@@ -49,7 +50,7 @@ def on_host(state):
     return state
 
 
-def write(state, path: Path):
+def write(state: object, path: Path) -> None:
     """torch.save under `path`, flushed to disk, whole or not at all. Raises InputError where the
     system refuses."""
     serialized = (
@@ -60,7 +61,7 @@ def write(state, path: Path):
         file.write(serialized.getbuffer())
 
 
-def read(path: Path):
+def read(path: Path) -> Any:
     """Tensors and plain values of a file that `torch.save` wrote, on the CPU. Raises InputError
     where a record does not have its checksum, or the file is none of torch's."""
     try:
@@ -93,12 +94,15 @@ class Store:
     depend on when it was interrupted.
     """
 
-    def __init__(self, folder: Path, keep: int, regular: Callable[[int], bool] = lambda step: True):
+    def __init__(
+        self, folder: Path, keep: int, regular: Callable[[int], bool] = lambda step: True
+    ) -> None:
         self.folder, self.keep, self.regular = folder, keep, regular
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = self._lock = None
+        self._pending: Future[None] | None = None
+        self._lock: TextIO | None = None
 
-    def lock(self):
+    def lock(self) -> None:
         """Makes the folder and claims it: two runs in one folder would overwrite each other. Ends
         with the process."""
         try:
@@ -156,7 +160,7 @@ class Store:
             )
         return None
 
-    def save(self, state: dict, best: bool):
+    def save(self, state: dict, best: bool) -> None:
         """Begins to write a copy of `state`; `best`: under the second name as well. What could not
         be written is a warning: the run goes on, and what was there before is intact."""
         self.finish()
@@ -176,13 +180,13 @@ class Store:
             return False
         return True
 
-    def close(self):
+    def close(self) -> None:
         self.finish()
         self._writer.shutdown()
         if self._lock is not None:
             self._lock.close()
 
-    def mark_best(self, path: Path):
+    def mark_best(self, path: Path) -> None:
         """Gives the checkpoint at `path` its second name."""
         temporary, best = self.folder / f".{BEST}.part", self.folder / BEST
         try:
@@ -224,7 +228,7 @@ class Store:
         flush_folder(self.folder)
         return best in later
 
-    def _write(self, state: dict, best: bool):
+    def _write(self, state: dict, best: bool) -> None:
         path = self.folder / NAME.format(state["step"])
         write(state, path)
         if best:
@@ -247,7 +251,7 @@ def _step(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
-def check_recipe(saved: dict, current: dict, folder: Path):
+def check_recipe(saved: dict, current: dict, folder: Path) -> None:
     """Raises InputError naming the options that differ between the run in `folder` and this one."""
     differing = sorted(
         f"{section}.{key}: {saved.get(section, {}).get(key)} there, {value} now"
@@ -263,7 +267,7 @@ def check_recipe(saved: dict, current: dict, folder: Path):
         )
 
 
-def load_weights(model: torch.nn.Module, path: Path, which: str):
+def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
     """Puts weights into `model`: those of a checkpoint (`which`: "model", "ema" or "swa"), or a
     file that is a state_dict. Raises InputError where they are not there or do not fit."""
     state = read(path)

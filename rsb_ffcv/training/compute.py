@@ -7,13 +7,15 @@ import os
 import socket
 import time
 import uuid
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from queue import Empty, Queue
 from resource import RUSAGE_SELF, getrusage
 from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from rsb_ffcv import InputError, first_line, warn
 
 # of the process group: what processes can still tell each other when its collectives fail
-_stores = []
+_stores: list[dist.Store] = []
 # of collectives on both sides, where no process is silent: one may read a large file meanwhile
 COLLECTIVE_SECONDS = 1800
 # Of errors that torch does not raise as OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN,
@@ -34,6 +36,7 @@ OUT_OF_MEMORY = (
     "cuda error: out of memory",
 )
 MEETING_SECONDS = 600  # between the first and the last process of a job to be ready
+Answer = TypeVar("Answer")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -54,7 +57,7 @@ class Compute:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager[object]:
         """Context in which the model's forward pass runs at the chosen precision."""
         if self.precision == "fp32":
             return nullcontext()
@@ -69,7 +72,7 @@ class Compute:
         number."""
         cores = available_cores()
         fitting = max(1, cores // self.local_world_size)
-        if asked == "auto":
+        if isinstance(asked, str):  # "auto"
             return fitting
         if self.is_main and asked * self.local_world_size > cores:
             warn(
@@ -169,9 +172,8 @@ def set_up(
                 dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))
             )
             store = _own_part(store, rank, world_size)
-            _stores.append(
-                store.clone()
-            )  # a connection of its own: a collective that waits holds the other one
+            # a connection of its own: a collective that waits holds the other one
+            _stores.append(store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                 store=store,
@@ -286,7 +288,7 @@ def _device_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def check_devices(places: list[tuple[str, str]]):
+def check_devices(places: list[tuple[str, str]]) -> None:
     """Raises InputError where two processes have one GPU. places: host and device of each
     process."""
     for rank, place in enumerate(places):
@@ -299,7 +301,7 @@ def check_devices(places: list[tuple[str, str]]):
 
 
 @contextmanager
-def within_memory(what: str, mend: str):
+def within_memory(what: str, mend: str) -> Iterator[None]:
     """Raises InputError with `what` was being done and the mend where the memory of the device or
     of the machine does not suffice."""
     try:
@@ -313,7 +315,7 @@ def within_memory(what: str, mend: str):
         raise InputError(f"out of memory with {what} ({first_line(error)}); {mend}") from error
 
 
-def _own_part(store, rank: int, world_size: int):
+def _own_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     """A part of `store` that only the processes now running know of. torchrun's store outlives a
     restart, and what the processes before it left there would send these to ports that nobody
     listens on (pytorch/pytorch#135712).
@@ -347,7 +349,7 @@ def _own_part(store, rank: int, world_size: int):
     )
 
 
-def leave():
+def leave() -> None:
     """Leaves the process group, if there is one. The caller holds no group, and nothing that does,
     any more: their threads then end here. One that still gave back a tensor while the interpreter
     ends would abort the process (pytorch/pytorch#179291)."""
@@ -363,16 +365,16 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather(items: list) -> list:
+def gather(items: list[Answer]) -> list[Answer]:
     """The items of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return list(items)
-    parts = [None] * dist.get_world_size()
+    parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
 
 
-def mean_over_processes(tensors: list) -> list:
+def mean_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each of `tensors` (one dtype, one device) becomes its mean over all processes, in place, by
     one collective."""
     if dist.is_initialized():
@@ -386,7 +388,7 @@ def mean_over_processes(tensors: list) -> list:
     return tensors
 
 
-def on_first_process(action):
+def on_first_process(action: Callable[[], Answer]) -> Answer:
     """What `action()` gives on the first process (text, numbers, None), on every process; an
     InputError too."""
     if not dist.is_initialized():
@@ -397,21 +399,20 @@ def on_first_process(action):
             result = action()
         except InputError as error:
             wrong = str(error)
-    told = [result, wrong]
-    dist.broadcast_object_list(told, 0, device="cpu")
-    result, wrong = told
-    if wrong:
-        raise InputError(wrong)
-    return result
+    told: list[Any] = [result, wrong]
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    if told[1]:
+        raise InputError(told[1])
+    return told[0]
 
 
-def ask_store(question, seconds: float):
+def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answer:
     """`question(store)`, of what the processes can still tell each other when the job's collectives
     fail. Raises RuntimeError where the store is gone, TimeoutError where it does not answer within
     `seconds`: a stopped machine keeps its connections."""
-    answers = Queue()
+    answers: Queue[tuple[Any, RuntimeError | None]] = Queue()
 
-    def ask():
+    def ask() -> None:
         try:
             answers.put((question(_stores[0]), None))
         except RuntimeError as error:
@@ -436,7 +437,7 @@ def first_to_say(what: str) -> bool:
         return dist.get_rank() == 1
 
 
-def wait_for_others(seconds: float = 2.0):
+def wait_for_others(seconds: float = 2.0) -> None:
     """Before a process ends with an error: the others may be about to find the same, and need the
     first one's store to know that it has been said."""
     if not _stores:

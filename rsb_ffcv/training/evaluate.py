@@ -34,7 +34,7 @@ def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
     )
     numbered = [re.search(r"ILSVRC2012_val_(\d{8})\.\w+$", name) for name in names]
     if all(numbered):
-        order = [int(found[1]) - 1 for found in numbered]
+        order = [int(found[1]) - 1 for found in numbered if found]
         if not 0 <= min(order) <= max(order) < len(sets):
             raise InputError(
                 f"validation.labels={path}: has {len(sets)} entries, and data.val_dataset the "
@@ -61,7 +61,7 @@ def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model,
+    model: torch.nn.Module,
     loader: EvalLoader,
     compute: Compute,
     flip_tta: bool,

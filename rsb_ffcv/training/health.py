@@ -7,7 +7,7 @@ decision.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ class GoBack(Exception):
     """Asks for the last regular checkpoint. skip: steps to leave out from then on. factor: of every
     learning rate from then on."""
 
-    def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0):
+    def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0) -> None:
         super().__init__(reason)
         self.reason, self.skip, self.factor = reason, skip, factor
 
@@ -58,10 +58,10 @@ class Health:
     chance_epoch: int = 5
     average: str = "warn"
     gap: float = 10.0
-    history: list = field(default_factory=list)
+    history: list[float] = field(default_factory=list)
     risen: bool = False
     lr_factor: float = 1.0
-    skipped_steps: list = field(default_factory=list)
+    skipped_steps: list[int] = field(default_factory=list)
     returns: int = 0  # without an epoch in between that went well
     returned: bool = False  # in this epoch
     chance_checked: bool = False
@@ -79,16 +79,16 @@ class Health:
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in self.STATE}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         for name in self.STATE:
             value = state[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
-    def forget(self):
+    def forget(self) -> None:
         """Begins the loss's history anew, where another loss or another resolution begins."""
         self.history, self.risen = [], False
 
-    def check_losses(self, steps: list[int], losses: list[float]):
+    def check_losses(self, steps: list[int], losses: list[float]) -> None:
         """The losses of `steps`. Raises GoBack or Stop."""
         for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss) and self.non_finite != "off":
@@ -115,10 +115,10 @@ class Health:
                 raise GoBack(reason, factor=0.5)
             self.say(f"{reason}; a lower lr.lr may be needed")
 
-    def end_epoch(self):
+    def end_epoch(self) -> None:
         self.returns, self.returned = self.returns if self.returned else 0, False
 
-    def check_weights(self, step: int, tensors):
+    def check_weights(self, step: int, tensors: Iterable[torch.Tensor]) -> None:
         """Weights and batch-norm statistics, before the state after `step` is saved: what is gone
         back to has to be sound. Raises GoBack or Stop."""
         if self.non_finite in ("stop", "act"):
@@ -128,7 +128,7 @@ class Health:
             if not torch.stack(norms).sum().isfinite():
                 self._diverged(f"the weights after step {step} are not finite", (step,))
 
-    def _diverged(self, reason: str, steps: tuple[int, ...]):
+    def _diverged(self, reason: str, steps: tuple[int, ...]) -> None:
         if self.non_finite == "act":
             raise GoBack(reason, skip=steps)
         if self.non_finite == "stop":

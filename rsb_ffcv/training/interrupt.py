@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from types import FrameType
+from typing import Any
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again and the run goes on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of spot instances and of SLURM (--signal=USR1@60)
@@ -19,15 +21,16 @@ class Interrupt:
     handled the signals before.
     """
 
-    def __init__(self, forwarded: bool):
+    def __init__(self, forwarded: bool) -> None:
         self.received: signal.Signals | None = None
-        self._echo_until, self._forwarded, self._before = 0.0, forwarded, {}
+        self._echo_until, self._forwarded = 0.0, forwarded
+        self._before: dict[signal.Signals, Any] = {}
         if (
             threading.current_thread() is threading.main_thread()
         ):  # elsewhere Python hands signals to nobody
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    def _note(self, number, _frame):
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
             self._echo_until = time.monotonic() + (ECHO_SECONDS if self._forwarded else 0)
@@ -39,6 +42,6 @@ class Interrupt:
         elif time.monotonic() >= self._echo_until:
             os._exit(128 + number)
 
-    def restore(self):
+    def restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,7 @@ REPORT_SECONDS = 2.0
 FOLDER_SECONDS = 5.0  # in which a network file system has to show a new file to the other machines
 
 
-def check_same(facts: dict[str, str]):
+def check_same(facts: dict[str, str]) -> None:
     """Raises InputError, the same on every process, where a process's facts (name: value) are not
     those of the first."""
     first, *others = gather([facts])
@@ -44,12 +45,12 @@ def check_same(facts: dict[str, str]):
             )
 
 
-def check_shared(folder: Path):
+def check_shared(folder: Path) -> None:
     """Raises InputError, the same on every process, where one does not see a file that the first
     has just written to `folder`: it could neither resume nor be resumed."""
     path, content = folder / ".shared.part", f"{os.getpid()} {time.time_ns()}"
 
-    def write():
+    def write() -> str:
         try:
             path.write_text(content)
         except OSError as error:
@@ -69,7 +70,7 @@ def check_shared(folder: Path):
         time.sleep(0.1)
     blind = [str(rank) for rank, sees in enumerate(gather([seen()])) if not sees]
 
-    def judge():
+    def judge() -> None:
         path.unlink(missing_ok=True)
         if blind:
             raise InputError(
@@ -89,9 +90,9 @@ class Votes:
     when they voted.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._counting = None
+        self._counting: tuple[torch.Tensor, dist.Work] | None = None
 
     def cast(self, *wishes: bool) -> tuple[bool, ...]:
         """The wishes of any process, of the step before this one."""
@@ -128,21 +129,21 @@ class Heartbeat:
     hosts: the name of each process's machine.
     """
 
-    def __init__(self, timeout_s: float, hosts: list[str]):
+    def __init__(self, timeout_s: float, hosts: Sequence[str]) -> None:
         self._timeout_s, self._hosts = timeout_s, hosts
-        self._leaving, self._failed, self._ending, self._thread = (
+        self._leaving, self._failed, self._ending = (
             threading.Event(),
             threading.Event(),
             threading.Lock(),
-            None,
         )
+        self._thread: threading.Thread | None = None
         if dist.is_initialized():
             self._rank, self._size = dist.get_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
 
-    def _beat(self):
+    def _beat(self) -> None:
         try:
             while True:
                 leaving = torch.tensor(int(self._leaving.is_set()))
@@ -155,7 +156,7 @@ class Heartbeat:
                 return
             self._end_job(error)
 
-    def _end_job(self, error: Exception):
+    def _end_job(self, error: Exception) -> None:
         """Ends this process because of a collective's `error`, which the beat or the run itself has
         met."""
         self._failed.set()
@@ -163,7 +164,7 @@ class Heartbeat:
         self._report("silent" if "timed out" in str(error).lower() else "ended")
         os._exit(LOST)
 
-    def _report(self, what: str):
+    def _report(self, what: str) -> None:
         """Says which processes are lost: those that do not report a failed beat to the store as
         well.
 
@@ -172,7 +173,8 @@ class Heartbeat:
         """
         try:
             ask_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
-            until, reports = time.monotonic() + REPORT_SECONDS, {}
+            until = time.monotonic() + REPORT_SECONDS
+            reports: dict[int, str] = {}
             while len(reports) < self._size and time.monotonic() < until:
                 reports = ask_store(self._reports, REPORT_SECONDS)
                 if self._rank and 0 in reports:
@@ -192,7 +194,7 @@ class Heartbeat:
                 flush=True,
             )  # a progress bar may stand on the line
 
-    def _reports(self, store) -> dict[int, str]:
+    def _reports(self, store: dist.Store) -> dict[int, str]:
         return {
             rank: store.get(f"beat/{rank}").decode()
             for rank in range(self._size)
@@ -216,17 +218,17 @@ class Heartbeat:
             )
         return f"{who} ended (killed, or with a message above)"
 
-    def end(self):
+    def end(self) -> None:
         """Waits until all processes have called this."""
         if self._thread is not None:
             self._leaving.set()
             self._thread.join()
 
-    def say_no_more(self):
+    def say_no_more(self) -> None:
         """This process ends with a message of its own: that another one does so first is no news."""
         self._leaving.set()
 
-    def verdict(self, error: Exception):
+    def verdict(self, error: Exception) -> None:
         """After an `error` of the run: ends this process where it comes from another one that is
         lost. An error that does not say so may still have that cause: the beat gets time to find
         it."""

@@ -3,8 +3,8 @@ them."""
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import closing
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from rsb_ffcv.dataset.writer import evenly
 from rsb_ffcv.loading.batch import MEAN, STD
 from rsb_ffcv.ops import native
 from rsb_ffcv.training import build
+from rsb_ffcv.training.compute import Compute
 
 CELL, LABEL, GAP = (
     192,
@@ -30,7 +31,7 @@ MOST_CELLS = 4000
 
 def show(
     path: str, write_path: str, samples: str, classes: str, count: int, recipe: str, epochs: int
-):
+) -> None:
     """Writes a PNG. samples: numbers and ranges; classes: names or numbers, of each the first
     `count`; neither: `count` of the file, evenly. recipe: YAML file; its crops, flips, RandAugment,
     jitter and erasing as they will be in each of the first `epochs` epochs stand beside the stored
@@ -90,7 +91,7 @@ def _chosen(file: Beton, samples: str, classes: str, count: int) -> np.ndarray:
     return evenly(len(file), count)
 
 
-def _stored(file: Beton, chosen: np.ndarray):
+def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
     with open(file.path, "rb") as opened:
         for index in chosen.tolist():
             sides = int(file.heights[index]), int(file.widths[index])
@@ -108,7 +109,7 @@ def _stored(file: Beton, chosen: np.ndarray):
                 ) from error
 
 
-def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int):
+def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int) -> Iterator[np.ndarray]:
     """Of each epoch, the images (n, side, side, 3) uint8."""
     c = read_config(
         TrainConfig,
@@ -125,9 +126,9 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int):
             "--training.global_batch=2",
         ],
     )
-    here = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    here = Compute(torch.device("cpu"), "fp32", compile=False, channels_last=False)
     transform = build.batch_transform(c)
-    with closing(build.train_loader(c, here, c.data.num_workers)) as loader:
+    with closing(build.train_loader(c, here, num_workers=1)) as loader:
         for epoch in range(epochs):
             loader.resolution = build.resolution(c, min(epoch, c.training.epochs - 1))
             images, slots = loader.images_of(epoch, chosen)
@@ -160,7 +161,7 @@ def _sheet(rows: list[list[Image.Image]], texts: list[list[str]]) -> Image.Image
     return sheet
 
 
-def _shortened(line: str, font) -> str:
+def _shortened(line: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     while font.getlength(line + "...") > CELL:
         line = line[:-1]
     return line + "..."

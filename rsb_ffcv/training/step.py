@@ -7,12 +7,19 @@ process and not at all over several.
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from rsb_ffcv.learning.average import Ema
+from rsb_ffcv.learning.loss import Loss
+from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.ops import draws
 from rsb_ffcv.training.compute import Compute, mean_over_processes
 
@@ -21,16 +28,23 @@ class RunningStatistics:
     """The batch-norm buffers of `module`, moved once a step by the mean over the step's groups, on
     all processes alike."""
 
-    def __init__(self, module: nn.Module, groups: int):
+    def __init__(self, module: nn.Module, groups: int) -> None:
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self._buffers = [
-            buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)
+            buffer
+            for norm in norms
+            for buffer in (norm.running_mean, norm.running_var)
+            if buffer is not None  # never, where they are tracked
         ]
-        self._counters = [norm.num_batches_tracked for norm in norms]
+        self._counters = [
+            norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None
+        ]
         self._groups = groups
-        self._start = self._sum = None
+        # of the step in progress: buffers and counters before it, and the sum of its groups'
+        self._start: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None = None
+        self._sum: tuple[torch.Tensor, ...] | None = None
 
-    def begin_group(self, group: int):
+    def begin_group(self, group: int) -> None:
         """Before the forward pass of the step's group number `group`."""
         if self._groups == 1 or not self._buffers:
             return
@@ -38,21 +52,23 @@ class RunningStatistics:
             self._start = torch._foreach_clone(self._buffers), torch._foreach_clone(self._counters)
             return
         self._add()
+        assert self._start is not None  # by group 0
         torch._foreach_copy_(self._buffers, self._start[0])
 
-    def end_step(self):
+    def end_step(self) -> None:
         """After the last forward pass."""
         if not self._buffers:
             return
         if self._groups > 1:
             self._add()
+            assert self._start is not None and self._sum is not None  # by group 0 and _add
             torch._foreach_div_(self._sum, self._groups)
             torch._foreach_copy_(self._buffers, self._sum)
             torch._foreach_copy_(self._counters, torch._foreach_add(self._start[1], 1))
             self._start = self._sum = None
         mean_over_processes(self._buffers)
 
-    def _add(self):
+    def _add(self) -> None:
         if self._sum is None:
             self._sum = torch._foreach_clone(self._buffers)
         else:
@@ -67,16 +83,16 @@ class TrainStep:
         self,
         model: nn.Module,
         wrapped: nn.Module,
-        optimizer,
-        loss,
-        transform,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        transform: BatchTransform,
         compute: Compute,
         *,
         groups: int,
         seed: int,
         grad_clip: float,
-        ema=None,
-    ):
+        ema: Ema | None = None,
+    ) -> None:
         self.model, self.wrapped, self.optimizer, self.loss, self.transform = (
             model,
             wrapped,
@@ -95,7 +111,12 @@ class TrainStep:
             )
 
     def __call__(
-        self, epoch: int, batches, slots, lr: float, mixing: bool
+        self,
+        epoch: int,
+        batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        slots: Sequence[np.ndarray],
+        lr: float,
+        mixing: bool,
     ) -> tuple[torch.Tensor, float]:
         """batches: iterator of (uint8 images, labels), one of `groups` a time; slots: of those
         groups. Returns float64 (loss x images, correct, images) on the device, and the seconds it
@@ -112,7 +133,8 @@ class TrainStep:
             torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[number][0]), draws.DROP))
             self.statistics.begin_group(number)
             last = number == self.groups - 1
-            with nullcontext() if last or self.compute.world_size == 1 else self.wrapped.no_sync():
+            alone = last or self.compute.world_size == 1  # several processes: wrapped in DDP
+            with nullcontext() if alone else cast(DistributedDataParallel, self.wrapped).no_sync():
                 with self.compute.autocast():
                     logits = self.wrapped(images)
                 loss = self.loss(logits, labels, lam)

@@ -12,8 +12,10 @@ import platform
 import statistics
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
 
 import numpy
 import timm
@@ -70,13 +72,9 @@ class Trainer:
     threads.
     """
 
-    def __init__(self, config: TrainConfig, interrupt: Interrupt):
-        self.config, self.interrupt, self._open, self.heartbeat = (
-            config,
-            interrupt,
-            ExitStack(),
-            None,
-        )
+    def __init__(self, config: TrainConfig, interrupt: Interrupt) -> None:
+        self.config, self.interrupt, self._open = config, interrupt, ExitStack()
+        self.heartbeat: Heartbeat | None = None
         try:
             self._build()
         except BaseException as error:
@@ -84,7 +82,7 @@ class Trainer:
             self._end_beat(error)
             raise
 
-    def _build(self):
+    def _build(self) -> None:
         c = self.config
         self.compute = compute.set_up(
             c.compute.device,
@@ -99,9 +97,11 @@ class Trainer:
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
         threads = self.compute.loader_threads(c.data.num_workers)
-        self.train_loader, self.val_loader = (
-            self._open.enter_context(closing(make(c, self.compute, threads)))
-            for make in (build.train_loader, build.val_loader)
+        self.train_loader = self._open.enter_context(
+            closing(build.train_loader(c, self.compute, threads))
+        )
+        self.val_loader = self._open.enter_context(
+            closing(build.val_loader(c, self.compute, threads))
         )
         self.num_classes = build.check_files(c, self.train_loader.beton, self.val_loader.beton)
         self.label_sets = (
@@ -161,7 +161,10 @@ class Trainer:
             c.health.average,
             c.health.gap,
         )
-        self.step, self.rows, self.best, self._beaten = 0, [], dict(NO_BEST), None
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = dict(NO_BEST)
+        self._beaten: dict[str, Any] | None = None
         self._begin_epoch()
         left_out = (
             len(self.train_loader.beton) - self.steps_per_epoch * self.train_loader.global_batch
@@ -173,7 +176,9 @@ class Trainer:
                 f"{self.train_loader.global_batch} and are left out of each epoch"
                 f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}"
             )
-        wrapped = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
+        wrapped = self.model
+        if self.compute.compile:  # of a module it makes a module
+            wrapped = cast(torch.nn.Module, torch.compile(self.model, dynamic=False))
         if (
             self.compute.world_size > 1
         ):  # batch-norm statistics are averaged by the step, not copied from the first process
@@ -198,20 +203,23 @@ class Trainer:
             loader.preload(lambda: self.interrupt.received is not None)
         self.votes = Votes()
 
-    def __enter__(self):
+    def __enter__(self) -> "Trainer":
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._open.close()
         if kind is None or kind is SystemExit:
+            assert self.heartbeat is not None  # since _build
             self.votes.count()
             self.heartbeat.end()
-            self.votes = self.heartbeat = self.train_step = None  # they hold process groups
+            del self.votes, self.heartbeat, self.train_step  # they hold process groups
             compute.leave()
         else:
             self._end_beat(error)
 
-    def _end_beat(self, error: BaseException):
+    def _end_beat(self, error: BaseException | None) -> None:
         """Before this process ends with `error`."""
         if self.heartbeat is None:
             return
@@ -222,7 +230,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- the run
 
-    def fit(self):
+    def fit(self) -> None:
         """Trains from where the run stands to the end, and prints the closing table."""
         self._open_folder()
         epochs = self.config.training.epochs
@@ -246,7 +254,7 @@ class Trainer:
         if self.compute.is_main:
             self._finish()
 
-    def evaluate_only(self):
+    def evaluate_only(self) -> None:
         """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON
         line."""
         if (
@@ -271,18 +279,20 @@ class Trainer:
 
     # ---------------------------------------------------------------- an epoch
 
-    def _begin_epoch(self):
+    def _begin_epoch(self) -> None:
         """What is counted over an epoch, in this process."""
         device = self.compute.device
         self.totals = torch.zeros(
             3, device=device, dtype=torch.float64
         )  # loss x images, correct, images
         self.window = torch.zeros(SYNC_EVERY, device=device, dtype=torch.float64)
-        self.unread = []  # the steps whose losses stand in `window`, since they were last read
+        # the steps whose losses stand in `window`, since they were last read
+        self.unread: list[int] = []
         self.seconds = self.waited = 0.0
-        self.skipped, self.events = [], []
+        self.skipped: list[tuple[int, str]] = []
+        self.events: list[str] = []
 
-    def _train_epoch(self, epoch: int):
+    def _train_epoch(self, epoch: int) -> None:
         """The steps of the epoch that are still to be done."""
         done = self.step - epoch * self.steps_per_epoch
         if done == self.steps_per_epoch:
@@ -329,7 +339,7 @@ class Trainer:
                 bar.update()
                 self._heed(step + 1 < self.steps_per_epoch and self._is_regular(self.step))
 
-    def _read_losses(self):
+    def _read_losses(self) -> None:
         """Waits for the device and lets the health checks look at the losses since the last
         time."""
         if self.unread:
@@ -337,7 +347,7 @@ class Trainer:
             steps, self.unread = self.unread, []
             self.health.check_losses(steps, losses)
 
-    def _show(self, bar, lr: float):
+    def _show(self, bar: tqdm, lr: float) -> None:
         """Where the run stands, in its progress bar."""
         loss, correct, images = self.totals.tolist()
         rate = images * self.compute.world_size / max(self.seconds, 1e-9)
@@ -348,10 +358,11 @@ class Trainer:
             img_s=f"{rate:.0f}",
         )
 
-    def _estimate_batch_norm(self):
+    def _estimate_batch_norm(self) -> None:
         """The averaged model's batch-norm statistics, over training images without mixing and
         erasing."""
         c, swa, loader = self.config, self.swa, self.train_loader
+        assert swa is not None  # else there is nothing to estimate them for
         needed = (
             min(c.swa.bn_steps or self.steps_per_epoch, self.steps_per_epoch)
             * loader.batches_per_step
@@ -383,13 +394,13 @@ class Trainer:
                 )
         swa.end_batch_norm()
 
-    def _close_epoch(self, epoch: int):
+    def _close_epoch(self, epoch: int) -> None:
         """Validates, and writes the epoch's row and a checkpoint."""
         self._check_state()
         self._settle()
         loss, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
         found = sorted(set(compute.gather(self.skipped)))
-        row = {
+        row: dict[str, Any] = {
             "epoch": epoch,
             "steps": self.steps_per_epoch,
             "loss": self.loss.name(self._mixing(epoch) and self.train_step.transform.mixes),
@@ -417,6 +428,7 @@ class Trainer:
                 self.ema.initial_share() if self.ema else 0.0,
                 self.config.ema.warmup,
             ):
+                assert self.ema is not None  # it was compared
                 self.ema.restart()
             top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
             improved = top1 > self.best["top1"]
@@ -443,7 +455,8 @@ class Trainer:
 
     def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
         """Raw and averaged weights on the validation file. heed: look for signals on the way."""
-        row, started, c = {}, time.perf_counter(), self.config.validation
+        row: dict[str, Any] = {}
+        started, c = time.perf_counter(), self.config.validation
         common = len(self.val_loader.beton) // (
             self.val_loader.batch_size * self.compute.world_size
         )  # batches of every process
@@ -456,7 +469,7 @@ class Trainer:
                 self._bar(f"validation {prefix[:-1].upper()}".strip(), len(self.val_loader)) as bar,
             ):
 
-                def after_batch(number: int):
+                def after_batch(number: int) -> None:
                     bar.update()
                     if heed and number < common:
                         self._heed(False)
@@ -468,7 +481,7 @@ class Trainer:
             row["val_images"] = result["images"]
         return row | {"val_seconds": time.perf_counter() - started}
 
-    def _within_memory(self, section: str, resolution: int):
+    def _within_memory(self, section: str, resolution: int) -> AbstractContextManager[None]:
         """Around work on batches of `section`.batch_size images."""
         lower = (
             "lower training.batch_size (and keep training.global_batch: more groups are "
@@ -495,7 +508,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- state
 
-    def _heed(self, regular: bool):
+    def _heed(self, regular: bool) -> None:
         """After a step: saves where it is time (regular: always), and ends where a signal asked for
         it, all processes alike."""
         minutes = self.config.checkpoint.every_minutes
@@ -520,7 +533,7 @@ class Trainer:
             )
             raise SystemExit(REQUEUE)
 
-    def _check_state(self):
+    def _check_state(self) -> None:
         """Before a save: what is saved may have to be gone back to. Raises GoBack or Stop."""
         if (
             self.health.non_finite in ("stop", "act")
@@ -530,14 +543,14 @@ class Trainer:
             self._read_losses()
         self.health.check_weights(self.step - 1, self.model.state_dict().values())
 
-    def _save(self, best: bool):
+    def _save(self, best: bool) -> None:
         self._settle()
         state = self._state()
         if self.compute.is_main:
             self.store.save(state, best)
         self._saved_at = time.monotonic()
 
-    def _settle(self):
+    def _settle(self) -> None:
         """Waits for the save in progress. A best state that is not on disk is none."""
         if not self.store.finish() and self._beaten is not None:
             self.best = self._beaten
@@ -572,9 +585,9 @@ class Trainer:
     def _newest(self, regular: bool = False) -> tuple[Path, dict] | None:
         """The folder's newest whole checkpoint (see Store.newest), on every process the one that
         the first has found."""
-        found = None
+        found: tuple[Path, dict] | None = None
 
-        def look():
+        def look() -> str | None:
             nonlocal found
             found = self.store.newest(regular)
             return str(found[0]) if found else None
@@ -582,7 +595,7 @@ class Trainer:
         path = compute.on_first_process(look)
         return found if found or path is None else (Path(path), checkpoint.read(Path(path)))
 
-    def _resume(self, path: Path, state: dict):
+    def _resume(self, path: Path, state: dict) -> None:
         if self.config.checkpoint.resume == "never":
             raise InputError(
                 f"checkpoint.resume=never: {self.folder} has a checkpoint; use "
@@ -601,7 +614,7 @@ class Trainer:
             f"{self.config.training.epochs * self.steps_per_epoch}"
         )
 
-    def _load(self, state: dict):
+    def _load(self, state: dict) -> None:
         checkpoint.check_recipe(state["recipe"], self.recipe, self.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -647,7 +660,7 @@ class Trainer:
             list(epoch["events"]),
         )
 
-    def _go_back(self, request: GoBack):
+    def _go_back(self, request: GoBack) -> None:
         """To the newest checkpoint, and on from there otherwise than before."""
         self.store.finish()
         returns = self.health.returns + 1
@@ -735,7 +748,7 @@ class Trainer:
             "numpy": numpy.__version__,
         }
 
-    def _open_folder(self):
+    def _open_folder(self) -> None:
         if self.compute.is_main:
             (self.folder / REQUEUE_MARK).unlink(missing_ok=True)
             log.write_metrics(
@@ -743,7 +756,7 @@ class Trainer:
             )  # a run killed after its log and before its checkpoint logs again
             log.write_json(self.folder / "config.json", as_dict(self.config))
 
-    def _finish(self):
+    def _finish(self) -> None:
         rows = self.rows
         log.draw_curves(rows, self.folder / "training_curves.png")
         last, lines = rows[-1], []
@@ -785,11 +798,11 @@ class Trainer:
             mininterval=0.5,
         )
 
-    def _say(self, text: str):
+    def _say(self, text: str) -> None:
         if self.compute.is_main:
             print(text, flush=True)
 
-    def _note(self, text: str):
+    def _note(self, text: str) -> None:
         """A warning that the epoch's row keeps."""
         self.events = self.events + [text]
         if self.compute.is_main:

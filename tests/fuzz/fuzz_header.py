@@ -110,7 +110,8 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
 def main(count: int, seed: int, core: str):
     native.library = native.bind(core)
     native._thread = native._OfThread()
-    rng, refused, loaded, reasons = np.random.default_rng(seed), 0, 0, {}
+    rng, refused, loaded = np.random.default_rng(seed), 0, 0
+    reasons: dict[str, int] = {}
     files = [small_file(extras_too=with_extras) for with_extras in (True, False)]
     path = (
         f"/dev/shm/fuzz-{os.getpid()}.beton"
@@ -136,7 +137,8 @@ def main(count: int, seed: int, core: str):
                     (0, 0, sample["height"], sample["width"]),
                 )
                 if file.extras is not None:
-                    sample["verify"], sample["checksum"], sample["entry_bytes"] = 1, *file.extras[i]
+                    sample["verify"] = 1
+                    sample["checksum"], sample["entry_bytes"] = file.extras[i]
                 try:
                     native.load(descriptor, sample, 16, 16)
                     loaded += 1

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def build(target, *arguments):
 def seeds(tmp_path_factory):
     """JPEGs of every kind that the decoder tells apart, as small as they get interesting."""
     folder, rng = tmp_path_factory.mktemp("seeds"), np.random.default_rng(0)
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"subsampling": 0},
         {"subsampling": 1},
         {"subsampling": 2},
@@ -53,7 +54,8 @@ def seeds(tmp_path_factory):
             0, 60, (height, width, 3)
         )
         picture = Image.fromarray(image.astype(np.uint8)).convert("L" if number >= 18 else "RGB")
-        picture.save(folder / f"{number}.jpg", **{"quality": 80, **kinds[number % len(kinds)]})
+        options: dict[str, Any] = {"quality": 80, **kinds[number % len(kinds)]}
+        picture.save(folder / f"{number}.jpg", **options)
     return sorted(folder.iterdir())
 
 

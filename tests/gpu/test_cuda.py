@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,8 @@ def test_a_killed_run_ends_near_one_that_was_not(betons, tmp_path):
 @pytest.mark.parametrize("optimizer", ["lamb", "sgd", "adamw"])
 def test_no_step_waits_for_the_device(precision, clip, optimizer):
     where = compute.set_up("cuda", precision, "0", True, 0)
-    model = build_model("resnet18", 10).to(where.device, memory_format=where.memory_format)
+    model: Any = build_model("resnet18", 10)
+    model = model.to(where.device, memory_format=where.memory_format)
     built = build_optimizer(optimizer, model, 0.005, 0.02, 0.9)
     step = TrainStep(
         model,

@@ -43,7 +43,8 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(
     more = {**EVERYTHING, "training.batch_size": 16 // world}
     statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
     assert statuses == [0] * world, err
-    rng, kills, chains, phases = random.Random(world), 0, 0, {}
+    rng, kills, chains = random.Random(world), 0, 0
+    phases: dict[str, int] = {}
     while kills < (KILLS if world == 1 else max(3, KILLS // 5)):
         folder = tmp_path / f"chain{chains}"
         chains += 1

@@ -2,6 +2,7 @@
 arguments, pixels, draws."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_every_op_of_timm(name, monkeypatch):
                 monkeypatch.setattr(
                     timm_aa, "_randomly_negate", lambda value, sign=sign: value * sign
                 )
-                arguments = (
+                arguments: tuple = (
                     timm_aa.LEVEL_TO_ARG[name](level, {}) if timm_aa.LEVEL_TO_ARG[name] else ()
                 )
                 result = apply(image, pair, level, sign, cubic)
@@ -105,9 +106,10 @@ def test_every_op_of_timm(name, monkeypatch):
                         not result.any()
                     )  # Pillow before 13; since then it refuses to keep no bit
                     continue
+                apply_theirs: Any = timm_aa.NAME_TO_OP[name]
                 check(
                     result,
-                    timm_aa.NAME_TO_OP[name](
+                    apply_theirs(
                         picture, *arguments, fillcolor=ours.FILL, resample=RESAMPLING[cubic][0]
                     ),
                     geometric,

@@ -71,11 +71,11 @@ def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
         )
         our_images, our_labels = (torch.cat(parts) for parts in zip(*ours))
         assert torch.equal(our_labels, labels) and len(labels) == 27
-        ours, stock = (
+        mine, stock = (
             avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8) for batch in (our_images, images)
         )
         own, other = (
-            (ours - shifted).abs().mean((1, 2, 3)) for shifted in (stock, stock.roll(1, 0))
+            (mine - shifted).abs().mean((1, 2, 3)) for shifted in (stock, stock.roll(1, 0))
         )
         assert own.mean() < 4 and (own < 8).all() and own.mean() < other.mean() / 4, (
             name,
@@ -122,7 +122,7 @@ def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
     log = torch.log
     for slot in range(500):
         height, width = (int(side) for side in np.random.default_rng(slot).integers(20, 600, 2))
-        used = []
+        used: list[None] = []
 
         def next_word(first_of_try: bool, used=used):
             if first_of_try and len(used) % 2 == 0:

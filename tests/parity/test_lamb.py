@@ -1,6 +1,7 @@
 """LAMB equal to timm's, over many steps and settings."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm.optim
@@ -13,7 +14,7 @@ from rsb_ffcv.learning.lamb import Lamb
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.learning.optimizer import decay_groups
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "no clip": {"max_grad_norm": None},
     "small clip": {"max_grad_norm": 1e-3},

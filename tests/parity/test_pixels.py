@@ -130,7 +130,7 @@ def test_a_resized_box_is_pillows(raw, filter):
         out = tuple(int(side) for side in rng.integers(1, 260, 2)) if trial % 3 else (160, 160)
         top, left, h, w = (float(np.float32(number)) for number in (top, left, h, w))
         reference = Image.fromarray(whole).resize(
-            out[::-1], FILTERS[filter], box=(left, top, left + w, top + h)
+            list(out[::-1]), FILTERS[filter], box=(left, top, left + w, top + h)
         )
         result = load(
             whole.tobytes() if raw else data,

@@ -5,6 +5,7 @@ against torchvision's and timm's in their own files; here each number of a batch
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ class Stream:
 @pytest.mark.parametrize("seed, epoch", PLACES)
 def test_single_numbers(seed, epoch):
     for slot in SLOTS:
-        at, stream = (seed, epoch, slot, draws.MIX), Stream(seed, epoch, slot, draws.MIX)
+        at: tuple[Any, Any, Any, int] = (seed, epoch, slot, draws.MIX)
+        stream = Stream(*at)
         k, n = int(slot) % 9, 1 + 10 * int(slot)
         assert draws.word(*at, k) == stream.word(k) and draws.uniform(*at, k) == stream.uniform(k)
         assert draws.below(*at, k, n) == stream.below(k, n) and draws.normal(
@@ -103,8 +105,9 @@ def crop_box(stream, height, width, scale, ratio):
     [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.2, 5.0)), ((1.0, 1.0), (0.75, 1.5))],
 )
 def test_crops(seed, epoch, scale, ratio):
+    (scale_lo, scale_hi), (ratio_lo, ratio_hi) = scale, ratio
     boxes, filters, flips = crop._random_boxes(
-        seed, epoch, SLOTS, HEIGHTS, WIDTHS, *scale, *ratio, 0.3
+        seed, epoch, SLOTS, HEIGHTS, WIDTHS, scale_lo, scale_hi, ratio_lo, ratio_hi, 0.3
     )
     for slot, height, width, box, cubic, flip in zip(
         SLOTS, HEIGHTS.tolist(), WIDTHS.tolist(), boxes, filters, flips

@@ -140,6 +140,7 @@ def test_each_image_or_pair_has_a_draw_of_its_own_slot():
     images, slots = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), np.arange(40, 48)
     for mode, count in (("elem", 8), ("pair", 4)):
         out, lam = BatchTransform(3, 0.5, 1.0, mode=mode)(images, 2, slots)
+        assert isinstance(lam, torch.Tensor)
         drawn = [draw_mix(3, 2, int(slot), 16, 16, 0.5, 1.0) for slot in slots[:count]]
         assert lam.shape == (8, 1) and lam[:count, 0].tolist() == pytest.approx(
             [mix.lam for mix in drawn]
@@ -177,11 +178,11 @@ def test_erasing_has_timms_distribution():
 
     random.seed(0)
     reference = RandomErasing(1.0, mode="const", device="cpu")
-    theirs = []
+    found = []
     for _ in range(1000):
         hit = torch.nonzero(reference(torch.ones(1, 96, 64))[0] == 0)
-        theirs.append([*hit.min(0).values, *hit.max(0).values + 1])
-    theirs = np.array(theirs)[:, [0, 2, 1, 3]]
+        found.append([*hit.min(0).values, *hit.max(0).values + 1])
+    theirs = np.array(found)[:, [0, 2, 1, 3]]
     areas = [(b[:, 1] - b[:, 0]) * (b[:, 3] - b[:, 2]) for b in (erased, theirs)]
     assert stats.ks_2samp(*areas).pvalue > 0.01
     for edge in range(4):
@@ -232,11 +233,12 @@ def test_a_decay_for_images_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("warmup", [False, True])
 def test_average_is_timms(warmup):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    linear = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(linear, torch.nn.BatchNorm1d(4))
     theirs, ours = ModelEmaV3(model, 0.95, use_warmup=warmup), Ema(model, 0.95, warmup)
     for step in range(1, 30):
         with torch.no_grad():
-            model[0].weight.normal_()
+            linear.weight.normal_()
         model(torch.randn(8, 4))
         theirs.update(model, step=step)
         ours.update()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,8 +65,10 @@ def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch)
 def test_the_table_compares_and_judges(monkeypatch):
     import loader
 
-    rate = lambda value: {"images_per_s": value, "low": value, "high": value}  # noqa: E731
-    results = {
+    def rate(value):
+        return {"images_per_s": value, "low": value, "high": value}
+
+    results: dict[str, Any] = {
         "threads": 2,
         "rows": {row: {"ours": rate(1000.0)} for row in loader.ROWS},
         "scaling": {"1": rate(500.0)},

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,7 +161,8 @@ def test_help_shows_every_option_with_its_default(program, capsys):
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     for section in fields(program):
-        for item in fields(section.type):
+        kind: Any = section.type
+        for item in fields(kind):
             assert f"--{section.name}.{item.name}  [" in shown and item.metadata["text"] in shown
 
 

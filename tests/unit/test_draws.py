@@ -1,6 +1,8 @@
 """Addressed draws: the generator is Philox, each address its own number, and the distributions are
 right."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -25,7 +27,8 @@ MASK = 0xFFFFFFFF
 )
 def test_philox_gives_the_published_words(counter, key, words):
     slot, epoch, op, block = counter
-    assert draws.philox(np.uint64(key[1] << 32 | key[0]), epoch, slot, op, block) == words
+    seed: Any = np.uint64(key[1] << 32 | key[0])
+    assert draws.philox(seed, epoch, slot, op, block) == words
 
 
 def test_each_part_of_the_address_changes_the_draw():

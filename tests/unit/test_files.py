@@ -8,14 +8,14 @@ import os
 
 import numpy as np
 import pytest
-import sources
 from PIL import Image
-from sources import WNIDS, contents, expected, pictures, put
 
 from rsb_ffcv import InputError, beton, dataset
 from rsb_ffcv.beton import read_beton
 from rsb_ffcv.dataset import Encoding, Place, append, inspect, write_splits
 from rsb_ffcv.loading import TrainLoader
+from tests import sources
+from tests.sources import WNIDS, contents, expected, pictures, put
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_info_of_a_file_of_another_program(written, tmp_path):
 
 def stock(path, target):
     """The file as FFCV would have written it."""
-    from test_beton import as_ffcv_writes_it
+    from tests.unit.test_beton import as_ffcv_writes_it
 
     target.write_bytes(as_ffcv_writes_it(path))
     return target
@@ -144,7 +144,8 @@ def test_damaged_structure_is_an_error(copy):
 def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
     damage(copy, 3)
     monkeypatch.setattr(inspect, "REMEMBER_SECONDS", 0.0)
-    real, seen = inspect.read_sound, []
+    real = inspect.read_sound
+    seen: list[int] = []
 
     def interrupted(opened, file, index, decode):
         if index == 8 and not seen:
@@ -155,11 +156,12 @@ def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
     monkeypatch.setattr(inspect, "read_sound", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.verify(copy, 1.0, 1)
-    monkeypatch.setattr(
-        inspect,
-        "read_sound",
-        lambda opened, file, index, decode: seen.append(index) or real(opened, file, index, decode),
-    )
+
+    def counted(opened, file, index, decode):
+        seen.append(index)
+        return real(opened, file, index, decode)
+
+    monkeypatch.setattr(inspect, "read_sound", counted)
     assert not dataset.verify(copy, 1.0, 1)
     shown = capsys.readouterr().out
     assert (
@@ -445,7 +447,7 @@ def test_exported_names_stay_below_the_folder(tmp_path):
     source = dataset.sources.Source(
         ["../up", "..", "a/b"],
         names,
-        [number % 3 for number in range(len(names))],
+        np.arange(len(names)) % 3,
         lambda index: sources.jpeg(0, index),
     )
     dataset.write_beton(tmp_path / "x.beton", source, dataset.storing(source, Encoding()), {}, 1)
@@ -683,7 +685,12 @@ def test_an_export_does_not_take_another_files_beginnings_for_its_own(
 
 def test_many_equal_names_export_in_linear_time(monkeypatch):
     made, plain = [], inspect.Path
-    monkeypatch.setattr(inspect, "Path", lambda *parts: made.append(parts) or plain(*parts))
+
+    def counted(*parts):
+        made.append(parts)
+        return plain(*parts)
+
+    monkeypatch.setattr(inspect, "Path", counted)
     file = type(
         "File",
         (),

@@ -1,6 +1,7 @@
 """Schedule, weight-decay split, average and BlurPool."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -89,12 +90,13 @@ def test_optimizers_by_name():
 
 def test_the_average_follows_weights_and_batch_norm_statistics():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    conv = nn.Conv2d(3, 4, 3)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4))
     ema = Ema(model, 0.9)
-    expected = None
+    expected: dict[str, torch.Tensor] = {}
     for step in range(4):
         with torch.no_grad():
-            model[0].weight.normal_()
+            conv.weight.normal_()
         model(torch.randn(8, 3, 5, 5) + 3)
         ema.update()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -108,7 +110,8 @@ def test_the_average_follows_weights_and_batch_norm_statistics():
         )
     for name, tensor in ema.module.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
-    assert ema.module[1].running_mean.abs().min() > 0.01 and ema.module[1].num_batches_tracked == 4
+    norm: Any = ema.module.get_submodule("1")
+    assert norm.running_mean.abs().min() > 0.01 and norm.num_batches_tracked == 4
 
 
 def test_blurpool_blurs_before_strided_convolutions_only():
@@ -174,12 +177,13 @@ def test_the_tail_of_averaging_goes_down_to_its_rate_and_stays():
 
 def test_the_average_left_out_on_the_device_is_the_one_left_out_by_the_host():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    linear = nn.Linear(4, 4)
+    model = nn.Sequential(linear, nn.BatchNorm1d(4))
     for warmup in (False, True):
         host, device = Ema(model, 0.9, warmup), Ema(model, 0.9, warmup)
         for step in range(12):
             with torch.no_grad():
-                model[0].weight.normal_()
+                linear.weight.normal_()
             overflowed = step in (0, 3, 4)
             if not overflowed:
                 host.update()
@@ -196,9 +200,12 @@ def test_buffers_are_averaged_or_copied():
         model(torch.randn(2, 3, 8, 8) + 5)
         lerped.update()
         copied.update()
-    assert torch.equal(copied.module[1].running_mean, model[1].running_mean)
-    assert not torch.allclose(lerped.module[1].running_mean, model[1].running_mean)
-    assert lerped.module[1].num_batches_tracked == copied.module[1].num_batches_tracked == 4
+    own, mean, copy = (
+        m.get_buffer("1.running_mean") for m in (model, lerped.module, copied.module)
+    )
+    assert torch.equal(copy, own) and not torch.allclose(mean, own)
+    for average in (lerped, copied):
+        assert average.module.get_buffer("1.num_batches_tracked") == 4
 
 
 def test_equal_average_and_its_batch_norm_are_torchs():
@@ -232,10 +239,8 @@ def test_equal_average_and_its_batch_norm_are_torchs():
         theirs.module.state_dict().items(), resumed.module.state_dict().values()
     ):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
-    assert [norm.momentum for norm in (resumed.module[1], resumed.module[3])] == [
-        0.1,
-        0.3,
-    ] and not resumed.module.training
+    momenta = [resumed.module.get_submodule(name).momentum for name in ("1", "3")]
+    assert momenta == [0.1, 0.3] and not resumed.module.training
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
@@ -247,7 +252,7 @@ def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
     def run(steps, scaled):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4))
-        optimizer = build_optimizer(name, model, 0.01, 0.02, 0.9)
+        optimizer: Any = build_optimizer(name, model, 0.01, 0.02, 0.9)
         for group in optimizer.param_groups:
             group["fused"] = group.get("fused") is not None and scaled
         optimizer._step_supports_amp_scaling = scaled
@@ -283,7 +288,9 @@ def test_the_initial_share_is_what_the_first_weights_still_weigh(decay, warmup):
     for update in range(40):
         nn.init.constant_(model.weight, float(update == 0))
         ema.update()
-        assert ema.initial_share() == pytest.approx(ema.module.weight.item(), rel=1e-9), update
+        assert ema.initial_share() == pytest.approx(
+            ema.module.get_parameter("weight").item(), rel=1e-9
+        ), update
     nn.init.constant_(model.weight, 1.0)
     ema.restart()
     assert ema.initial_share() == 1.0

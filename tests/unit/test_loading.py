@@ -153,7 +153,7 @@ def test_copies_of_an_image_differ_and_count_for_others(betons):
     """Repeats of 3: as many steps, a third of the images, each three times with three faces."""
     made = loader(betons, repeats=3, global_batch=48, rand_augment="", interpolation="bilinear")
     order = epoch_order("random", 0, 0, made.beton.pointers, made.beton.sizes, 1).indices
-    faces = {}
+    faces: dict[int, list] = {}
     for number, (images, labels) in enumerate(made.epoch(0)):
         indices = order[made.slots(number) // 3]
         assert (made.beton.labels[indices] == labels.numpy()).all()
@@ -358,12 +358,9 @@ class Held(DrawnOperation):
 
     def __init__(self):
         super().__init__()
-        self.begun, self.kept, self.release, self.came = (
-            [],
-            [],
-            threading.Event(),
-            threading.Semaphore(0),
-        )
+        self.begun: list[int] = []
+        self.kept: list[bool] = []
+        self.release, self.came = threading.Event(), threading.Semaphore(0)
 
         def kernel(image, height, width, draw, scratch):
             before = draw[0]

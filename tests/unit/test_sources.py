@@ -11,17 +11,18 @@ import re
 import shutil
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sources
 from PIL import Image
-from sources import WNIDS, WORDS, contents, expected, pictures, put, put_tar
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import read_beton
 from rsb_ffcv.dataset import Encoding, Place, files, write_splits
+from tests import sources
+from tests.sources import WNIDS, WORDS, contents, expected, pictures, put, put_tar
 
 
 def write(tmp_path, place: Place, split: str = "", num_workers: int = 2, **options) -> Path:
@@ -29,7 +30,7 @@ def write(tmp_path, place: Place, split: str = "", num_workers: int = 2, **optio
     return tmp_path / "out"
 
 
-FORMS = {
+FORMS: dict[str, tuple[Callable[..., None], str, str]] = {
     "folders": (sources.folders, "imagenet", ""),
     "archives, meta.mat": (sources.archives, "imagenet_archives", ""),
     "archives, text tables, unpacked": (
@@ -175,7 +176,7 @@ class Server(http.server.ThreadingHTTPServer):
     lost = 0
 
     def __init__(self, folder):
-        self.requests_seen = []
+        self.requests_seen: list[tuple[str, str | None]] = []
         outer = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -805,12 +806,12 @@ def test_other_pictures_under_the_same_names_are_noticed(tmp_path, capsys):
             raise InputError("stopped")
         real(self, index, *rest)
 
-    writer._Part.add = killed
+    writer._Part.add = killed  # type: ignore[method-assign]  # put back below
     try:
         with pytest.raises(InputError, match="stopped"):
             write(tmp_path / "x", one, "train")
     finally:
-        writer._Part.add = real
+        writer._Part.add = real  # type: ignore[method-assign]  # what was there before
     with pytest.raises(
         InputError, match="begun from other pictures"
     ):  # another size and time of the first
@@ -980,7 +981,7 @@ def test_a_file_url_follows_no_links_either(tmp_path):
 def test_classes_of_one_name_and_names_that_cannot_be_stored(tmp_path):
     from rsb_ffcv.dataset.sources import Source
 
-    source = Source(["a", "b\ud800"], ["x\0y.jpg", "z.jpg"], [0, 1], None)
+    source = Source(["a", "b\ud800"], ["x\0y.jpg", "z.jpg"], np.array([0, 1]), None)
     assert source.names[0] == "x_y.jpg" and source.classes[1] == "b?"
     sources.parquet(tmp_path / "in")
     (tmp_path / "names.txt").write_text("a\nb\na\n")

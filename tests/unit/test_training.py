@@ -18,7 +18,7 @@ STEPS = list(range(40, 44))
 
 
 def health(**policies):
-    said = []
+    said: list[str] = []
     return Health(said.append, **policies), said
 
 
