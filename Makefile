@@ -1,12 +1,14 @@
-# make demo: from nothing to a trained network in minutes. make test: the test suite, in minutes. make test-all: all of it at
-# length (hundreds of kills, 100,000 damaged inputs), with its log in records/.
+# make demo: from nothing to a trained network in minutes. make check: formatters, linter and type checker. make test: the
+# test suite, in minutes. make test-all: all of it at length (hundreds of kills, 100,000 damaged inputs), with its log in
+# records/.
 # All set themselves up first, once: system packages (apt, when root), .venv, the versions of constraints.txt.
 # PYTHON: the interpreter for .venv (default: python3, or where that is not a supported one the newest that is found)
 PYTHON ?=
 RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
+C_FILES = $(foreach folder,rsb_ffcv/ops/csrc benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
 
-.PHONY: demo test test-all set-up clean
+.PHONY: demo check test test-all set-up clean
 
 set-up: $(CORE)
 
@@ -21,6 +23,12 @@ demo: set-up
 	rm -rf demo/run
 	$(RUN) write_ffcv.py --cfg.dataset=demo --cfg.data_dir=demo/images --cfg.write_path=demo --cfg.num_workers=2
 	$(RUN) train_imagenet.py --config-file rsb_configs/demo.yaml
+
+check: set-up
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	.venv/bin/clang-format --dry-run --Werror $(C_FILES)
+	$(RUN) -m mypy
 
 test: set-up
 	$(RUN) -m pytest
