@@ -206,8 +206,8 @@ def main():
         "--threads",
         type=int,
         default=0,
-        help="torch's threads in the run; 0: one a core, as in any run. A core that another program "
-        "uses makes the step wait: measure on an idle machine",
+        help="torch's threads in the run; 0: one a core, as in any run. A core that another "
+        "program uses makes the step wait: measure on an idle machine",
     )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="start-benchmark-"))

@@ -60,7 +60,8 @@ def write_splits(
     """
     target = Path(write_path)
     try:
-        # not target.is_dir(): from Python 3.14 on it is False also where the system refuses the name
+        # Not target.is_dir(): from Python 3.14 on it is False also where the system refuses the
+        # name.
         mode = os.stat(target).st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = 0

@@ -225,7 +225,7 @@ class Heartbeat:
             self._thread.join()
 
     def say_no_more(self) -> None:
-        """This process ends with a message of its own: that another one does so first is no news."""
+        """This process ends with a message of its own: that another one ends first is no news."""
         self._leaving.set()
 
     def verdict(self, error: Exception) -> None:

@@ -401,7 +401,8 @@ def test_a_process_that_ends_with_its_own_message_does_not_tell_of_another_that_
     def ask(question, seconds):
         raise RuntimeError("the store is gone")
 
-    ends, beat = [], processes.Heartbeat(1, ["a", "b"])
+    ends: list[int] = []
+    beat = processes.Heartbeat(1, ["a", "b"])
     beat._group, beat._rank, beat._size = None, 1, 2
     monkeypatch.setattr(processes.dist, "all_reduce", lost)
     monkeypatch.setattr(processes, "ask_store", ask)
