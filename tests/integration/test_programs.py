@@ -244,12 +244,15 @@ def test_torchrun_brings_a_job_back_whose_process_died(betons, tmp_path, call_pr
         text=True,
         env={**os.environ, **stop.env},
     )
-    wait_until(
-        lambda: stop.reached() and list((tmp_path / "torchrun").glob("checkpoint_*")), process
-    )
-    os.kill(stop.processes()[0], signal.SIGKILL)
-    stop.go_on()
-    out, err = process.communicate(timeout=600)
+    try:
+        wait_until(
+            lambda: stop.reached() and list((tmp_path / "torchrun").glob("checkpoint_*")), process
+        )
+        os.kill(stop.processes()[0], signal.SIGKILL)
+        stop.go_on()
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()
     assert process.returncode == 0 and "resuming" in out, err
     assert_same_course(tmp_path / "torchrun", tmp_path / "alone")
     # What was logged is what the checkpoint holds, whichever process evaluated which image
