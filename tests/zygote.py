@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ def serve():
                     traceback.print_exc()
                 sys.stdout.flush()
                 sys.stderr.flush()
-                names = [
-                    Path(f"/proc/self/task/{thread}/comm").read_text()
-                    for thread in os.listdir("/proc/self/task")
-                ]
+                names = []
+                for thread in os.listdir("/proc/self/task"):
+                    with suppress(FileNotFoundError, ProcessLookupError):  # one that ends meanwhile
+                        names.append(Path(f"/proc/self/task/{thread}/comm").read_text())
                 Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
                 os._exit(ended)
         print(json.dumps(answer), file=answers, flush=True)
