@@ -23,9 +23,8 @@ def run(config: TrainConfig) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
-    interrupt = Interrupt(
-        forwarded="WORLD_SIZE" in os.environ
-    )  # before the imports, and whatever else takes its time
+    # Before the imports, and whatever else takes its time
+    interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)
     try:
         from rsb_ffcv.training.compute import first_to_say, wait_for_others, within_memory
         from rsb_ffcv.training.trainer import Trainer

@@ -107,7 +107,8 @@ class Store:
         with the process."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 held while the process lives
+            # Held while the process lives
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
             lock(self._lock, self.folder)
         except BlockingIOError:
             raise InputError(
@@ -211,9 +212,8 @@ class Store:
             path for path in sorted(self.folder.glob(PATTERN), reverse=True) if _step(path) > step
         ]
         best = self.folder / BEST
-        with suppress(
-            InputError
-        ):  # none, or a damaged one, which nothing reads as a state of the run
+        # None, or a damaged one, which nothing reads as a state of the run
+        with suppress(InputError):
             if read(best)["step"] > step:
                 later.append(best)
         try:

@@ -12,16 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-RECENT, BEFORE = (
-    5,
-    25,
-)  # readings of the loss: the median of the newest against that of those before
-SMALL_SHARE = (
-    0.01  # of the weights that the EMA began from: before, it is behind the model by design
-)
-MOST_RETURNS = (
-    10  # a run that goes back more often than this has a fault that going back does not mend
-)
+# Readings of the loss: the median of the newest is compared with that of those before
+RECENT, BEFORE = 5, 25
+# Of the weights that the EMA began from: before, it is behind the model by design
+SMALL_SHARE = 0.01
+# A run that goes back more often than this has a fault that going back does not fix
+MOST_RETURNS = 10
 
 
 class GoBack(Exception):
@@ -41,13 +37,15 @@ class Stop(Exception):
 class Health:
     """Policies, each "off", "warn" or "act" (non_finite: "stop" too), and what they remember.
 
-    non_finite: a loss or a weight that is infinite or no number. act: go back to the last regular
-    checkpoint and leave out that step and the one before it, whose update may have been the cause.
+    non_finite: a loss or a weight is infinite or NaN. act: go back to the last regular checkpoint
+        and leave out that step and the one before it, whose update may have been the cause.
     loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the
-    learning rate. chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still
-    what guessing gives. act: end the run. average: the average's top-1 is more than `gap` points
-    below the model's, though what it began from is forgotten. act: the average starts again from
-    the model. say: takes each message.
+        learning rate.
+    chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still at chance
+        level. act: end the run.
+    average: the average's top-1 is more than `gap` points below the model's, and the weights that
+        it began from have less than SMALL_SHARE of it. act: restart the average from the model.
+    say: takes each message.
     """
 
     say: Callable[[str], None]
