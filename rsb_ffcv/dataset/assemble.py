@@ -36,7 +36,8 @@ class Samples:
         self._opened = []
         try:
             for file in files:
-                self._opened.append(open(file.path, "rb", buffering=0))  # noqa: SIM115 open until close()
+                # Open until close()
+                self._opened.append(open(file.path, "rb", buffering=0))  # noqa: SIM115
         except OSError as error:
             self.close()
             raise InputError(
