@@ -45,11 +45,9 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.line(line)
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def make_pictures(root: Path) -> None:
     """train/ and val/ of three classes: noisy pictures of 40 .. 90 px whose hue tells the class. 32
-    + 8 a class."""
-    root = tmp_path_factory.mktemp("pictures")
+    + 9 a class."""
     for split, count in (("train", 32), ("val", 9)):
         for label, name in enumerate(("amber", "blue", "cyan")):
             (root / split / name).mkdir(parents=True)
@@ -61,6 +59,12 @@ def pictures(tmp_path_factory) -> Path:
                 Image.fromarray(pixels.astype(np.uint8)).save(
                     root / split / name / f"{number}.jpg", quality=92
                 )
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    make_pictures(root)
     return root
 
 
