@@ -33,7 +33,7 @@ class Ours:
     def repeat(self) -> int:
         self.epoch += 1
         batches = self.loader if hasattr(self.loader, "__iter__") else self.loader.epoch(self.epoch)
-        return sum(len(labels) for _, labels in batches)
+        return sum(len(batch.labels) for batch in batches)
 
 
 class StockFFCV:

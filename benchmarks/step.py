@@ -27,7 +27,7 @@ from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.learning.optimizer import build_optimizer
-from rsb_ffcv.loading import TrainLoader
+from rsb_ffcv.loading import Batch, TrainLoader
 from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.step import TrainStep
@@ -63,9 +63,8 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         grad_clip=0.0,
         ema=ema,
     )
-    slots = [np.arange(options.batch)]
     synthetic = itertools.repeat(
-        (
+        Batch(
             torch.randint(
                 0,
                 256,
@@ -74,6 +73,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
                 device=where.device,
             ),
             torch.zeros(options.batch, dtype=torch.int64, device=where.device),
+            np.arange(options.batch),
         )
     )
     epochs = itertools.count()
@@ -83,7 +83,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         """(seconds a step, share of it waiting for data)"""
         started, waited = time.perf_counter(), 0.0
         for _ in range(options.steps):
-            waited += step(0, batches, slots, 1e-6, True)[1]
+            waited += step(0, batches, 1e-6, True)[1]
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

@@ -1,5 +1,5 @@
 """Epoch order, the loader, and the transforms of a whole batch on the device."""
 
-from rsb_ffcv.loading.loader import EvalLoader, TrainLoader
+from rsb_ffcv.loading.loader import Batch, EvalLoader, TrainLoader
 
-__all__ = ["EvalLoader", "TrainLoader"]
+__all__ = ["Batch", "EvalLoader", "TrainLoader"]

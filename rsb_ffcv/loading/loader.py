@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -21,7 +21,7 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
-from rsb_ffcv.loading.pool import Batch, Pool
+from rsb_ffcv.loading.pool import Pool, Work
 from rsb_ffcv.ops.augment import ColorJitter, RandAugment
 from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
 from rsb_ffcv.ops.native import DAMAGE, SAMPLE, reason
@@ -34,8 +34,18 @@ IMAGES_AHEAD, BATCHES_AHEAD = (
 MOST_REPLACEMENTS = 1000  # a file where this many neighbours are bad is no dataset
 
 
-Batches = Generator[tuple[torch.Tensor, torch.Tensor], None, None]  # images, labels
-Begun = tuple[Batch, Address, np.ndarray]  # and the dataset indices of its images
+class Batch(NamedTuple):
+    """images: uint8 (n, resolution, resolution, 3) and labels: int64 (n,), on the loader's device.
+    slots: int64 (n,), numpy: the address of each image. In training, its position in the epoch's
+    global order; in evaluation, its number in the file."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    slots: np.ndarray
+
+
+Batches = Generator[Batch, None, None]
+Begun = tuple[Work, Address, np.ndarray]  # and the dataset indices of its images
 
 
 class _Loader:
@@ -108,48 +118,48 @@ class _Loader:
             if op.passes
         ]
         images = self._pool.memory((len(indices), *decoder.shape), self.device.type == "cuda")
-        batch = Batch(images, self._file.fileno(), decoder.generate_code(), samples, operations)
-        self._pool.submit(batch, urgent)
-        return batch, address, indices
+        work = Work(images, self._file.fileno(), decoder.generate_code(), samples, operations)
+        self._pool.submit(work, urgent)
+        return work, address, indices
 
     def _finish(
         self,
         ops: Sequence[DrawnOperation],
         order: np.ndarray | None,
-        batch: Batch,
+        work: Work,
         address: Address,
         indices: np.ndarray,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Waits for a batch: (images, labels) on the device."""
-        self._pool.wait(batch, lambda row: f"sample {indices[row]}")
-        for row in np.flatnonzero(batch.status):
-            indices = self._replace(ops, order, batch, address, indices, int(row))
+    ) -> Batch:
+        """Waits for a batch and brings it to the device."""
+        self._pool.wait(work, lambda row: f"sample {indices[row]}")
+        for row in np.flatnonzero(work.status):
+            indices = self._replace(ops, order, work, address, indices, int(row))
         labels = torch.from_numpy(self.beton.labels[indices])
         if self._copying is None:
-            return batch.images.to(self.device), labels.to(self.device)
+            return Batch(work.images.to(self.device), labels.to(self.device), address.slots)
         with torch.cuda.stream(
             self._copying
         ):  # beside the steps that the device is still busy with
             images, labels = (
                 part.to(self.device, non_blocking=True)
-                for part in (batch.images, labels.pin_memory())
+                for part in (work.images, labels.pin_memory())
             )
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._copying)
         for part in (images, labels):
             part.record_stream(current)
-        return images, labels
+        return Batch(images, labels, address.slots)
 
     def _replace(
         self,
         ops: Sequence[DrawnOperation],
         order: np.ndarray | None,
-        batch: Batch,
+        work: Work,
         address: Address,
         indices: np.ndarray,
         row: int,
     ) -> np.ndarray:
-        raise InputError(self._complaint(indices[row], batch.status[row]))
+        raise InputError(self._complaint(indices[row], work.status[row]))
 
     def _complaint(self, index: int, status: int) -> str:
         if status not in DAMAGE:
@@ -183,7 +193,7 @@ class _Loader:
                 yield self._finish(ops, order, *begun[0])
                 begun.popleft()
         finally:
-            self._pool.cancel([batch for batch, *_ in begun])
+            self._pool.cancel([work for work, *_ in begun])
 
 
 class TrainLoader(_Loader):
@@ -281,21 +291,10 @@ class TrainLoader(_Loader):
         """Batches an epoch gives this process."""
         return self.steps_per_epoch * self.batches_per_step
 
-    def slots(self, batch: int) -> np.ndarray:
-        """The slots (int64) of this process's batch number `batch`."""
-        return group_slots(
-            batch,
-            self.batch_size,
-            self.rank,
-            self.world_size,
-            self.global_batch // self.batch_size,
-            self.repeats,
-        )
-
     def epoch(self, epoch: int, start_step: int = 0) -> Batches:
-        """Yields (images uint8 (batch_size, resolution, resolution, 3), labels int64 (batch_size,))
-        on `device`, from step `start_step` on, without decoding what comes before it. The batches
-        are the caller's to keep. Closing the generator gives up what was begun ahead."""
+        """Yields the epoch's batches of batch_size images, from step `start_step` on, without
+        decoding what comes before it. The batches are the caller's to keep. Closing the generator
+        gives up what was begun ahead."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step={start_step} lies outside of 0 .. {self.steps_per_epoch}")
         if int(self.resolution) != self.resolution or self.resolution < 1:
@@ -310,18 +309,17 @@ class TrainLoader(_Loader):
             self._operations(), self._batches(order, epoch, start_step), order.indices
         )
 
-    def images_of(self, epoch: int, samples: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """What an epoch makes of some samples, for people to look at: images as `epoch` gives them,
-        and their slots (of their first copies, where there are several)."""
+    def images_of(self, epoch: int, samples: np.ndarray) -> Batch:
+        """What an epoch makes of some samples, for people to look at: a batch as `epoch` gives it
+        (slots: of their first copies, where there are several)."""
         order = epoch_order(
             self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes
         )
         slots = np.argsort(order.indices)[samples] * self.repeats
         ops = self._operations()
-        images, _ = self._finish(
+        return self._finish(
             ops, order.indices, *self._submit(ops, Address(self.seed, epoch, slots), samples)
         )
-        return images, slots
 
     def _operations(self) -> list[DrawnOperation]:
         return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
@@ -331,7 +329,14 @@ class TrainLoader(_Loader):
     ) -> Iterator[tuple[Address, np.ndarray]]:
         advised = 0
         for batch in range(start_step * self.batches_per_step, len(self)):
-            slots = self.slots(batch)
+            slots = group_slots(
+                batch,
+                self.batch_size,
+                self.rank,
+                self.world_size,
+                self.global_batch // self.batch_size,
+                self.repeats,
+            )
             places = slots // self.repeats
             current = int(np.searchsorted(order.starts, places[0], "right")) - 1
             while (
@@ -356,14 +361,14 @@ class TrainLoader(_Loader):
         self,
         ops: Sequence[DrawnOperation],
         order: np.ndarray | None,
-        batch: Batch,
+        work: Work,
         address: Address,
         indices: np.ndarray,
         row: int,
     ) -> np.ndarray:
         if self.on_bad_sample == "raise":
-            return super()._replace(ops, order, batch, address, indices, row)
-        self.skipped.append((int(indices[row]), reason(batch.status[row])))
+            return super()._replace(ops, order, work, address, indices, row)
+        self.skipped.append((int(indices[row]), reason(work.status[row])))
         assert order is not None  # an epoch has one
         slot = address.slots[row : row + 1]
         others = min(MOST_REPLACEMENTS, len(order) - 1)
@@ -372,10 +377,10 @@ class TrainLoader(_Loader):
             single, *_ = self._submit(ops, address._replace(slots=slot), index, urgent=True)
             self._pool.wait(single)
             if not single.status[0]:
-                batch.images[row] = single.images[0]
+                work.images[row] = single.images[0]
                 return np.concatenate([indices[:row], index, indices[row + 1 :]])
         raise InputError(
-            f"{self._complaint(indices[row], batch.status[row])}; so are the {others} after it"
+            f"{self._complaint(indices[row], work.status[row])}; so are the {others} after it"
         )
 
 

@@ -16,7 +16,7 @@ STALL_SECONDS = 300.0  # no image takes nearly as long: a disk that does not ans
 _abandoned: list["_State"] = []  # pools with a stuck thread, and what it may still write to
 
 
-class Batch:
+class Work:
     """Images in the making: (n, H, W, 3) uint8 `images`, and each row's `status` (see
     csrc/rsb.h)."""
 
@@ -59,7 +59,7 @@ class _State:
     def __init__(self, handle: int) -> None:
         self.handle, self.process, self.closed, self.stuck = handle, os.getpid(), False, False
         self.held: dict[
-            int, Batch
+            int, Work
         ] = {}  # every batch that threads may still write to, whoever has lost interest in it
 
     def end(self, function: Callable[[int], object]) -> None:
@@ -112,20 +112,20 @@ class Pool:
         weakref.finalize(view, take_back).atexit = False
         return torch.from_numpy(view).view(shape)
 
-    def submit(self, batch: Batch, urgent: bool = False) -> None:
-        """Begins with `batch` after those submitted before it; urgent: before those that nobody has
+    def submit(self, work: Work, urgent: bool = False) -> None:
+        """Begins with `work` after those submitted before it; urgent: before those that nobody has
         begun."""
         self.check()
-        self._state.held[id(batch)] = batch
-        library.rsb_pool_submit(self._state.handle, ctypes.byref(batch.job), urgent)
+        self._state.held[id(work)] = work
+        library.rsb_pool_submit(self._state.handle, ctypes.byref(work.job), urgent)
 
-    def wait(self, batch: Batch, name: Callable[[int], str] = str) -> None:
-        """Returns when `batch` is done. Where no image gets done for STALL_SECONDS, writes all
+    def wait(self, work: Work, name: Callable[[int], str] = str) -> None:
+        """Returns when `work` is done. Where no image gets done for STALL_SECONDS, writes all
         threads' stacks to stderr and raises RuntimeError, naming the rows in progress by
         `name(row)`."""
         self.check()
         waited, before = 0.0, None
-        while left := library.rsb_pool_wait(self._state.handle, ctypes.byref(batch.job), 200):
+        while left := library.rsb_pool_wait(self._state.handle, ctypes.byref(work.job), 200):
             if left < 0:
                 raise RuntimeError("the loader was closed")
             progress = library.rsb_pool_progress(self._state.handle)
@@ -134,23 +134,23 @@ class Pool:
                 self._state.stuck = True
                 _abandoned.append(self._state)
                 faulthandler.dump_traceback(2)  # the descriptor: a notebook's sys.stderr has none
-                rows = ", ".join(name(int(row)) for row in np.flatnonzero(batch.status == RUNNING))
+                rows = ", ".join(name(int(row)) for row in np.flatnonzero(work.status == RUNNING))
                 raise RuntimeError(
                     f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} "
                     f"s; "
                     f"in progress: {rows or 'none'}"
                 )
-        self._state.held.pop(id(batch), None)
+        self._state.held.pop(id(work), None)
 
-    def cancel(self, batches: Sequence[Batch]) -> None:
-        """Gives up `batches`; returns when no thread works on them any more."""
+    def cancel(self, works: Sequence[Work]) -> None:
+        """Gives up `works`; returns when no thread works on them any more."""
         if self._state.closed or os.getpid() != self._state.process:
             return
-        for batch in batches:
-            library.rsb_pool_cancel(self._state.handle, ctypes.byref(batch.job))
-        for batch in batches:
+        for work in works:
+            library.rsb_pool_cancel(self._state.handle, ctypes.byref(work.job))
+        for work in works:
             if not self._state.stuck:
-                self.wait(batch)
+                self.wait(work)
 
     def check(self) -> None:
         """Raises RuntimeError where the threads are gone."""

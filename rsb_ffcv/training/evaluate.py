@@ -81,7 +81,7 @@ def evaluate(
     )  # correct, correct in 5, loss, relabelled: correct, all
     seen = 0
     with closing(iter(loader)) as batches:
-        for number, (images, labels) in enumerate(batches):
+        for number, (images, labels, samples) in enumerate(batches):
             images = normalize(images).contiguous(memory_format=compute.memory_format)
             with compute.autocast():
                 logits = model(images)
@@ -95,9 +95,7 @@ def evaluate(
                 torch.zeros((), device=compute.device),
             )
             if label_sets is not None:
-                sets = label_sets[loader.indices[seen : seen + len(labels)]].to(
-                    compute.device, non_blocking=True
-                )
+                sets = label_sets[samples].to(compute.device, non_blocking=True)
                 accepted = (best[:, :1] == sets).any(1).sum(), (sets >= 0).any(1).sum()
             counts += torch.stack(
                 [

@@ -131,7 +131,7 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int) -> Itera
     with closing(build.train_loader(c, here, num_workers=1)) as loader:
         for epoch in range(epochs):
             loader.resolution = build.resolution(c, min(epoch, c.training.epochs - 1))
-            images, slots = loader.images_of(epoch, chosen)
+            images, _, slots = loader.images_of(epoch, chosen)
             images, _ = transform(images, epoch, slots, mixing=False)
             pixels = images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)
             yield (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()

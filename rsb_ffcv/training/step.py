@@ -7,11 +7,10 @@ process and not at all over several.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rsb_ffcv.learning.average import Ema
 from rsb_ffcv.learning.loss import Loss
+from rsb_ffcv.loading import Batch
 from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.ops import draws
 from rsb_ffcv.training.compute import Compute, mean_over_processes
@@ -113,24 +113,22 @@ class TrainStep:
     def __call__(
         self,
         epoch: int,
-        batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
-        slots: Sequence[np.ndarray],
+        batches: Iterator[Batch],
         lr: float,
         mixing: bool,
     ) -> tuple[torch.Tensor, float]:
-        """batches: iterator of (uint8 images, labels), one of `groups` a time; slots: of those
-        groups. Returns float64 (loss x images, correct, images) on the device, and the seconds it
-        waited for `batches`."""
+        """batches: the step takes `groups` of them. Returns float64 (loss x images, correct,
+        images) on the device, and the seconds it waited for `batches`."""
         totals, waited = torch.zeros(3, device=self.compute.device, dtype=torch.float64), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for number in range(self.groups):
             asked = time.perf_counter()
-            images, labels = next(batches)
+            images, labels, slots = next(batches)
             waited += time.perf_counter() - asked
-            images, lam = self.transform(images, epoch, slots[number], mixing)
+            images, lam = self.transform(images, epoch, slots, mixing)
             images = images.contiguous(memory_format=self.compute.memory_format)
-            torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[number][0]), draws.DROP))
+            torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
             self.statistics.begin_group(number)
             last = number == self.groups - 1
             alone = last or self.compute.world_size == 1  # several processes: wrapped in DDP

@@ -308,16 +308,12 @@ class Trainer:
         ):
             for step in range(done, self.steps_per_epoch):
                 started = time.perf_counter()
-                slots = [
-                    loader.slots(step * loader.batches_per_step + group)
-                    for group in range(loader.batches_per_step)
-                ]
                 lr = self.schedule.lr(self.step) * self.health.lr_factor
                 if self.step in self.health.skipped_steps:
-                    for _ in slots:
+                    for _ in range(loader.batches_per_step):
                         next(batches)
                 else:
-                    sums, waited = self.train_step(epoch, batches, slots, lr, mixing)
+                    sums, waited = self.train_step(epoch, batches, lr, mixing)
                     self.totals += sums
                     self.window[len(self.unread)] = sums[0] / sums[2]
                     self.unread.append(self.step)
@@ -381,8 +377,9 @@ class Trainer:
             for _ in range(start * loader.batches_per_step, swa.batches):
                 next(batches)
             while swa.batches < needed:
-                images, _ = next(batches)
-                images = normalize(images).contiguous(memory_format=self.compute.memory_format)
+                images = normalize(next(batches).images).contiguous(
+                    memory_format=self.compute.memory_format
+                )
                 with torch.no_grad(), self.compute.autocast():
                     swa.module(images)
                 averaged.end_step()

@@ -18,6 +18,7 @@ from rsb_ffcv.learning.lamb import Lamb
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.learning.optimizer import build_optimizer, decay_groups
+from rsb_ffcv.loading import Batch
 from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.step import TrainStep
@@ -125,17 +126,17 @@ def test_no_step_waits_for_the_device(precision, clip, optimizer):
         grad_clip=clip,
         ema=Ema(model, 0.9, warmup=True),
     )
-    group = (
+    group = Batch(
         torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, device=where.device),
         torch.arange(16, device=where.device) % 10,
+        np.arange(16),
     )
-    slots = [np.arange(16), np.arange(16, 32)]
-    step(0, iter([group] * 2), slots, 0.001, True)
+    step(0, iter([group] * 2), 0.001, True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            step(0, iter([group] * 2), slots, 0.001, True)
+            step(0, iter([group] * 2), 0.001, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -69,7 +69,9 @@ def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
             crop_ratio=0.9,
             interpolation="bilinear",
         )
-        our_images, our_labels = (torch.cat(parts) for parts in zip(*ours))
+        batches = list(ours)
+        our_images = torch.cat([batch.images for batch in batches])
+        our_labels = torch.cat([batch.labels for batch in batches])
         assert torch.equal(our_labels, labels) and len(labels) == 27
         mine, stock = (
             avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8) for batch in (our_images, images)
@@ -107,7 +109,7 @@ def test_files_of_the_stock_writer_are_read(pictures, tmp_path):
         images = torch.cat(
             [
                 images
-                for images, _ in EvalLoader(
+                for images, *_ in EvalLoader(
                     path, batch_size=8, resolution=32, num_workers=2, crop_ratio=1.0
                 )
             ]

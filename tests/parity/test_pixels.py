@@ -252,7 +252,7 @@ def test_evaluation_is_timms(betons, pictures, resolution, ratio, interpolation)
     images = torch.cat(
         [
             images
-            for images, _ in EvalLoader(
+            for images, *_ in EvalLoader(
                 betons / "val.beton",
                 batch_size=8,
                 resolution=resolution,

@@ -555,7 +555,7 @@ def test_the_contact_sheet_shows_what_training_sees(written, tmp_path, call_prog
         rand_augment="rand-m7-mstd0.5-inc1",
     )
     epochs = [
-        np.concatenate([images.numpy() for images, _ in loader.epoch(epoch)]) for epoch in range(3)
+        np.concatenate([images.numpy() for images, *_ in loader.epoch(epoch)]) for epoch in range(3)
     ]
     erased = 0
     for row in range(2):

@@ -38,14 +38,17 @@ def loader(betons, **options):
 
 
 def batches(made, epoch, **options):
-    found = [(images.clone(), labels.clone()) for images, labels in made.epoch(epoch, **options)]
+    found = list(made.epoch(epoch, **options))
     made.close()
     return found
 
 
 def equal(a, b):
     return len(a) == len(b) and all(
-        torch.equal(x, y) and torch.equal(p, q) for (x, p), (y, q) in zip(a, b)
+        torch.equal(one.images, other.images)
+        and torch.equal(one.labels, other.labels)
+        and np.array_equal(one.slots, other.slots)
+        for one, other in zip(a, b)
     )
 
 
@@ -154,8 +157,8 @@ def test_copies_of_an_image_differ_and_count_for_others(betons):
     made = loader(betons, repeats=3, global_batch=48, rand_augment="", interpolation="bilinear")
     order = epoch_order("random", 0, 0, made.beton.pointers, made.beton.sizes, 1).indices
     faces: dict[int, list] = {}
-    for number, (images, labels) in enumerate(made.epoch(0)):
-        indices = order[made.slots(number) // 3]
+    for images, labels, slots in made.epoch(0):
+        indices = order[slots // 3]
         assert (made.beton.labels[indices] == labels.numpy()).all()
         for index, image in zip(indices, images):
             faces.setdefault(index, []).append(image)
@@ -231,23 +234,23 @@ def test_draws_belong_to_slots_not_to_places_in_a_batch():
 
 
 def test_labels_belong_to_their_images(betons):
-    for images, labels in batches(loader(betons, rand_augment=""), 0):
+    for images, labels, _ in batches(loader(betons, rand_augment=""), 0):
         assert torch.equal(images.float().mean((1, 2)).argmax(1), labels)
 
 
 def test_batches_may_be_kept(betons):
     made = loader(betons)
     kept = list(made.epoch(0))
-    copies = [images.clone() for images, _ in kept]
+    copies = [batch.images.clone() for batch in kept]
     list(made.epoch(1))
-    assert all(torch.equal(images, copy) for (images, _), copy in zip(kept, copies))
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies))
 
 
 def test_evaluation_counts_every_image_once_over_any_number_of_ranks(betons):
     alone = EvalLoader(
         betons / "val.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9
     )
-    expected = torch.cat([images for images, _ in alone])
+    expected = torch.cat([batch.images for batch in alone])
     assert len(expected) == 27
     parts = [
         EvalLoader(
@@ -262,10 +265,12 @@ def test_evaluation_counts_every_image_once_over_any_number_of_ranks(betons):
         for rank in range(4)
     ]
     seen = torch.empty_like(expected)
-    for rank, part in enumerate(parts):
-        images = torch.cat([images for images, _ in part])
-        seen[rank::4] = images
-    assert torch.equal(seen, expected)
+    numbers: list[int] = []
+    for part in parts:
+        for images, _, samples in part:
+            seen[samples] = images
+            numbers.extend(samples)
+    assert torch.equal(seen, expected) and sorted(numbers) == list(range(27))
 
 
 def damage(betons, tmp_path, samples) -> None:
@@ -303,8 +308,9 @@ def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons,
     whole, made = loader(betons, **options), loader(tmp_path, on_bad_sample="skip", **options)
     order = epoch_order("random", 0, 1, made.beton.pointers, made.beton.sizes, 1).indices
     named = set()
-    for number, (sound, mended) in enumerate(zip(whole.epoch(1), made.epoch(1), strict=True)):
-        for row, slot in enumerate(made.slots(number)):
+    for sound, mended in zip(whole.epoch(1), made.epoch(1), strict=True):
+        assert np.array_equal(sound.slots, mended.slots)
+        for row, slot in enumerate(mended.slots):
             same = torch.equal(sound[0][row], mended[0][row])
             assert same == (order[slot] not in bad)
             if not same:
@@ -345,7 +351,7 @@ def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
     epoch.close()
     assert equal(
         batches(loader(betons), 1),
-        [tuple(part.clone() for part in batch) for batch in made.epoch(1)],
+        list(made.epoch(1)),
     )
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -435,12 +441,11 @@ def test_overwritten_stretches_never_become_images(betons, tmp_path, seed):
         loader(betons, rand_augment=""),
         epoch_order("random", 0, 0, file.pointers, file.sizes, 1).indices,
     )
-    for number, (images, expected) in enumerate(zip(made.epoch(0), sound.epoch(0))):
+    for given, expected in zip(made.epoch(0), sound.epoch(0)):
         bad = {index for index, _ in made.skipped}
-        rows = [row for row, slot in enumerate(made.slots(number)) if order[slot] not in bad]
-        assert torch.equal(images[0][rows], expected[0][rows]) and torch.equal(
-            images[1][rows], expected[1][rows]
-        )
+        rows = [row for row, slot in enumerate(given.slots) if order[slot] not in bad]
+        assert torch.equal(given.images[rows], expected.images[rows])
+        assert torch.equal(given.labels[rows], expected.labels[rows])
     assert len(made.skipped) <= 1 + length // 500
     made.close(), sound.close()
 
@@ -532,8 +537,9 @@ class Paint(DrawnOperation):
 def test_an_op_of_ones_own_takes_part(betons):
     made = loader(betons, ops=[Paint()])
     epoch = made.epoch(0, start_step=1)
-    for number, (images, _) in enumerate(epoch, 1):
-        assert (images == torch.from_numpy(made.slots(number) % 256)[:, None, None, None]).all()
+    for number, (images, _, slots) in enumerate(epoch, 1):
+        assert np.array_equal(slots, np.arange(16 * number, 16 * number + 16))
+        assert (images == torch.from_numpy(slots % 256)[:, None, None, None]).all()
     with pytest.raises(InputError, match="parameters outside its range; correct the operation"):
         next(made.epoch(0))
     made.resolution = 17.5
