@@ -3,18 +3,16 @@ refused by name."""
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import Beton
 from rsb_ffcv.config import TrainConfig
 from rsb_ffcv.learning.model import build_model, check_input_size
-from rsb_ffcv.learning.schedule import Schedule
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.batch import MEAN, BatchTransform
 from rsb_ffcv.ops import draws
-from rsb_ffcv.training import checkpoint
+from rsb_ffcv.training import checkpoint, plan
 from rsb_ffcv.training.compute import Compute
 
 
@@ -69,20 +67,6 @@ def batch_transform(c: TrainConfig) -> BatchTransform:
     )
 
 
-def resolution(c: TrainConfig, epoch: int) -> int:
-    """Pixels a side in an epoch: ffcv-imagenet's progressive resizing."""
-    r = c.resolution
-    if epoch <= r.start_ramp:
-        return r.min_res
-    if epoch >= r.end_ramp:
-        return r.max_res
-    between = (
-        int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32))
-        * 32
-    )
-    return min(max(between, r.min_res), r.max_res)
-
-
 def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     """The number of classes. Raises InputError where the two files do not fit the recipe or each
     other."""
@@ -127,32 +111,6 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     return train.num_classes
 
 
-def schedule(c: TrainConfig, steps_per_epoch: int) -> Schedule:
-    made = Schedule(
-        c.lr.lr_schedule_type,
-        c.lr.lr,
-        c.training.epochs,
-        steps_per_epoch,
-        c.lr.warmup_epochs,
-        c.lr.warmup_lr,
-        c.lr.min_lr,
-        c.lr.lr_peak_epoch,
-        c.lr.step_ratio,
-        c.lr.step_length,
-        c.lr.power,
-        c.swa.epochs,
-        c.swa.lr,
-        c.swa.anneal_epochs,
-    )
-    if c.swa.epochs and c.swa.lr > made.before_swa:
-        raise InputError(
-            f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought "
-            f"to "
-            f"{made.before_swa:.3g} by then; lower it"
-        )
-    return made
-
-
 def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torch.nn.Module:
     """new: with the weights that a run begins from; otherwise a checkpoint's come later."""
     torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
@@ -172,7 +130,7 @@ def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torc
         (c.resolution.min_res, "resolution.min_res"),
         (c.resolution.max_res, "resolution.max_res"),
         (c.validation.resolution, "validation.resolution"),
-        *((resolution(c, epoch), "resolution.end_ramp") for epoch in range(c.training.epochs)),
+        *((plan.resolution(c, epoch), "resolution.end_ramp") for epoch in range(c.training.epochs)),
     ):
         sizes.setdefault(side, option)
     for side, option in sizes.items():

@@ -18,7 +18,7 @@ from rsb_ffcv.dataset.assemble import class_number, sample_numbers
 from rsb_ffcv.dataset.writer import evenly
 from rsb_ffcv.loading.batch import MEAN, STD
 from rsb_ffcv.ops import native
-from rsb_ffcv.training import build
+from rsb_ffcv.training import build, plan
 from rsb_ffcv.training.compute import Compute
 
 CELL, LABEL, GAP = (
@@ -130,7 +130,7 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int) -> Itera
     transform = build.batch_transform(c)
     with closing(build.train_loader(c, here, num_workers=1)) as loader:
         for epoch in range(epochs):
-            loader.resolution = build.resolution(c, min(epoch, c.training.epochs - 1))
+            loader.resolution = plan.resolution(c, min(epoch, c.training.epochs - 1))
             images, _, slots = loader.images_of(epoch, chosen)
             images, _ = transform(images, epoch, slots, mixing=False)
             pixels = images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)

@@ -37,6 +37,7 @@ from rsb_ffcv.training import build, checkpoint, compute
 from rsb_ffcv.training.evaluate import evaluate, read_label_sets
 from rsb_ffcv.training.health import MOST_RETURNS, GoBack, Health, Stop
 from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
+from rsb_ffcv.training.plan import Epoch, Plan
 from rsb_ffcv.training.processes import Heartbeat, Votes, check_same, check_shared
 from rsb_ffcv.training.step import RunningStatistics, TrainStep
 
@@ -112,10 +113,10 @@ class Trainer:
         self.recipe = self._recipe()
         check_same(self._facts())
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.schedule = build.schedule(c, self.steps_per_epoch)
+        self.plan = Plan(c, self.steps_per_epoch)
         self.folder = Path(c.logging.folder)
         self.store = self._open.enter_context(
-            closing(checkpoint.Store(self.folder, c.checkpoint.keep, self._is_regular))
+            closing(checkpoint.Store(self.folder, c.checkpoint.keep, self.plan.is_regular))
         )
         if not c.training.eval_only:
             compute.on_first_process(self.store.lock)
@@ -233,14 +234,13 @@ class Trainer:
     def fit(self) -> None:
         """Trains from where the run stands to the end, and prints the closing table."""
         self._open_folder()
-        epochs = self.config.training.epochs
         self._saved_at = time.monotonic()
-        while len(self.rows) < epochs:
+        while len(self.rows) < self.plan.epochs:
             try:
-                epoch = len(self.rows)
+                epoch = self.plan[len(self.rows)]
                 self._train_epoch(epoch)
-                if self.swa is not None and epoch == epochs - 1:
-                    self._estimate_batch_norm()
+                if self.swa is not None and epoch.last:
+                    self._estimate_batch_norm(epoch)
                 self._close_epoch(epoch)
             except GoBack as request:
                 self._go_back(request)
@@ -272,7 +272,7 @@ class Trainer:
                 {
                     "epoch": self.step // self.steps_per_epoch - 1,
                     "step": self.step,
-                    **self._evaluate(len(self.rows) == self.config.training.epochs, heed=False),
+                    **self._evaluate(len(self.rows) == self.plan.epochs, heed=False),
                 }
             )
         )
@@ -292,48 +292,45 @@ class Trainer:
         self.skipped: list[tuple[int, str]] = []
         self.events: list[str] = []
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: Epoch) -> None:
         """The steps of the epoch that are still to be done."""
-        done = self.step - epoch * self.steps_per_epoch
-        if done == self.steps_per_epoch:
+        done = self.step - epoch.number * epoch.steps
+        if done == epoch.steps:
             return
-        loader, mixing = self.train_loader, self._mixing(epoch)
-        loader.resolution = build.resolution(self.config, epoch)
+        loader = self.train_loader
+        loader.resolution = epoch.resolution
         self.train_step.wrapped.train()
         skipped_before = self.skipped
         with (
-            self._within_memory("training", loader.resolution),
-            closing(loader.epoch(epoch, done)) as batches,
-            self._bar(f"epoch {epoch + 1}", self.steps_per_epoch, done) as bar,
+            self._within_memory("training", epoch.resolution),
+            closing(loader.epoch(epoch.number, done)) as batches,
+            self._bar(f"epoch {epoch.number + 1}", epoch.steps, done) as bar,
         ):
-            for step in range(done, self.steps_per_epoch):
+            for step in range(done, epoch.steps):
                 started = time.perf_counter()
-                lr = self.schedule.lr(self.step) * self.health.lr_factor
+                lr = epoch.lr(step) * self.health.lr_factor
                 if self.step in self.health.skipped_steps:
                     for _ in range(loader.batches_per_step):
                         next(batches)
                 else:
-                    sums, waited = self.train_step(epoch, batches, lr, mixing)
+                    sums, waited = self.train_step(epoch.number, batches, lr, epoch.mixing)
                     self.totals += sums
                     self.window[len(self.unread)] = sums[0] / sums[2]
                     self.unread.append(self.step)
                     self.waited += waited
                 self.step += 1
                 self.skipped = skipped_before + loader.skipped
-                if (
-                    self.swa is not None
-                    and step + 1 == self.steps_per_epoch
-                    and self._in_swa(epoch)
-                ):
+                last = step + 1 == epoch.steps
+                if self.swa is not None and last and epoch.averaging:
                     self.swa.update()
-                reads = len(self.unread) == SYNC_EVERY or step + 1 == self.steps_per_epoch
+                reads = len(self.unread) == SYNC_EVERY or last
                 if reads:
                     self._read_losses()
                 self.seconds += time.perf_counter() - started
                 if reads:
                     self._show(bar, lr)
                 bar.update()
-                self._heed(step + 1 < self.steps_per_epoch and self._is_regular(self.step))
+                self._heed(not last and self.plan.is_regular(self.step))
 
     def _read_losses(self) -> None:
         """Waits for the device and lets the health checks look at the losses since the last
@@ -354,7 +351,7 @@ class Trainer:
             img_s=f"{rate:.0f}",
         )
 
-    def _estimate_batch_norm(self) -> None:
+    def _estimate_batch_norm(self, epoch: Epoch) -> None:
         """The averaged model's batch-norm statistics, over training images without mixing and
         erasing."""
         c, swa, loader = self.config, self.swa, self.train_loader
@@ -367,11 +364,11 @@ class Trainer:
             return
         swa.begin_batch_norm() if swa.batches < 0 else swa.resume_batch_norm()
         averaged = RunningStatistics(swa.module, 1)
-        loader.resolution = build.resolution(c, c.training.epochs - 1)
+        loader.resolution = epoch.resolution
         start = swa.batches // loader.batches_per_step
         with (
-            self._within_memory("training", loader.resolution),
-            closing(loader.epoch(c.training.epochs, start)) as batches,
+            self._within_memory("training", epoch.resolution),
+            closing(loader.epoch(self.plan.epochs, start)) as batches,
             self._bar("batch norm", needed, swa.batches) as bar,
         ):
             for _ in range(start * loader.batches_per_step, swa.batches):
@@ -391,20 +388,20 @@ class Trainer:
                 )
         swa.end_batch_norm()
 
-    def _close_epoch(self, epoch: int) -> None:
+    def _close_epoch(self, epoch: Epoch) -> None:
         """Validates, and writes the epoch's row and a checkpoint."""
         self._check_state()
         self._settle()
         loss, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
         found = sorted(set(compute.gather(self.skipped)))
         row: dict[str, Any] = {
-            "epoch": epoch,
-            "steps": self.steps_per_epoch,
-            "loss": self.loss.name(self._mixing(epoch) and self.train_step.transform.mixes),
+            "epoch": epoch.number,
+            "steps": epoch.steps,
+            "loss": self.loss.name(epoch.mixing),
             "train_loss": loss / images if images else None,
             "train_top1": 100 * correct / images if images else None,
-            "lr": self.schedule.lr(self.step - 1) * self.health.lr_factor,
-            "resolution": build.resolution(self.config, epoch),
+            "lr": epoch.lr(epoch.steps - 1) * self.health.lr_factor,
+            "resolution": epoch.resolution,
             "images_per_s": images / self.seconds,
             "seconds": self.seconds,
             "data_wait_s": self.waited,
@@ -416,10 +413,10 @@ class Trainer:
                 "skipped_samples": [f"sample {index} {reason}" for index, reason in found],
             }
         improved, beaten = False, self.best
-        if self.config.logging.log_level or epoch == self.config.training.epochs - 1:
-            row |= self._evaluate(epoch == self.config.training.epochs - 1)
+        if self.config.logging.log_level or epoch.last:
+            row |= self._evaluate(epoch.last)
             if self.health.check_accuracy(
-                epoch,
+                epoch.number,
                 row,
                 self.num_classes,
                 self.ema.initial_share() if self.ema else 0.0,
@@ -430,16 +427,15 @@ class Trainer:
             top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
             improved = top1 > self.best["top1"]
             if improved:
-                self.best = {"top1": top1, "epoch": epoch, "step": self.step}
+                self.best = {"top1": top1, "epoch": epoch.number, "step": self.step}
         if self.events:
             row["events"] = self.events
         self.health.end_epoch()
         self.rows = self.rows + [row]
-        if epoch + 1 < self.config.training.epochs and (
-            self._mixing(epoch + 1),
-            build.resolution(self.config, epoch + 1),
-        ) != (self._mixing(epoch), build.resolution(self.config, epoch)):
-            self.health.forget()
+        if not epoch.last:
+            following = self.plan[epoch.number + 1]
+            if (following.mixing, following.resolution) != (epoch.mixing, epoch.resolution):
+                self.health.forget()
         self._begin_epoch()
         self._save(improved)
         self._beaten = beaten if improved else None
@@ -491,17 +487,6 @@ class Trainer:
             if section == "training"
             else "lower validation.batch_size or validation.resolution",
         )
-
-    def _mixing(self, epoch: int) -> bool:
-        return epoch < self.config.training.epochs - self.config.mix.off_epochs
-
-    def _in_swa(self, epoch: int) -> bool:
-        return epoch >= self.config.training.epochs - self.config.swa.epochs
-
-    def _is_regular(self, step: int) -> bool:
-        """Whether every run of this recipe and cadence is saved after `step` steps."""
-        every = self.config.checkpoint.every_steps
-        return step % self.steps_per_epoch == 0 or bool(every) and step % every == 0
 
     # ---------------------------------------------------------------- state
 
@@ -606,10 +591,7 @@ class Trainer:
             and self.best["step"] == self.step
         ):
             self.store.mark_best(path)  # a kill may have come between its two names
-        self._say(
-            f"resuming {self.folder} after step {self.step} of "
-            f"{self.config.training.epochs * self.steps_per_epoch}"
-        )
+        self._say(f"resuming {self.folder} after step {self.step} of {self.plan.total_steps}")
 
     def _load(self, state: dict) -> None:
         checkpoint.check_recipe(state["recipe"], self.recipe, self.folder)

@@ -1,0 +1,111 @@
+"""What each epoch of a run is, as its recipe decides it: resolution, mixing, averaging, learning
+rate. The run asks here, once an epoch, and decides none of it anywhere else."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rsb_ffcv import InputError
+from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.learning.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch.
+
+    number: counted from 0.
+    steps: optimizer steps.
+    resolution: pixels a side of the training images.
+    mixing: whether mix groups are mixed.
+    averaging: whether the equal average (SWA) takes in the weights after the last step.
+    last: whether the run ends with it.
+    schedule: of the run.
+    """
+
+    number: int
+    steps: int
+    resolution: int
+    mixing: bool
+    averaging: bool
+    last: bool
+    schedule: Schedule
+
+    def lr(self, step: int) -> float:
+        """The learning rate of the epoch's step `step`, counted from 0."""
+        return self.schedule.lr(self.number * self.steps + step)
+
+
+class Plan:
+    """The epochs of a run, `plan[0]` to `plan[plan.epochs - 1]`.
+
+    Raises InputError where swa.lr would raise the learning rate.
+    """
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        self._config, self.steps_per_epoch = config, steps_per_epoch
+        self.epochs = config.training.epochs
+        self._schedule = _schedule(config, steps_per_epoch)
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __getitem__(self, number: int) -> Epoch:
+        if not 0 <= number < self.epochs:
+            raise IndexError(number)
+        c = self._config
+        return Epoch(
+            number=number,
+            steps=self.steps_per_epoch,
+            resolution=resolution(c, number),
+            mixing=bool(c.mix.mixup or c.mix.cutmix) and number < self.epochs - c.mix.off_epochs,
+            averaging=number >= self.epochs - c.swa.epochs,
+            last=number == self.epochs - 1,
+            schedule=self._schedule,
+        )
+
+    def is_regular(self, step: int) -> bool:
+        """Whether every run of this recipe and cadence is saved after `step` steps."""
+        every = self._config.checkpoint.every_steps
+        return step % self.steps_per_epoch == 0 or bool(every) and step % every == 0
+
+
+def resolution(c: TrainConfig, epoch: int) -> int:
+    """Pixels a side in an epoch: ffcv-imagenet's progressive resizing."""
+    r = c.resolution
+    if epoch <= r.start_ramp:
+        return r.min_res
+    if epoch >= r.end_ramp:
+        return r.max_res
+    between = (
+        int(np.round(np.interp(epoch, [r.start_ramp, r.end_ramp], [r.min_res, r.max_res]) / 32))
+        * 32
+    )
+    return min(max(between, r.min_res), r.max_res)
+
+
+def _schedule(c: TrainConfig, steps_per_epoch: int) -> Schedule:
+    made = Schedule(
+        c.lr.lr_schedule_type,
+        c.lr.lr,
+        c.training.epochs,
+        steps_per_epoch,
+        c.lr.warmup_epochs,
+        c.lr.warmup_lr,
+        c.lr.min_lr,
+        c.lr.lr_peak_epoch,
+        c.lr.step_ratio,
+        c.lr.step_length,
+        c.lr.power,
+        c.swa.epochs,
+        c.swa.lr,
+        c.swa.anneal_epochs,
+    )
+    if c.swa.epochs and c.swa.lr > made.before_swa:
+        raise InputError(
+            f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought "
+            f"to "
+            f"{made.before_swa:.3g} by then; lower it"
+        )
+    return made
