@@ -64,11 +64,11 @@ def install():
     """Makes this process stop where RSB_TEST_STOP says, if it says anything."""
     if VARIABLE not in os.environ:
         return
-    from rsb_ffcv.training.trainer import Trainer
+    from rsb_ffcv.reporting.console import Console
 
     wanted = json.loads(os.environ[VARIABLE])
     at, folder, parent = tuple(wanted["at"]), Path(wanted["folder"]), os.getppid()
-    say, make_bar, moves = Trainer._say, Trainer._bar, 0
+    say, make_bar, moves = Console.say, Console.bar, 0
 
     def reached(*point):
         if point != at or (folder / "go").exists():
@@ -81,11 +81,11 @@ def install():
                 os._exit(1)
             time.sleep(0.002)
 
-    def _say(self, text):
+    def stopping_say(self, text):
         reached(text.partition(" ")[0], 0)
         say(self, text)
 
-    def _bar(self, title, total, done=0):
+    def stopping_bar(self, title, total, done=0):
         bar, count = make_bar(self, title, total, done), done
         move = bar.update
 
@@ -99,7 +99,7 @@ def install():
         bar.update = update  # type: ignore[method-assign]  # the tests' stops
         return bar
 
-    Trainer._say, Trainer._bar = _say, _bar  # type: ignore[method-assign]  # the tests' stops
+    Console.say, Console.bar = stopping_say, stopping_bar  # type: ignore[method-assign]  # see above
 
 
 def be_patient():

@@ -1,19 +1,26 @@
-"""The parts of a run, each made from its section of the config; what does not fit together is
+"""The parts of a run, each made from its section of the config. What does not fit together is
 refused by name."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import Beton
 from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
+from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model, check_input_size
+from rsb_ffcv.learning.optimizer import build_optimizer
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.batch import MEAN, BatchTransform
 from rsb_ffcv.ops import draws
 from rsb_ffcv.training import checkpoint, plan
 from rsb_ffcv.training.compute import Compute
+from rsb_ffcv.training.health import Health
 
 
 def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoader:
@@ -138,3 +145,63 @@ def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torc
     return made.to(  # type: ignore[call-overload]  # torch's stub lacks memory_format
         compute.device, memory_format=compute.memory_format
     )
+
+
+def averages(
+    c: TrainConfig, model: torch.nn.Module, global_batch: int
+) -> tuple[Ema | None, Swa | None]:
+    ema = (
+        Ema(
+            model,
+            decay_of_step(c.ema.decay, c.ema.per_images, global_batch),
+            c.ema.warmup,
+            c.ema.warmup_power,
+            c.ema.buffers,
+        )
+        if c.ema.decay
+        else None
+    )
+    return ema, Swa(model) if c.swa.epochs else None
+
+
+def optimizer(c: TrainConfig, model: torch.nn.Module, where: Compute) -> torch.optim.Optimizer:
+    return build_optimizer(
+        c.training.optimizer,
+        model,
+        c.lr.lr,
+        c.training.weight_decay,
+        c.training.momentum,
+        compiled=where.compile and where.device.type == "cuda",
+    )
+
+
+def loss(c: TrainConfig) -> Loss:
+    return Loss(
+        c.training.loss,
+        c.training.label_smoothing,
+        c.training.bce_threshold,
+        c.training.bce_sum,
+    )
+
+
+def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
+    return Health(
+        say,
+        c.health.non_finite,
+        c.health.loss_rise,
+        c.health.rise,
+        c.health.chance,
+        c.health.chance_epoch,
+        c.health.average,
+        c.health.gap,
+    )
+
+
+def wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
+    """The module, compiled and in DDP as the run has it."""
+    if where.compile:  # of a module it makes a module
+        model = cast(torch.nn.Module, torch.compile(model, dynamic=False))
+    if where.world_size == 1:
+        return model
+    # batch-norm statistics are averaged by the step, not copied from the first process
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -32,13 +32,13 @@ NOTICE = (
     OVERFLOW
     + """
 import os
-from rsb_ffcv.training.trainer import Trainer
-heed = Trainer._heed
+from rsb_ffcv.training.resume import Checkpointer
+after_step = Checkpointer.after_step
 def interrupted(self, regular):
-    if self.health.skipped_steps and self.step == {step}:
+    if self.health.skipped_steps and self.progress.step == {step}:
         os.kill(os.getpid(), {number})
-    heed(self, regular)
-Trainer._heed = interrupted
+    after_step(self, regular)
+Checkpointer.after_step = interrupted
 """
 )
 

@@ -1,0 +1,62 @@
+"""What people see of a run: lines, progress bars, and the table at its end."""
+
+import statistics
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rsb_ffcv import warn
+from rsb_ffcv.reporting.log import table
+
+
+class Console:
+    """speaks: whether this process does; of a job, one does."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        if self.speaks:
+            warn(text)
+
+    def bar(self, title: str, total: int, done: int = 0) -> tqdm:
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            disable=not self.speaks,
+            leave=False,
+            file=sys.stderr,
+            mininterval=0.5,
+        )
+
+    def closing_table(
+        self, rows: list[dict], best: dict, weights: list[tuple[str, str]], folder: Path
+    ) -> None:
+        """rows: of the log. best: top-1 in per cent and epoch. weights: name of each kind of
+        weights, and prefix of its results in the rows."""
+        last = rows[-1]
+        lines = [
+            (
+                f"top-1 (top-5), {name} weights",
+                f"{last[prefix + 'top1']:.2f} % ({last[prefix + 'top5']:.2f} %)",
+            )
+            for name, prefix in weights
+        ]
+        wait = 100 * sum(row["data_wait_s"] for row in rows) / sum(row["seconds"] for row in rows)
+        lines += [
+            ("best top-1", f"{best['top1']:.2f} % after epoch {best['epoch'] + 1}"),
+            ("validation images", str(last["val_images"])),
+            (
+                "training images/s, median",
+                f"{statistics.median(row['images_per_s'] for row in rows):.0f}",
+            ),
+            ("waiting for data", f"{wait:.1f} % of training time"),
+            ("weights, metrics, curves", f"{folder}/"),
+        ]
+        self.say(table(lines))

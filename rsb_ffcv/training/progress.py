@@ -1,0 +1,136 @@
+"""Where a run stands, and what each process has counted of the epoch in progress.
+
+A process counts its own images. A checkpoint holds the counts of all processes; where another
+number of processes resumes it, the first one takes over what all had counted.
+"""
+
+import statistics
+from typing import Any
+
+import torch
+
+from rsb_ffcv.training import compute
+from rsb_ffcv.training.compute import Compute
+
+NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
+SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for the device
+
+
+class Progress:
+    """step: optimizer steps done.
+    rows: the log, one dict for each epoch that is closed.
+    best: top-1 in per cent, epoch and step of the best epoch so far."""
+
+    def __init__(self, where: Compute) -> None:
+        self._compute = where
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = dict(NO_BEST)
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Counts nothing yet."""
+        device = self._compute.device
+        self.totals = torch.zeros(
+            3, device=device, dtype=torch.float64
+        )  # loss x images, correct, images
+        self.window = torch.zeros(SYNC_EVERY, device=device, dtype=torch.float64)
+        # the steps whose losses stand in `window`, since they were last read
+        self.unread: list[int] = []
+        self.seconds = self.waited = 0.0
+        self.skipped: list[tuple[int, str]] = []
+        self.events: list[str] = []
+
+    # ---------------------------------------------------------------- counting
+
+    def add(self, sums: torch.Tensor, waited: float) -> None:
+        """The step in progress. sums: float64 (loss x images, correct, images). waited: seconds
+        for data."""
+        self.totals += sums
+        self.window[len(self.unread)] = sums[0] / sums[2]
+        self.unread.append(self.step)
+        self.waited += waited
+
+    def note(self, event: str) -> None:
+        """Something that the epoch's row is to say."""
+        self.events = self.events + [event]
+
+    @property
+    def window_is_full(self) -> bool:
+        return len(self.unread) == SYNC_EVERY
+
+    def read_losses(self) -> tuple[list[int], list[float]]:
+        """Waits for the device: the steps since the last reading, and their losses."""
+        if not self.unread:
+            return [], []
+        losses = compute.mean_over_processes([self.window])[0][: len(self.unread)].tolist()
+        steps, self.unread = self.unread, []
+        return steps, losses
+
+    def losses_are_finite(self) -> bool:
+        """Of the steps since the last reading, on all processes."""
+        if not self.unread:
+            return True
+        window = self.window[: len(self.unread)]
+        return bool(compute.sum_over_processes(window.sum()).isfinite())
+
+    def summary(self) -> dict[str, float]:
+        """Of this process's part of the epoch so far: for a progress bar. img_s: of all
+        processes."""
+        loss, correct, images = self.totals.tolist()
+        return {
+            "loss": loss / max(images, 1),
+            "top1": 100 * correct / max(images, 1),
+            "img_s": images * self._compute.world_size / max(self.seconds, 1e-9),
+        }
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict:
+        counted = {
+            "totals": self.totals.tolist(),
+            "window": self.window[: len(self.unread)].tolist(),
+            "skipped": self.skipped,
+        }
+        return {
+            "step": self.step,
+            "rows": self.rows,
+            "best": self.best,
+            "epoch": {
+                "processes": compute.gather([counted]),
+                "unread": self.unread,
+                "seconds": self.seconds,
+                "waited": self.waited,
+                "events": self.events,
+            },
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.rows, self.best = state["step"], list(state["rows"]), state["best"]
+        self.begin_epoch()
+        epoch = state["epoch"]
+        mine = _shared_out(epoch["processes"], self._compute.world_size)[self._compute.rank]
+        self.totals += torch.tensor(mine["totals"], dtype=torch.float64, device=self.totals.device)
+        self.unread = list(epoch["unread"])
+        self.window[: len(self.unread)] = torch.tensor(mine["window"], dtype=torch.float64)
+        self.skipped = [tuple(item) for item in mine["skipped"]]
+        self.seconds, self.waited, self.events = (
+            epoch["seconds"],
+            epoch["waited"],
+            list(epoch["events"]),
+        )
+
+
+def _shared_out(counted: list[dict], world_size: int) -> list[dict]:
+    """What each process had counted, for another number of processes: all of it for the first one,
+    but for the losses, whose mean every process has."""
+    if len(counted) == world_size:
+        return counted
+    windows = [process["window"] for process in counted]
+    window = [statistics.fmean(losses) for losses in zip(*windows)]
+    first = {
+        "totals": [sum(numbers) for numbers in zip(*(process["totals"] for process in counted))],
+        "window": window,
+        "skipped": [item for process in counted for item in process["skipped"]],
+    }
+    return [first] + [{"totals": [0.0] * 3, "window": window, "skipped": []}] * (world_size - 1)
