@@ -1,20 +1,10 @@
-"""Trains an image classifier on .beton files: python train_imagenet.py --config-file
-rsb_configs/a2_300.yaml"""
+"""Trains an image classifier on .beton files; see rsb_ffcv/commands/train.py."""
 
 import sys
 
-from rsb_ffcv import exit_status
-from rsb_ffcv.config import TrainConfig, read_config
+from rsb_ffcv.commands.train import main, program
 
-
-def main() -> None:
-    config = read_config(TrainConfig, __doc__)
-    from rsb_ffcv.training import (
-        run,
-    )  # torch takes seconds to import: wrong options are told of before
-
-    run(config)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(program())

@@ -3,15 +3,74 @@ recipes.
 
 Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning` ->
 `training` -> `reporting`. `beton` holds the file format, which `dataset` writes and `loading`
-reads; `config` declares the programs' options and `options` reads them from flags and YAML.
+reads; `config` declares the programs' options; `commands` has what the two programs do.
+
+For code of your own, this module offers the names of `__all__`. Each is imported when it is first
+used: `import rsb_ffcv` alone imports nothing slow.
 """
 
+import importlib
 import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsb_ffcv.beton import Beton, read_beton
+    from rsb_ffcv.dataset import Encoding, Place, write_splits
+    from rsb_ffcv.learning.average import Ema, Swa
+    from rsb_ffcv.learning.lamb import Lamb
+    from rsb_ffcv.learning.loss import Loss
+    from rsb_ffcv.learning.schedule import Schedule
+    from rsb_ffcv.loading import Batch, EvalLoader, TrainLoader
+    from rsb_ffcv.loading.batch import BatchTransform, normalize
+    from rsb_ffcv.ops.operation import Address, DrawnOperation
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Address",
+    "Batch",
+    "BatchTransform",
+    "Beton",
+    "DrawnOperation",
+    "Ema",
+    "Encoding",
+    "EvalLoader",
+    "InputError",
+    "Lamb",
+    "Loss",
+    "Place",
+    "Schedule",
+    "Swa",
+    "TrainLoader",
+    "normalize",
+    "read_beton",
+    "write_splits",
+]
+_HOME = {
+    "rsb_ffcv.beton": ("Beton", "read_beton"),
+    "rsb_ffcv.dataset": ("Encoding", "Place", "write_splits"),
+    "rsb_ffcv.learning.average": ("Ema", "Swa"),
+    "rsb_ffcv.learning.lamb": ("Lamb",),
+    "rsb_ffcv.learning.loss": ("Loss",),
+    "rsb_ffcv.learning.schedule": ("Schedule",),
+    "rsb_ffcv.loading": ("Batch", "EvalLoader", "TrainLoader"),
+    "rsb_ffcv.loading.batch": ("BatchTransform", "normalize"),
+    "rsb_ffcv.ops.operation": ("Address", "DrawnOperation"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'rsb_ffcv' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class InputError(ValueError):

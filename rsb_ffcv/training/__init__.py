@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import FrameType
 
 from rsb_ffcv import InputError, exit_status
-from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import Beton
-from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model, check_input_size

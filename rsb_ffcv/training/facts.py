@@ -8,10 +8,10 @@ import timm
 import torch
 
 from rsb_ffcv import __version__
-from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.config.options import as_dict
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.ops.native import checksum
-from rsb_ffcv.options import as_dict
 from rsb_ffcv.training.compute import Compute
 
 # What each process of a job may have its own way: where it finds its files, which are compared by

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsb_ffcv import InputError
-from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.schedule import Schedule
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rsb_ffcv import InputError
-from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa
 from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training import checkpoint, compute

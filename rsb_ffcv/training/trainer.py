@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from rsb_ffcv import InputError, warn
-from rsb_ffcv.config import TrainConfig
+from rsb_ffcv.config.options import as_dict
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.model import check_arch
 from rsb_ffcv.learning.optimizer import check_optimizer
-from rsb_ffcv.options import as_dict
 from rsb_ffcv.reporting import log
 from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training import batch_norm, build, checkpoint, compute, facts

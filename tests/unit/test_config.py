@@ -2,13 +2,14 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rsb_ffcv import InputError
-from rsb_ffcv.config import WRITE_COMMANDS, TrainConfig, read_config
-from rsb_ffcv.options import as_dict
+from rsb_ffcv.commands import train, write
+from rsb_ffcv.config.options import as_dict
+from rsb_ffcv.config.train import read_config
+from rsb_ffcv.reporting import log
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def given(betons, tmp_path):
 
 
 def read(given, *more):
-    return read_config(TrainConfig, "", [*given, *more])
+    return read_config("", [*given, *more])
 
 
 def test_defaults_of_shared_options_are_ffcv_imagenets(given):
@@ -61,6 +62,41 @@ def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
     assert read(given, *files).lr.lr == 2e-3
     c = read(given, *files, "--lr.lr=3e-3")
     assert (c.lr.lr, c.training.epochs) == (3e-3, 7)
+
+
+def test_a_recipe_may_extend_another(given, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("lr:\n  lr: 1.0\n  min_lr: 0.1\ntraining:\n  epochs: 7\n")
+    (tmp_path / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nlr:\n  lr: 2.0\n")
+    (tmp_path / "top.yaml").write_text("training:\n  seed: 5\nextends: sub/middle.yaml\n")
+    c = read(given, f"--config-file={tmp_path}/top.yaml", "--lr.warmup_epochs=3")
+    assert (c.lr.lr, c.lr.min_lr, c.lr.warmup_epochs) == (2.0, 0.1, 3.0)
+    assert (c.training.epochs, c.training.seed) == (7, 5)
+
+
+def test_the_resolved_recipe_in_a_runs_folder_is_a_recipe(given, tmp_path):
+    c = read(given, f"--config-file={ROOT}/rsb_configs/paper_a3_100.yaml", "--ema.decay=0.99999")
+    log.write_json(tmp_path / "config.json", as_dict(c))
+    assert read_config("", [f"--config-file={tmp_path}/config.json"]) == c
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("extends: nowhere.yaml\n", "extends: nowhere.yaml in .*top.yaml: cannot be read"),
+        ("extends: top.yaml\n", "extends: top.yaml in .*top.yaml: the files extend each other"),
+        ("extends: base.yaml\n", "extends: top.yaml in .*base.yaml: the files extend each other"),
+        ("extends: [a, b]\n", r"top.yaml: extends=\['a', 'b'\] must be the name of one file"),
+        ("extends: wrong.yaml\n", "training.epocs .*in .*wrong.yaml is not an option"),
+    ],
+)
+def test_a_wrong_extends_is_named(given, tmp_path, text, message):
+    (tmp_path / "top.yaml").write_text(text)
+    (tmp_path / "base.yaml").write_text("extends: top.yaml\n")
+    (tmp_path / "wrong.yaml").write_text("training:\n  epocs: 3\n")
+    with pytest.raises(InputError, match=message) as caught:
+        read(given, f"--config-file={tmp_path}/top.yaml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -154,16 +190,29 @@ def test_a_missing_option_is_named():
         read([])
 
 
-@pytest.mark.parametrize("program", [TrainConfig, *WRITE_COMMANDS.values()])
-def test_help_shows_every_option_with_its_default(program, capsys):
+@pytest.mark.parametrize(
+    "commands, name",
+    [(commands, name) for commands in (train.COMMANDS, write.COMMANDS) for name in commands],
+)
+def test_help_shows_every_option_with_its_default(commands, name, capsys):
     with pytest.raises(SystemExit) as ended:
-        read_config(program, "A program.", ["--help"])
+        commands[name].run(["--help"], "A program.")
     shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    for section in fields(program):
-        kind: Any = section.type
+    assert ended.value.code == 0 and "A program." in shown
+    for section, kind in commands[name].sections.items():
         for item in fields(kind):
-            assert f"--{section.name}.{item.name}  [" in shown and item.metadata["text"] in shown
+            assert f"--{section}.{item.name}  [" in shown and item.metadata["text"] in shown
+
+
+def test_a_command_requires_only_the_options_that_it_reads(given, call_program, tmp_path):
+    options = [given[0], "--training.epochs=16", "--training.batch_size=32"]
+    status, out, err = call_program("train_imagenet.py", "plan", *options)
+    assert status == 0 and not err
+    assert out.splitlines()[0] == "16 epochs of 3 steps of 32 images: 48 steps"
+    status, out, err = call_program("train_imagenet.py", *options)
+    assert status == 2 and "data.val_dataset is missing" in err
+    status, out, err = call_program("train_imagenet.py", "plam", *options)
+    assert status == 2 and "plam: no such command; did you mean plan? train, plan" in err
 
 
 @pytest.mark.parametrize(

@@ -526,7 +526,7 @@ def test_too_little_space_is_told_before_anything_is_written(pictures, tmp_path,
 
 def test_the_contact_sheet_shows_what_training_sees(written, tmp_path, call_program):
     """Its cells are the stored pixels, and the loader's at the sample's place in each epoch."""
-    from rsb_ffcv.training import show
+    from rsb_ffcv.commands import show
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -17,20 +17,18 @@ MAY_IMPORT = {
     "loading": {"ops", "beton"},
     "dataset": {"ops", "beton", "atomic"},
     "beton": {"ops"},
-    "config": {"options"},
+    "config": set(),
     "atomic": set(),
-    "options": set(),
     "training": {
         "ops",
         "loading",
         "learning",
         "reporting",
         "config",
-        "options",
         "atomic",
         "beton",
-        "dataset",
     },
+    "commands": {"training", "dataset", "loading", "ops", "config", "atomic", "beton"},
 }
 
 
@@ -61,6 +59,16 @@ def test_each_part_imports_only_the_parts_below_it():
             assert not extra, f"{path} imports {extra}"
 
 
+def test_the_programs_alone_import_commands_and_the_console_scripts_are_theirs():
+    import tomllib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, place in scripts.items():
+        module, _, function = place.partition(":")
+        assert f"{module}.{function}" in imported_names(ROOT / f"{name}.py")
+    assert set(scripts) == {"write_ffcv", "train_imagenet"}
+
+
 def test_no_part_is_left_out_of_the_rules():
     parts = {
         path.stem
@@ -85,6 +93,21 @@ print([name for name in {slow} if name in sys.modules])"""
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_library_offers_its_names_and_imports_none_of_them_before_it_is_used():
+    code = """
+import sys, rsb_ffcv
+assert not {"torch", "numpy", "numba"} & set(sys.modules)
+print({name: getattr(rsb_ffcv, name).__module__ for name in rsb_ffcv.__all__})
+assert set(rsb_ffcv.__all__) <= set(dir(rsb_ffcv)) and not hasattr(rsb_ffcv, "TrainLoder")"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    documented = (ROOT / "docs" / "loader.md").read_text()
+    for name in ast.literal_eval(done.stdout):
+        assert f"`{name}" in documented, name
 
 
 def test_conda_and_pip_users_get_the_same_versions():

@@ -329,12 +329,11 @@ def test_files_that_do_not_fit_the_recipe_or_each_other_are_refused_by_name(beto
     from dataclasses import replace
 
     from rsb_ffcv.beton import About, read_beton
-    from rsb_ffcv.config import TrainConfig, read_config
+    from rsb_ffcv.config.train import read_config
     from rsb_ffcv.training.build import check_files
 
     def config(**more):
         return read_config(
-            TrainConfig,
             "",
             [
                 f"--data.train_dataset={betons}/train.beton",

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.beton import RAW, Beton, read_beton
-from rsb_ffcv.config import TrainConfig, read_config
+from rsb_ffcv.config.train import read_config
 from rsb_ffcv.dataset.assemble import class_number, sample_numbers
 from rsb_ffcv.dataset.writer import evenly
 from rsb_ffcv.loading.batch import MEAN, STD
@@ -112,19 +112,15 @@ def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
 def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int) -> Iterator[np.ndarray]:
     """Of each epoch, the images (n, side, side, 3) uint8."""
     c = read_config(
-        TrainConfig,
-        "",
+        None,
         [
             "--config-file",
             recipe,
             f"--data.train_dataset={path}",
-            f"--data.val_dataset={path}",
-            "--data.num_workers=1",
-            "--data.in_memory=0",
-            "--logging.folder=unused",
             "--training.batch_size=2",
             "--training.global_batch=2",
         ],
+        unread={"data.val_dataset", "data.in_memory", "logging.folder"},
     )
     here = Compute(torch.device("cpu"), "fp32", compile=False, channels_last=False)
     transform = build.batch_transform(c)

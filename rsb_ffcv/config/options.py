@@ -1,6 +1,7 @@
-"""How options are declared, and read from flags and YAML files: the mechanism under `config`.
+"""How options are declared, and read from flags and YAML files.
 
-An option is a dataclass field that carries its meaning, unit and range; fastargs gets its sections,
+An option is a dataclass field that carries its meaning, unit and range; its annotation is its type.
+fastargs gets its sections,
 its `--help` and its flags from there. fastargs by itself ignores what it does not know and turns
 `bool("0")` into True; here every key and value of a file or a flag is checked before anything else
 happens, and the first wrong one ends the program with its name, value, place and the nearest valid
@@ -11,11 +12,12 @@ import difflib
 import math
 import os
 import sys
+import typing
 from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from fastargs import Param, Section
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 REQUIRED = object()
-Program = TypeVar("Program", bound="DataclassInstance")
 
 
 class _Value(Checker):
@@ -117,52 +118,64 @@ class _Value(Checker):
 
 
 def option(
-    kind: type,
     default: object,
     text: str,
     low: float = -math.inf,
     high: float = math.inf,
+    *,
     choices: Sequence[object] = (),
     words: Sequence[str] = (),
 ) -> Any:
-    """One option. text: meaning and unit, shown by --help. words: values that are taken as they
-    are, whatever the kind."""
+    """One option, whose type is the annotation of its field: str, bool, int, float, or `int | str`
+    where `words` are taken as well.
+
+    default: its value where nothing is given, or REQUIRED.
+    text: meaning and unit, shown by --help.
+    low, high: range of a number.
+    choices: the only values.
+    words: values that are taken as they are, whatever the type.
+    """
     extra: dict[str, Any] = {} if default is REQUIRED else {"default": default}
-    return field(
-        metadata={
-            "checker": _Value(kind, low, high, choices, words, default is REQUIRED),
-            "text": text,
-        },
-        **extra,
-    )
+    limits = {"low": low, "high": high, "choices": choices, "words": words}
+    return field(metadata={"text": text, "limits": limits}, **extra)
 
 
-def flag(default: bool, text: str) -> Any:
-    return option(bool, default, text)
+def _kind(item: Field[Any]) -> Any:
+    return typing.get_args(item.type)[0] if typing.get_args(item.type) else item.type
+
+
+def _checker(item: Field[Any]) -> "_Value":
+    return _Value(_kind(item), **item.metadata["limits"], needed=item.default is MISSING)
 
 
 def read_options(
-    program: type[Program],
+    sections: Mapping[str, type[Any]],
     description: str | None,
     arguments: Sequence[str] | None = None,
-    ignored: Collection[str] = frozenset(),
-) -> Program:
-    """The `program` dataclass, whose fields are sections (dataclasses of `option`s), from the
-    command line.
+    *,
+    ignored: Collection[str] = (),
+    unread: Collection[str] = (),
+) -> dict[str, Any]:
+    """A value of each of `sections` (dataclasses of `option`s, by name), from the command line.
 
     Flags are `--section.name=value`; `--config-file FILE` reads YAML, may be repeated, and later
-    files and flags win. ignored: names that files may carry and nothing reads; those that do are
-    named in one warning on stderr. Raises InputError for anything unknown, mistyped, out of range
-    or missing.
+    files and flags win. A file that begins with `extends: OTHER` takes over what OTHER, beside it,
+    says and it does not.
+
+    description: shown by --help.
+    arguments: the command line; None: this process's.
+    ignored: names that files may carry and nothing reads; those that do are named in one warning.
+    unread: required options that may be left out; they are then empty.
+
+    Raises InputError for anything unknown, mistyped, out of range or missing.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sections: dict[str, Any] = {section.name: section.type for section in fields(program)}
     config = Config()
     for name, section in sections.items():
         Section(name, section.__doc__, config).params(
             **{
                 item.name: Param(
-                    item.metadata["checker"],
+                    _checker(item),
                     item.metadata["text"],
                     default=None if item.default is MISSING else _shown(item.default),
                     required=item.default is MISSING,
@@ -182,18 +195,18 @@ def read_options(
         sys.argv = saved[0]
         os.environ.update(saved[1])
     parser.epilog = _options_text(
-        sections
+        sections, unread
     )  # fastargs' own is drawn for a VT100 and speaks of environment variables
     given = parser.parse_args(arguments)
 
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     met = []
     for path in given.config_file:
-        for name, key, value in _read_yaml(path):
+        for name, key, value, file in _read_yaml(path):
             if f"{name}.{key}" in ignored:
                 met.append(f"{name}.{key}={value}")
                 continue
-            _set(values, sections, name, key, value, f"in {path}")
+            _set(values, sections, name, key, value, f"in {file}")
     if met:
         warn(
             f"{', '.join(met)}: known from other programs' files and without meaning here; ignored"
@@ -204,13 +217,17 @@ def read_options(
             _set(values, sections, name, key, value, "on the command line")
     for name, section in sections.items():
         for item in fields(section):
-            if item.default is MISSING and item.name not in values[name]:
+            if item.default is not MISSING or item.name in values[name]:
+                continue
+            if f"{name}.{item.name}" in unread:
+                values[name][item.name] = _kind(item)()
+            else:
                 raise InputError(
                     f"{name}.{item.name} is missing ({item.metadata['text']}); give "
                     f"--{name}.{item.name}=... "
                     f"or set it in the file of --config-file"
                 )
-    return program(**{name: section(**values[name]) for name, section in sections.items()})
+    return {name: section(**values[name]) for name, section in sections.items()}
 
 
 def as_dict(config: "DataclassInstance") -> dict[str, dict[str, Any]]:
@@ -242,7 +259,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _options_text(sections: Mapping[str, type[Any]]) -> str:
+def _options_text(sections: Mapping[str, type[Any]], unread: Collection[str]) -> str:
     lines = [
         "Options, as --section.name=value or in the YAML file as 'section:' and below it '  name: "
         "value':"
@@ -250,9 +267,15 @@ def _options_text(sections: Mapping[str, type[Any]]) -> str:
     for name, section in sections.items():
         lines += ["", f"{name}: {section.__doc__}"]
         for item in fields(section):
-            default = "required" if item.default is MISSING else f"default {_shown(item.default)}"
+            default = (
+                f"default {_shown(item.default)}"
+                if item.default is not MISSING
+                else "not read by this command"
+                if f"{name}.{item.name}" in unread
+                else "required"
+            )
             lines.append(
-                f"  --{name}.{item.name}  [{default}; {item.metadata['checker'].help()}]\n"
+                f"  --{name}.{item.name}  [{default}; {_checker(item).help()}]\n"
                 f"        {item.metadata['text']}"
             )
     return "\n".join(lines)
@@ -273,31 +296,45 @@ def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) ->
             _find(sections, section, key, f"(value {value!r}) on the command line")
 
 
-def _read_yaml(path: str | Path) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of each line of a recipe."""
+def _read_yaml(
+    path: str | Path, extended_by: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, str, Any, Path]]:
+    """(section, key, value, file) of each line of a recipe; first those of the file it extends.
+
+    extended_by: the files that led to this one.
+    """
+    path = Path(path)
+    where = f"--config-file={path}"
+    if extended_by:
+        where = f"extends: {path.name} in {extended_by[-1]}"
+    if path.resolve() in [other.resolve() for other in extended_by]:
+        raise InputError(f"{where}: the files extend each other in a circle; remove one `extends:`")
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(
-            f"--config-file={path}: cannot be read ({error.strerror}); recipes are in rsb_configs/"
+            f"{where}: cannot be read ({error.strerror}); recipes are in rsb_configs/"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--config-file={path}: not a recipe in YAML ({' '.join(str(error).split())[:160]}); "
-            f"correct it"
+            f"{where}: not a recipe in YAML ({' '.join(str(error).split())[:160]}); correct it"
         ) from error
     if not isinstance(content, dict):
         raise InputError(
-            f"--config-file={path}: holds no sections; write 'section:' and below it '  key: value'"
+            f"{where}: holds no sections; write 'section:' and below it '  key: value'"
         )
+    extended = content.pop("extends", None)
+    if extended is not None:
+        if not isinstance(extended, str):
+            raise InputError(f"{where}: extends={extended!r} must be the name of one file")
+        yield from _read_yaml(path.parent / extended, (*extended_by, path))
     for name, section in content.items():
         if not isinstance(section, dict):
             raise InputError(
-                f"--config-file={path}: section '{name}' must hold 'key: value' lines, holds "
-                f"{section!r}"
+                f"{where}: section '{name}' must hold 'key: value' lines, holds {section!r}"
             )
         for key, value in section.items():
-            yield str(name), str(key), value
+            yield str(name), str(key), value, path
 
 
 def _find(sections: Mapping[str, type[Any]], name: str, key: str, where: str) -> Field[Any]:
@@ -327,8 +364,8 @@ def _set(
 ) -> None:
     item = _find(sections, name, key, f"(value {value!r}) {where}")
     try:
-        values[name][key] = item.metadata["checker"].check(value)
+        values[name][key] = _checker(item).check(value)
     except ValueError as error:
         raise InputError(
-            f"{name}.{key}={value!r} {where}: must be {item.metadata['checker'].help()}"
+            f"{name}.{key}={value!r} {where}: must be {_checker(item).help()}"
         ) from error

@@ -1,0 +1,53 @@
+"""What each epoch of a recipe is, as a table."""
+
+from itertools import groupby
+
+from rsb_ffcv import InputError
+from rsb_ffcv.beton import read_beton
+from rsb_ffcv.config.train import TrainConfig
+from rsb_ffcv.training.plan import Epoch, Plan
+
+
+def print_plan(config: TrainConfig) -> None:
+    """One line for each range of epochs with the same resolution, mixing and averaging.
+
+    A step takes training.global_batch images; where that is 0, training.batch_size x
+    dist.world_size.
+    """
+    images = len(read_beton(config.data.train_dataset))
+    c = config.training
+    batch = c.global_batch or c.batch_size * config.dist.world_size
+    if batch > images:
+        raise InputError(
+            f"training.global_batch={batch}: data.train_dataset={config.data.train_dataset} holds "
+            f"{images} images; lower it"
+        )
+    plan = Plan(config, images // batch)
+    print(
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps of {batch} images: "
+        f"{plan.total_steps} steps"
+    )
+    head = ("epochs", "resolution", "mixing", "averaging (SWA)", "learning rate")
+    rows = [head]
+    epochs = (plan[number] for number in range(plan.epochs))
+    for (resolution, mixing, averaging), group in groupby(epochs, _kind):
+        found = list(group)
+        last = plan.steps_per_epoch - 1
+        first, final = found[0].lr(0), found[-1].lr(last)
+        highest = max(epoch.lr(step) for epoch in found for step in (0, last))
+        rows.append(
+            (
+                f"{found[0].number + 1} to {found[-1].number + 1}",
+                str(resolution),
+                "yes" if mixing else "no",
+                "yes" if averaging else "no",
+                f"{first:.3g} to {final:.3g}, at most {highest:.3g}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths)).rstrip())
+
+
+def _kind(epoch: Epoch) -> tuple[int, bool, bool]:
+    return epoch.resolution, epoch.mixing, epoch.averaging

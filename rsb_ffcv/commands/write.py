@@ -1,0 +1,174 @@
+"""The commands of write_ffcv.py."""
+
+import io
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+from rsb_ffcv import exit_status
+from rsb_ffcv.commands import Command, dispatch
+from rsb_ffcv.config import write as options
+from rsb_ffcv.config.options import read_options
+
+ABOUT = """Writes labelled images into .beton files, and reports what they hold:
+  python write_ffcv.py --cfg.data_dir=/data/imagenet --cfg.write_path=/data/beton
+  python write_ffcv.py info --cfg.path=/data/beton/train.beton"""
+
+
+def _parts(c: options.Source) -> tuple[Any, Any]:
+    """Where the images come from, and how they are stored."""
+    from rsb_ffcv import dataset
+
+    place = dataset.Place(
+        c.dataset,
+        c.data_dir,
+        c.follow_links,
+        c.class_names,
+        c.callable,
+        c.image_column,
+        c.label_column,
+    )
+    encoding = dataset.Encoding(
+        c.write_mode,
+        c.max_resolution,
+        c.jpeg_quality,
+        c.smart_threshold,
+        c.compress_probability,
+        c.pass_through,
+        c.max_pixels,
+    )
+    return place, encoding
+
+
+def _write(c: options.Write) -> None:
+    from rsb_ffcv import dataset
+
+    place, encoding = _parts(c)
+    dataset.write_splits(
+        place,
+        c.write_path,
+        c.split,
+        c.subset,
+        c.num_workers,
+        c.chunk_size,
+        encoding,
+        c.on_error == "skip",
+        c.max_skipped,
+        c.report,
+    )
+
+
+def _estimate(c: options.Source) -> None:
+    from rsb_ffcv import dataset
+
+    place, encoding = _parts(c)
+    dataset.estimate_splits(place, c.split, c.subset, c.num_workers, c.chunk_size, encoding)
+
+
+def _info(c: options.Info) -> None:
+    from rsb_ffcv import dataset
+
+    print(dataset.info(c.path))
+
+
+def _verify(c: options.Verify) -> int:
+    from rsb_ffcv import dataset
+
+    return 0 if dataset.verify(c.path, c.decode, c.num_workers, c.report) else 1
+
+
+def _show(c: options.Show) -> None:
+    from rsb_ffcv.commands.show import show
+
+    show(c.path, c.write_path, c.samples, c.classes, c.count, c.recipe, c.epochs)
+
+
+def _merge(c: options.Merge) -> None:
+    from rsb_ffcv import dataset
+
+    dataset.merge(c.paths.split(","), c.write_path, c.num_workers)
+
+
+def _subset(c: options.Subset) -> None:
+    from rsb_ffcv import dataset
+
+    dataset.subset(c.path, c.write_path, c.num_workers, c.classes, c.samples, c.per_class)
+
+
+def _shard(c: options.Shard) -> None:
+    from rsb_ffcv import dataset
+
+    dataset.shard(c.path, c.write_path, c.shards, c.num_workers)
+
+
+def _concat(c: options.Concat) -> None:
+    from rsb_ffcv import dataset
+
+    dataset.concat(c.path, c.paths.split(","), c.num_workers)
+
+
+def _export(c: options.Export) -> None:
+    from rsb_ffcv import dataset
+
+    dataset.export(c.path, c.write_path, c.num_workers)
+
+
+def _command(text: str, section: type[Any], action: Callable[[Any], int | None]) -> Command:
+    """section: the options, as --cfg.<name>."""
+
+    def run(arguments: list[str], description: str) -> int | None:
+        return action(read_options({"cfg": section}, description, arguments)["cfg"])
+
+    return Command(text, {"cfg": section}, run)
+
+
+COMMANDS = {
+    "write": _command("labelled images into .beton files", options.Write, _write),
+    "estimate": _command(
+        "what write would take, in bytes and time, from a sample of the images",
+        options.Source,
+        _estimate,
+    ),
+    "info": _command(
+        "samples, classes, sizes, modes, settings and bytes of a file", options.Info, _info
+    ),
+    "verify": _command(
+        "structure, every checksum, decoding; exit status 1 where something is damaged",
+        options.Verify,
+        _verify,
+    ),
+    "show": _command(
+        "a contact sheet of images, as stored and as a recipe augments them", options.Show, _show
+    ),
+    "merge": _command(
+        "all samples of some files into a new one, classes brought together by name (and stock "
+        "FFCV's files into sound ones)",
+        options.Merge,
+        _merge,
+    ),
+    "subset": _command("chosen classes or samples into a new file", options.Subset, _subset),
+    "shard": _command("a file into several of consecutive samples", options.Shard, _shard),
+    "concat": _command(
+        "append files to a file, in place, without writing again what is there",
+        options.Concat,
+        _concat,
+    ),
+    "export": _command(
+        "a file's images into class folders, byte for byte as they are stored",
+        options.Export,
+        _export,
+    ),
+}
+
+
+def main() -> int:
+    """Raises InputError for what the user can correct."""
+    for stream in (sys.stdout, sys.stderr):
+        # names of files may be no text at all
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+    return dispatch(COMMANDS, "write", ABOUT)
+
+
+def program() -> int:
+    """The console script: the exit status."""
+    return exit_status(main)
