@@ -59,6 +59,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         BatchTransform(0, 0.1, 1.0),
         where,
         groups=1,
+        mean_groups=1,
         seed=0,
         grad_clip=0.0,
         ema=ema,

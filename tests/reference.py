@@ -103,6 +103,7 @@ def main() -> None:
         run("one, continued by two in an epoch", everything, 2, ("one process", 5))
         run("two, continued by one in an epoch", everything, 1, ("two processes", 8))
         run("a process a group", {**everything, "training.batch_size": 16}, 2)
+        run("three processes, four groups", everything, 3)
         run("gone back", GOING_BACK, prepare=OVERFLOW)
         other = {
             "model.arch": "test_resnet",

@@ -49,7 +49,7 @@ def serve():
     draws.torch_seed(0, 0, 0, draws.DROP)
     for kind in ("random", "quasi_random"):
         epoch_order(kind, 0, 0, np.arange(4, dtype=np.uint64), np.ones(4, np.uint64), 1 << 30)
-    group_slots(0, 2, 0, 1, 1, 1)
+    group_slots(0, 0, 2, 1)
     stops.be_patient()
 
     answers = os.fdopen(os.dup(1), "w")

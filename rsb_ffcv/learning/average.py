@@ -135,7 +135,8 @@ class Swa(_Average):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "copy")
         self.models = 0
-        self.batches = -1  # of the re-estimation that this process has done; -1: not begun
+        # of the re-estimation: batches of each process that are done; -1: not begun
+        self.rounds = -1
         self.finished = False  # with the re-estimation
 
     @torch.no_grad()
@@ -148,13 +149,13 @@ class Swa(_Average):
         """Forgets the statistics; forward passes then average theirs equally."""
         for norm in self._norms():
             norm.reset_running_stats()
-        self.batches = 0
+        self.rounds = 0
         self.resume_batch_norm()
 
     def resume_batch_norm(self) -> None:
         self._momenta = [norm.momentum for norm in self._norms()]
         for norm in self._norms():
-            norm.momentum = None  # torch's word for the equal average
+            norm.momentum = None  # torch's value for the equal average
             # and nothing else: dropout and stochastic depth are off where these statistics will be
             # used
             norm.train()
@@ -174,13 +175,13 @@ class Swa(_Average):
         return {
             "module": self.module.state_dict(),
             "models": self.models,
-            "batches": self.batches,
+            "batches": self.rounds,
             "finished": self.finished,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.module.load_state_dict(state["module"])
-        self.models, self.batches, self.finished = (
+        self.models, self.rounds, self.finished = (
             state["models"],
             state["batches"],
             state["finished"],

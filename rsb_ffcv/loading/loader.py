@@ -7,6 +7,7 @@ of its own, and names the sample that cannot be read. What a batch holds depends
 slots) alone.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -200,20 +201,30 @@ class TrainLoader(_Loader):
     """Random-resized crops, flips and augmentations of a training file, in an order that `seed` and
     epoch decide.
 
-    path: a .beton file. batch_size: images a batch. resolution: pixels a side; may be set between
-    epochs. num_workers: threads. global_batch: slots a step takes over all processes, a multiple of
-    batch_size x world_size (default: just that); what does not fill a step is left out of the
-    epoch. scale, ratio: area and aspect of torchvision's RandomResizedCrop. flip_prob: of
-    mirroring. interpolation: of the crop and of geometric ops: "bilinear", "bicubic", or "random",
-    one of both each time, as timm. rand_augment: timm's spec (rand-m7-mstd0.5-inc1), "3a",
-    "ta_wide", or "" for none. color_jitter: brightness, contrast, saturation, hue (see
-    ops.augment.ColorJitter), after it. ops: further DrawnOperations (see ops.operation), after
-    those. repeats: repeated augmentation: copies of an image in an epoch, each drawn anew, dealt to
-    different groups of the step; the number of steps stays. order: "random", "sequential" or
-    "quasi_random", which reads the file in runs of 1 MiB and mixes `window_bytes` of it at a time,
-    for files larger than memory. on_bad_sample: "raise", or "skip": an image that cannot be read is
-    replaced by that of the next readable slot, and listed in `skipped`. rank, world_size: this
-    process among those that share each step. device: where batches are put.
+    path: a .beton file.
+    batch_size: images a batch, which is a mix group.
+    resolution: pixels a side; may be set between epochs.
+    num_workers: threads.
+    seed: of every draw.
+    global_batch: slots that a step takes over all processes, a multiple of batch_size; 0:
+        batch_size x world_size. Where world_size does not divide its groups, the first processes
+        take one group more. Slots that do not fill a step are left out of the epoch.
+    scale, ratio: ranges of area and aspect of torchvision's RandomResizedCrop.
+    flip_prob: probability of a horizontal flip.
+    rand_augment: timm's spec (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none.
+    color_jitter: brightness, contrast, saturation, hue (see ops.augment.ColorJitter), after it.
+    interpolation: of the crop and of geometric ops: "bilinear", "bicubic", or "random", one of both
+        for each image, as timm.
+    ops: further operations (see ops.operation), after those.
+    repeats: repeated augmentation: copies of an image in an epoch, each with draws of its own, in
+        different groups of the step. The number of steps does not change.
+    order: "random", "sequential", or "quasi_random", which reads the file in runs of 1 MiB and
+        mixes `window_bytes` of it at a time, for files larger than memory.
+    window_bytes: see order.
+    on_bad_sample: "raise", or "skip": an image that cannot be read is replaced by that of the next
+        readable slot, and listed in `skipped`.
+    rank, world_size: this process among those that share each step.
+    device: where batches are put.
 
     Raises InputError where the file is damaged, holds fewer images than a step takes, or a setting
     is out of range.
@@ -245,10 +256,16 @@ class TrainLoader(_Loader):
     ) -> None:
         super().__init__(path, batch_size, num_workers, device)
         global_batch = global_batch or batch_size * world_size
-        if global_batch % (batch_size * world_size):
+        if global_batch % batch_size:
             raise InputError(
-                f"training.global_batch={global_batch} is not a multiple of training.batch_size="
-                f"{batch_size} x {world_size} processes; change one of them"
+                f"training.global_batch={global_batch} is not a multiple of "
+                f"training.batch_size={batch_size}; change one of them"
+            )
+        if global_batch < batch_size * world_size:
+            raise InputError(
+                f"training.global_batch={global_batch}: {global_batch // batch_size} groups of "
+                f"training.batch_size={batch_size} are fewer than the {world_size} processes; "
+                f"start fewer, or lower training.batch_size"
             )
         if global_batch > len(self.beton):
             raise InputError(
@@ -271,7 +288,9 @@ class TrainLoader(_Loader):
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
         self.window_bytes, self.on_bad_sample = window_bytes, on_bad_sample
         self.steps_per_epoch = len(self.beton) // global_batch
-        self.batches_per_step = global_batch // (batch_size * world_size)
+        self.groups = global_batch // batch_size
+        self._places = range(rank, self.groups, world_size)  # of this process's groups in a step
+        self.batches_per_step = len(self._places)
         self.skipped: list[
             tuple[int, str]
         ] = []  # of the newest epoch: sample, what is wrong with it
@@ -328,15 +347,9 @@ class TrainLoader(_Loader):
         self, order: Order, epoch: int, start_step: int
     ) -> Iterator[tuple[Address, np.ndarray]]:
         advised = 0
-        for batch in range(start_step * self.batches_per_step, len(self)):
-            slots = group_slots(
-                batch,
-                self.batch_size,
-                self.rank,
-                self.world_size,
-                self.global_batch // self.batch_size,
-                self.repeats,
-            )
+        steps = range(start_step, self.steps_per_epoch)
+        for step, place in itertools.product(steps, self._places):
+            slots = group_slots(step, place, self.batch_size, self.groups, self.repeats)
             places = slots // self.repeats
             current = int(np.searchsorted(order.starts, places[0], "right")) - 1
             while (

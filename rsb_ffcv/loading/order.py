@@ -2,9 +2,9 @@
 no state.
 
 An epoch's slots are cut into groups of `batch_size`: a group is one micro-batch, one mix of mixup
-or cutmix, one set of batch-norm statistics. Batch b of a process is group b x world_size + rank, so
-that a step of G slots is made of the same groups whether 8 processes take one each or one process
-takes 8 in turn.
+or cutmix, one set of batch-norm statistics. Of a step's groups a process takes every world_size-th,
+from the one of its rank on, so that a step is made of the same groups whether 8 processes take one
+each, 3 take three or two, or one process takes 8 in turn.
 """
 
 from dataclasses import dataclass
@@ -67,17 +67,16 @@ def epoch_order(
 
 
 def group_slots(
-    batch: int, batch_size: int, rank: int, world_size: int, groups: int = 1, repeats: int = 1
+    step: int, place: int, batch_size: int, groups: int, repeats: int = 1
 ) -> np.ndarray:
-    """The `batch_size` slots, int64, of batch number `batch` of process `rank`, where `groups`
-    groups make a step.
+    """The `batch_size` slots, int64, of the group number `place` of a step of `groups` groups.
 
     Consecutive slots; with `repeats` above 1, where neighbouring slots hold copies of one image,
     every groups-th slot of the step instead: copies then land in different groups, as timm's
     RepeatAugSampler deals them to its processes.
     """
-    group = batch * world_size + rank
+    first = step * groups * batch_size
     if repeats == 1:
-        return np.arange(group * batch_size, (group + 1) * batch_size)
-    step, place = divmod(group, groups)
-    return step * groups * batch_size + place + groups * np.arange(batch_size)
+        first += place * batch_size
+        return np.arange(first, first + batch_size)
+    return first + place + groups * np.arange(batch_size)

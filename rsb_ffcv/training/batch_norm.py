@@ -1,8 +1,8 @@
-"""Batch-norm statistics that do not depend on how mix groups are dealt to processes.
+"""Batch-norm statistics that do not depend on how mix groups are distributed to processes.
 
 torch by itself would average them over time on one process, and not at all over several. Here each
-step moves them once, by the mean over its groups; and the averaged model (SWA) gets statistics of
-its own at the end of a run.
+step moves them once, by the mean over its groups on all processes, and the averaged model (SWA)
+gets statistics of its own at the end of a run.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,29 +17,43 @@ from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.training.compute import Compute, mean_over_processes
 
 
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _statistics(norms: list[_BatchNorm]) -> list[torch.Tensor]:
+    return [
+        buffer
+        for norm in norms
+        for buffer in (norm.running_mean, norm.running_var)
+        if buffer is not None  # never, where they are tracked
+    ]
+
+
+def _counters(norms: list[_BatchNorm]) -> list[torch.Tensor]:
+    return [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+
+
 class RunningStatistics:
     """The batch-norm buffers of `module`, moved once a step by the mean over the step's groups, on
-    all processes alike."""
+    all processes alike.
 
-    def __init__(self, module: nn.Module, groups: int) -> None:
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self._buffers = [
-            buffer
-            for norm in norms
-            for buffer in (norm.running_mean, norm.running_var)
-            if buffer is not None  # never, where they are tracked
-        ]
-        self._counters = [
-            norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None
-        ]
-        self._groups = groups
+    groups: how many of a step this process takes.
+    mean_groups: how many a process takes on average, all groups of the step / processes.
+    """
+
+    def __init__(self, module: nn.Module, groups: int, mean_groups: float) -> None:
+        norms = _norms(module)
+        self._buffers, self._counters = _statistics(norms), _counters(norms)
+        self._mean_groups = mean_groups
+        self._alone = groups == 1 and mean_groups == 1  # every process takes one
         # of the step in progress: buffers and counters before it, and the sum of its groups'
         self._start: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None = None
         self._sum: tuple[torch.Tensor, ...] | None = None
 
     def begin_group(self, group: int) -> None:
-        """Before the forward pass of the step's group number `group`."""
-        if self._groups == 1 or not self._buffers:
+        """Before the forward pass of this process's group number `group` of the step."""
+        if self._alone or not self._buffers:
             return
         if group == 0:
             self._start = torch._foreach_clone(self._buffers), torch._foreach_clone(self._counters)
@@ -52,10 +66,11 @@ class RunningStatistics:
         """After the last forward pass."""
         if not self._buffers:
             return
-        if self._groups > 1:
+        if not self._alone:
             self._add()
             assert self._start is not None and self._sum is not None  # by group 0 and _add
-            torch._foreach_div_(self._sum, self._groups)
+            # the mean over processes is then that over groups
+            torch._foreach_div_(self._sum, self._mean_groups)
             torch._foreach_copy_(self._buffers, self._sum)
             torch._foreach_copy_(self._counters, torch._foreach_add(self._start[1], 1))
             self._start = self._sum = None
@@ -73,20 +88,42 @@ def estimate(
     batches: Iterator[Batch],
     where: Compute,
     *,
+    groups: int,
     needed: int,
-    after_batch: Callable[[], None],
+    after_round: Callable[[], None],
 ) -> None:
-    """The averaged model's statistics, over training images without mixing and erasing.
+    """The averaged model's statistics: their mean over training images without mixing and erasing.
 
-    batches: from the one that follows the last that was counted. needed: how many are counted in
-    all. after_batch: called after each.
+    A step's groups are taken in rounds, one group of each process. In the last round of a step some
+    processes may have none: the mean is then taken over the others.
+
+    batches: of this process, from the one that follows the last that was counted.
+    groups: of a step, over all processes.
+    needed: rounds that are counted in all.
+    after_round: called after each.
     """
-    averaged = RunningStatistics(swa.module, 1)
-    while swa.batches < needed:
-        images = normalize(next(batches).images)
-        images = images.contiguous(memory_format=where.memory_format)
-        with torch.no_grad(), where.autocast():
-            swa.module(images)
-        averaged.end_step()
-        swa.batches += 1
-        after_batch()
+    norms = _norms(swa.module)
+    buffers, counters = _statistics(norms), _counters(norms)
+    rounds = rounds_of(groups, where.world_size)
+    while swa.rounds < needed:
+        step, number = divmod(swa.rounds, rounds)
+        before = step * groups + number * where.world_size  # groups that are counted
+        present = min(where.world_size, groups - number * where.world_size)
+        for norm in norms:
+            norm.momentum = present / (before + present)
+        if where.rank < present:
+            images = normalize(next(batches).images)
+            images = images.contiguous(memory_format=where.memory_format)
+            with torch.no_grad(), where.autocast():
+                swa.module(images)
+        elif buffers:
+            torch._foreach_zero_(buffers)
+            torch._foreach_add_(counters, 1)
+        mean_over_processes(buffers, present)
+        swa.rounds += 1
+        after_round()
+
+
+def rounds_of(groups: int, world_size: int) -> int:
+    """The rounds of a step: how many groups the process with the most takes."""
+    return -(-groups // world_size)

@@ -374,13 +374,14 @@ def gather(items: list[Answer]) -> list[Answer]:
     return [item for part in parts for item in part]
 
 
-def mean_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def mean_over_processes(tensors: list[torch.Tensor], present: int = 0) -> list[torch.Tensor]:
     """Each of `tensors` (one dtype, one device) becomes its mean over all processes, in place, by
-    one collective."""
-    if dist.is_initialized():
+    one collective. present: how many processes are counted, where those of the others are 0; 0:
+    all."""
+    if dist.is_initialized() and tensors:
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(together)
-        together /= dist.get_world_size()
+        together /= present or dist.get_world_size()
         parts = together.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(
             tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)]

@@ -19,10 +19,13 @@ SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for th
 class Progress:
     """step: optimizer steps done.
     rows: the log, one dict for each epoch that is closed.
-    best: top-1 in per cent, epoch and step of the best epoch so far."""
+    best: top-1 in per cent, epoch and step of the best epoch so far.
 
-    def __init__(self, where: Compute) -> None:
-        self._compute = where
+    weight: mix groups of a step that this process takes, as a multiple of the mean over processes.
+    """
+
+    def __init__(self, where: Compute, weight: float) -> None:
+        self._compute, self._weight = where, weight
         self.step = 0
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Any] = dict(NO_BEST)
@@ -47,7 +50,7 @@ class Progress:
         """The step in progress. sums: float64 (loss x images, correct, images). waited: seconds
         for data."""
         self.totals += sums
-        self.window[len(self.unread)] = sums[0] / sums[2]
+        self.window[len(self.unread)] = sums[0] / sums[2] * self._weight
         self.unread.append(self.step)
         self.waited += waited
 
@@ -81,7 +84,7 @@ class Progress:
         return {
             "loss": loss / max(images, 1),
             "top1": 100 * correct / max(images, 1),
-            "img_s": images * self._compute.world_size / max(self.seconds, 1e-9),
+            "img_s": images * self._compute.world_size / self._weight / max(self.seconds, 1e-9),
         }
 
     # ---------------------------------------------------------------- state

@@ -64,7 +64,7 @@ class State:
             and len(saved["epoch"]["processes"]) != world_size
             and not self.swa.finished
         ):
-            self.swa.batches = -1  # counted for another number of processes
+            self.swa.rounds = -1  # counted for another number of processes
         self.health.load_state_dict(saved["health"])
         self.progress.load_state_dict(saved)
 

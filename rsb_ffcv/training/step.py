@@ -1,9 +1,8 @@
 """The training step: images to gradients to weights, without a word to the host.
 
-An optimizer step takes `groups` mix groups one after another on each process. What it does to the
-model does not depend on how the groups are dealt to processes: gradients are averaged over all of
-them, and so are the batch-norm statistics, which torch by itself would average over time on one
-process and not at all over several.
+An optimizer step takes some mix groups, one after another on each process. What it does to the
+model does not depend on how the groups are distributed to processes: gradients are averaged over
+all of them, and so are the batch-norm statistics.
 """
 
 import time
@@ -25,8 +24,13 @@ from rsb_ffcv.training.compute import Compute
 
 
 class TrainStep:
-    """One optimizer step. `model` is the bare module, `wrapped` the same one compiled and in DDP as
-    the run has it."""
+    """One optimizer step.
+
+    model: the bare module.
+    wrapped: the same one, compiled and in DDP as the run has it.
+    groups: mix groups of a step that this process takes, 1 or more.
+    mean_groups: how many a process takes on average: all groups of a step / processes.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class TrainStep:
         compute: Compute,
         *,
         groups: int,
+        mean_groups: float,
         seed: int,
         grad_clip: float,
         ema: Ema | None = None,
@@ -50,8 +55,10 @@ class TrainStep:
             transform,
         )
         self.compute, self.groups, self.seed, self.grad_clip = compute, groups, seed, grad_clip
+        # DDP averages gradients over processes: divided by this, their mean is that over groups
+        self.mean_groups = mean_groups
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-        self.statistics = RunningStatistics(model, groups)
+        self.statistics = RunningStatistics(model, groups, mean_groups)
         if ema is not None:
             # Where the scaler leaves a step out it does not call the optimizer, or tells it by
             # `found_inf` on the device
@@ -85,7 +92,7 @@ class TrainStep:
                 with self.compute.autocast():
                     logits = self.wrapped(images)
                 loss = self.loss(logits, labels, lam)
-                self.scaler.scale(loss / self.groups).backward()
+                self.scaler.scale(loss / self.mean_groups).backward()
             with torch.no_grad():
                 correct = (logits.argmax(1) == labels).sum()
                 totals += torch.stack(

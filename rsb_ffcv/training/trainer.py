@@ -81,7 +81,9 @@ class Trainer:
             self.console.say(f"beginning from the weights of {c.checkpoint.warm_start}")
         self.ema, self.swa = build.averages(c, self.model, self.train_loader.global_batch)
         optimizer = build.optimizer(c, self.model, self.compute)
-        self.progress = Progress(self.compute)
+        mean_groups = self.train_loader.groups / self.compute.world_size
+        own_groups = self.train_loader.batches_per_step
+        self.progress = Progress(self.compute, own_groups / mean_groups)
         self.health = build.health(c, self._note)
         self._say_what_is_left_out()
         self.train_step = TrainStep(
@@ -91,7 +93,8 @@ class Trainer:
             build.loss(c),
             build.batch_transform(c),
             self.compute,
-            groups=self.train_loader.batches_per_step,
+            groups=own_groups,
+            mean_groups=mean_groups,
             seed=c.training.seed,
             grad_clip=c.training.grad_clip,
             ema=self.ema,
@@ -287,25 +290,32 @@ class Trainer:
         assert swa is not None  # else there is nothing to estimate them for
         if swa.finished:
             return
-        per_step = loader.batches_per_step
-        needed = min(c.swa.bn_steps or epoch.steps, epoch.steps) * per_step
-        swa.begin_batch_norm() if swa.batches < 0 else swa.resume_batch_norm()
+        rounds = batch_norm.rounds_of(loader.groups, self.compute.world_size)
+        needed = min(c.swa.bn_steps or epoch.steps, epoch.steps) * rounds
+        swa.begin_batch_norm() if swa.rounds < 0 else swa.resume_batch_norm()
         loader.resolution = epoch.resolution
-        start = swa.batches // per_step
-        every = c.checkpoint.every_steps * per_step
+        start, done = divmod(swa.rounds, rounds)
+        every = c.checkpoint.every_steps * rounds
         with (
             self._within_memory("training", epoch.resolution),
             closing(loader.epoch(self.plan.epochs, start)) as batches,
-            self.console.bar("batch norm", needed, swa.batches) as bar,
+            self.console.bar("batch norm", needed, swa.rounds) as bar,
         ):
-            for _ in range(start * per_step, swa.batches):
+            for _ in range(min(done, loader.batches_per_step)):
                 next(batches)
 
-            def after_batch() -> None:
+            def after_round() -> None:
                 bar.update()
-                self.checkpointer.after_step(bool(every) and swa.batches % every == 0)
+                self.checkpointer.after_step(bool(every) and swa.rounds % every == 0)
 
-            batch_norm.estimate(swa, batches, self.compute, needed=needed, after_batch=after_batch)
+            batch_norm.estimate(
+                swa,
+                batches,
+                self.compute,
+                groups=loader.groups,
+                needed=needed,
+                after_round=after_round,
+            )
         swa.end_batch_norm()
 
     # ---------------------------------------------------------------- closing it

@@ -122,6 +122,7 @@ def test_no_step_waits_for_the_device(precision, clip, optimizer):
         BatchTransform(0, 0.2, 1.0, erase_prob=0.5, erase_mode="pixel"),
         where,
         groups=2,
+        mean_groups=2,
         seed=0,
         grad_clip=clip,
         ema=Ema(model, 0.9, warmup=True),

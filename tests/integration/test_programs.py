@@ -151,7 +151,7 @@ def assert_same_course(folder, other):
             assert (one - two).norm() <= 1e-2 * two.norm(), kind
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_any_split_of_a_step_over_processes_trains_the_same_model(
     betons, alone, tmp_path, train, world
 ):
@@ -196,8 +196,8 @@ def test_the_average_may_be_finished_by_another_number_of_processes(betons, tmp_
     assert statuses == [0], err
     for place in ("batch norm", "validation SWA"):
         end_at_stop(train(options(betons, tmp_path / place, **more), stop_at=(place, 1)))
-        statuses, out, err = train(options(betons, tmp_path / place, **more), 2).wait()
-        assert statuses == [0, 0] and "resuming" in out, err
+        statuses, out, err = train(options(betons, tmp_path / place, **more), 3).wait()
+        assert statuses == [0] * 3 and "resuming" in out, err
         ours, plain = (
             torch.load(tmp_path / name / "final_weights_swa.pt", weights_only=True)
             for name in (place, "whole")
@@ -208,7 +208,9 @@ def test_the_average_may_be_finished_by_another_number_of_processes(betons, tmp_
 
 
 def test_a_run_may_change_its_number_of_processes(betons, alone, tmp_path, train):
+    """Two, then three for the 4 groups of a step, then one."""
     end_at_stop(train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 3", 1)))
+    end_at_stop(train(options(betons, tmp_path / "run", **FIFTY), 3, stop_at=("epoch 5", 2)))
     statuses, out, err = train(options(betons, tmp_path / "run", **FIFTY)).wait()
     assert statuses == [0] and "resuming" in out, err
     assert_same_course(tmp_path / "run", alone)

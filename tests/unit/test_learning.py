@@ -228,7 +228,7 @@ def test_equal_average_and_its_batch_norm_are_torchs():
     with torch.no_grad():
         for batch in images[:3]:
             ours.module(batch)
-        ours.batches = 3
+        ours.rounds = 3
         resumed = Swa(model)  # killed here, and on from what was saved
         resumed.load_state_dict(ours.state_dict())
         resumed.resume_batch_norm()

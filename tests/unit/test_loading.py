@@ -112,24 +112,15 @@ def test_repeated_augmentation_is_dealt_as_timms_sampler_does(monkeypatch):
         list(RepeatAugSampler(range(1024), num_replicas=8, rank=rank, num_repeats=3))
         for rank in range(8)
     ]
-    for world_size in (8, 2, 1):  # the same groups, whoever takes them
-        for rank in range(world_size):
-            for batch in range(8 // world_size * 4):
-                slots = group_slots(batch, 16, rank, world_size, 8, 3)
-                step, group = divmod(batch * world_size + rank, 8)
-                assert (permutation[slots // 3] == theirs[group][16 * step : 16 * step + 16]).all()
+    for step in range(4):
+        for place in range(8):
+            slots = group_slots(step, place, 16, 8, 3)
+            assert (permutation[slots // 3] == theirs[place][16 * step : 16 * step + 16]).all()
 
 
-def test_any_number_of_processes_covers_the_same_slots_of_a_step():
-    for world_size in (1, 2, 4):
-        per_step = 4 // world_size
-        slots = np.concatenate(
-            [
-                group_slots(2 * per_step + turn, 8, rank, world_size)
-                for turn in range(per_step)
-                for rank in range(world_size)
-            ]
-        )
+def test_the_groups_of_a_step_cover_its_slots_once():
+    for repeats in (1, 3):
+        slots = np.concatenate([group_slots(2, place, 8, 4, repeats) for place in range(4)])
         assert sorted(slots) == list(range(64, 96))
 
 
@@ -200,12 +191,24 @@ def test_an_epoch_from_step_k_is_the_tail_of_the_epoch(betons):
 def test_ranks_together_see_what_one_sees(betons, options):
     options = {"batch_size": 8, "global_batch": 48, **options}
     alone = batches(loader(betons, **options), 0)
-    for world_size in (2, 3):
+    for world_size in (2, 3, 4, 5):  # the last two do not divide the 6 groups of a step
         ranks = [
-            batches(loader(betons, rank=rank, world_size=world_size, **options), 0)
+            loader(betons, rank=rank, world_size=world_size, **options)
             for rank in range(world_size)
         ]
-        assert equal(alone, [batch for together in zip(*ranks) for batch in together])
+        taken = [rank.batches_per_step for rank in ranks]
+        assert sum(taken) == 6 and max(taken) - min(taken) == (world_size > 3)
+        epochs = [iter(batches(rank, 0)) for rank in ranks]
+        steps = range(len(alone) // 6)
+        assert equal(alone, [next(epochs[place % world_size]) for _ in steps for place in range(6)])
+        assert not any(list(epoch) for epoch in epochs)
+
+
+def test_a_step_with_fewer_groups_than_processes_is_refused(betons):
+    with pytest.raises(InputError, match="global_batch=32: 2 groups of .*fewer than the 3 proc"):
+        loader(betons, global_batch=32, world_size=3)
+    with pytest.raises(InputError, match="global_batch=40 is not a multiple of .*batch_size=16"):
+        loader(betons, global_batch=40)
 
 
 def test_draws_belong_to_slots_not_to_places_in_a_batch():

@@ -282,7 +282,7 @@ def test_batch_norm_statistics_move_once_a_step_by_the_mean_over_its_groups(grou
     torch.manual_seed(0)
     batches = torch.randn(3, 4, 6, 5) * torch.arange(1, 5)[None, :, None, None] + 2
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).train()
-    statistics, norm = RunningStatistics(model, groups), model[1]
+    statistics, norm = RunningStatistics(model, groups, groups), model[1]
     mean, var = torch.zeros(5), torch.ones(5)
     for step in batches:
         seen = []
