@@ -170,7 +170,9 @@ def class_mixing() -> dict:
     pointers = np.cumsum(sizes) - sizes + np.uint64(1 << 23)
     found = {}
     for kind in ("random", "quasi_random", "sequential"):
-        indices = epoch_order(kind, 0, 0, pointers, sizes, 1 << 30).indices
+        indices = epoch_order(
+            kind, 0, 0, pointers=pointers, sizes=sizes, window_bytes=1 << 30
+        ).indices
         batches = np.sort(labels[indices][: len(labels) // 256 * 256].reshape(-1, 256), 1)
         classes = 1 + (np.diff(batches) != 0).sum(1)
         found[kind] = {"median": float(np.median(classes)), "least": int(classes.min())}

@@ -53,7 +53,9 @@ def make_files(folder: Path, batch: int, side: int):
             path = folder / "pictures" / split / f"class_{number % 2}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path)
-    write_splits(Place("imagenet", str(folder / "pictures")), str(folder), num_workers=1)
+    write_splits(
+        Place(dataset="imagenet", data_dir=str(folder / "pictures")), str(folder), num_workers=1
+    )
 
 
 def command(folder: Path, arch: str, batch: int, resolution: int, threads: int) -> list[str]:

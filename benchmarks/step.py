@@ -34,7 +34,9 @@ from rsb_ffcv.training.step import TrainStep
 
 
 def measure(options, precision: str, channels_last: bool) -> dict:
-    where = compute.set_up("auto", precision, options.compile, channels_last, 0)
+    where = compute.set_up(
+        "auto", precision, compile=options.compile, channels_last=channels_last, threads=0
+    )
     cuda = where.device.type == "cuda"
     loader = TrainLoader(
         options.train,
@@ -48,16 +50,21 @@ def measure(options, precision: str, channels_last: bool) -> dict:
     model = model.to(where.device, memory_format=where.memory_format)
     ema = Ema(model, 0.9999)
     optimizer = build_optimizer(
-        options.optimizer, model, 0.005, 0.02, 0.9, compiled=where.compile and cuda
+        options.optimizer,
+        model,
+        lr=0.005,
+        weight_decay=0.02,
+        momentum=0.9,
+        compiled=where.compile and cuda,
     )
     wrapped: Any = torch.compile(model, dynamic=False) if where.compile else model
     step = TrainStep(
         model,
         wrapped.train(),
-        optimizer,
-        Loss("bce"),
-        BatchTransform(0, 0.1, 1.0),
-        where,
+        optimizer=optimizer,
+        loss=Loss(kind="bce"),
+        transform=BatchTransform(seed=0, mixup_alpha=0.1, cutmix_alpha=1.0),
+        compute=where,
         groups=1,
         mean_groups=1,
         seed=0,
@@ -84,7 +91,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         """(seconds a step, share of it waiting for data)"""
         started, waited = time.perf_counter(), 0.0
         for _ in range(options.steps):
-            waited += step(0, batches, 1e-6, True)[1]
+            waited += step(0, batches, lr=1e-6, mixing=True)[1]
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

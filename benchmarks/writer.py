@@ -38,9 +38,9 @@ class Ours:
 
         self.target = Path(target) / "ours.beton"
         self._write = lambda: write_splits(
-            Place("imagenet", folder),
+            Place(dataset="imagenet", data_dir=folder),
             str(self.target),
-            "train",
+            split="train",
             num_workers=workers,
             encoding=Encoding(max_resolution=max_resolution),
         )

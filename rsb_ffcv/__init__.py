@@ -11,9 +11,11 @@ used: `import rsb_ffcv` alone imports nothing slow.
 
 import importlib
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,11 +77,25 @@ def __dir__() -> list[str]:
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the thing, its value, and
-    the mend.
+    the fix. A function names its own parameters, as `name`; see `option_names`.
 
     Programs print it without a traceback and exit with status 2; every other exception is a defect
     and keeps its traceback.
     """
+
+
+@contextmanager
+def option_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Around calls of functions that do not know the program's options: in the message of an
+    InputError each `parameter` becomes the option that its value came from.
+
+    names: parameter -> option.
+    """
+    try:
+        yield
+    except InputError as error:
+        told = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(error))
+        raise InputError(told) from error.__cause__
 
 
 def first_line(error: BaseException) -> str:

@@ -44,7 +44,7 @@ def atomic_file(path: str | Path, mend: str) -> Iterator[io.BufferedWriter]:
 
 
 def write_table(
-    path: str | Path, head: list[str], rows: Iterable[Iterable[object]], mend: str
+    path: str | Path, head: list[str], rows: Iterable[Iterable[object]], *, mend: str
 ) -> None:
     """A CSV file, whole or not at all. Raises InputError as atomic_file does."""
     with atomic_file(path, mend) as file:

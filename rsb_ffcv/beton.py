@@ -76,7 +76,7 @@ MAX_CLASSES = (
 )  # beyond any labelled set: a larger label is damage, and would size the model's last layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """What a file says of itself; the same for the same pictures and settings, wherever and
     whenever it was written.
@@ -118,7 +118,7 @@ class About:
             raise ValueError("not as write_ffcv.py writes it")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Beton:
     """An image file whose every pointer has been checked. Arrays have one entry a sample, in
     dataset order.
@@ -250,7 +250,12 @@ def read_beton(path: str | Path) -> Beton:
             file.seek(0)
             structure = structure_checksum(file.read(metadata_end), table)
             extras, about, names_at = _read_extras(
-                file, header, table_start, metadata_end, structure, refuse
+                file,
+                header,
+                table_start=table_start,
+                metadata_end=metadata_end,
+                structure=structure,
+                refuse=refuse,
             )
     except OSError as error:
         if path.with_name(f".{path.name}.appending").exists():
@@ -291,23 +296,24 @@ def read_beton(path: str | Path) -> Beton:
         if bad.any():
             refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
     return Beton(
-        path,
-        num_bytes,
-        pointers,
-        sizes,
-        modes,
-        heights,
-        widths,
-        np.ascontiguousarray(labels),
-        extras,
-        about,
-        names_at,
+        path=path,
+        num_bytes=num_bytes,
+        pointers=pointers,
+        sizes=sizes,
+        modes=modes,
+        heights=heights,
+        widths=widths,
+        labels=np.ascontiguousarray(labels),
+        extras=extras,
+        about=about,
+        names_at=names_at,
     )
 
 
 def put_around(
     path: str | Path,
     end: int,
+    *,
     metadata: np.ndarray,
     table: np.ndarray,
     extras: np.ndarray,
@@ -342,7 +348,11 @@ def put_around(
     )  # what once stood there is no part of the file
     text_part, known_part = np.frombuffer(text, np.uint8), np.frombuffer(known, np.uint8)
     trailer = make_trailer(
-        extras, len(text), checksum(text_part), known_part, structure_checksum(front, table)
+        extras,
+        len(text),
+        names_checksum=checksum(text_part),
+        about=known_part,
+        structure=structure_checksum(front, table),
     )
     with open(path, "r+b") as file:
         file.truncate(end)
@@ -369,7 +379,7 @@ def structure_checksum(front: bytes, table: np.ndarray) -> int:
 
 
 def make_trailer(
-    extras: np.ndarray, names_bytes: int, names_checksum: int, about: np.ndarray, structure: int
+    extras: np.ndarray, names_bytes: int, *, names_checksum: int, about: np.ndarray, structure: int
 ) -> np.ndarray:
     """The TRAILER. about: uint8, its JSON; structure: structure_checksum's."""
     trailer = np.array(
@@ -395,6 +405,7 @@ def make_trailer(
 def _read_extras(
     file: BinaryIO,
     header: np.void,
+    *,
     table_start: int,
     metadata_end: int,
     structure: int,
@@ -429,7 +440,16 @@ def _read_extras(
     extras = np.fromfile(file, EXTRA, count)
     file.seek(at - about_bytes)
     known = np.fromfile(file, np.uint8, about_bytes)
-    if (make_trailer(extras, names_bytes, trailer["names"][0], known, structure) != trailer).any():
+    if (
+        make_trailer(
+            extras,
+            names_bytes,
+            names_checksum=trailer["names"][0],
+            about=known,
+            structure=structure,
+        )
+        != trailer
+    ).any():
         refuse(damaged)
     try:
         about = About(**json.loads(known.tobytes().decode("utf-8", "surrogateescape")))

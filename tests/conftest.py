@@ -74,7 +74,7 @@ def betons(pictures, tmp_path_factory) -> Path:
     from rsb_ffcv.dataset import Place, write_splits
 
     folder = tmp_path_factory.mktemp("betons")
-    write_splits(Place("imagenet", str(pictures)), str(folder), num_workers=2)
+    write_splits(Place(dataset="imagenet", data_dir=str(pictures)), str(folder), num_workers=2)
     return folder
 
 

@@ -62,7 +62,9 @@ def main() -> None:
         root = Path(place)
         make_pictures(root / "pictures")
         with redirect_stdout(sys.stderr):
-            write_splits(Place("imagenet", str(root / "pictures")), str(root), num_workers=2)
+            write_splits(
+                Place(dataset="imagenet", data_dir=str(root / "pictures")), str(root), num_workers=2
+            )
 
         def run(
             name: str,

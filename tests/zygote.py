@@ -43,13 +43,20 @@ def serve():
         augment.ColorJitter(0.1),
     ):
         op.draw(Address(0, 0, slots), sides, sides)
-    batch.draw_mix(0, 0, 0, 8, 8, 0.2, 1.0)
-    batch.draw_mix(0, 0, 0, 8, 8, 0.2, 0.0)
+    batch.draw_mix(0, 0, 0, height=8, width=8, mixup_alpha=0.2, cutmix_alpha=1.0)
+    batch.draw_mix(0, 0, 0, height=8, width=8, mixup_alpha=0.2, cutmix_alpha=0.0)
     batch.erase_boxes(0, 0, slots, 32, 32, 1.0, 0.02, 0.3, 0.3, 3.0)
     draws.torch_seed(0, 0, 0, draws.DROP)
     for kind in ("random", "quasi_random"):
-        epoch_order(kind, 0, 0, np.arange(4, dtype=np.uint64), np.ones(4, np.uint64), 1 << 30)
-    group_slots(0, 0, 2, 1)
+        epoch_order(
+            kind,
+            0,
+            0,
+            pointers=np.arange(4, dtype=np.uint64),
+            sizes=np.ones(4, np.uint64),
+            window_bytes=1 << 30,
+        )
+    group_slots(0, 0, batch_size=2, groups=1)
     stops.be_patient()
 
     answers = os.fdopen(os.dup(1), "w")

@@ -30,7 +30,7 @@ MOST_CELLS = 4000
 
 
 def show(
-    path: str, write_path: str, samples: str, classes: str, count: int, recipe: str, epochs: int
+    path: str, write_path: str, *, samples: str, classes: str, count: int, recipe: str, epochs: int
 ) -> None:
     """Writes a PNG. samples: numbers and ranges; classes: names or numbers, of each the first
     `count`; neither: `count` of the file, evenly. recipe: YAML file; its crops, flips, RandAugment,
@@ -39,7 +39,7 @@ def show(
     file = read_beton(path)
     if os.path.realpath(path) == os.path.realpath(write_path):
         raise InputError(f"cfg.write_path={write_path}: is the file itself; choose another")
-    chosen = _chosen(file, samples, classes, count)
+    chosen = _chosen(file, samples, classes, count=count)
     if len(chosen) * (1 + epochs * bool(recipe)) > MOST_CELLS:
         raise InputError(
             f"{len(chosen)} images with {epochs} epochs each are more than {MOST_CELLS} pictures; "
@@ -56,7 +56,7 @@ def show(
     if recipe:
         made = [
             [Image.fromarray(picture) for picture in row]
-            for row in zip(*_augmented(path, chosen, recipe, epochs))
+            for row in zip(*_augmented(path, chosen, recipe, epochs=epochs))
         ]
         rows = [[picture, *others] for picture, others in zip(stored, made)]
         texts = [[label, *(f"epoch {epoch}" for epoch in range(epochs))] for label in labels]
@@ -72,7 +72,7 @@ def show(
     )
 
 
-def _chosen(file: Beton, samples: str, classes: str, count: int) -> np.ndarray:
+def _chosen(file: Beton, samples: str, classes: str, *, count: int) -> np.ndarray:
     if samples and classes:
         raise InputError(f"cfg.samples={samples} and cfg.classes={classes}: give one of them")
     if samples:
@@ -100,7 +100,7 @@ def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
                 yield (
                     data.reshape(*sides, 3)
                     if file.modes[index] == RAW
-                    else native.resized(data, *sides, *sides)
+                    else native.resized(data, sides, sides)
                 )
             except ValueError as error:
                 raise InputError(
@@ -109,7 +109,7 @@ def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
                 ) from error
 
 
-def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int) -> Iterator[np.ndarray]:
+def _augmented(path: str, chosen: np.ndarray, recipe: str, *, epochs: int) -> Iterator[np.ndarray]:
     """Of each epoch, the images (n, side, side, 3) uint8."""
     c = read_config(
         None,
@@ -122,7 +122,7 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, epochs: int) -> Itera
         ],
         unread={"data.val_dataset", "data.in_memory", "logging.folder"},
     )
-    here = Compute(torch.device("cpu"), "fp32", compile=False, channels_last=False)
+    here = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=False)
     transform = build.batch_transform(c)
     with closing(build.train_loader(c, here, num_workers=1)) as loader:
         for epoch in range(epochs):

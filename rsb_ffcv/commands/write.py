@@ -3,9 +3,10 @@
 import io
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, cast
 
-from rsb_ffcv import exit_status
+from rsb_ffcv import exit_status, option_names
 from rsb_ffcv.commands import Command, dispatch
 from rsb_ffcv.config import write as options
 from rsb_ffcv.config.options import read_options
@@ -20,22 +21,22 @@ def _parts(c: options.Source) -> tuple[Any, Any]:
     from rsb_ffcv import dataset
 
     place = dataset.Place(
-        c.dataset,
-        c.data_dir,
-        c.follow_links,
-        c.class_names,
-        c.callable,
-        c.image_column,
-        c.label_column,
+        dataset=c.dataset,
+        data_dir=c.data_dir,
+        follow_links=c.follow_links,
+        class_names=c.class_names,
+        callable=c.callable,
+        image_column=c.image_column,
+        label_column=c.label_column,
     )
     encoding = dataset.Encoding(
-        c.write_mode,
-        c.max_resolution,
-        c.jpeg_quality,
-        c.smart_threshold,
-        c.compress_probability,
-        c.pass_through,
-        c.max_pixels,
+        mode=c.write_mode,
+        max_resolution=c.max_resolution,
+        jpeg_quality=c.jpeg_quality,
+        smart_threshold=c.smart_threshold,
+        compress_probability=c.compress_probability,
+        pass_through=c.pass_through,
+        max_pixels=c.max_pixels,
     )
     return place, encoding
 
@@ -47,14 +48,14 @@ def _write(c: options.Write) -> None:
     dataset.write_splits(
         place,
         c.write_path,
-        c.split,
-        c.subset,
-        c.num_workers,
-        c.chunk_size,
-        encoding,
-        c.on_error == "skip",
-        c.max_skipped,
-        c.report,
+        split=c.split,
+        subset=c.subset,
+        num_workers=c.num_workers,
+        chunk_size=c.chunk_size,
+        encoding=encoding,
+        skip=c.on_error == "skip",
+        max_skipped=c.max_skipped,
+        report=c.report,
     )
 
 
@@ -62,7 +63,14 @@ def _estimate(c: options.Source) -> None:
     from rsb_ffcv import dataset
 
     place, encoding = _parts(c)
-    dataset.estimate_splits(place, c.split, c.subset, c.num_workers, c.chunk_size, encoding)
+    dataset.estimate_splits(
+        place,
+        c.split,
+        subset=c.subset,
+        num_workers=c.num_workers,
+        chunk_size=c.chunk_size,
+        encoding=encoding,
+    )
 
 
 def _info(c: options.Info) -> None:
@@ -74,13 +82,21 @@ def _info(c: options.Info) -> None:
 def _verify(c: options.Verify) -> int:
     from rsb_ffcv import dataset
 
-    return 0 if dataset.verify(c.path, c.decode, c.num_workers, c.report) else 1
+    return 0 if dataset.verify(c.path, c.decode, c.num_workers, report=c.report) else 1
 
 
 def _show(c: options.Show) -> None:
     from rsb_ffcv.commands.show import show
 
-    show(c.path, c.write_path, c.samples, c.classes, c.count, c.recipe, c.epochs)
+    show(
+        c.path,
+        c.write_path,
+        samples=c.samples,
+        classes=c.classes,
+        count=c.count,
+        recipe=c.recipe,
+        epochs=c.epochs,
+    )
 
 
 def _merge(c: options.Merge) -> None:
@@ -92,13 +108,20 @@ def _merge(c: options.Merge) -> None:
 def _subset(c: options.Subset) -> None:
     from rsb_ffcv import dataset
 
-    dataset.subset(c.path, c.write_path, c.num_workers, c.classes, c.samples, c.per_class)
+    dataset.subset(
+        c.path,
+        c.write_path,
+        num_workers=c.num_workers,
+        classes=c.classes,
+        samples=c.samples,
+        per_class=c.per_class,
+    )
 
 
 def _shard(c: options.Shard) -> None:
     from rsb_ffcv import dataset
 
-    dataset.shard(c.path, c.write_path, c.shards, c.num_workers)
+    dataset.shard(c.path, c.write_path, c.shards, num_workers=c.num_workers)
 
 
 def _concat(c: options.Concat) -> None:
@@ -117,7 +140,10 @@ def _command(text: str, section: type[Any], action: Callable[[Any], int | None])
     """section: the options, as --cfg.<name>."""
 
     def run(arguments: list[str], description: str) -> int | None:
-        return action(read_options({"cfg": section}, description, arguments)["cfg"])
+        options = read_options({"cfg": section}, description, arguments)["cfg"]
+        names = {item.name: f"cfg.{item.name}" for item in fields(section)}
+        with option_names(names | {"mode": "cfg.write_mode"}):
+            return action(options)
 
     return Command(text, {"cfg": section}, run)
 

@@ -38,6 +38,7 @@ class _Value(Checker):
     def __init__(
         self,
         kind: type,
+        *,
         low: float,
         high: float,
         choices: Sequence[object],
@@ -120,9 +121,9 @@ class _Value(Checker):
 def option(
     default: object,
     text: str,
+    *,
     low: float = -math.inf,
     high: float = math.inf,
-    *,
     choices: Sequence[object] = (),
     words: Sequence[str] = (),
 ) -> Any:
@@ -206,7 +207,7 @@ def read_options(
             if f"{name}.{key}" in ignored:
                 met.append(f"{name}.{key}={value}")
                 continue
-            _set(values, sections, name, key, value, f"in {file}")
+            values[name][key] = _checked(sections, f"{name}.{key}", value, where=f"in {file}")
     if met:
         warn(
             f"{', '.join(met)}: known from other programs' files and without meaning here; ignored"
@@ -214,7 +215,9 @@ def read_options(
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
             name, key = flag_name.split(".", 1)
-            _set(values, sections, name, key, value, "on the command line")
+            values[name][key] = _checked(
+                sections, f"{name}.{key}", value, where="on the command line"
+            )
     for name, section in sections.items():
         for item in fields(section):
             if item.default is not MISSING or item.name in values[name]:
@@ -292,8 +295,7 @@ def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) ->
     for argument in arguments:
         name, _, value = argument[2:].partition("=")
         if argument.startswith("--") and name not in ("config-file", "help"):
-            section, _, key = name.partition(".")
-            _find(sections, section, key, f"(value {value!r}) on the command line")
+            _find(sections, name, f"(value {value!r}) on the command line")
 
 
 def _read_yaml(
@@ -337,35 +339,29 @@ def _read_yaml(
             yield str(name), str(key), value, path
 
 
-def _find(sections: Mapping[str, type[Any]], name: str, key: str, where: str) -> Field[Any]:
-    """The field behind `name.key`, or InputError with the nearest valid name."""
+def _find(sections: Mapping[str, type[Any]], full_name: str, where: str) -> Field[Any]:
+    """The field behind `section.option`, or InputError with the nearest valid name."""
     known = {
         f"{section_name}.{item.name}": item
         for section_name, section in sections.items()
         for item in fields(section)
     }
-    if f"{name}.{key}" not in known:
-        given = f"{name}.{key}" if key else name
+    if full_name not in known:
+        key = full_name.rpartition(".")[2]
         near = [
-            full for full in known if full.split(".")[1] in (key, given)
-        ] or difflib.get_close_matches(given, [*known, "config-file", "help"], 1, 0.5)
+            full for full in known if full.split(".")[1] in (key, full_name)
+        ] or difflib.get_close_matches(full_name, [*known, "config-file", "help"], 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(sections)}"
-        raise InputError(f"{given} {where} is not an option; {hint}")
-    return known[f"{name}.{key}"]
+        raise InputError(f"{full_name} {where} is not an option; {hint}")
+    return known[full_name]
 
 
-def _set(
-    values: dict[str, dict[str, Any]],
-    sections: Mapping[str, type[Any]],
-    name: str,
-    key: str,
-    value: object,
-    where: str,
-) -> None:
-    item = _find(sections, name, key, f"(value {value!r}) {where}")
+def _checked(
+    sections: Mapping[str, type[Any]], full_name: str, value: object, *, where: str
+) -> Any:
+    """The value of `section.option`, of its type. Raises InputError."""
+    checker = _checker(_find(sections, full_name, f"(value {value!r}) {where}"))
     try:
-        values[name][key] = _checker(item).check(value)
+        return checker.check(value)
     except ValueError as error:
-        raise InputError(
-            f"{name}.{key}={value!r} {where}: must be {_checker(item).help()}"
-        ) from error
+        raise InputError(f"{full_name}={value!r} {where}: must be {checker.help()}") from error

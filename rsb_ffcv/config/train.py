@@ -19,9 +19,9 @@ class Model:
 
     arch: str = option("resnet50", "a model of timm, by its name there")
     pretrained: bool = option(False, "start from timm's published weights (downloaded)")
-    num_classes: int = option(0, "outputs; 0: as many as the training file has classes", 0)
+    num_classes: int = option(0, "outputs; 0: as many as the training file has classes", low=0)
     drop_path: float = option(
-        0.0, "stochastic depth: probability of dropping the last block", 0, 0.99
+        0.0, "stochastic depth: probability of dropping the last block", low=0, high=0.99
     )
     zero_init_last: bool = option(True, "gamma of each block's last batch norm starts at 0")
 
@@ -30,12 +30,12 @@ class Model:
 class Resolution:
     """resolution of the training images, in pixels a side"""
 
-    min_res: int = option(160, "up to epoch start_ramp", 8, 4096)
+    min_res: int = option(160, "up to epoch start_ramp", low=8, high=4096)
     max_res: int = option(
-        160, "from epoch end_ramp on; in between, interpolated to multiples of 32", 8, 4096
+        160, "from epoch end_ramp on; in between, interpolated to multiples of 32", low=8, high=4096
     )
-    start_ramp: int = option(0, "last epoch (counted from 0) at min_res", 0)
-    end_ramp: int = option(0, "first epoch (counted from 0) at max_res", 0)
+    start_ramp: int = option(0, "last epoch (counted from 0) at min_res", low=0)
+    end_ramp: int = option(0, "first epoch (counted from 0) at max_res", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class Data:
     num_workers: int | str = option(
         "auto",
         "loader threads of each process; auto: the cores shared among the machine's processes",
-        1,
-        1024,
+        low=1,
+        high=1024,
         words=("auto",),
     )
     in_memory: bool = option(
@@ -72,11 +72,18 @@ class Data:
 class Augment:
     """augmentation of each training image"""
 
-    scale_min: float = option(0.08, "random-resized-crop: smallest share of the area", 0.001, 1)
-    scale_max: float = option(1.0, "random-resized-crop: largest share of the area", 0.001, 1)
-    hflip: float = option(0.5, "probability of a horizontal flip", 0, 1)
+    scale_min: float = option(
+        0.08, "random-resized-crop: smallest share of the area", low=0.001, high=1
+    )
+    scale_max: float = option(
+        1.0, "random-resized-crop: largest share of the area", low=0.001, high=1
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     repeats: int = option(
-        1, "repeated augmentation: copies of an image in an epoch, in different groups", 1, 64
+        1,
+        "repeated augmentation: copies of an image in an epoch, in different groups",
+        low=1,
+        high=64,
     )
     rand_augment: str = option(
         "", "timm's spec, such as rand-m7-mstd0.5-inc1; 3a; torchvision's ta_wide; empty: none"
@@ -84,32 +91,32 @@ class Augment:
     color_jitter: float = option(
         0.0,
         "strength of brightness, contrast and saturation jitter, after rand_augment",
-        0,
-        10,
+        low=0,
+        high=10,
     )
     interpolation: str = option(
         "random",
         "of the crop and of geometric ops; random: one of both each time, as timm",
         choices=("random", "bilinear", "bicubic"),
     )
-    erase_prob: float = option(0.0, "random erasing: probability for an image", 0, 1)
+    erase_prob: float = option(0.0, "random erasing: probability for an image", low=0, high=1)
     erase_mode: str = option(
         "const",
         "random erasing: fill with 0, one random colour, or random pixels",
         choices=("const", "rand", "pixel"),
     )
-    erase_min: float = option(0.02, "random erasing: smallest share of the area", 0, 1)
-    erase_max: float = option(1 / 3, "random erasing: largest share of the area", 0, 1)
+    erase_min: float = option(0.02, "random erasing: smallest share of the area", low=0, high=1)
+    erase_max: float = option(1 / 3, "random erasing: largest share of the area", low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
     """mixup and cutmix"""
 
-    mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", 0, 100)
-    cutmix: float = option(0.0, "alpha of cutmix's Beta(alpha, alpha); 0: off", 0, 100)
-    prob: float = option(1.0, "probability of mixing at all", 0, 1)
-    switch_prob: float = option(0.5, "probability of cutmix where both are on", 0, 1)
+    mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", low=0, high=100)
+    cutmix: float = option(0.0, "alpha of cutmix's Beta(alpha, alpha); 0: off", low=0, high=100)
+    prob: float = option(1.0, "probability of mixing at all", low=0, high=1)
+    switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1)
     mode: str = option(
         "batch",
         "what shares a draw: batch (training.batch_size images), pair (an image and its partner) "
@@ -117,62 +124,64 @@ class MixOptions:
         "elem (each its own)",
         choices=("batch", "pair", "elem"),
     )
-    off_epochs: int = option(0, "the last epochs that train without mixing", 0)
+    off_epochs: int = option(0, "the last epochs that train without mixing", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lr:
     """learning rate, set for each step"""
 
-    lr: float = option(0.5, "peak learning rate", 0)
+    lr: float = option(0.5, "peak learning rate", low=0)
     lr_schedule_type: str = option(
         "cyclic",
         "cosine: after the warm-up; cosine_spanning: timm's, over all epochs; "
         "polynomial and constant: after the warm-up; cyclic and step: ffcv-imagenet's",
         choices=("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"),
     )
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up (not of cyclic and step)", 0)
-    warmup_lr: float = option(0.0, "learning rate of the first step of the warm-up", 0)
-    min_lr: float = option(0.0, "learning rate at the end of the cosine or polynomial", 0)
-    power: float = option(1.0, "polynomial: exponent", 0.01, 10)
-    lr_peak_epoch: int = option(2, "cyclic: epoch of the peak", 0)
-    step_ratio: float = option(0.1, "step: factor", 0)
-    step_length: int = option(30, "step: epochs between two factors", 1)
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up (not of cyclic and step)", low=0)
+    warmup_lr: float = option(0.0, "learning rate of the first step of the warm-up", low=0)
+    min_lr: float = option(0.0, "learning rate at the end of the cosine or polynomial", low=0)
+    power: float = option(1.0, "polynomial: exponent", low=0.01, high=10)
+    lr_peak_epoch: int = option(2, "cyclic: epoch of the peak", low=0)
+    step_ratio: float = option(0.1, "step: factor", low=0)
+    step_length: int = option(30, "step: epochs between two factors", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """the optimizer's side of training"""
 
-    epochs: int = option(30, "epochs in all", 1)
+    epochs: int = option(30, "epochs in all", low=1)
     batch_size: int = option(
-        512, "images a process takes at once: also the mix and batch-norm group", 2
+        512, "images a process takes at once: also the mix and batch-norm group", low=2
     )
     global_batch: int = option(
         0,
         "images an optimizer step takes, by accumulation where the processes take fewer; "
         "0: batch_size x processes",
-        0,
+        low=0,
     )
     optimizer: str = option("sgd", "sgd, lamb, adamw or any optimizer of timm, by its name there")
-    momentum: float = option(0.9, "of sgd and other momentum optimizers", 0, 1)
-    weight_decay: float = option(4e-5, "on weights of two or more dimensions only", 0)
+    momentum: float = option(0.9, "of sgd and other momentum optimizers", low=0, high=1)
+    weight_decay: float = option(4e-5, "on weights of two or more dimensions only", low=0)
     loss: str = option(
         "auto",
         "auto: bce on unsmoothed soft targets while mixing, else cross-entropy with "
         "label_smoothing; bce and ce: always, smoothed",
         choices=("auto", "bce", "ce"),
     )
-    label_smoothing: float = option(0.1, "share of the target spread over all classes", 0, 0.999)
+    label_smoothing: float = option(
+        0.1, "share of the target spread over all classes", low=0, high=0.999
+    )
     bce_threshold: float = option(
-        0.0, "bce: targets above it become 1, others 0; 0: soft targets", 0, 1
+        0.0, "bce: targets above it become 1, others 0; 0: soft targets", low=0, high=1
     )
     bce_sum: bool = option(False, "bce: sum over classes instead of mean")
     grad_clip: float = option(
-        0.0, "largest norm of all gradients together; 0: no clip (lamb clips at 1 itself)", 0
+        0.0, "largest norm of all gradients together; 0: no clip (lamb clips at 1 itself)", low=0
     )
     use_blurpool: bool = option(False, "blur before strided convolutions, as ffcv-imagenet")
-    seed: int = option(0, "of every random number", 0, 2**63 - 1)
+    seed: int = option(0, "of every random number", low=0, high=2**63 - 1)
     eval_only: bool = option(False, "evaluate the newest checkpoint of logging.folder and end")
     distributed: bool = option(
         False, "start dist.world_size processes here (torchrun needs no flag)"
@@ -184,10 +193,12 @@ class Ema:
     """exponential moving average of weights and batch-norm statistics, evaluated beside the raw
     weights"""
 
-    decay: float = option(0.0, "share the average keeps at each step; 0: no average", 0, 1)
+    decay: float = option(0.0, "share the average keeps at each step; 0: no average", low=0, high=1)
     warmup: bool = option(False, "decay of step s at most 1 - (1 + s) ** -power")
-    warmup_power: float = option(2 / 3, "power of the warm-up", 0.01, 1)
-    per_images: int = option(0, "decay is for so many images, whatever the batch; 0: for a step", 0)
+    warmup_power: float = option(2 / 3, "power of the warm-up", low=0.01, high=1)
+    per_images: int = option(
+        0, "decay is for so many images, whatever the batch; 0: for a step", low=0
+    )
     buffers: str = option(
         "lerp", "batch-norm statistics: averaged too, or copied", choices=("lerp", "copy")
     )
@@ -198,15 +209,15 @@ class Swa:
     """equal average of the weights after each of the last epochs, its batch-norm statistics
     estimated anew at the end"""
 
-    epochs: int = option(0, "last epochs that are averaged; 0: no average", 0)
+    epochs: int = option(0, "last epochs that are averaged; 0: no average", low=0)
     lr: float = option(
-        0.0, "learning rate of these epochs; not above what the schedule has reached", 0
+        0.0, "learning rate of these epochs; not above what the schedule has reached", low=0
     )
-    anneal_epochs: float = option(1.0, "epochs in which the learning rate goes down to it", 0)
+    anneal_epochs: float = option(1.0, "epochs in which the learning rate goes down to it", low=0)
     bn_steps: int = option(
         0,
         "steps' worth of training images that the statistics are estimated from; 0: an epoch",
-        0,
+        low=0,
     )
 
 
@@ -214,9 +225,11 @@ class Swa:
 class Validation:
     """evaluation after each epoch"""
 
-    batch_size: int = option(512, "images a process takes at once", 1)
-    resolution: int = option(224, "pixels a side", 8, 4096)
-    crop_ratio: float = option(224 / 256, "side of the central crop over the shorter side", 0.01, 1)
+    batch_size: int = option(512, "images a process takes at once", low=1)
+    resolution: int = option(224, "pixels a side", low=8, high=4096)
+    crop_ratio: float = option(
+        224 / 256, "side of the central crop over the shorter side", low=0.01, high=1
+    )
     interpolation: str = option(
         "bicubic", "of resizing, as timm evaluates", choices=("bilinear", "bicubic")
     )
@@ -240,13 +253,15 @@ class Checkpoint:
         "never: refuse a folder that has one",
         choices=("auto", "never"),
     )
-    keep: int = option(2, "how many of the newest stay; the best one stays besides", 1, 1000)
+    keep: int = option(
+        2, "how many of the newest stay; the best one stays besides", low=1, high=1000
+    )
     every_steps: int = option(
         0,
         "after each step that is a multiple of it, besides the one at each epoch's end; 0: none",
-        0,
+        low=0,
     )
-    every_minutes: float = option(10.0, "minutes after the last one, besides; 0: none", 0)
+    every_minutes: float = option(10.0, "minutes after the last one, besides; 0: none", low=0)
     warm_start: str = option(
         "", "checkpoint or state_dict that a new run takes its weights from, and nothing else"
     )
@@ -272,13 +287,13 @@ class Health:
         "regular checkpoint and halve the learning rate",
         choices=("off", "warn", "act"),
     )
-    rise: float = option(0.1, "loss_rise: share", 0.001, 100)
+    rise: float = option(0.1, "loss_rise: share", low=0.001, high=100)
     chance: str = option(
         "warn",
         "top-1 after epoch chance_epoch is what guessing gives; act: stop the run",
         choices=("off", "warn", "act"),
     )
-    chance_epoch: int = option(5, "chance: the epoch, counted from 1", 1)
+    chance_epoch: int = option(5, "chance: the epoch, counted from 1", low=1)
     average: str = option(
         "warn",
         "the EMA's top-1 is more than `gap` below the model's, and what it began from has less "
@@ -286,7 +301,7 @@ class Health:
         "1 % of it; act: the EMA starts again from the model",
         choices=("off", "warn", "act"),
     )
-    gap: float = option(10.0, "average: points of top-1", 0, 100)
+    gap: float = option(10.0, "average: points of top-1", low=0, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +309,9 @@ class Logging:
     """what a run leaves behind"""
 
     folder: str = option(REQUIRED, "where checkpoints, metrics.jsonl, config.json and curves go")
-    log_level: int = option(1, "0: evaluate after the last epoch only; 1: after each", 0, 1)
+    log_level: int = option(
+        1, "0: evaluate after the last epoch only; 1: after each", low=0, high=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,14 +319,14 @@ class Dist:
     """the processes of a job; world_size, address and port are for those that
     training.distributed=1 starts"""
 
-    world_size: int = option(1, "number of processes, one a GPU", 1, 4096)
+    world_size: int = option(1, "number of processes, one a GPU", low=1, high=4096)
     address: str = option("localhost", "of the process group")
-    port: int = option(12355, "of the process group", 1, 65535)
+    port: int = option(12355, "of the process group", low=1, high=65535)
     timeout_s: float = option(
         120.0,
         "seconds without a sign of life of a process after which the others end with status 3",
-        1,
-        86400,
+        low=1,
+        high=86400,
     )
 
 
@@ -333,8 +350,8 @@ class Compute:
         0,
         "CPU threads of the model in each process; 0: OMP_NUM_THREADS, else the cores shared "
         "among processes",
-        0,
-        1024,
+        low=0,
+        high=1024,
     )
 
 

@@ -49,19 +49,26 @@ class Source:
         choices=("jpg", "raw", "smart", "proportion"),
     )
     max_resolution: int = option(
-        0, "longer side in pixels that larger images are shrunk to; 0: keep", 0, 65535
+        0, "longer side in pixels that larger images are shrunk to; 0: keep", low=0, high=65535
     )
     pass_through: bool = option(
         True, "JPEGs that need no change keep their bytes; 0: encode all anew"
     )
-    num_workers: int = option(16, "threads that read and encode", 1, 1024)
-    chunk_size: int = option(100, "images that may be encoded ahead of the writing", 1, 100000)
-    jpeg_quality: int = option(90, "of images that are encoded (chroma 4:2:0)", 1, 100)
-    subset: int = option(-1, "first images of each split to use; -1: all", -1)
-    compress_probability: float = option(0.5, "proportion: share of images stored as JPEG", 0, 1)
-    smart_threshold: int = option(3 * 256 * 256, "smart: largest image stored raw, in bytes", 0)
+    num_workers: int = option(16, "threads that read and encode", low=1, high=1024)
+    chunk_size: int = option(
+        100, "images that may be encoded ahead of the writing", low=1, high=100000
+    )
+    jpeg_quality: int = option(90, "of images that are encoded (chroma 4:2:0)", low=1, high=100)
+    subset: int = option(-1, "first images of each split to use; -1: all", low=-1)
+    compress_probability: float = option(
+        0.5, "proportion: share of images stored as JPEG", low=0, high=1
+    )
+    smart_threshold: int = option(3 * 256 * 256, "smart: largest image stored raw, in bytes", low=0)
     max_pixels: int = option(
-        100_000_000, "pictures with more pixels are refused before they are decoded", 1, 2**28
+        100_000_000,
+        "pictures with more pixels are refused before they are decoded",
+        low=1,
+        high=2**28,
     )
     follow_links: bool = option(False, "read symbolic links that leave data_dir")
     class_names: str = option(
@@ -89,7 +96,9 @@ class Write(Source):
         "a picture that cannot be used: end, or skip: leave it out, and name it in the report",
         choices=("fail", "skip"),
     )
-    max_skipped: float = option(0.01, "skip: end where more than this share is left out", 0, 1)
+    max_skipped: float = option(
+        0.01, "skip: end where more than this share is left out", low=0, high=1
+    )
     report: str = option(
         "",
         "skip: CSV file of path, class and reason (of two splits: with .train and .val before its "
@@ -99,7 +108,7 @@ class Write(Source):
 
 
 _PATH = "the .beton file"
-_WORKERS = option(16, "threads", 1, 1024)
+_WORKERS = option(16, "threads", low=1, high=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +124,7 @@ class Verify:
 
     path: str = option(REQUIRED, _PATH)
     decode: float = option(
-        1.0, "share of the images that are decoded; checksums are compared of all", 0, 1
+        1.0, "share of the images that are decoded; checksums are compared of all", low=0, high=1
     )
     num_workers: int = _WORKERS
     report: str = option("", "CSV file of sample, path and reason; empty: none")
@@ -131,12 +140,14 @@ class Show:
         "", "numbers and ranges of samples, such as 0-7,200; empty: some, spread evenly"
     )
     classes: str = option("", "classes by name or number, separated by commas: their first samples")
-    count: int = option(16, "how many are shown, of each class where classes are given", 1, 1000)
+    count: int = option(
+        16, "how many are shown, of each class where classes are given", low=1, high=1000
+    )
     recipe: str = option(
         "",
         "YAML file of a training recipe: beside each image, what its augmentation makes of it",
     )
-    epochs: int = option(5, "recipe: in so many epochs", 1, 100)
+    epochs: int = option(5, "recipe: in so many epochs", low=1, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +170,7 @@ class Subset:
         "classes by name or number, separated by commas; they are numbered anew. Empty: all",
     )
     samples: str = option("", "numbers and ranges of samples, such as 0-99,200; empty: all")
-    per_class: int = option(0, "the first so many of each class; 0: all", 0)
+    per_class: int = option(0, "the first so many of each class; 0: all", low=0)
     num_workers: int = _WORKERS
 
 
@@ -169,7 +180,7 @@ class Shard:
 
     path: str = option(REQUIRED, _PATH)
     write_path: str = option(REQUIRED, "folder for the parts, <name>-00000-of-00008.beton")
-    shards: int = option(REQUIRED, "how many", 1, 100000)
+    shards: int = option(REQUIRED, "how many", low=1, high=100000)
     num_workers: int = _WORKERS
 
 

@@ -16,7 +16,8 @@ from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
 from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored
-from rsb_ffcv.dataset.sources import Place, Source, open_sources
+from rsb_ffcv.dataset.readers import open_sources
+from rsb_ffcv.dataset.sources import Place, Source
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
 
@@ -39,6 +40,7 @@ SAMPLED = 100  # pictures that an estimate encodes
 def write_splits(
     place: Place,
     write_path: str,
+    *,
     split: str = "",
     subset: int = -1,
     num_workers: int = 1,
@@ -67,17 +69,19 @@ def write_splits(
         mode = 0
     except OSError as error:
         raise InputError(
-            f"cfg.write_path={target}: cannot be used ({error.strerror}); choose another"
+            f"`write_path`={target}: cannot be used ({error.strerror}); choose another"
         ) from error
     if not split and (target.suffix in (".beton", ".ffcv", ".dat") or stat.S_ISREG(mode)):
         raise InputError(
-            f"cfg.write_path={target}: names one file for two splits; give a folder, or cfg.split"
+            f"`write_path`={target}: names one file for two splits; give a folder, or `split`"
         )
     one_file = bool(split) and not (stat.S_ISDIR(mode) or write_path.endswith("/"))
     sources = _sources(place, split, subset)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
     needed = sum(
-        _estimate(targets[name], source, encoding, num_workers, chunk_size)
+        _estimate(
+            targets[name], source, encoding=encoding, num_workers=num_workers, chunk_size=chunk_size
+        )
         for name, source in sources.items()
         if not targets[name].exists()
     )
@@ -88,13 +92,13 @@ def write_splits(
         free = shutil.disk_usage(folder).free + sum(part.stat().st_size for part in begun)
     except OSError as error:
         raise InputError(
-            f"cfg.write_path={target}: cannot be made ({error.strerror}); choose another"
+            f"`write_path`={target}: cannot be made ({error.strerror}); choose another"
         ) from error
     if needed > free:
         raise InputError(
-            f"cfg.write_path={target}: about {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} "
+            f"`write_path`={target}: about {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} "
             f"GB are free; free "
-            f"space, choose another, or lower cfg.max_resolution or cfg.jpeg_quality"
+            f"space, choose another, or lower `max_resolution` or `jpeg_quality`"
         )
     for name, source in sources.items():
         began = time.monotonic()
@@ -106,30 +110,30 @@ def write_splits(
         written = write_beton(
             path,
             source,
-            storing(source, encoding),
-            settings_of(encoding),
-            num_workers,
-            chunk_size,
-            on_error,
-            {"dataset": place.dataset, "split": name},
+            store=storing(source, encoding),
+            settings=settings_of(encoding),
+            num_workers=num_workers,
+            chunk_size=chunk_size,
+            on_error=on_error,
+            described={"dataset": place.dataset, "split": name},
         )
         assert written.about is not None  # this program wrote it
         if not report and not written.about.counts["left out"]:
             named.unlink(missing_ok=True)  # an earlier call's
-        _summary(written, source, time.monotonic() - began, on_error.report)
+        _summary(written, source, time.monotonic() - began, report=on_error.report)
 
 
 def estimate_splits(
-    place: Place, split: str, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
+    place: Place, split: str, *, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
 ) -> None:
     """Prints what write_splits would take."""
     for name, source in _sources(place, split, subset).items():
-        _estimate(name, source, encoding, num_workers, chunk_size)
+        _estimate(name, source, encoding=encoding, num_workers=num_workers, chunk_size=chunk_size)
 
 
 def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
     if subset == 0:
-        raise InputError("cfg.subset=0: no image would be written; use -1 for all")
+        raise InputError("`subset`=0: no image would be written; use -1 for all")
     sources = open_sources(place, [split] if split else ["train", "val"])
     return {
         name: source.first(subset) if subset > 0 else source for name, source in sources.items()
@@ -152,7 +156,7 @@ def settings_of(encoding: Encoding) -> dict:
 
 
 def _estimate(
-    title: str | Path, source: Source, encoding: Encoding, num_workers: int, chunk_size: int
+    title: str | Path, source: Source, *, encoding: Encoding, num_workers: int, chunk_size: int
 ) -> float:
     """Bytes that a file will take, judged by some pictures all over the source; prints them with
     the time."""
@@ -167,7 +171,7 @@ def _estimate(
     chosen = evenly(len(source), SAMPLED).tolist()
     sizes = [
         got
-        for got in ordered(size, chosen, num_workers, chunk_size, source.place)
+        for got in ordered(size, chosen, threads=num_workers, ahead=chunk_size, name=source.place)
         if got is not None
     ]
     seconds = (time.monotonic() - began) / len(chosen) * len(source)
@@ -195,7 +199,7 @@ def duration(seconds: float) -> str:
     )
 
 
-def _summary(written: beton.Beton, source: Source, seconds: float, report: Path) -> None:
+def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Path) -> None:
     """Prints what a file holds, and its images of each class beside the source's."""
     assert written.about is not None and written.extras is not None  # this program wrote it
     counts = written.about.counts

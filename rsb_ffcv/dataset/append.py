@@ -75,7 +75,10 @@ class _Append:
         if complete:
             whole = read_beton(self.hidden)
             read_back(
-                whole, num_workers, self.path.name, np.flatnonzero(whole.pointers >= note["bytes"])
+                whole,
+                num_workers,
+                self.path.name,
+                samples=np.flatnonzero(whole.pointers >= note["bytes"]),
             )
         os.rename(self.hidden, self.path)
         self.finish()
@@ -103,7 +106,7 @@ def concat(path: str, paths: list[str], num_workers: int) -> Beton:
             if append.recover(num_workers).get("paths") == wanted:
                 print(f"{path}: the interrupted append is complete now")
                 return read_beton(path)
-            return _append(append, read_all([path, *paths]), wanted, num_workers)
+            return _append(append, read_all([path, *paths]), wanted, num_workers=num_workers)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free space or see to permissions, and "
@@ -112,7 +115,7 @@ def concat(path: str, paths: list[str], num_workers: int) -> Beton:
         ) from error
 
 
-def _append(append: _Append, files: list[Beton], wanted: list[str], num_workers: int) -> Beton:
+def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_workers: int) -> Beton:
     target, others = files[0], files[1:]
     if target.about is None:
         raise InputError(
@@ -122,10 +125,14 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], num_workers:
     classes, titles, numbers = common_classes(files, target, fixed=True)
     choice = np.concatenate([all_samples(files, which) for which in range(1, len(files))])
     names = target.names()
-    samples = Samples(others, choice - [1, 0], classes, titles, numbers[1:])
+    samples = Samples(others, choice - [1, 0], classes=classes, titles=titles, numbers=numbers[1:])
     moved = np.flatnonzero(target.pointers < beton.front_bytes(len(target) + len(samples)))
     itself = Samples(
-        [target], np.stack([np.zeros_like(moved), moved], 1), classes, titles, [numbers[0]]
+        [target],
+        np.stack([np.zeros_like(moved), moved], 1),
+        classes=classes,
+        titles=titles,
+        numbers=[numbers[0]],
     )
     try:
         there = set(zip(names, target.labels.tolist()))
@@ -168,7 +175,13 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], num_workers:
         os.rename(append.path, append.hidden)
         try:
             _append_images(
-                append, target, itself, samples, num_workers, names + samples.names, about
+                append,
+                target,
+                itself=itself,
+                samples=samples,
+                num_workers=num_workers,
+                names=names + samples.names,
+                about=about,
             )
         except BaseException:
             append.recover(num_workers)
@@ -178,7 +191,10 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], num_workers:
         itself.close()
     file = read_beton(append.hidden)
     read_back(
-        file, num_workers, append.path.name, np.concatenate([moved, np.arange(len(target), count)])
+        file,
+        num_workers,
+        append.path.name,
+        samples=np.concatenate([moved, np.arange(len(target), count)]),
     )
     os.rename(append.hidden, append.path)
     append.finish()
@@ -194,6 +210,7 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], num_workers:
 def _append_images(
     append: _Append,
     target: Beton,
+    *,
     itself: Samples,
     samples: Samples,
     num_workers: int,
@@ -223,7 +240,7 @@ def _append_images(
         pages = Pages(file, target.num_bytes + -target.num_bytes % PAGE_BYTES)
         for part, places in ((itself, itself.choice[:, 1]), (samples, range(old, count))):
             with closing(
-                ordered(part.store, range(len(part)), num_workers, name=part.place)
+                ordered(part.store, range(len(part)), threads=num_workers, name=part.place)
             ) as images:
                 for place, image in tqdm(
                     zip(places, images),
@@ -242,4 +259,13 @@ def _append_images(
         with atomic_file(append.front, "free space") as file:
             file.write(front)
 
-    beton.put_around(append.hidden, pages.end, metadata, table, extras, names, about, keep)
+    beton.put_around(
+        append.hidden,
+        pages.end,
+        metadata=metadata,
+        table=table,
+        extras=extras,
+        names=names,
+        about=about,
+        keep_front=keep,
+    )

@@ -22,6 +22,7 @@ class Samples:
         self,
         files: list[Beton],
         choice: np.ndarray,
+        *,
         classes: list[str],
         titles: list[str],
         numbers: list[np.ndarray],
@@ -84,7 +85,7 @@ class Samples:
         which, sample = self.choice[index].tolist()
         file, opened = self.files[which], self._opened[which].fileno()
         try:
-            data = read_sound(opened, file, sample, file.extras is None)
+            data = read_sound(opened, file, sample, decode=file.extras is None)
         except ValueError as error:
             raise BadPicture(
                 f"{self.place(index)} {first_line(error)}; write that file again, or leave the "
@@ -99,7 +100,13 @@ class Samples:
         if file.extras is None and file.modes[sample] == JPG:
             entries = native.entry_points(data, height, width)
         return stored(
-            data[:size], entries, int(file.modes[sample]), height, width, "kept", self.place(index)
+            data[:size],
+            entries,
+            mode=int(file.modes[sample]),
+            height=height,
+            width=width,
+            how="kept",
+            name=self.place(index),
         )
 
 
@@ -109,12 +116,17 @@ def merge(paths: list[str], write_path: str, num_workers: int) -> Beton:
     files = read_all(paths)
     classes, titles, numbers = common_classes(files, files[0])
     choice = np.concatenate([all_samples(files, which) for which in range(len(files))])
-    return _write(write_path, Samples(files, choice, classes, titles, numbers), num_workers)
+    return _write(
+        write_path,
+        Samples(files, choice, classes=classes, titles=titles, numbers=numbers),
+        num_workers=num_workers,
+    )
 
 
 def subset(
     path: str,
     write_path: str,
+    *,
     num_workers: int,
     classes: str = "",
     samples: str = "",
@@ -142,8 +154,8 @@ def subset(
         kept &= rank < per_class
     if not kept.any():
         raise InputError(
-            f"{path}: no sample fits cfg.classes={classes}, cfg.samples={samples} and "
-            f"cfg.per_class={per_class}; widen "
+            f"{path}: no sample fits `classes`={classes}, `samples`={samples} and "
+            f"`per_class`={per_class}; widen "
             f"them"
         )
     numbers = np.full(len(names), -1, np.int64)
@@ -154,25 +166,31 @@ def subset(
     choice = np.stack([np.zeros(int(kept.sum()), np.int64), np.flatnonzero(kept)], 1)
     return _write(
         write_path,
-        Samples([file], choice, [names[label] for label in wanted], titles, [numbers]),
-        num_workers,
+        Samples(
+            [file],
+            choice,
+            classes=[names[label] for label in wanted],
+            titles=titles,
+            numbers=[numbers],
+        ),
+        num_workers=num_workers,
     )
 
 
-def shard(path: str, write_path: str, shards: int, num_workers: int) -> list[Beton]:
+def shard(path: str, write_path: str, shards: int, *, num_workers: int) -> list[Beton]:
     """`shards` new files of consecutive samples in the folder write_path, as equal as they can be:
     each with all classes."""
     file = read_beton(path)
     if shards > len(file):
-        raise InputError(f"cfg.shards={shards}: {path} has {len(file)} samples only; give fewer")
+        raise InputError(f"`shards`={shards}: {path} has {len(file)} samples only; give fewer")
     _make_folder(Path(write_path))
     classes, titles, numbers = common_classes([file], file)
     parts = np.array_split(all_samples([file], 0), shards)
     return [
         _write(
             str(Path(write_path) / f"{file.path.stem}-{number:05d}-of-{shards:05d}.beton"),
-            Samples([file], part, classes, titles, numbers),
-            num_workers,
+            Samples([file], part, classes=classes, titles=titles, numbers=numbers),
+            num_workers=num_workers,
         )
         for number, part in enumerate(parts)
     ]
@@ -190,7 +208,7 @@ def sample_numbers(text: str, count: int) -> list[int]:
             or not int(first) <= int(last) < count
         ):
             raise InputError(
-                f"cfg.samples={text}: '{part}' is no number or range below {count}; give such as "
+                f"`samples`={text}: '{part}' is no number or range below {count}; give such as "
                 f"0-99,200"
             )
         found += range(int(first), int(last) + 1)
@@ -204,15 +222,13 @@ def class_number(file: Beton, wanted: str) -> int:
         return names.index(wanted)
     if re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < len(names):
         return int(wanted)
-    raise InputError(
-        f"cfg.classes: {file.path} has no class '{wanted}'; info lists its {len(names)}"
-    )
+    raise InputError(f"`classes`: {file.path} has no class '{wanted}'; info lists its {len(names)}")
 
 
 def read_all(paths: list[str]) -> list[Beton]:
     """Raises InputError where there is none, or one cannot be read."""
     if not paths:
-        raise InputError("cfg.paths names no file; give .beton files, separated by commas")
+        raise InputError("`paths` names no file; give .beton files, separated by commas")
     return [read_beton(path) for path in paths]
 
 
@@ -282,7 +298,7 @@ def common_settings(files: list[Beton]) -> dict:
 def _write(write_path: str, samples: Samples, num_workers: int) -> Beton:
     path = Path(write_path)
     if any(path.resolve() == file.path.resolve() for file in samples.files):
-        raise InputError(f"cfg.write_path={path}: is one of the files to read; choose another")
+        raise InputError(f"`write_path`={path}: is one of the files to read; choose another")
     _make_folder(path.parent)
     try:
         sources = [
@@ -292,9 +308,9 @@ def _write(write_path: str, samples: Samples, num_workers: int) -> Beton:
         written = write_beton(
             path,
             samples,
-            samples.store,
-            common_settings(samples.files),
-            num_workers,
+            store=samples.store,
+            settings=common_settings(samples.files),
+            num_workers=num_workers,
             described={"dataset": "beton", "split": split.pop() if len(split) == 1 else None},
         )
     finally:
@@ -312,5 +328,5 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"cfg.write_path={path}: cannot be made ({error.strerror}); choose another"
+            f"`write_path`={path}: cannot be made ({error.strerror}); choose another"
         ) from error

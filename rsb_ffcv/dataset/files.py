@@ -163,7 +163,7 @@ class Local:
             if not self._within[folder] or os.path.islink(path) and not self._is_below(path):
                 raise BadPicture(
                     f"{path}: a link that leaves {self.root}; copy what it points to, or give "
-                    f"--cfg.follow_links=1"
+                    f"`follow_links`=1"
                 )
         return os.open(
             path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -188,8 +188,7 @@ class Remote:
             self.fs, root = fsspec.core.url_to_fs(url)
         except Exception as error:  # every file system behind fsspec has its own kinds
             raise InputError(
-                f"cfg.data_dir={url}: {first_line(error)}; install what it names, or correct the "
-                f"URL"
+                f"`data_dir`={url}: {first_line(error)}; install what it names, or correct the URL"
             ) from error
         self.url, self.root = url.rstrip("/"), root.rstrip("/")
 
@@ -333,7 +332,7 @@ def opened(files: Files, name: str) -> Iterator[IO[bytes]]:
 
 
 def tar_members(
-    file: IO[bytes], path: str, start: int = 0, length: int = -1
+    file: IO[bytes], path: str, *, start: int = 0, length: int = -1
 ) -> Iterator[tuple[str, int, int]]:
     """Yields (name, first byte, bytes) of each member of a tar file, which may lie within another;
     bytes -1: not a regular file (a link, a device). Folders are left out. Only headers are read.

@@ -78,7 +78,7 @@ def info(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def verify(path: str | Path, decode: float, num_workers: int, report: str = "") -> bool:
+def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "") -> bool:
     """Whether a file is sound: its structure, every image's checksum and entry points, and that
     images decode, to the sides the metadata says: the share `decode` of them, spread evenly. Prints
     what is not, and names it in the CSV file `report`.
@@ -89,7 +89,7 @@ def verify(path: str | Path, decode: float, num_workers: int, report: str = "") 
     """
     file = read_beton(path)
     if report and os.path.realpath(report) == os.path.realpath(path):
-        raise InputError(f"cfg.report={report}: is the file itself; choose another")
+        raise InputError(f"`report`={report}: is the file itself; choose another")
     note = file.path.with_name(f".{file.path.name}.verify")
     known = os.stat(file.path)
     mark = {
@@ -111,7 +111,10 @@ def verify(path: str | Path, decode: float, num_workers: int, report: str = "") 
         def check(index: int) -> str | None:
             try:
                 read_sound(
-                    opened.fileno(), file, index, int((index + 1) * decode) > int(index * decode)
+                    opened.fileno(),
+                    file,
+                    index,
+                    decode=int((index + 1) * decode) > int(index * decode),
                 )
             except (ValueError, OSError) as error:
                 return first_line(error)
@@ -119,7 +122,11 @@ def verify(path: str | Path, decode: float, num_workers: int, report: str = "") 
 
         with closing(
             ordered(
-                check, range(done, len(file)), num_workers, 1000, lambda index: f"sample {index}"
+                check,
+                range(done, len(file)),
+                threads=num_workers,
+                ahead=1000,
+                name=lambda index: f"sample {index}",
             )
         ) as results:
             for index, why in enumerate(results, done):
@@ -141,7 +148,7 @@ def verify(path: str | Path, decode: float, num_workers: int, report: str = "") 
             report,
             ["sample", "path", "reason"],
             [(index, names[index], why) for index, why in bad],
-            "choose another cfg.report",
+            mend="choose another `report`",
         )
     decoded = int(len(file) * decode)
     checked = "checksums not in the file" if file.extras is None else "all checksums compared"
@@ -153,13 +160,13 @@ def verify(path: str | Path, decode: float, num_workers: int, report: str = "") 
     return not bad
 
 
-def read_sound(opened: int, file: Beton, index: int, decode: bool) -> np.ndarray:
+def read_sound(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
     """Beton.read, and where `decode`, only of what decodes to the sides that the file says. Raises
     ValueError and OSError."""
     data = file.read(opened, index)
     height, width, size = int(file.heights[index]), int(file.widths[index]), int(file.sizes[index])
     if decode and file.modes[index] == JPG:
-        native.resized(data[:size], height, width, height, width)
+        native.resized(data[:size], (height, width), (height, width))
         if data.nbytes > size and not np.array_equal(
             data[size:], native.entry_points(data[:size], height, width)
         ):
@@ -203,11 +210,11 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
     try:
         if target.exists():
             raise InputError(
-                f"cfg.write_path={target}: exists; give a folder that does not, or remove it"
+                f"`write_path`={target}: exists; give a folder that does not, or remove it"
             )
         if unfinished.exists() and (not mark.exists() or mark.read_text() != file.fingerprint()):
             raise InputError(
-                f"cfg.write_path={target}: an export of another file was begun; remove "
+                f"`write_path`={target}: an export of another file was begun; remove "
                 f"{unfinished}, or choose another"
             )
         mark.write_text(file.fingerprint())
@@ -217,7 +224,7 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
 
             def put(index: int) -> None:
                 try:
-                    stored = read_sound(opened.fileno(), file, index, False)
+                    stored = read_sound(opened.fileno(), file, index, decode=False)
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}; write the file again, or leave the "
@@ -233,7 +240,9 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
                     place.write_bytes(data)
 
             with closing(
-                ordered(put, range(len(file)), num_workers, name=lambda index: f"sample {index}")
+                ordered(
+                    put, range(len(file)), threads=num_workers, name=lambda index: f"sample {index}"
+                )
             ) as results:
                 for _ in tqdm(
                     results, total=len(file), desc=target.name, unit="img", smoothing=0.05
@@ -243,7 +252,7 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
         mark.unlink()
     except OSError as error:
         raise InputError(
-            f"cfg.write_path={target}: cannot be written ({error.strerror}); free space or choose "
+            f"`write_path`={target}: cannot be written ({error.strerror}); free space or choose "
             f"another, and give the "
             f"same command again"
         ) from error

@@ -29,7 +29,7 @@ def demo(place: Place, split: str) -> Source:
         synthetic.make_demo_images(Path(place.data_dir))
     except OSError as error:
         raise InputError(
-            f"cfg.data_dir={place.data_dir}: the demo pictures cannot be put there "
+            f"`data_dir`={place.data_dir}: the demo pictures cannot be put there "
             f"({error.strerror}); "
             f"choose another"
         ) from error
@@ -42,11 +42,11 @@ def _root(place: Place) -> Files:
         return files
     if files.is_file(name):
         raise InputError(
-            f"cfg.data_dir={place.data_dir}: is a file; cfg.dataset={place.dataset} needs the "
+            f"`data_dir`={place.data_dir}: is a file; `dataset`={place.dataset} needs the "
             f"folder above it"
         )
     raise InputError(
-        f"cfg.data_dir: {place.data_dir} is not a folder; give the folder that holds the images"
+        f"`data_dir`: {place.data_dir} is not a folder; give the folder that holds the images"
     )
 
 
@@ -60,7 +60,7 @@ def image_folder(place: Place, split: str) -> Source:
     if not files.is_folder(split):
         found = files.folders("")[:5]
         raise InputError(
-            f"cfg.split: {place.data_dir} has no folder '{split}' (it has "
+            f"`split`: {place.data_dir} has no folder '{split}' (it has "
             f"{', '.join(found) or 'no folder'}); "
             f"give the folder above train/<class>/ and val/<class>/"
         )
@@ -87,7 +87,7 @@ def _subfolders(files: Files, name: str) -> list[str]:
     return classes
 
 
-def _class_folders(index: Index, folder: str, classes: list[str], inner: str = "") -> None:
+def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str = "") -> None:
     """Adds the images below folder/<class>/inner; other files are counted and said."""
     left_out = 0
     for label, name in enumerate(classes):
@@ -159,7 +159,7 @@ def _image_tar(files: Files, name: str, split: str) -> Source:
     index.paths.append(name)
     for member, start, length in members:
         shown = member[len(prefix) :]
-        index.add_member(shown, numbers[shown.split("/")[0]], start, length)
+        index.add_member(shown, numbers[shown.split("/")[0]], start=start, length=length)
     return index.source(classes)
 
 
@@ -172,8 +172,7 @@ def archives(place: Place, split: str) -> Source:
     name = f"ILSVRC2012_img_{split}.tar"
     if not files.is_file(name):
         raise InputError(
-            f"{files.path(name)} is missing; cfg.data_dir must hold ImageNet's archives as "
-            f"downloaded"
+            f"{files.path(name)} is missing; `data_dir` must hold ImageNet's archives as downloaded"
         )
     index.paths.append(name)
     with opened(files, name) as file:
@@ -187,7 +186,7 @@ def archives(place: Place, split: str) -> Source:
             classes = sorted(wnid for wnid, *_ in inner)
             if not classes:
                 raise InputError(
-                    f"{path}: holds no tar of a class; cfg.data_dir must hold ImageNet's archives "
+                    f"{path}: holds no tar of a class; `data_dir` must hold ImageNet's archives "
                     f"as downloaded"
                 )
             if kit and classes != kit.classes:
@@ -198,8 +197,10 @@ def archives(place: Place, split: str) -> Source:
                     f"the devkit of these images"
                 )
             for wnid, start, length in sorted(inner):
-                for member, *where in tar_members(file, f"{path}: {wnid}.tar", start, length):
-                    index.add_member(f"{wnid}/{member}", classes.index(wnid), *where)
+                for member, at, size in tar_members(
+                    file, f"{path}: {wnid}.tar", start=start, length=length
+                ):
+                    index.add_member(f"{wnid}/{member}", classes.index(wnid), start=at, length=size)
         else:
             if not kit or not kit.truth:
                 raise InputError(
@@ -208,7 +209,7 @@ def archives(place: Place, split: str) -> Source:
                     f"{name} are in it"
                 )
             classes = kit.classes
-            for member, *where in sorted(tar_members(file, path)):
+            for member, at, size in sorted(tar_members(file, path)):
                 if not (number := re.search(r"_(\d+)\.\w+$", member)) or not 0 < int(
                     number[1]
                 ) <= len(kit.truth):
@@ -217,7 +218,7 @@ def archives(place: Place, split: str) -> Source:
                         f"use the devkit of "
                         f"these images"
                     )
-                index.add_member(member, kit.truth[int(number[1]) - 1], *where)
+                index.add_member(member, kit.truth[int(number[1]) - 1], start=at, length=size)
             if len(index.names) != len(kit.truth):
                 raise InputError(
                     f"{path}: holds {len(index.names)} images, and the ground truth "
@@ -331,7 +332,7 @@ def kaggle(place: Place, split: str) -> Source:
     mapping = "LOC_synset_mapping.txt"
     if base is None or not files.is_file(mapping):
         raise InputError(
-            f"{files.path(mapping if base else 'ILSVRC/Data/CLS-LOC')} is missing; cfg.data_dir "
+            f"{files.path(mapping if base else 'ILSVRC/Data/CLS-LOC')} is missing; `data_dir` "
             f"must be Kaggle's "
             f"download, unpacked"
         )
@@ -378,7 +379,7 @@ def tiny_imagenet(place: Place, split: str) -> Source:
     files = _root(place)
     if not files.is_file("wnids.txt"):
         raise InputError(
-            f"{files.path('wnids.txt')} is missing; cfg.data_dir must be Tiny-ImageNet's unpacked "
+            f"{files.path('wnids.txt')} is missing; `data_dir` must be Tiny-ImageNet's unpacked "
             f"folder"
         )
     wnids = sorted(read_text(files, "wnids.txt").split())
@@ -397,7 +398,7 @@ def tiny_imagenet(place: Place, split: str) -> Source:
     annotations = "val/val_annotations.txt"
     if not files.is_file(annotations):
         raise InputError(
-            f"{files.path(annotations)} is missing; cfg.data_dir must be Tiny-ImageNet's unpacked "
+            f"{files.path(annotations)} is missing; `data_dir` must be Tiny-ImageNet's unpacked "
             f"folder"
         )
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
@@ -420,12 +421,12 @@ def csv_list(place: Place, split: str) -> Source:
     if not files.is_file(name):
         raise InputError(
             f"{files.path(name)} is missing; give the folder of train.csv and val.csv, or one file "
-            f"with cfg.split"
+            f"with `split`"
         )
     pairs = _csv_pairs(files, name)
     other = f"{'val' if split == 'train' else 'train'}.csv"
     others = _csv_pairs(files, other) if name == f"{split}.csv" and files.is_file(other) else []
-    return _listed(files, pairs, {label for _, label in others}, files.path(name))
+    return _listed(files, pairs, {label for _, label in others}, where=files.path(name))
 
 
 def _rows(files: Files, name: str, reader: Callable[..., Iterable[Row]]) -> list[Row]:
@@ -470,7 +471,7 @@ def python_callable(place: Place, split: str) -> Source:
     module, _, function = place.callable.partition(":")
     if not module or not function:
         raise InputError(
-            f"cfg.callable={place.callable!r}: give module:function, which takes a split and gives "
+            f"`callable`={place.callable!r}: give module:function, which takes a split and gives "
             f"(path, label) pairs"
         )
     sys.path.insert(0, "")  # modules of the current folder, as `python -m` finds them
@@ -481,17 +482,17 @@ def python_callable(place: Place, split: str) -> Source:
         ]
     except Exception as error:  # the user's own code
         raise InputError(
-            f"cfg.callable={place.callable}: {type(error).__name__}: {first_line(error)}; it has "
+            f"`callable`={place.callable}: {type(error).__name__}: {first_line(error)}; it has "
             f"to give (path, label) "
             f"pairs"
         ) from error
     finally:
         sys.path.remove("")
-    return _listed(files, pairs, set(), f"cfg.callable={place.callable}")
+    return _listed(files, pairs, set(), where=f"`callable`={place.callable}")
 
 
 def _listed(
-    files: Files, pairs: list[tuple[str, str]], other_labels: set[str], where: str
+    files: Files, pairs: list[tuple[str, str]], other_labels: set[str], *, where: str
 ) -> Source:
     """Labels that are all numbers are kept; others are class names."""
     classes, numbers = label_numbers(where, {label for _, label in pairs} | other_labels)

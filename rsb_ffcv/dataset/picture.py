@@ -68,7 +68,7 @@ class Frame(NamedTuple):
     orientation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoding:
     """How images are stored. mode: "jpg", "raw", "smart" (JPEG where raw pixels exceed
     smart_threshold bytes) or "proportion" (JPEG with compress_probability, drawn from the image's
@@ -108,9 +108,11 @@ class Encoding:
                 if not len(
                     entries
                 ):  # of a kind without entry points, or damaged: decoding it tells
-                    _decode(data, name, height, width, height, width)
-                return stored(data, entries, beton.JPG, height, width, "kept", name)
-            pixels = _decode(data, name, frame.height, frame.width, height, width)
+                    _decode(data, name, size=(height, width), to=(height, width))
+                return stored(
+                    data, entries, mode=beton.JPG, height=height, width=width, how="kept", name=name
+                )
+            pixels = _decode(data, name, size=(frame.height, frame.width), to=(height, width))
             if not upright:
                 pixels = np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[frame.orientation]))
         else:
@@ -120,11 +122,13 @@ class Encoding:
             rows, columns = pixels.shape[:2]
             height, width = self._sides(rows, columns, name)
             if (rows, columns) != (height, width):
-                pixels = native.resized(pixels, rows, columns, height, width)
+                pixels = native.resized(pixels, (rows, columns), (height, width))
         height, width = pixels.shape[:2]
         if self._mode(index, height, width) == beton.RAW:
             data = np.ascontiguousarray(pixels).reshape(-1)
-            return stored(data, data[:0], beton.RAW, height, width, "raw", name)
+            return stored(
+                data, data[:0], mode=beton.RAW, height=height, width=width, how="raw", name=name
+            )
         done, data = cv2.imencode(
             ".jpg",
             cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR),
@@ -143,11 +147,11 @@ class Encoding:
         return stored(
             data,
             native.entry_points(data, height, width),
-            beton.JPG,
-            height,
-            width,
-            "encoded",
-            name,
+            mode=beton.JPG,
+            height=height,
+            width=width,
+            how="encoded",
+            name=name,
         )
 
     def _sides(self, height: int, width: int, name: str) -> tuple[int, int]:
@@ -156,7 +160,7 @@ class Encoding:
         if height * width > self.max_pixels:
             raise BadPicture(
                 f"{name}: {width} x {height} pixels are more than "
-                f"cfg.max_pixels={self.max_pixels}; shrink or "
+                f"`max_pixels`={self.max_pixels}; shrink or "
                 f"remove it, or raise the limit"
             )
         ratio = self.max_resolution / max(height, width)
@@ -166,7 +170,7 @@ class Encoding:
             raise BadPicture(
                 f"{name}: {width} x {height} pixels are more than a .beton holds ({MAX_SIDE} a "
                 f"side); give "
-                f"cfg.max_resolution, or shrink or remove it"
+                f"`max_resolution`, or shrink or remove it"
             )
         return height, width
 
@@ -185,15 +189,22 @@ class Encoding:
 
 
 def stored(
-    data: np.ndarray, entries: np.ndarray, mode: int, height: int, width: int, how: str, name: str
+    data: np.ndarray,
+    entries: np.ndarray,
+    *,
+    mode: int,
+    height: int,
+    width: int,
+    how: str,
+    name: str,
 ) -> Stored:
     """Without its entry points where both do not fit a page. Raises BadPicture where the image
     itself does not."""
     if len(data) > beton.PAGE_BYTES:
         raise BadPicture(
             f"{name}: {len(data)} bytes do not fit a page of {beton.PAGE_BYTES}; lower "
-            f"cfg.max_resolution or use "
-            f"cfg.write_mode=jpg"
+            f"`max_resolution` or use "
+            f"`mode`=jpg"
         )
     if len(data) + len(entries) > beton.PAGE_BYTES:
         entries = entries[:0]
@@ -201,9 +212,11 @@ def stored(
     return Stored(both, len(data), native.checksum(both), mode, height, width, how)
 
 
-def _decode(data: np.ndarray, name: str, *sides: int) -> np.ndarray:
+def _decode(
+    data: np.ndarray, name: str, *, size: tuple[int, int], to: tuple[int, int]
+) -> np.ndarray:
     try:
-        return native.resized(data, *sides)
+        return native.resized(data, size, to)
     except MemoryError as error:
         raise out_of_memory(name) from error
     except ValueError as error:
@@ -215,7 +228,7 @@ def _decode(data: np.ndarray, name: str, *sides: int) -> np.ndarray:
 
 def out_of_memory(name: str) -> InputError:
     return InputError(
-        f"{name}: there is not enough memory for it; lower cfg.num_workers or cfg.max_pixels, and "
+        f"{name}: there is not enough memory for it; lower `num_workers` or `max_pixels`, and "
         f"give the same command "
         f"again: it goes on from there"
     )
@@ -300,7 +313,7 @@ def load_rgb(data: bytes, name: str, max_pixels: int = Encoding.max_pixels) -> n
             if opened.width * opened.height > max_pixels:
                 raise BadPicture(
                     f"{name}: {opened.width} x {opened.height} pixels are more than "
-                    f"cfg.max_pixels={max_pixels}; "
+                    f"`max_pixels`={max_pixels}; "
                     f"shrink or remove it, or raise the limit"
                 )
             return np.asarray(to_rgb(opened))

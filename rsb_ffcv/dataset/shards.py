@@ -50,7 +50,7 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
         ]
         if not found:
             raise InputError(
-                f"cfg.data_dir={place.data_dir}: holds no {suffix} file with "
+                f"`data_dir`={place.data_dir}: holds no {suffix} file with "
                 f"{words.replace('|', ' or ')} in its name; "
                 f"give a pattern, such as {place.data_dir}/{{split}}-{{000..147}}{suffix}"
             )
@@ -60,7 +60,7 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
         patterns = bracex.expand(name, limit=100000)
     except bracex.ExpansionLimitException as error:
         raise InputError(
-            f"cfg.data_dir={place.data_dir}: names more than 100000 shards; correct the pattern"
+            f"`data_dir`={place.data_dir}: names more than 100000 shards; correct the pattern"
         ) from error
     for wanted in patterns:
         if any(mark in wanted for mark in "*?["):
@@ -70,7 +70,7 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
             matches = [wanted] if files.is_file(wanted) else []
         if not matches:
             raise InputError(
-                f"{files.path(wanted)} is missing; correct cfg.data_dir={place.data_dir}"
+                f"{files.path(wanted)} is missing; correct `data_dir`={place.data_dir}"
             )
         found += matches
     return files, found
@@ -92,7 +92,9 @@ def webdataset(place: Place, split: str) -> Source:
                 folder, base = posixpath.split(name)
                 stem, _, extension = base.partition(".")
                 if posixpath.join(folder, stem) != key:
-                    _add_sample(index, labels, without, file, shard, key, parts)
+                    _add_sample(
+                        index, labels, without=without, file=file, shard=shard, key=key, parts=parts
+                    )
                     key, parts = posixpath.join(folder, stem), {}
                 extension = extension.lower()
                 if extension in parts:
@@ -100,7 +102,9 @@ def webdataset(place: Place, split: str) -> Source:
                         f"{files.path(shard)}: holds {name} twice; write the shard again"
                     )
                 parts[extension] = start, length
-            _add_sample(index, labels, without, file, shard, key, parts)
+            _add_sample(
+                index, labels, without=without, file=file, shard=shard, key=key, parts=parts
+            )
     if without:
         print(
             f"{place.data_dir}: {len(without)} members left out, without an image of their key or "
@@ -122,6 +126,7 @@ def webdataset(place: Place, split: str) -> Source:
 def _add_sample(
     index: Index,
     labels: list[str | None],
+    *,
     without: list[str],
     file: IO[bytes],
     shard: str,
@@ -136,7 +141,8 @@ def _add_sample(
     if image is None:
         without += [f"{key}.{extension}" for extension in parts]
         return
-    index.add_member(f"{posixpath.splitext(shard)[0]}/{key}.{image}", 0, *parts[image])
+    start, length = parts[image]
+    index.add_member(f"{posixpath.splitext(shard)[0]}/{key}.{image}", 0, start=start, length=length)
     labels.append(_sample_label(file, parts))
 
 
@@ -229,18 +235,22 @@ def parquet(place: Place, split: str) -> Source:
                 f"again"
             ) from error
     if not names:
-        raise InputError(
-            f"cfg.data_dir={place.data_dir}: its parquet files hold no row; give others"
-        )
+        raise InputError(f"`data_dir`={place.data_dir}: its parquet files hold no row; give others")
     assert image is not None  # the first file decided it
     return _labelled(
-        place, classes, names, labels, _RowGroups(files, groups, image).read, files.path(shards[0])
+        place,
+        classes,
+        names=names,
+        labels=labels,
+        read=_RowGroups(files, groups, image).read,
+        origin=files.path(shards[0]),
     )
 
 
 def _labelled(
     place: Place,
     classes: list[str],
+    *,
     names: list[str],
     labels: list[Any],
     read: Callable[[int], bytes],
@@ -254,10 +264,12 @@ def _labelled(
             if not isinstance(label, int) or not 0 <= label < len(classes)
         }
         return Source(
-            classes,
-            names,
-            np.array([0 if row in faults else label for row, label in enumerate(labels)], np.int64),
-            read,
+            classes=classes,
+            names=names,
+            labels=np.array(
+                [0 if row in faults else label for row, label in enumerate(labels)], np.int64
+            ),
+            read=read,
             faults=faults,
             origin=origin,
         )
@@ -270,13 +282,13 @@ def _labelled(
         place.data_dir, {str(label) for row, label in enumerate(labels) if row not in faults}
     )
     return Source(
-        classes,
-        names,
-        np.array(
+        classes=classes,
+        names=names,
+        labels=np.array(
             [0 if row in faults else numbers[str(label)] for row, label in enumerate(labels)],
             np.int64,
         ),
-        read,
+        read=read,
         faults=faults,
         origin=origin,
     )
@@ -299,7 +311,11 @@ def _columns(place: Place, schema: Any, path: str) -> tuple[str, str]:
 
     image, label = (
         _column(
-            path, option, given, [(field.name, fits(field.type)) for field in schema], preferred
+            path,
+            option,
+            given=given,
+            columns=[(field.name, fits(field.type)) for field in schema],
+            preferred=preferred,
         )
         for option, given, fits, preferred in (
             ("image_column", place.image_column, is_image, "image"),
@@ -310,7 +326,7 @@ def _columns(place: Place, schema: Any, path: str) -> tuple[str, str]:
 
 
 def _column(
-    path: str, option: str, given: str, columns: list[tuple[str, bool]], preferred: str
+    path: str, option: str, *, given: str, columns: list[tuple[str, bool]], preferred: str
 ) -> str:
     fitting = [name for name, fits in columns if fits]
     choice = given or (
@@ -318,7 +334,7 @@ def _column(
     )
     if choice not in fitting:
         raise InputError(
-            f"{path}: cfg.{option}={given!r} is none of its columns that could be "
+            f"{path}: `{option}`={given!r} is none of its columns that could be "
             f"({', '.join(fitting) or 'none'}; all: "
             f"{', '.join(name for name, _ in columns)}); name one"
         )
@@ -396,9 +412,9 @@ def hugging_face(place: Place, split: str) -> Source:
         theirs = next((name for name in known if name in SPLIT_NAMES[split]), None)
         if theirs is None:
             raise InputError(
-                f"cfg.data_dir={place.data_dir}: has the splits {', '.join(known)}, none of "
+                f"`data_dir`={place.data_dir}: has the splits {', '.join(known)}, none of "
                 f"{names.replace('|', ', ')}; "
-                f"give another, or cfg.split"
+                f"give another, or `split`"
             )
         table = datasets.load_dataset(place.data_dir, split=theirs)
     except InputError:
@@ -407,12 +423,14 @@ def hugging_face(place: Place, split: str) -> Source:
         Exception
     ) as error:  # the library has no kind of its own for what it cannot find, reach or read
         raise InputError(
-            f"cfg.data_dir={place.data_dir}: the datasets library cannot load it "
+            f"`data_dir`={place.data_dir}: the datasets library cannot load it "
             f"({type(error).__name__}: "
             f"{first_line(error)}); correct the name, log in, or connect to the network"
         ) from error
     columns = [(name, isinstance(kind, datasets.Image)) for name, kind in table.features.items()]
-    image = _column(place.data_dir, "image_column", place.image_column, columns, "image")
+    image = _column(
+        place.data_dir, "image_column", given=place.image_column, columns=columns, preferred="image"
+    )
     columns = [
         (
             name,
@@ -421,7 +439,9 @@ def hugging_face(place: Place, split: str) -> Source:
         )
         for name, kind in table.features.items()
     ]
-    label = _column(place.data_dir, "label_column", place.label_column, columns, "label")
+    label = _column(
+        place.data_dir, "label_column", given=place.label_column, columns=columns, preferred="label"
+    )
     classes = list(getattr(table.features[label], "names", None) or [])
     labels = list(table[label])
     table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -447,7 +467,9 @@ def hugging_face(place: Place, split: str) -> Source:
         files, name = open_root(path)
         return files.read(name)
 
-    return _labelled(place, classes, [f"{row:08d}" for row in range(len(labels))], labels, read)
+    return _labelled(
+        place, classes, names=[f"{row:08d}" for row in range(len(labels))], labels=labels, read=read
+    )
 
 
 def torchvision(place: Place, split: str) -> Source:
@@ -470,12 +492,12 @@ def torchvision(place: Place, split: str) -> Source:
         data = kind(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error) as error:
         raise InputError(
-            f"cfg.dataset: {dataset} is neither in {root} nor could it be downloaded "
+            f"`dataset`: {dataset} is neither in {root} nor could it be downloaded "
             f"({first_line(error)}); connect to the network or put the archive there"
         ) from error
     return Source(
-        list(data.classes),
-        [f"{number:05d}.png" for number in range(len(data.data))],
-        data.targets,
-        data.data.__getitem__,
+        classes=list(data.classes),
+        names=[f"{number:05d}.png" for number in range(len(data.data))],
+        labels=data.targets,
+        read=data.data.__getitem__,
     )

@@ -8,7 +8,6 @@ torchvision, timm and every published checkpoint use; sources that carry numbers
 import re
 import zlib
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -17,7 +16,7 @@ import numpy as np
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import MAX_CLASSES
-from rsb_ffcv.dataset.files import Files, open_root, read_text
+from rsb_ffcv.dataset.files import Files
 from rsb_ffcv.dataset.picture import BadPicture
 from rsb_ffcv.ops.native import checksum
 
@@ -37,7 +36,7 @@ IMAGE_SUFFIXES = {
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid")}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Source:
     """Labelled pictures. classes: names in the order of the labels; names: a picture's path within
     the source; labels: int64, 0 .. len(classes) - 1. read(index): a picture file's bytes, or uint8
@@ -125,15 +124,15 @@ class Index:
 
     def add_file(self, name: str, label: int, shown: str) -> None:
         self.paths.append(name)
-        self._add(shown, label, 0, -1)
+        self._add(shown, label, start=0, length=-1)
 
-    def add_member(self, shown: str, label: int, start: int, length: int) -> None:
+    def add_member(self, shown: str, label: int, *, start: int, length: int) -> None:
         """A part of the file that was last put into `paths`."""
         if length < 0:
             self.faults[len(self.names)] = "a link or device in its archive, not a file"
-        self._add(shown, label, start, max(length, 0))
+        self._add(shown, label, start=start, length=max(length, 0))
 
-    def _add(self, shown: str, label: int, start: int, length: int) -> None:
+    def _add(self, shown: str, label: int, *, start: int, length: int) -> None:
         self.names.append(shown)
         self.labels.append(label)
         self._ranges.extend((len(self.paths) - 1, start, length))
@@ -160,19 +159,19 @@ class Index:
                 f"{self.files.path('')} holds no image; give a folder with labelled images"
             )
         return Source(
-            classes,
-            self.names,
-            np.frombuffer(self.labels, np.int64),
-            self.read,
-            list(titles),
-            self.faults,
-            f"{self.files.path(self.paths[0])}:{self._ranges[1]}",
-            self.place,
-            self.stamp,
+            classes=classes,
+            names=self.names,
+            labels=np.frombuffer(self.labels, np.int64),
+            read=self.read,
+            titles=list(titles),
+            faults=self.faults,
+            origin=f"{self.files.path(self.paths[0])}:{self._ranges[1]}",
+            place=self.place,
+            stamp=self.stamp,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a dataset is and how to read it: the options of the command line that bear on it.
     class_names: a text file of them, one a line. callable: module:function."""
@@ -184,89 +183,6 @@ class Place:
     callable: str = ""
     image_column: str = ""
     label_column: str = ""
-
-
-def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
-    """The splits ("train", "val") of a dataset, with one list of classes. Raises InputError naming
-    what is missing and how to mend it."""
-    from rsb_ffcv.dataset import layouts, shards
-
-    readers = {
-        "imagenet": layouts.image_folder,
-        "demo": layouts.demo,
-        "tiny_imagenet": layouts.tiny_imagenet,
-        "imagenet_archives": layouts.archives,
-        "kaggle": layouts.kaggle,
-        "csv": layouts.csv_list,
-        "callable": layouts.python_callable,
-        "webdataset": shards.webdataset,
-        "parquet": shards.parquet,
-        "datasets": shards.hugging_face,
-    }
-    reader = readers.get(place.dataset, shards.torchvision)
-    try:
-        sources = {split: reader(place, split) for split in splits}
-    except BadPicture as error:  # a list or archive, not a picture
-        raise InputError(str(error)) from error
-    if place.class_names:
-        sources = {split: _renamed(source, place.class_names) for split, source in sources.items()}
-    for source in sources.values():
-        twice = [name for name, count in Counter(source.classes).items() if count > 1]
-        if twice:
-            raise InputError(
-                f"cfg.data_dir={place.data_dir}: two classes are called '{twice[0]}'; give other "
-                f"names with cfg.class_names"
-            )
-    longest = max((source.classes for source in sources.values()), key=len)
-    for source in sources.values():
-        if source.classes != longest[: len(source.classes)]:
-            differing = sorted(set(longest) ^ set(source.classes)) or ["in another order"]
-            raise InputError(
-                f"cfg.data_dir={place.data_dir}: train and val do not have the same classes "
-                f"({', '.join(differing[:5])} in one only); correct one, or write them apart with "
-                f"cfg.split"
-            )
-        source.classes = longest
-        source.titles = (
-            source.titles if len(source.titles) == len(longest) else _known_titles(longest)
-        )
-    if (
-        len(sources) == 2
-        and len({source.origin for source in sources.values()}) == 1
-        and source.origin
-    ):
-        raise InputError(
-            f"cfg.data_dir={place.data_dir}: train and val would hold the same images; give "
-            f"cfg.split, or {{split}} in a "
-            f"pattern"
-        )
-    return sources
-
-
-def _renamed(source: Source, listing: str) -> Source:
-    files, name = open_root(listing)
-    names = [line.strip() for line in read_text(files, name).splitlines() if line.strip()]
-    if len(names) < len(source.classes) or len(set(names)) < len(names):
-        raise InputError(
-            f"cfg.class_names={listing}: {len(names)} lines ({len(set(names))} different) for "
-            f"{len(source.classes)} "
-            f"classes; give a name a line, in the order of the labels"
-        )
-    return replace(source, classes=names, titles=[])
-
-
-def _known_titles(classes: list[str]) -> list[str]:
-    """What timm's table of synsets calls wnids; nothing where one is not in it."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return []
-    from importlib.util import find_spec
-
-    spec = find_spec("timm")  # found without importing it, which takes seconds
-    assert spec is not None and spec.origin is not None  # this package depends on it
-    timm = PurePosixPath(spec.origin).parent
-    with open(timm / "data/_info/imagenet_synset_to_lemma.txt", encoding="utf-8") as table:
-        titles = dict(line.rstrip("\n").split("\t", 1) for line in table if "\t" in line)
-    return [titles[name] for name in classes] if all(name in titles for name in classes) else []
 
 
 def is_image(path: str) -> bool:

@@ -48,7 +48,7 @@ def make_demo_images(
             continue
         unfinished = root / f".{split}.part"
         shutil.rmtree(unfinished, ignore_errors=True)
-        draw = partial(_draw_class, unfinished, count, seed, split_number)
+        draw = partial(_draw_class, unfinished, count=count, seed=seed, split_number=split_number)
         try:
             with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 for _ in tqdm(
@@ -63,7 +63,7 @@ def make_demo_images(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _draw_class(folder: Path, count: int, seed: int, split_number: int, name: str) -> None:
+def _draw_class(folder: Path, name: str, *, count: int, seed: int, split_number: int) -> None:
     (folder / name).mkdir(parents=True)
     for number in range(count):
         rng = np.random.default_rng([seed, split_number, CLASSES.index(name), number])
@@ -81,7 +81,9 @@ def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
     side = min(width, height)
     radius = side * rng.uniform(0.28, 0.45)
     centre = [rng.uniform(0.9 * radius, length - 0.9 * radius) for length in (width, height)]
-    mask = _shape_mask(name, width, height, centre, radius, rng.uniform(-0.5, 0.5))
+    mask = _shape_mask(
+        name, width, height, centre=centre, radius=radius, angle=rng.uniform(-0.5, 0.5)
+    )
     canvas.paste(_contrasting(rng, canvas, mask), mask=mask)
 
     if rng.random() < 0.5:
@@ -100,6 +102,7 @@ def _texture(
     rng: np.random.Generator,
     width: int,
     height: int,
+    *,
     contrast: float,
     base: np.ndarray | None = None,
 ) -> Image.Image:
@@ -153,7 +156,9 @@ def _polar(radii: list[float]) -> list[tuple[float, float]]:
     ]
 
 
-def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
+def _rectangle(
+    *, left: float, top: float, right: float, bottom: float
+) -> list[tuple[float, float]]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
@@ -164,20 +169,32 @@ _OUTLINES = {
         [[(0, -1), (0.7, -0.1), (0.28, -0.1), (0.28, 1), (-0.28, 1), (-0.28, -0.1), (-0.7, -0.1)]],
         [],
     ),
-    "bars": ([_rectangle(-0.85, y - 0.17, 0.85, y + 0.17) for y in (-0.62, 0, 0.62)], []),
+    "bars": (
+        [
+            _rectangle(left=-0.85, top=y - 0.17, right=0.85, bottom=y + 0.17)
+            for y in (-0.62, 0, 0.62)
+        ],
+        [],
+    ),
     "crescent": ([_CIRCLE], [[(0.8 * x + 0.5, 0.8 * y) for x, y in _CIRCLE]]),
-    "cross": ([_rectangle(-1, -0.27, 1, 0.27), _rectangle(-0.27, -1, 0.27, 1)], []),
+    "cross": (
+        [
+            _rectangle(left=-1, top=-0.27, right=1, bottom=0.27),
+            _rectangle(left=-0.27, top=-1, right=0.27, bottom=1),
+        ],
+        [],
+    ),
     "disc": ([_CIRCLE], []),
     "flower": ([_polar([0.68 + 0.32 * math.cos(2 * math.pi * i / 20) for i in range(120)])], []),
     "ring": ([_CIRCLE], [[(0.55 * x, 0.55 * y) for x, y in _CIRCLE]]),
-    "square": ([_rectangle(-0.75, -0.75, 0.75, 0.75)], []),
+    "square": ([_rectangle(left=-0.75, top=-0.75, right=0.75, bottom=0.75)], []),
     "star": ([_polar([1.0, 0.4] * 5)], []),
     "triangle": ([_polar([1.0] * 3)], []),
 }
 
 
 def _shape_mask(
-    name: str, width: int, height: int, centre: list[float], radius: float, angle: float
+    name: str, width: int, height: int, *, centre: list[float], radius: float, angle: float
 ) -> Image.Image:
     """Antialiased coverage of the rotated shape, mode L."""
     over = 3

@@ -25,6 +25,7 @@ PATIENCE = 300.0  # seconds without a result, after which a thread counts as stu
 def ordered(
     function: Callable[[Item], Result],
     items: Iterable[Item],
+    *,
     threads: int,
     ahead: int = 100,
     name: Callable[[Item], str] = str,

@@ -95,6 +95,7 @@ class OnError:
 def write_beton(
     path: str | Path,
     source: Pictures,
+    *,
     store: Callable[[int], Stored],
     settings: dict,
     num_workers: int,
@@ -115,16 +116,16 @@ def write_beton(
     """
     path = Path(path)
     about = About(
-        {"rsb_ffcv": __version__, "pillow": version("pillow"), "opencv": cv2.__version__},
-        settings,
-        {**(described or {}), "images": len(source), "fingerprint": source.fingerprint()},
-        source.classes,
-        source.titles,
-        {},
+        tool={"rsb_ffcv": __version__, "pillow": version("pillow"), "opencv": cv2.__version__},
+        settings=settings,
+        source={**(described or {}), "images": len(source), "fingerprint": source.fingerprint()},
+        classes=source.classes,
+        titles=source.titles,
+        counts={},
     )
     try:
         if path.exists():
-            return _finished(path, about, source, store)
+            return _finished(path, about, source, store=store)
         with _journal(path, about) as journal:
             unfinished = part_path(path)
             with (
@@ -133,13 +134,21 @@ def write_beton(
                     "r+b",
                     buffering=0,
                 ) as file,
-                closing(_Part(path, file, journal, source)) as part,
+                closing(_Part(path, file, journal=journal, source=source)) as part,
             ):
                 try:
-                    _write(part, source, store, num_workers, chunk_size, on_error, path.name)
+                    _write(
+                        part,
+                        source,
+                        store=store,
+                        num_workers=num_workers,
+                        chunk_size=chunk_size,
+                        on_error=on_error,
+                        title=path.name,
+                    )
                 finally:
                     part.sync()
-            _finish(part, source, about, unfinished)
+            _finish(part, source, about, unfinished=unfinished)
             read_back(beton.read_beton(unfinished), num_workers, path.name)
             os.rename(unfinished, path)
             flush_folder(path.parent)
@@ -148,7 +157,7 @@ def write_beton(
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free space, see to permissions or "
             f"choose another "
-            f"cfg.write_path, and give the same command again: it goes on from there"
+            f"`write_path`, and give the same command again: it goes on from there"
         ) from error
     return beton.read_beton(path)
 
@@ -158,10 +167,12 @@ def evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
-def _finished(path: Path, about: About, source: Pictures, store: Callable[[int], Stored]) -> Beton:
+def _finished(
+    path: Path, about: About, source: Pictures, *, store: Callable[[int], Stored]
+) -> Beton:
     """The file that stands there, where it is the one that would be written."""
     there = beton.read_beton(path)
-    mend = "remove it or choose another cfg.write_path"
+    mend = "remove it or choose another `write_path`"
     if there.about is None:
         raise InputError(f"{path}: exists, and this program did not write it; {mend}")
     for what, old, new in (
@@ -219,7 +230,7 @@ def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
         except BlockingIOError as error:
             raise InputError(
                 f"{path}: another process is writing it; wait for it, or choose another "
-                f"cfg.write_path"
+                f"`write_path`"
             ) from error
         file.seek(0)
         known, line_end, _ = file.read(1 << 20).partition(b"\n")
@@ -269,7 +280,9 @@ class _Part:
     """The unfinished file. records: of the pictures so far, `count` of them; pages: where the next
     image goes."""
 
-    def __init__(self, path: Path, file: io.FileIO, journal: io.FileIO, source: Pictures) -> None:
+    def __init__(
+        self, path: Path, file: io.FileIO, *, journal: io.FileIO, source: Pictures
+    ) -> None:
         self.file, self.journal = file, journal
         self.records = np.zeros(len(source), RECORD)
         front = beton.front_bytes(len(source))
@@ -390,6 +403,7 @@ def _check(record: np.ndarray) -> int:
 def _write(
     part: _Part,
     source: Pictures,
+    *,
     store: Callable[[int], Stored],
     num_workers: int,
     chunk_size: int,
@@ -412,7 +426,7 @@ def _write(
             _report(on_error.report, source, left_out)
             raise InputError(
                 f"{len(left_out)} of {len(source)} pictures cannot be used, more than "
-                f"cfg.max_skipped="
+                f"`max_skipped`="
                 f"{on_error.most:g} allows (the last: {error}); see {on_error.report}, and mend "
                 f"them or raise the limit"
             )
@@ -440,7 +454,11 @@ def _write(
         tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar,
         closing(
             ordered(
-                try_to_store, range(part.count, len(source)), num_workers, chunk_size, source.place
+                try_to_store,
+                range(part.count, len(source)),
+                threads=num_workers,
+                ahead=chunk_size,
+                name=source.place,
             )
         ) as results,
     ):
@@ -461,10 +479,10 @@ def _report(path: Path, source: Pictures, left_out: list[tuple[int, str]]) -> No
         [source.names[index], source.classes[source.labels[index]], reason]
         for index, reason in left_out
     ]
-    write_table(path, ["path", "class", "reason"], rows, "choose another cfg.report")
+    write_table(path, ["path", "class", "reason"], rows, mend="choose another `report`")
 
 
-def _finish(part: _Part, source: Pictures, about: About, unfinished: Path) -> None:
+def _finish(part: _Part, source: Pictures, about: About, *, unfinished: Path) -> None:
     """Everything around the images."""
     known = part.records[part.records["how"] != _LEFT_OUT]
     if not len(known):
@@ -489,15 +507,17 @@ def _finish(part: _Part, source: Pictures, about: About, unfinished: Path) -> No
     beton.put_around(
         unfinished,
         part.pages.end,
-        metadata,
-        table,
-        extras,
-        [source.names[index] for index in known["index"].tolist()],
-        replace(about, counts={how: counts[how] for how in HOW}),
+        metadata=metadata,
+        table=table,
+        extras=extras,
+        names=[source.names[index] for index in known["index"].tolist()],
+        about=replace(about, counts={how: counts[how] for how in HOW}),
     )
 
 
-def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | None = None) -> None:
+def read_back(
+    file: Beton, num_workers: int, title: str, *, samples: np.ndarray | None = None
+) -> None:
     """Holds a file's images (default: all) against their checksums. Raises InputError naming one
     that is not as it was written."""
     samples = np.arange(len(file)) if samples is None else samples
@@ -518,7 +538,10 @@ def read_back(file: Beton, num_workers: int, title: str, samples: np.ndarray | N
         with (
             closing(
                 ordered(
-                    check, parts, num_workers, name=lambda chosen: f"{title}: sample {chosen[0]}"
+                    check,
+                    parts,
+                    threads=num_workers,
+                    name=lambda chosen: f"{title}: sample {chosen[0]}",
                 )
             ) as results,
             tqdm(

@@ -61,6 +61,7 @@ class Ema(_Average):
         self,
         model: nn.Module,
         decay: float,
+        *,
         warmup: bool = False,
         power: float = 2 / 3,
         buffers: str = "lerp",

@@ -39,6 +39,7 @@ class Lamb(Optimizer):
         self,
         params: ParamsT,
         lr: float = 1e-3,
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
@@ -119,9 +120,9 @@ class Lamb(Optimizer):
         if found_inf is not None:
             kept = 1 - found_inf.to(grads[0].device)
             scale = None if scale is None else scale.to(grads[0].device)
-        self._prepare(grads, kept, scale, self.defaults["max_grad_norm"])
+        self._prepare(grads, kept, scale, limit=self.defaults["max_grad_norm"])
         for group, params, some in work:
-            self._step_group(group, params, some, kept)
+            self._step_group(group, params, some, kept=kept)
         return loss
 
     def _step_group(
@@ -129,6 +130,7 @@ class Lamb(Optimizer):
         group: dict[str, Any],
         params: list[torch.Tensor],
         grads: list[torch.Tensor],
+        *,
         kept: torch.Tensor | None,
     ) -> None:
         if kept is not None and not isinstance(group.get("step", 0.0), torch.Tensor):
@@ -155,20 +157,20 @@ class Lamb(Optimizer):
             self._update(
                 params[some],
                 grads[some],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                lr,
-                one,
-                two,
-                kept,
-                beta1,
-                beta2,
-                1 - beta1 if group["grad_averaging"] else 1.0,
-                group["eps"],
-                group["weight_decay"],
-                group["trust_clip"],
-                group["always_adapt"],
-                group["decoupled_decay"],
+                exp_avgs=[state["exp_avg"] for state in states],
+                exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+                lr=lr,
+                one=one,
+                two=two,
+                kept=kept,
+                beta1=beta1,
+                beta2=beta2,
+                beta3=1 - beta1 if group["grad_averaging"] else 1.0,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                trust_clip=group["trust_clip"],
+                always_adapt=group["always_adapt"],
+                decoupled_decay=group["decoupled_decay"],
             )
 
 
@@ -190,6 +192,7 @@ def _prepare(
     grads: list[torch.Tensor],
     kept: torch.Tensor | None,
     scale: torch.Tensor | None,
+    *,
     limit: float | None,
 ) -> None:
     """Gradients for the update, in place: zero where they overflowed, without the scaler's factor,
@@ -207,6 +210,7 @@ def _prepare(
 def _update(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
+    *,
     exp_avgs: list[torch.Tensor],
     exp_avg_sqs: list[torch.Tensor],
     lr: float | torch.Tensor,

@@ -14,6 +14,7 @@ def soft_targets(
     labels: torch.Tensor,
     num_classes: int,
     lam: float | torch.Tensor | None = None,
+    *,
     smoothing: float = 0.0,
 ) -> torch.Tensor:
     """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 -
@@ -25,7 +26,7 @@ def soft_targets(
     return own if lam is None else own * lam + own.flip(0) * (1 - lam)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """Scalar loss of logits (n, K), labels int64 (n,) and the mix's lam (None: not mixed).
 
@@ -50,7 +51,7 @@ class Loss:
         logits = logits.float()
         mixed = lam is not None
         smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing
-        targets = soft_targets(labels, logits.shape[1], lam, smoothing)
+        targets = soft_targets(labels, logits.shape[1], lam, smoothing=smoothing)
         if self.name(mixed) == "ce":
             return F.cross_entropy(logits, targets)
         if self.threshold:

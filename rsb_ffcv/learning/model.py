@@ -15,7 +15,7 @@ def check_arch(arch: str) -> None:
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch[:4]}*")[:5]
         raise InputError(
-            f"model.arch={arch} is not a model of timm {timm.__version__}"
+            f"`arch`={arch} is not a model of timm {timm.__version__}"
             + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them")
         )
 
@@ -45,20 +45,20 @@ def build_model(
         model = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
         raise InputError(
-            f"model.arch={arch} does not take {', '.join(options)}; remove that option"
+            f"`arch`={arch} does not take {', '.join(options)}; remove that option"
         ) from error
     except (OSError, RuntimeError) as error:
         what = "the weights could not be had" if pretrained else "cannot be built"
         raise InputError(
-            f"model.arch={arch}, model.pretrained={int(pretrained)}: {what} ({first_line(error)}); "
+            f"`arch`={arch}, `pretrained`={int(pretrained)}: {what} ({first_line(error)}); "
             f"connect to the network, or choose another model"
         ) from error
     expected: Any = cast(dict[str, Any], model.pretrained_cfg).get("mean", mean)  # as all of timm's
     if pretrained and mean is not None and tuple(expected) != tuple(mean):
         raise InputError(
-            f"model.arch={arch}: its published weights expect images normalized with mean "
+            f"`arch`={arch}: its published weights expect images normalized with mean "
             f"{expected}, and "
-            f"images here are with {mean}; choose another model or use model.pretrained=0"
+            f"images here are with {mean}; choose another model or use `pretrained`=0"
         )
     if blurpool:
         add_blurpool(model)
@@ -66,15 +66,14 @@ def build_model(
 
 
 @torch.no_grad()
-def check_input_size(model: nn.Module, arch: str, option: str, side: int) -> None:
-    """Raises InputError naming `option` where `model` cannot take images of `side` pixels a
-    side."""
+def check_input_size(model: nn.Module, arch: str, side: int) -> None:
+    """Raises InputError where `model` cannot take images of `side` pixels a side."""
     was_training = model.training
     try:
         model.eval()(torch.zeros(1, 3, side, side))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{option}={side}: {arch} cannot take such images ({first_line(error)}); choose "
+            f"`side`={side}: {arch} cannot take such images ({first_line(error)}); choose "
             f"another "
             f"resolution or model"
         ) from error

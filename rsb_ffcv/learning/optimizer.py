@@ -23,23 +23,24 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def check_optimizer(name: str) -> None:
+def check_optimizer(optimizer: str) -> None:
     """Raises InputError for a name that `build_optimizer` does not take."""
     # adahessian differentiates twice, which the training step does not prepare for
     known = sorted(
         {"sgd", "adamw", "lamb", *map(str, timm.optim.list_optimizers())} - {"adahessian"}
     )
-    if name not in known:
+    if optimizer not in known:
         raise InputError(
-            f"training.optimizer={name} is not an optimizer of timm, or one that this program does "
+            f"`optimizer`={optimizer} is not an optimizer of timm, or one that this program does "
             f"not take; "
-            f"near it: {', '.join(difflib.get_close_matches(name, known, 5, 0.3))}"
+            f"near it: {', '.join(difflib.get_close_matches(optimizer, known, 5, 0.3))}"
         )
 
 
 def build_optimizer(
-    name: str,
+    optimizer: str,
     model: nn.Module,
+    *,
     lr: float,
     weight_decay: float,
     momentum: float,
@@ -50,7 +51,7 @@ def build_optimizer(
     to the device; for those the host waits in each step."""
     groups = decay_groups(model, weight_decay)
     fused = next(model.parameters()).is_cuda
-    if name == "sgd":
+    if optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
         # torch's fused step allocates them and, where the first step overflows, leaves them as they
         # came
@@ -58,16 +59,16 @@ def build_optimizer(
             for p in model.parameters():
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
-    if name == "adamw":
+    if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
-    if name == "lamb":
+    if optimizer == "lamb":
         return Lamb(groups, lr=lr, compiled=compiled)
-    check_optimizer(name)
+    check_optimizer(optimizer)
     try:
         return timm.optim.create_optimizer_v2(
-            groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
+            groups, opt=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum
         )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"training.optimizer={name}: cannot be built here ({first_line(error)}); choose another"
+            f"`optimizer`={optimizer}: cannot be built here ({first_line(error)}); choose another"
         ) from error

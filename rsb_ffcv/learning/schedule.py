@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """lr(step) for step 0 .. total_steps - 1; beyond the end it stays at the last value.
 

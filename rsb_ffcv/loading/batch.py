@@ -57,6 +57,7 @@ def draw_mix(
     seed: int,
     epoch: int,
     slot: int,
+    *,
     height: int,
     width: int,
     mixup_alpha: float,
@@ -76,10 +77,12 @@ def draw_mix(
     lam, _ = d.beta(seed, epoch, slot, d.MIX, 8, float(cutmix_alpha if cutmix else mixup_alpha))
     if not cutmix:
         return Mix(lam)
-    return cutmix_box(lam, height, width, int(uniform(2) * height), int(uniform(3) * width))
+    return cutmix_box(
+        lam, height, width, centre_y=int(uniform(2) * height), centre_x=int(uniform(3) * width)
+    )
 
 
-def cutmix_box(lam: float, height: int, width: int, centre_y: int, centre_x: int) -> Mix:
+def cutmix_box(lam: float, height: int, width: int, *, centre_y: int, centre_x: int) -> Mix:
     """A box of sides int(height x sqrt(1 - lam)), int(width x ...) around a centre, clipped to the
     image; lam again from the clipped area. Odd sides stay odd, as in timm 1.0.31; before, timm cut
     them short by one pixel."""
@@ -179,7 +182,7 @@ def _to(numbers: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     )
 
 
-def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -> torch.Tensor:
+def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, *, noise_seed: int) -> torch.Tensor:
     """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0),
     "rand" (one normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with
     `noise_seed`."""
@@ -193,7 +196,7 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, noise_seed: int) -
     return images.copy_(torch.where(inside, noise, images))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchTransform:
     """Everything between the loader's uint8 images and the model, with a recipe's settings."""
 
@@ -215,7 +218,7 @@ class BatchTransform:
         return bool(self.mixup_alpha or self.cutmix_alpha)
 
     def __call__(
-        self, images: torch.Tensor, epoch: int, slots: np.ndarray, mixing: bool = True
+        self, images: torch.Tensor, epoch: int, slots: np.ndarray, *, mixing: bool = True
     ) -> tuple[torch.Tensor, float | torch.Tensor | None]:
         """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W),
         lam). lam: None where nothing mixes (`mixing` off, or no alpha set), else the share image i
@@ -234,7 +237,12 @@ class BatchTransform:
                 *self.erase_area,
                 *self.erase_aspect,
             )
-            erase(images, boxes, self.erase_mode, d.torch_seed(self.seed, epoch, first, d.NOISE))
+            erase(
+                images,
+                boxes,
+                self.erase_mode,
+                noise_seed=d.torch_seed(self.seed, epoch, first, d.NOISE),
+            )
         if not (mixing and self.mixes):
             return images, None
         count = {"batch": 1, "pair": len(slots) // 2, "elem": len(slots)}[self.mode]
@@ -243,12 +251,12 @@ class BatchTransform:
                 self.seed,
                 epoch,
                 int(slot),
-                height,
-                width,
-                self.mixup_alpha,
-                self.cutmix_alpha,
-                self.mix_prob,
-                self.switch_prob,
+                height=height,
+                width=width,
+                mixup_alpha=self.mixup_alpha,
+                cutmix_alpha=self.cutmix_alpha,
+                prob=self.mix_prob,
+                switch_prob=self.switch_prob,
             )
             for slot in slots[:count]
         ]

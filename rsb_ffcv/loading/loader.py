@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, option_names
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
 from rsb_ffcv.loading.pool import Pool, Work
@@ -46,7 +46,14 @@ class Batch(NamedTuple):
 
 
 Batches = Generator[Batch, None, None]
-Begun = tuple[Work, Address, np.ndarray]  # and the dataset indices of its images
+
+
+class _Begun(NamedTuple):
+    """A batch in the making. indices: of its images in the file."""
+
+    work: Work
+    address: Address
+    indices: np.ndarray
 
 
 class _Loader:
@@ -54,14 +61,14 @@ class _Loader:
     in place."""
 
     def __init__(
-        self, path: str | Path, batch_size: int, num_workers: int, device: str | torch.device
+        self, path: str | Path, batch_size: int, *, num_workers: int, device: str | torch.device
     ) -> None:
         if num_workers < 1:
             raise InputError(
-                f"data.num_workers={num_workers}: at least one thread has to load; give 1 or more"
+                f"`num_workers`={num_workers}: at least one thread has to load; give 1 or more"
             )
         if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: give 1 or more")
+            raise InputError(f"`batch_size`={batch_size}: give 1 or more")
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -82,8 +89,8 @@ class _Loader:
         available = psutil.virtual_memory().available
         if self.beton.num_bytes > 0.9 * available:
             raise InputError(
-                f"data.in_memory=1: {self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
-                f"{available / 1e9:.1f} GB of memory are free; use data.in_memory=0"
+                f"{self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
+                f"{available / 1e9:.1f} GB of memory are free"
             )
         block, at = bytearray(1 << 24), 0
         while not stop() and (read := os.preadv(self._file.fileno(), [block], at)):
@@ -94,8 +101,9 @@ class _Loader:
         ops: Sequence[DrawnOperation],
         address: Address,
         indices: np.ndarray,
+        *,
         urgent: bool = False,
-    ) -> Begun:
+    ) -> _Begun:
         """Draws a batch's random numbers and begins with it."""
         self._pool.check()
         b = self.beton
@@ -119,22 +127,25 @@ class _Loader:
             if op.passes
         ]
         images = self._pool.memory((len(indices), *decoder.shape), self.device.type == "cuda")
-        work = Work(images, self._file.fileno(), decoder.generate_code(), samples, operations)
+        work = Work(
+            images,
+            self._file.fileno(),
+            decoder=decoder.generate_code(),
+            samples=samples,
+            operations=operations,
+        )
         self._pool.submit(work, urgent)
-        return work, address, indices
+        return _Begun(work, address, indices)
 
     def _finish(
-        self,
-        ops: Sequence[DrawnOperation],
-        order: np.ndarray | None,
-        work: Work,
-        address: Address,
-        indices: np.ndarray,
+        self, ops: Sequence[DrawnOperation], begun: _Begun, order: np.ndarray | None
     ) -> Batch:
-        """Waits for a batch and brings it to the device."""
+        """Waits for a batch and brings it to the device. order: the epoch's, None in evaluation."""
+        work, address, indices = begun
         self._pool.wait(work, lambda row: f"sample {indices[row]}")
         for row in np.flatnonzero(work.status):
-            indices = self._replace(ops, order, work, address, indices, int(row))
+            indices = indices.copy()  # they may be part of the caller's
+            indices[row] = self._replacement(ops, begun, int(row), order=order)
         labels = torch.from_numpy(self.beton.labels[indices])
         if self._copying is None:
             return Batch(work.images.to(self.device), labels.to(self.device), address.slots)
@@ -151,16 +162,16 @@ class _Loader:
             part.record_stream(current)
         return Batch(images, labels, address.slots)
 
-    def _replace(
+    def _replacement(
         self,
         ops: Sequence[DrawnOperation],
-        order: np.ndarray | None,
-        work: Work,
-        address: Address,
-        indices: np.ndarray,
+        begun: _Begun,
         row: int,
-    ) -> np.ndarray:
-        raise InputError(self._complaint(indices[row], work.status[row]))
+        *,
+        order: np.ndarray | None,
+    ) -> int:
+        """The index of the image that takes the place of one that cannot be read."""
+        raise InputError(self._complaint(begun.indices[row], begun.work.status[row]))
 
     def _complaint(self, index: int, status: int) -> str:
         if status not in DAMAGE:
@@ -171,7 +182,7 @@ class _Loader:
         return (
             f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
             f"write_ffcv.py"
-            f"{', or train with data.on_bad_sample=skip' if isinstance(self, TrainLoader) else ''}"
+            f"{', or train with `on_bad_sample`=skip' if isinstance(self, TrainLoader) else ''}"
         )
 
     def _iterate(
@@ -183,18 +194,18 @@ class _Loader:
         """Yields the batches of `batches` (an iterable of (Address, indices)), some of them begun
         ahead."""
         ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
-        begun: deque[Begun] = deque()
+        begun: deque[_Begun] = deque()
         try:
             for address, indices in batches:
                 begun.append(self._submit(ops, address, indices))
                 if len(begun) > ahead:
-                    yield self._finish(ops, order, *begun[0])
+                    yield self._finish(ops, begun[0], order)
                     begun.popleft()
             while begun:
-                yield self._finish(ops, order, *begun[0])
+                yield self._finish(ops, begun[0], order)
                 begun.popleft()
         finally:
-            self._pool.cancel([work for work, *_ in begun])
+            self._pool.cancel([batch.work for batch in begun])
 
 
 class TrainLoader(_Loader):
@@ -254,35 +265,35 @@ class TrainLoader(_Loader):
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(path, batch_size, num_workers, device)
+        super().__init__(path, batch_size, num_workers=num_workers, device=device)
         global_batch = global_batch or batch_size * world_size
         if global_batch % batch_size:
             raise InputError(
-                f"training.global_batch={global_batch} is not a multiple of "
-                f"training.batch_size={batch_size}; change one of them"
+                f"`global_batch`={global_batch} is not a multiple of "
+                f"`batch_size`={batch_size}; change one of them"
             )
         if global_batch < batch_size * world_size:
             raise InputError(
-                f"training.global_batch={global_batch}: {global_batch // batch_size} groups of "
-                f"training.batch_size={batch_size} are fewer than the {world_size} processes; "
-                f"start fewer, or lower training.batch_size"
+                f"`global_batch`={global_batch}: {global_batch // batch_size} groups of "
+                f"`batch_size`={batch_size} are fewer than the {world_size} processes; "
+                f"start fewer, or lower `batch_size`"
             )
         if global_batch > len(self.beton):
             raise InputError(
                 f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
-                f"training.batch_size (or training.global_batch) or write more images"
+                f"`batch_size` (or `global_batch`) or write more images"
             )
         for name, value, choices in (
             ("order", order, ("random", "sequential", "quasi_random")),
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
         ):
             if value not in choices:
-                raise InputError(f"data.{name}={value!r} is not one of {', '.join(choices)}")
+                raise InputError(f"`{name}`={value!r} is not one of {', '.join(choices)}")
         if repeats < 1 or window_bytes < 1 or not 0 <= rank < world_size or resolution < 1:
             raise InputError(
-                f"repeats={repeats}, window_bytes={window_bytes} and resolution={resolution} must "
-                f"be 1 or more, "
-                f"and rank={rank} one of {world_size}"
+                f"`repeats`={repeats}, `window_bytes`={window_bytes} and "
+                f"`resolution`={resolution} must be 1 or more, and `rank`={rank} one of "
+                f"{world_size}"
             )
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
@@ -300,9 +311,10 @@ class TrainLoader(_Loader):
             "flip_prob": flip_prob,
             "interpolation": interpolation,
         }
-        self._ops: list[DrawnOperation] = (
-            [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
-        )
+        with option_names({"policy": "`rand_augment`"}):
+            self._ops: list[DrawnOperation] = (
+                [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
+            )
         self._ops += [ColorJitter(*color_jitter), *ops]
         RandomResizedCrop(resolution, **self._crop)  # settings that it refuses are refused now
 
@@ -322,7 +334,12 @@ class TrainLoader(_Loader):
             )
         self.skipped = []
         order = epoch_order(
-            self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes
+            self.order,
+            self.seed,
+            epoch,
+            pointers=self.beton.pointers,
+            sizes=self.beton.sizes,
+            window_bytes=self.window_bytes,
         )
         return self._iterate(
             self._operations(), self._batches(order, epoch, start_step), order.indices
@@ -332,13 +349,17 @@ class TrainLoader(_Loader):
         """What an epoch makes of some samples, for people to look at: a batch as `epoch` gives it
         (slots: of their first copies, where there are several)."""
         order = epoch_order(
-            self.order, self.seed, epoch, self.beton.pointers, self.beton.sizes, self.window_bytes
+            self.order,
+            self.seed,
+            epoch,
+            pointers=self.beton.pointers,
+            sizes=self.beton.sizes,
+            window_bytes=self.window_bytes,
         )
         slots = np.argsort(order.indices)[samples] * self.repeats
         ops = self._operations()
-        return self._finish(
-            ops, order.indices, *self._submit(ops, Address(self.seed, epoch, slots), samples)
-        )
+        begun = self._submit(ops, Address(self.seed, epoch, slots), samples)
+        return self._finish(ops, begun, order.indices)
 
     def _operations(self) -> list[DrawnOperation]:
         return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
@@ -349,7 +370,9 @@ class TrainLoader(_Loader):
         advised = 0
         steps = range(start_step, self.steps_per_epoch)
         for step, place in itertools.product(steps, self._places):
-            slots = group_slots(step, place, self.batch_size, self.groups, self.repeats)
+            slots = group_slots(
+                step, place, batch_size=self.batch_size, groups=self.groups, repeats=self.repeats
+            )
             places = slots // self.repeats
             current = int(np.searchsorted(order.starts, places[0], "right")) - 1
             while (
@@ -370,28 +393,28 @@ class TrainLoader(_Loader):
             for offset, length in extents:
                 os.posix_fadvise(self._file.fileno(), int(offset), int(length), advice)
 
-    def _replace(
+    def _replacement(
         self,
         ops: Sequence[DrawnOperation],
-        order: np.ndarray | None,
-        work: Work,
-        address: Address,
-        indices: np.ndarray,
+        begun: _Begun,
         row: int,
-    ) -> np.ndarray:
+        *,
+        order: np.ndarray | None,
+    ) -> int:
         if self.on_bad_sample == "raise":
-            return super()._replace(ops, order, work, address, indices, row)
+            return super()._replacement(ops, begun, row, order=order)
+        work, address, indices = begun
         self.skipped.append((int(indices[row]), reason(work.status[row])))
         assert order is not None  # an epoch has one
         slot = address.slots[row : row + 1]
         others = min(MOST_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
-            single, *_ = self._submit(ops, address._replace(slots=slot), index, urgent=True)
+            single = self._submit(ops, address._replace(slots=slot), index, urgent=True).work
             self._pool.wait(single)
             if not single.status[0]:
                 work.images[row] = single.images[0]
-                return np.concatenate([indices[:row], index, indices[row + 1 :]])
+                return int(index[0])
         raise InputError(
             f"{self._complaint(indices[row], work.status[row])}; so are the {others} after it"
         )
@@ -420,12 +443,11 @@ class EvalLoader(_Loader):
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(path, batch_size, num_workers, device)
+        super().__init__(path, batch_size, num_workers=num_workers, device=device)
         if not 0 < crop_ratio <= 1 or resolution < 1 or not 0 <= rank < world_size:
             raise InputError(
-                f"validation.crop_ratio={crop_ratio} must be above 0 and at most 1, "
-                f"resolution={resolution} 1 or more, "
-                f"and rank={rank} one of {world_size}"
+                f"`crop_ratio`={crop_ratio} must be above 0 and at most 1, "
+                f"`resolution`={resolution} 1 or more, and `rank`={rank} one of {world_size}"
             )
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)

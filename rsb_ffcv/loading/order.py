@@ -30,7 +30,7 @@ class Order:
 
 
 def epoch_order(
-    kind: str, seed: int, epoch: int, pointers: np.ndarray, sizes: np.ndarray, window_bytes: int
+    kind: str, seed: int, epoch: int, *, pointers: np.ndarray, sizes: np.ndarray, window_bytes: int
 ) -> Order:
     """The order of an epoch over samples that lie at `pointers` with `sizes` bytes.
 
@@ -67,7 +67,7 @@ def epoch_order(
 
 
 def group_slots(
-    step: int, place: int, batch_size: int, groups: int, repeats: int = 1
+    step: int, place: int, *, batch_size: int, groups: int, repeats: int = 1
 ) -> np.ndarray:
     """The `batch_size` slots, int64, of the group number `place` of a step of `groups` groups.
 

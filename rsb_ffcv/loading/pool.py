@@ -24,6 +24,7 @@ class Work:
         self,
         images: torch.Tensor,
         file: int,
+        *,
         decoder: int,
         samples: np.ndarray,
         operations: Sequence[tuple[int, np.ndarray, int]],
@@ -74,11 +75,11 @@ class _State:
 class Pool:
     """A fixed number of threads that decode and augment, without the interpreter."""
 
-    def __init__(self, threads: int) -> None:
-        handle = library.rsb_pool_new(threads)
+    def __init__(self, num_workers: int) -> None:
+        handle = library.rsb_pool_new(num_workers)
         if not handle:
             raise InputError(
-                f"data.num_workers={threads}: the system refuses as many threads; lower it"
+                f"`num_workers`={num_workers}: the system refuses as many threads; lower it"
             )
         self._state = _State(handle)
         self._free: dict[

@@ -158,7 +158,7 @@ WIDE = {
 WIDE_BINS = 31
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """What an image may get: `layers` times, with probability `prob`, one of `ops` (pairs of op and
     law).
@@ -177,22 +177,22 @@ class Policy:
     weights: tuple[float, ...] = ()
 
 
-def parse_policy(text: str) -> Policy:
+def parse_policy(policy: str) -> Policy:
     """Reads timm's `rand-m7-n2-mstd0.5-inc1-p0.5-mmax10-tweights` (any order after `rand`, all
     parts optional) and `3a`, or torchvision's `ta_wide`. Raises InputError for anything else."""
-    if text == "3a":
+    if policy == "3a":
         return Policy(
-            tuple(TIMM[name] for name in ("Solarize", "Desaturate", "GaussianBlurRand")),
+            ops=tuple(TIMM[name] for name in ("Solarize", "Desaturate", "GaussianBlurRand")),
             layers=1,
             prob=1.0,
             bins=np.array([[5.0], [10.0], [10.0]]),
         )
-    if text == "ta_wide":
+    if policy == "ta_wide":
         return Policy(
-            tuple(row[:2] for row in WIDE.values()),
+            ops=tuple(row[:2] for row in WIDE.values()),
             layers=1,
             prob=1.0,
-            bins=np.stack([_wide_bins(*row) for row in WIDE.values()]),
+            bins=np.stack([_wide_bins(row) for row in WIDE.values()]),
         )
     names: dict[str, tuple[str, Callable[[str], Any]]] = {
         "m": ("magnitude", int),
@@ -202,10 +202,10 @@ def parse_policy(text: str) -> Policy:
         "mmax": ("magnitude_max", int),
         "inc": ("inc", lambda digits: bool(int(digits))),
     }
-    head, *parts = text.split("-")
+    head, *parts = policy.split("-")
     if head != "rand":
         raise InputError(
-            f"augment.rand_augment={text!r}: write timm's spec, such as rand-m7-mstd0.5-inc1, or "
+            f"`policy`={policy!r}: write timm's spec, such as rand-m7-mstd0.5-inc1, or "
             f"3a or ta_wide"
         )
     found: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def parse_policy(text: str) -> Policy:
             found[key] = read(match[2])
         else:
             raise InputError(
-                f"augment.rand_augment={text!r}: part '{part}' is not one of m7 n2 p0.5 mstd0.5 "
+                f"`policy`={policy!r}: part '{part}' is not one of m7 n2 p0.5 mstd0.5 "
                 f"mmax10 inc1 "
                 f"t{' t'.join(SETS)}"
             )
@@ -228,18 +228,17 @@ def parse_policy(text: str) -> Policy:
     chosen = chosen or dict.fromkeys(INCREASING_OPS if found.pop("inc", False) else OPS)
     found.pop("inc", None)
     weights = tuple(weight for weight in chosen.values() if weight is not None)
-    policy = Policy(tuple(TIMM[name] for name in chosen), weights=weights, **found)
+    made = Policy(ops=tuple(TIMM[name] for name in chosen), weights=weights, **found)
     most = len(weights) or 16
-    if not 1 <= policy.layers <= most or not 0 <= policy.prob <= 1:
-        raise InputError(
-            f"augment.rand_augment={text!r}: n must be 1 .. {most} and p between 0 and 1"
-        )
-    return policy
+    if not 1 <= made.layers <= most or not 0 <= made.prob <= 1:
+        raise InputError(f"`policy`={policy!r}: n must be 1 .. {most} and p between 0 and 1")
+    return made
 
 
-def _wide_bins(op: int, law: int, first: float, last: float) -> np.ndarray:
+def _wide_bins(row: tuple[int, int, float, float]) -> np.ndarray:
     """The magnitudes of an op's bins, as torch.linspace gives them in float32; whole ones for
-    posterize."""
+    posterize. row: of WIDE."""
+    op, law, first, last = row
     if op == n.POSTERIZE:
         return 8 - np.round(np.arange(WIDE_BINS) / ((WIDE_BINS - 1) / 6))
     step = float((np.float32(last) - np.float32(first)) / np.float32(WIDE_BINS - 1))

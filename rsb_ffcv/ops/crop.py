@@ -30,6 +30,7 @@ def filter_number(interpolation: str) -> int:
 def rows_first(
     heights: np.ndarray | int,
     widths: np.ndarray | int,
+    *,
     out_heights: np.ndarray | int,
     out_widths: np.ndarray | int,
 ) -> np.ndarray:
@@ -138,6 +139,7 @@ class RandomResizedCrop(_CropDecoder):
         self,
         resolution: int,
         scale: tuple[float, float] = (0.08, 1.0),
+        *,
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_prob: float = 0.5,
         interpolation: str = "random",
@@ -156,7 +158,9 @@ class RandomResizedCrop(_CropDecoder):
         crops["box"], crops["filter"], crops["flip"] = _random_boxes(
             address.seed, address.epoch, address.slots, heights, widths, *self.numbers
         )
-        crops["rows_first"] = rows_first(heights, widths, self.resolution, self.resolution)
+        crops["rows_first"] = rows_first(
+            heights, widths, out_heights=self.resolution, out_widths=self.resolution
+        )
         if self.filter >= 0:
             crops["filter"] = self.filter
         return crops
@@ -183,5 +187,8 @@ class CenterCrop(_CropDecoder):
         )  # half to even, as Python's round in torchvision's center_crop
         crops = np.zeros(len(sides), CROP)
         crops["box"] = np.concatenate([first * sides / scaled, self.resolution * sides / scaled], 1)
-        crops["filter"], crops["rows_first"] = self.filter, rows_first(heights, widths, *scaled.T)
+        crops["filter"], crops["rows_first"] = (
+            self.filter,
+            rows_first(heights, widths, out_heights=scaled[:, 0], out_widths=scaled[:, 1]),
+        )
         return crops

@@ -191,12 +191,14 @@ def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
     return room[:used].copy()
 
 
-def load(file: int, sample: np.ndarray | np.void, height: int, width: int) -> np.ndarray:
-    """The image of one SAMPLE record of an open file, (height, width, 3) uint8. Raises ValueError
-    with the reason where it cannot be read. What the loader's threads do for each row of a batch.
+def load(file: int, sample: np.ndarray | np.void, size: tuple[int, int]) -> np.ndarray:
+    """The image of one SAMPLE record of an open file, (*size, 3) uint8. Raises ValueError with the
+    reason where it cannot be read. What the loader's threads do for each row of a batch.
+
+    size: height and width.
     """
-    image, sample = np.empty((height, width, 3), np.uint8), np.array(sample, SAMPLE)
-    _run(library.rsb_load, file, sample.ctypes.data, image.ctypes.data, height, width)
+    image, sample = np.empty((*size, 3), np.uint8), np.array(sample, SAMPLE)
+    _run(library.rsb_load, file, sample.ctypes.data, image.ctypes.data, *size)
     return image
 
 
@@ -206,10 +208,11 @@ def check_jpeg(data: np.ndarray) -> None:
     _run(library.rsb_jpeg_check, data.ctypes.data, data.nbytes)
 
 
-def resized(data: np.ndarray, height: int, width: int, to_height: int, to_width: int) -> np.ndarray:
-    """(to_height, to_width, 3) uint8 of a whole image of height x width pixels, by Pillow's
-    antialiased bicubic filter. data: its JPEG (uint8 bytes), or its pixels (height, width, 3).
+def resized(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
+    """A whole image of `size` (height, width), enlarged or reduced to (*to, 3) uint8 by Pillow's
+    antialiased bicubic filter. data: its JPEG (uint8 bytes), or its pixels (*size, 3).
     Raises ValueError with the reason where it cannot be decoded."""
+    height, width = size
     sample = np.zeros(1, SAMPLE)
     sample["size"], sample["height"], sample["width"], sample["raw"] = (
         data.nbytes,
@@ -218,14 +221,13 @@ def resized(data: np.ndarray, height: int, width: int, to_height: int, to_width:
         data.ndim == 3,
     )
     sample["box"], sample["filter"] = (0, 0, height, width), BICUBIC
-    image, data = np.empty((to_height, to_width, 3), np.uint8), np.ascontiguousarray(data)
+    image, data = np.empty((*to, 3), np.uint8), np.ascontiguousarray(data)
     _run(
         library.rsb_decode,
         data.ctypes.data,
         sample.ctypes.data,
         image.ctypes.data,
-        to_height,
-        to_width,
+        *to,
     )
     return image
 

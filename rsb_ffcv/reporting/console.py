@@ -36,7 +36,7 @@ class Console:
         )
 
     def closing_table(
-        self, rows: list[dict], best: dict, weights: list[tuple[str, str]], folder: Path
+        self, rows: list[dict], best: dict, weights: list[tuple[str, str]], *, folder: Path
     ) -> None:
         """rows: of the log. best: top-1 in per cent and epoch. weights: name of each kind of
         weights, and prefix of its results in the rows."""

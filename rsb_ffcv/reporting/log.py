@@ -8,7 +8,7 @@ from pathlib import Path
 from rsb_ffcv.atomic import atomic_file
 
 METRICS = "metrics.jsonl"
-MEND = "free space or choose another logging.folder"
+MEND = "free space or choose another `folder`"
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> None:

@@ -6,7 +6,7 @@ import socket
 from contextlib import suppress
 from types import FrameType
 
-from rsb_ffcv import InputError, exit_status
+from rsb_ffcv import InputError, exit_status, option_names
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
@@ -26,11 +26,13 @@ def run(config: TrainConfig) -> None:
     # Before the imports, and whatever else takes its time
     interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)
     try:
+        from rsb_ffcv.training.build import TRAIN_OPTIONS
         from rsb_ffcv.training.compute import first_to_say, wait_for_others, within_memory
         from rsb_ffcv.training.trainer import Trainer
 
         try:
             with (
+                option_names(TRAIN_OPTIONS),
                 within_memory(
                     f"model.arch={config.model.arch}",
                     "choose a smaller model, or see what else uses the memory",

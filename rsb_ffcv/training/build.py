@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, option_names
 from rsb_ffcv.beton import Beton
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
@@ -22,7 +22,30 @@ from rsb_ffcv.training import checkpoint, plan
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.health import Health
 
+# Parameters of the layers below -> the options that their values come from
+TRAIN_OPTIONS = {
+    "num_workers": "data.num_workers",
+    "order": "data.order",
+    "on_bad_sample": "data.on_bad_sample",
+    "batch_size": "training.batch_size",
+    "global_batch": "training.global_batch",
+    "resolution": "resolution.min_res",
+    "repeats": "augment.repeats",
+    "rand_augment": "augment.rand_augment",
+    "arch": "model.arch",
+    "pretrained": "model.pretrained",
+    "optimizer": "training.optimizer",
+    "folder": "logging.folder",
+}
+VAL_OPTIONS = {
+    "num_workers": "data.num_workers",
+    "batch_size": "validation.batch_size",
+    "resolution": "validation.resolution",
+    "crop_ratio": "validation.crop_ratio",
+}
 
+
+@option_names(TRAIN_OPTIONS)
 def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoader:
     a = c.augment
     return TrainLoader(
@@ -46,6 +69,7 @@ def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoa
     )
 
 
+@option_names(VAL_OPTIONS)
 def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader:
     return EvalLoader(
         c.data.val_dataset,
@@ -62,14 +86,14 @@ def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader
 
 def batch_transform(c: TrainConfig) -> BatchTransform:
     return BatchTransform(
-        c.training.seed,
-        c.mix.mixup,
-        c.mix.cutmix,
-        c.mix.prob,
-        c.mix.switch_prob,
-        c.augment.erase_prob,
-        c.augment.erase_mode,
-        (c.augment.erase_min, c.augment.erase_max),
+        seed=c.training.seed,
+        mixup_alpha=c.mix.mixup,
+        cutmix_alpha=c.mix.cutmix,
+        mix_prob=c.mix.prob,
+        switch_prob=c.mix.switch_prob,
+        erase_prob=c.augment.erase_prob,
+        erase_mode=c.augment.erase_mode,
+        erase_area=(c.augment.erase_min, c.augment.erase_max),
         mode=c.mix.mode,
     )
 
@@ -118,7 +142,7 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     return train.num_classes
 
 
-def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torch.nn.Module:
+def model(c: TrainConfig, num_classes: int, compute: Compute, *, new: bool) -> torch.nn.Module:
     """new: with the weights that a run begins from; otherwise a checkpoint's come later."""
     torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
     made = build_model(
@@ -141,7 +165,8 @@ def model(c: TrainConfig, num_classes: int, compute: Compute, new: bool) -> torc
     ):
         sizes.setdefault(side, option)
     for side, option in sizes.items():
-        check_input_size(made, c.model.arch, option, side)
+        with option_names({"side": option}):
+            check_input_size(made, c.model.arch, side)
     return made.to(  # type: ignore[call-overload]  # torch's stub lacks memory_format
         compute.device, memory_format=compute.memory_format
     )
@@ -154,9 +179,9 @@ def averages(
         Ema(
             model,
             decay_of_step(c.ema.decay, c.ema.per_images, global_batch),
-            c.ema.warmup,
-            c.ema.warmup_power,
-            c.ema.buffers,
+            warmup=c.ema.warmup,
+            power=c.ema.warmup_power,
+            buffers=c.ema.buffers,
         )
         if c.ema.decay
         else None
@@ -168,32 +193,32 @@ def optimizer(c: TrainConfig, model: torch.nn.Module, where: Compute) -> torch.o
     return build_optimizer(
         c.training.optimizer,
         model,
-        c.lr.lr,
-        c.training.weight_decay,
-        c.training.momentum,
+        lr=c.lr.lr,
+        weight_decay=c.training.weight_decay,
+        momentum=c.training.momentum,
         compiled=where.compile and where.device.type == "cuda",
     )
 
 
 def loss(c: TrainConfig) -> Loss:
     return Loss(
-        c.training.loss,
-        c.training.label_smoothing,
-        c.training.bce_threshold,
-        c.training.bce_sum,
+        kind=c.training.loss,
+        smoothing=c.training.label_smoothing,
+        threshold=c.training.bce_threshold,
+        sum_classes=c.training.bce_sum,
     )
 
 
 def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
     return Health(
-        say,
-        c.health.non_finite,
-        c.health.loss_rise,
-        c.health.rise,
-        c.health.chance,
-        c.health.chance_epoch,
-        c.health.average,
-        c.health.gap,
+        say=say,
+        non_finite=c.health.non_finite,
+        loss_rise=c.health.loss_rise,
+        rise=c.health.rise,
+        chance=c.health.chance,
+        chance_epoch=c.health.chance_epoch,
+        average=c.health.average,
+        gap=c.health.gap,
     )
 
 

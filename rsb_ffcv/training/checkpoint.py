@@ -21,8 +21,8 @@ import torch
 
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
-from rsb_ffcv.reporting.log import MEND
 
+MEND = "free space or choose another logging.folder"
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 KEYS = {
     "recipe",

@@ -40,7 +40,7 @@ Answer = TypeVar("Answer")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compute:
     """Where and how this process computes. rank and world_size are those of the whole job."""
 
@@ -106,6 +106,7 @@ class Compute:
 def set_up(
     device: str,
     precision: str,
+    *,
     compile: str,
     channels_last: bool,
     threads: int,
@@ -195,14 +196,14 @@ def set_up(
     places = gather([here])
     check_devices(places)
     return Compute(
-        chosen,
-        precision,
-        {"0": False, "1": True}.get(compile, kind == "cuda"),
-        channels_last,
-        rank,
-        world_size,
-        local_world_size,
-        tuple(host for host, _ in places),
+        device=chosen,
+        precision=precision,
+        compile={"0": False, "1": True}.get(compile, kind == "cuda"),
+        channels_last=channels_last,
+        rank=rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        hosts=tuple(host for host, _ in places),
     )
 
 

@@ -63,6 +63,7 @@ def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
 def evaluate(
     model: torch.nn.Module,
     loader: EvalLoader,
+    *,
     compute: Compute,
     flip_tta: bool,
     label_sets: torch.Tensor | None = None,

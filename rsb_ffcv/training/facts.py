@@ -57,6 +57,7 @@ def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
 def shared(
     c: TrainConfig,
     where: Compute,
+    *,
     train_loader: TrainLoader,
     val_loader: EvalLoader,
     label_sets: torch.Tensor | None,

@@ -33,7 +33,7 @@ class Stop(Exception):
     """Asks for the end of the run."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Health:
     """Policies, each "off", "warn" or "act" (non_finite: "stop" too), and what they remember.
 
@@ -141,6 +141,7 @@ class Health:
         self,
         epoch: int,
         row: dict,
+        *,
         classes: int,
         initial_share: float = 0.0,
         ema_warmup: bool = False,

@@ -87,20 +87,20 @@ def resolution(c: TrainConfig, epoch: int) -> int:
 
 def _schedule(c: TrainConfig, steps_per_epoch: int) -> Schedule:
     made = Schedule(
-        c.lr.lr_schedule_type,
-        c.lr.lr,
-        c.training.epochs,
-        steps_per_epoch,
-        c.lr.warmup_epochs,
-        c.lr.warmup_lr,
-        c.lr.min_lr,
-        c.lr.lr_peak_epoch,
-        c.lr.step_ratio,
-        c.lr.step_length,
-        c.lr.power,
-        c.swa.epochs,
-        c.swa.lr,
-        c.swa.anneal_epochs,
+        kind=c.lr.lr_schedule_type,
+        peak=c.lr.lr,
+        epochs=c.training.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=c.lr.warmup_epochs,
+        warmup_lr=c.lr.warmup_lr,
+        min_lr=c.lr.min_lr,
+        peak_epoch=c.lr.lr_peak_epoch,
+        step_ratio=c.lr.step_ratio,
+        step_length=c.lr.step_length,
+        power=c.lr.power,
+        swa_epochs=c.swa.epochs,
+        swa_lr=c.swa.lr,
+        swa_anneal_epochs=c.swa.anneal_epochs,
     )
     if c.swa.epochs and c.swa.lr > made.before_swa:
         raise InputError(

@@ -36,11 +36,11 @@ class TrainStep:
         self,
         model: nn.Module,
         wrapped: nn.Module,
+        *,
         optimizer: torch.optim.Optimizer,
         loss: Loss,
         transform: BatchTransform,
         compute: Compute,
-        *,
         groups: int,
         mean_groups: float,
         seed: int,
@@ -70,6 +70,7 @@ class TrainStep:
         self,
         epoch: int,
         batches: Iterator[Batch],
+        *,
         lr: float,
         mixing: bool,
     ) -> tuple[torch.Tensor, float]:
@@ -82,7 +83,7 @@ class TrainStep:
             asked = time.perf_counter()
             images, labels, slots = next(batches)
             waited += time.perf_counter() - asked
-            images, lam = self.transform(images, epoch, slots, mixing)
+            images, lam = self.transform(images, epoch, slots, mixing=mixing)
             images = images.contiguous(memory_format=self.compute.memory_format)
             torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
             self.statistics.begin_group(number)

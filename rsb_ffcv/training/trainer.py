@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rsb_ffcv import InputError, warn
+from rsb_ffcv import InputError, option_names, warn
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.model import check_arch
@@ -55,10 +55,10 @@ class Trainer:
         self.compute = compute.set_up(
             c.compute.device,
             c.compute.precision,
-            c.compute.compile,
-            c.compute.channels_last,
-            c.compute.threads,
-            c.dist.timeout_s,
+            compile=c.compute.compile,
+            channels_last=c.compute.channels_last,
+            threads=c.compute.threads,
+            timeout_s=c.dist.timeout_s,
         )
         self.heartbeat = Heartbeat(c.dist.timeout_s, self.compute.hosts)
         self.console = Console(self.compute.is_main)
@@ -89,10 +89,10 @@ class Trainer:
         self.train_step = TrainStep(
             self.model,
             build.wrapped(self.model, self.compute),
-            optimizer,
-            build.loss(c),
-            build.batch_transform(c),
-            self.compute,
+            optimizer=optimizer,
+            loss=build.loss(c),
+            transform=build.batch_transform(c),
+            compute=self.compute,
             groups=own_groups,
             mean_groups=mean_groups,
             seed=c.training.seed,
@@ -120,7 +120,10 @@ class Trainer:
         if found is not None:
             self.checkpointer.resume(*found, self.plan.total_steps)
         for loader in (self.train_loader, self.val_loader) if c.data.in_memory else ():
-            loader.preload(lambda: self.interrupt.received is not None)
+            try:
+                loader.preload(lambda: self.interrupt.received is not None)
+            except InputError as error:
+                raise InputError(f"data.in_memory=1: {error}; use data.in_memory=0") from error
 
     def _build_loaders(self) -> None:
         """The loaders, and what their files decide."""
@@ -140,7 +143,13 @@ class Trainer:
         )
         self.recipe = facts.recipe(c, self.train_loader, self.num_classes)
         check_same(
-            facts.shared(c, self.compute, self.train_loader, self.val_loader, self.label_sets)
+            facts.shared(
+                c,
+                self.compute,
+                train_loader=self.train_loader,
+                val_loader=self.val_loader,
+                label_sets=self.label_sets,
+            )
         )
 
     def _say_what_is_left_out(self) -> None:
@@ -224,7 +233,9 @@ class Trainer:
                 state = checkpoint.on_host(module.state_dict())
                 checkpoint.write(state, self.folder / f"final_weights{suffix}.pt")
                 weights.append((name, prefix))
-        self.console.closing_table(self.progress.rows, self.progress.best, weights, self.folder)
+        self.console.closing_table(
+            self.progress.rows, self.progress.best, weights, folder=self.folder
+        )
 
     def evaluate_only(self) -> None:
         """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON
@@ -263,7 +274,10 @@ class Trainer:
                     for _ in range(loader.batches_per_step):
                         next(batches)
                 else:
-                    progress.add(*self.train_step(epoch.number, batches, lr, epoch.mixing))
+                    sums, waited = self.train_step(
+                        epoch.number, batches, lr=lr, mixing=epoch.mixing
+                    )
+                    progress.add(sums, waited)
                 progress.step += 1
                 progress.skipped = skipped_before + loader.skipped
                 last = step + 1 == epoch.steps
@@ -331,7 +345,11 @@ class Trainer:
             row |= self._evaluate(epoch.last)
             share = self.ema.initial_share() if self.ema else 0.0
             if health.check_accuracy(
-                epoch.number, row, self.num_classes, share, self.config.ema.warmup
+                epoch.number,
+                row,
+                classes=self.num_classes,
+                initial_share=share,
+                ema_warmup=self.config.ema.warmup,
             ):
                 assert self.ema is not None  # it was compared
                 self.ema.restart()
@@ -351,7 +369,8 @@ class Trainer:
         self.checkpointer.save_epoch(beaten)
         if self.compute.is_main:
             try:
-                log.write_metrics(self.folder, progress.rows)
+                with option_names(build.TRAIN_OPTIONS):
+                    log.write_metrics(self.folder, progress.rows)
             except InputError as error:  # each epoch writes the whole log, and a restart does
                 warn(f"{error}; the run goes on")
         self.console.say(json.dumps(row))
@@ -403,7 +422,12 @@ class Trainer:
                         self.checkpointer.after_step(False)
 
                 result = evaluate(
-                    model, loader, self.compute, c.lr_tta, self.label_sets, after_batch
+                    model,
+                    loader,
+                    compute=self.compute,
+                    flip_tta=c.lr_tta,
+                    label_sets=self.label_sets,
+                    after_batch=after_batch,
                 )
             row |= {prefix + name: number for name, number in result.items() if name != "images"}
             row["val_images"] = result["images"]

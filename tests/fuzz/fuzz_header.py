@@ -60,14 +60,25 @@ def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:
     )
     names = np.frombuffer(b"".join(b"image %d\0" % i for i in range(count)), np.uint8)
     about = np.frombuffer(
-        json.dumps(asdict(beton.About({}, {}, {}, list("abcd"), [], {}))).encode(), np.uint8
+        json.dumps(
+            asdict(
+                beton.About(
+                    tool={}, settings={}, source={}, classes=list("abcd"), titles=[], counts={}
+                )
+            )
+        ).encode(),
+        np.uint8,
     )
     header["alloc_table_ptr"] = end + (
         sum(map(len, (names, about))) + extras.nbytes + beton.TRAILER.itemsize if extras_too else 0
     )
     start = header.tobytes() + fields.tobytes() + metadata.tobytes()
     trailer = beton.make_trailer(
-        extras, len(names), native.checksum(names), about, beton.structure_checksum(start, table)
+        extras,
+        len(names),
+        names_checksum=native.checksum(names),
+        about=about,
+        structure=beton.structure_checksum(start, table),
     )
     tail = [part.tobytes() for part in (extras, names, about, trailer)] if extras_too else []
     return np.frombuffer(b"".join([start, *images, *tail, table.tobytes()]), np.uint8)
@@ -140,7 +151,7 @@ def main(count: int, seed: int, core: str):
                     sample["verify"] = 1
                     sample["checksum"], sample["entry_bytes"] = file.extras[i]
                 try:
-                    native.load(descriptor, sample, 16, 16)
+                    native.load(descriptor, sample, (16, 16))
                     loaded += 1
                 except ValueError as error:
                     reasons[str(error)] = reasons.get(str(error), 0) + 1

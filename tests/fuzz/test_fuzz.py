@@ -147,7 +147,7 @@ def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_pa
                             native.load(
                                 file.fileno(),
                                 sample,
-                                *(int(side) for side in rng.integers(1, 90, 2)),
+                                (int(rng.integers(1, 90)), int(rng.integers(1, 90))),
                             )
                         )
                 layers = np.zeros(14, native.LAYER)

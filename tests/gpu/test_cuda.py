@@ -110,17 +110,19 @@ def test_a_killed_run_ends_near_one_that_was_not(betons, tmp_path):
 @pytest.mark.parametrize("precision, clip", [("fp16", 0.0), ("fp16", 1.0), ("bf16", 0.0)])
 @pytest.mark.parametrize("optimizer", ["lamb", "sgd", "adamw"])
 def test_no_step_waits_for_the_device(precision, clip, optimizer):
-    where = compute.set_up("cuda", precision, "0", True, 0)
+    where = compute.set_up("cuda", precision, compile="0", channels_last=True, threads=0)
     model: Any = build_model("resnet18", 10)
     model = model.to(where.device, memory_format=where.memory_format)
-    built = build_optimizer(optimizer, model, 0.005, 0.02, 0.9)
+    built = build_optimizer(optimizer, model, lr=0.005, weight_decay=0.02, momentum=0.9)
     step = TrainStep(
         model,
         model.train(),
-        built,
-        Loss("bce"),
-        BatchTransform(0, 0.2, 1.0, erase_prob=0.5, erase_mode="pixel"),
-        where,
+        optimizer=built,
+        loss=Loss(kind="bce"),
+        transform=BatchTransform(
+            seed=0, mixup_alpha=0.2, cutmix_alpha=1.0, erase_prob=0.5, erase_mode="pixel"
+        ),
+        compute=where,
         groups=2,
         mean_groups=2,
         seed=0,
@@ -132,12 +134,12 @@ def test_no_step_waits_for_the_device(precision, clip, optimizer):
         torch.arange(16, device=where.device) % 10,
         np.arange(16),
     )
-    step(0, iter([group] * 2), 0.001, True)
+    step(0, iter([group] * 2), lr=0.001, mixing=True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            step(0, iter([group] * 2), 0.001, True)
+            step(0, iter([group] * 2), lr=0.001, mixing=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -32,7 +32,7 @@ def others(pictures, tmp_path_factory):
     (root / "kept").rename(other)
     for name in ("fewer", "exchanged"):
         write_splits(
-            Place("imagenet", str(root / name)),
+            Place(dataset="imagenet", data_dir=str(root / name)),
             str(root / f"{name}.beton"),
             split="train",
             num_workers=2,
@@ -223,7 +223,15 @@ def test_more_loader_threads_than_cores_is_a_warning_with_the_right_number(capsy
     import torch
 
     monkeypatch.setattr(compute, "available_cores", lambda: 64)
-    eight = compute.Compute(torch.device("cpu"), "fp32", False, True, 0, 16, 8)
+    eight = compute.Compute(
+        device=torch.device("cpu"),
+        precision="fp32",
+        compile=False,
+        channels_last=True,
+        rank=0,
+        world_size=16,
+        local_world_size=8,
+    )
     assert (
         eight.loader_threads(8) == eight.loader_threads("auto") == 8 and not capsys.readouterr().err
     )
@@ -233,7 +241,16 @@ def test_more_loader_threads_than_cores_is_a_warning_with_the_right_number(capsy
         "data.num_workers=8 (or auto)" in capsys.readouterr().err
     )
     assert (
-        compute.Compute(torch.device("cpu"), "fp32", False, True, 1, 16, 8).loader_threads(12) == 12
+        compute.Compute(
+            device=torch.device("cpu"),
+            precision="fp32",
+            compile=False,
+            channels_last=True,
+            rank=1,
+            world_size=16,
+            local_world_size=8,
+        ).loader_threads(12)
+        == 12
         and not capsys.readouterr().err
     )
     monkeypatch.setattr(compute, "available_cores", lambda: 4)

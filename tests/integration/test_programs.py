@@ -636,7 +636,9 @@ def test_a_best_state_that_could_not_be_written_is_not_called_best(
 
     monkeypatch.setattr(checkpoint, "write", full_once)
     monkeypatch.setattr(
-        trainer, "evaluate", lambda *given: {**plain_evaluate(*given), "top1": next(tops)}
+        trainer,
+        "evaluate",
+        lambda *given, **more: {**plain_evaluate(*given, **more), "top1": next(tops)},
     )
     status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     assert status == 0 and err.count("warning: no checkpoint was written") == 1, err
@@ -654,7 +656,7 @@ def test_another_data_set_of_the_same_size_is_refused(
     from rsb_ffcv.dataset import Encoding, Place, write_splits
 
     write_splits(
-        Place("imagenet", str(pictures)),
+        Place(dataset="imagenet", data_dir=str(pictures)),
         str(tmp_path),
         num_workers=2,
         encoding=Encoding(jpeg_quality=70, pass_through=False),

@@ -121,7 +121,7 @@ def test_every_op_of_timm(name, monkeypatch):
 @pytest.mark.parametrize("name", WIDE)
 def test_every_op_of_trivial_augment(name):
     magnitudes, signed = autoaugment.TrivialAugmentWide()._augmentation_space(31)[name]
-    bins = ours._wide_bins(*WIDE[name])
+    bins = ours._wide_bins(WIDE[name])
     if magnitudes.ndim:
         assert magnitudes.tolist() == bins.tolist()
     for image in images():
@@ -252,7 +252,7 @@ def test_specs_read_as_timms():
         "rand-tweights-n16",
         "augmix",
     ):
-        with pytest.raises(InputError, match="augment.rand_augment="):
+        with pytest.raises(InputError, match="`policy`="):
             parse_policy(wrong)
 
 

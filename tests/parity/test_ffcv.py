@@ -34,16 +34,20 @@ def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
     (tmp_path / "in" / "val" / "amber" / "0_bad.jpg").write_bytes(b"bad")
     for mode in ("jpg", "raw", "smart", "proportion"):
         write_splits(
-            Place("imagenet", str(tmp_path / "in")),
+            Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
             f"{tmp_path}/{mode}.beton",
-            "val",
+            split="val",
             num_workers=1,
             skip=True,
             max_skipped=0.1,
-            encoding=Encoding(mode, smart_threshold=12000),
+            encoding=Encoding(mode=mode, smart_threshold=12000),
         )
-    subset(str(tmp_path / "raw.beton"), str(tmp_path / "appended.beton"), 1, samples="0-13")
-    subset(str(tmp_path / "jpg.beton"), str(tmp_path / "rest.beton"), 1, samples="14-26")
+    subset(
+        str(tmp_path / "raw.beton"), str(tmp_path / "appended.beton"), num_workers=1, samples="0-13"
+    )
+    subset(
+        str(tmp_path / "jpg.beton"), str(tmp_path / "rest.beton"), num_workers=1, samples="14-26"
+    )
     concat(str(tmp_path / "appended.beton"), [str(tmp_path / "rest.beton")], 1)
     names = ["jpg", "raw", "smart", "proportion", "appended"]
     run_stock(f"""

@@ -53,7 +53,7 @@ def load(
     file = os.memfd_create("image")
     try:
         os.write(file, data)
-        return native.load(file, sample, *out)
+        return native.load(file, sample, out)
     finally:
         os.close(file)
 
@@ -139,7 +139,7 @@ def test_a_resized_box_is_pillows(raw, filter):
             (top, left, h, w),
             out,
             filter,
-            rows_first=rows_first(height, width, *out),
+            rows_first=rows_first(height, width, out_heights=out[0], out_widths=out[1]),
         )
         difference = np.abs(result.astype(int) - np.asarray(reference))
         assert (difference > 1).mean() < 0.005 and difference.max() <= 3, (

@@ -39,10 +39,12 @@ def test_losses(seed):
     lam = float(np.random.default_rng(seed).beta(0.2, 0.2))
     smoothing = (0.0, 0.1)[seed % 2]
     soft = timm_mixup.mixup_target(labels, 11, lam, smoothing)
-    torch.testing.assert_close(soft_targets(labels, 11, lam, smoothing), soft, rtol=0, atol=0)
+    torch.testing.assert_close(
+        soft_targets(labels, 11, lam, smoothing=smoothing), soft, rtol=0, atol=0
+    )
     for threshold, summed in ((0.0, False), (0.2, False), (0.0, True), (0.2, True)):
         reference = BinaryCrossEntropy(smoothing, threshold or None, sum_classes=summed)
-        ours = Loss("bce", smoothing, threshold, summed)
+        ours = Loss(kind="bce", smoothing=smoothing, threshold=threshold, sum_classes=summed)
         torch.testing.assert_close(
             ours(logits, labels, lam), reference(logits, soft), rtol=1e-6, atol=0
         )
@@ -50,16 +52,18 @@ def test_losses(seed):
             ours(logits, labels), reference(logits, labels), rtol=1e-6, atol=0
         )
     torch.testing.assert_close(
-        Loss("ce", smoothing)(logits, labels, lam), SoftTargetCrossEntropy()(logits, soft)
+        Loss(kind="ce", smoothing=smoothing)(logits, labels, lam),
+        SoftTargetCrossEntropy()(logits, soft),
     )
     torch.testing.assert_close(
-        Loss("ce", smoothing)(logits, labels), LabelSmoothingCrossEntropy(smoothing)(logits, labels)
+        Loss(kind="ce", smoothing=smoothing)(logits, labels),
+        LabelSmoothingCrossEntropy(smoothing)(logits, labels),
     )
 
 
 def test_auto_loss_is_bce_while_mixing_and_smoothed_cross_entropy_otherwise():
     logits, labels = logits_and_labels(0)
-    auto = Loss("auto", 0.1)
+    auto = Loss(kind="auto", smoothing=0.1)
     torch.testing.assert_close(
         auto(logits, labels, 0.3),
         BinaryCrossEntropy(0)(logits, timm_mixup.mixup_target(labels, 11, 0.3, 0.0)),
@@ -92,7 +96,11 @@ def test_mixing_a_batch(seed, cutmix, monkeypatch):
     theirs, their_targets = timm_mixup.Mixup(0.2, 1.0, num_classes=8, label_smoothing=0.0)(
         images.clone(), labels
     )
-    mix = cutmix_box(lam, height, width, *centre) if cutmix else Mix(lam)
+    mix = (
+        cutmix_box(lam, height, width, centre_y=centre[0], centre_x=centre[1])
+        if cutmix
+        else Mix(lam)
+    )
     torch.testing.assert_close(mix_images(images.clone(), mix), theirs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         soft_targets(labels, 8, mix.lam), their_targets, rtol=1e-6, atol=1e-6
@@ -126,7 +134,9 @@ def test_mixing_each_image_or_pair(seed, mode, monkeypatch):
     mixes = [
         Mix()
         if not on
-        else cutmix_box(float(share), height, width, *map(int, centre))
+        else cutmix_box(
+            float(share), height, width, centre_y=int(centre[0]), centre_x=int(centre[1])
+        )
         if cut
         else Mix(float(share))
         for share, cut, on, centre in zip(lam, cutmix, mixed, centres)
@@ -139,9 +149,14 @@ def test_mixing_each_image_or_pair(seed, mode, monkeypatch):
 def test_each_image_or_pair_has_a_draw_of_its_own_slot():
     images, slots = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), np.arange(40, 48)
     for mode, count in (("elem", 8), ("pair", 4)):
-        out, lam = BatchTransform(3, 0.5, 1.0, mode=mode)(images, 2, slots)
+        out, lam = BatchTransform(seed=3, mixup_alpha=0.5, cutmix_alpha=1.0, mode=mode)(
+            images, 2, slots
+        )
         assert isinstance(lam, torch.Tensor)
-        drawn = [draw_mix(3, 2, int(slot), 16, 16, 0.5, 1.0) for slot in slots[:count]]
+        drawn = [
+            draw_mix(3, 2, int(slot), height=16, width=16, mixup_alpha=0.5, cutmix_alpha=1.0)
+            for slot in slots[:count]
+        ]
         assert lam.shape == (8, 1) and lam[:count, 0].tolist() == pytest.approx(
             [mix.lam for mix in drawn]
         )
@@ -150,7 +165,10 @@ def test_each_image_or_pair_has_a_draw_of_its_own_slot():
 
 
 def test_the_mixs_draws_have_timms_distribution():
-    drawn = [draw_mix(0, 0, slot, 224, 224, 0.2, 1.0) for slot in range(6000)]
+    drawn = [
+        draw_mix(0, 0, slot, height=224, width=224, mixup_alpha=0.2, cutmix_alpha=1.0)
+        for slot in range(6000)
+    ]
     mixups = [mix.lam for mix in drawn if mix.box is None]
     assert abs(len(mixups) / 6000 - 0.5) < 0.03
     assert stats.kstest(mixups, stats.beta(0.2, 0.2).cdf).pvalue > 0.01
@@ -165,9 +183,19 @@ def test_the_mixs_draws_have_timms_distribution():
             stats.ks_2samp([mix.box[edge] for mix in ours], [box[edge] for box, _ in boxes]).pvalue
             > 0.001
         )
-    assert all(draw_mix(0, 0, slot, 32, 32, 0.2, 1.0, prob=0.0) == Mix() for slot in range(50))
-    assert all(draw_mix(0, 0, slot, 32, 32, 0.2, 0.0).box is None for slot in range(50))
-    assert all(draw_mix(0, 0, slot, 32, 32, 0.0, 1.0).box is not None for slot in range(50))
+    assert all(
+        draw_mix(0, 0, slot, height=32, width=32, mixup_alpha=0.2, cutmix_alpha=1.0, prob=0.0)
+        == Mix()
+        for slot in range(50)
+    )
+    assert all(
+        draw_mix(0, 0, slot, height=32, width=32, mixup_alpha=0.2, cutmix_alpha=0.0).box is None
+        for slot in range(50)
+    )
+    assert all(
+        draw_mix(0, 0, slot, height=32, width=32, mixup_alpha=0.0, cutmix_alpha=1.0).box is not None
+        for slot in range(50)
+    )
 
 
 def test_erasing_has_timms_distribution():
@@ -196,10 +224,15 @@ def test_images_are_erased_before_they_are_mixed():
     images = torch.randint(
         0, 256, (8, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    transform = BatchTransform(3, mixup_alpha=1.0, erase_prob=1.0)
+    transform = BatchTransform(seed=3, mixup_alpha=1.0, erase_prob=1.0)
     mixed, lam = transform(images.clone(), 2, slots)
     erased = normalize(images)
-    erase(erased, erase_boxes(3, 2, slots, 40, 40, 1.0, 0.02, 1 / 3, 0.3, 1 / 0.3), "const", 0)
+    erase(
+        erased,
+        erase_boxes(3, 2, slots, 40, 40, 1.0, 0.02, 1 / 3, 0.3, 1 / 0.3),
+        "const",
+        noise_seed=0,
+    )
     assert 0.05 < lam < 0.95 and (erased == 0).any()
     torch.testing.assert_close(mixed, lam * erased + (1 - lam) * erased.flip(0))
 
@@ -208,7 +241,7 @@ def test_images_are_erased_before_they_are_mixed():
 def test_erasing_fills_its_box_and_nothing_else(mode):
     images = torch.full((3, 3, 20, 30), 5.0).contiguous(memory_format=torch.channels_last)
     boxes = np.array([[2, 9, 4, 25], [0, 0, 0, 0], [0, 20, 0, 30]])
-    out = erase(images.clone(), boxes, mode, 7)
+    out = erase(images.clone(), boxes, mode, noise_seed=7)
     assert (out[1] == 5).all() and (out[0, :, 9:] == 5).all() and (out[0, :, 2:9, 25:] == 5).all()
     inside = out[0, :, 2:9, 4:25]
     if mode == "const":
@@ -218,8 +251,8 @@ def test_erasing_fills_its_box_and_nothing_else(mode):
         assert not torch.equal(inside[:, 0, 0], out[2, :, 0, 0])
     else:
         assert abs(out[2].mean()) < 0.1 and abs(out[2].std() - 1) < 0.1
-    assert torch.equal(out, erase(images.clone(), boxes, mode, 7))
-    assert mode == "const" or not torch.equal(out, erase(images.clone(), boxes, mode, 8))
+    assert torch.equal(out, erase(images.clone(), boxes, mode, noise_seed=7))
+    assert mode == "const" or not torch.equal(out, erase(images.clone(), boxes, mode, noise_seed=8))
 
 
 def test_a_decay_for_images_does_not_depend_on_the_batch():
@@ -235,7 +268,7 @@ def test_average_is_timms(warmup):
     torch.manual_seed(0)
     linear = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(linear, torch.nn.BatchNorm1d(4))
-    theirs, ours = ModelEmaV3(model, 0.95, use_warmup=warmup), Ema(model, 0.95, warmup)
+    theirs, ours = ModelEmaV3(model, 0.95, use_warmup=warmup), Ema(model, 0.95, warmup=warmup)
     for step in range(1, 30):
         with torch.no_grad():
             linear.weight.normal_()

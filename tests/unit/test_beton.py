@@ -182,9 +182,18 @@ def test_the_fingerprint_tells_files_apart_that_differ_in_pixels_or_labels_only(
 
     def fingerprint(name, colour, labels):
         source = Source(
-            ["a", "b"], list("0123"), labels, lambda index: np.full((9, 9, 3), colour, np.uint8)
+            classes=["a", "b"],
+            names=list("0123"),
+            labels=labels,
+            read=lambda index: np.full((9, 9, 3), colour, np.uint8),
         )
-        write_beton(tmp_path / name, source, storing(source, Encoding("raw")), {}, 1)
+        write_beton(
+            tmp_path / name,
+            source,
+            store=storing(source, Encoding(mode="raw")),
+            settings={},
+            num_workers=1,
+        )
         return beton.read_beton(tmp_path / name).fingerprint()
 
     first = fingerprint("1.beton", (1, 2, 3), [0, 1, 0, 1])

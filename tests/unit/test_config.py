@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, option_names
 from rsb_ffcv.commands import train, write
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import read_config
@@ -183,6 +183,16 @@ def test_the_environment_is_not_an_option(given, monkeypatch):
     monkeypatch.setenv("training.epochs", "99")
     monkeypatch.setenv("training", "99")
     assert read(given).training.epochs == 30
+
+
+def test_an_error_below_names_its_parameter_and_the_program_the_option():
+    with pytest.raises(InputError) as caught, option_names({"lr": "lr.lr", "keep": "`others`"}):
+        try:
+            raise OSError("no space")
+        except OSError as error:
+            raise InputError("`lr`=3 and `keep`=2: too much for `ulimit -n` and `x`") from error
+    assert str(caught.value) == "lr.lr=3 and `others`=2: too much for `ulimit -n` and `x`"
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_a_missing_option_is_named():

@@ -78,13 +78,13 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
 
 def write(pictures, target, num_workers=2, chunk_size=100, subset=-1, **encoding):
     write_splits(
-        Place("imagenet", str(pictures)),
+        Place(dataset="imagenet", data_dir=str(pictures)),
         str(target),
-        "",
-        subset,
-        num_workers,
-        chunk_size,
-        Encoding(**encoding),
+        split="",
+        subset=subset,
+        num_workers=num_workers,
+        chunk_size=chunk_size,
+        encoding=Encoding(**encoding),
     )
     return read_beton(target / "train.beton")
 
@@ -179,7 +179,12 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     ],
 )
 def test_with_a_split_the_target_is_the_file(pictures, tmp_path, name, file):
-    write_splits(Place("imagenet", str(pictures)), f"{tmp_path}/{name}", "val", num_workers=1)
+    write_splits(
+        Place(dataset="imagenet", data_dir=str(pictures)),
+        f"{tmp_path}/{name}",
+        split="val",
+        num_workers=1,
+    )
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
         file
     ]
@@ -191,13 +196,16 @@ def test_one_split_alone_is_numbered_like_both(tmp_path):
     (source / "val" / "a").rmdir()
     with pytest.raises(InputError, match="same classes .a in one only"):
         write_splits(
-            Place("imagenet", str(source)), str(tmp_path / "val.beton"), "val", num_workers=1
+            Place(dataset="imagenet", data_dir=str(source)),
+            str(tmp_path / "val.beton"),
+            split="val",
+            num_workers=1,
         )
 
 
 def test_demo_pictures_that_cannot_be_put_anywhere_are_an_error(tmp_path):
-    with pytest.raises(InputError, match="cfg.data_dir=/dev/null/x"):
-        write_splits(Place("demo", "/dev/null/x"), str(tmp_path), num_workers=1)
+    with pytest.raises(InputError, match="`data_dir`=/dev/null/x"):
+        write_splits(Place(dataset="demo", data_dir="/dev/null/x"), str(tmp_path), num_workers=1)
 
 
 def make(tmp_path, *, skip=()):
@@ -246,7 +254,9 @@ def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
     elif damage == "other classes in val":
         (source / "val" / "b").rename(source / "val" / "c")
     with pytest.raises(InputError, match=message):
-        write_splits(Place("imagenet", str(source)), str(tmp_path / "out"), num_workers=2)
+        write_splits(
+            Place(dataset="imagenet", data_dir=str(source)), str(tmp_path / "out"), num_workers=2
+        )
     left = (
         [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
     )
@@ -255,9 +265,11 @@ def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
 
 def test_a_target_that_cannot_be_written_is_named(pictures, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cfg.write_path=.*file"):
+    with pytest.raises(InputError, match="`write_path`=.*file"):
         write_splits(
-            Place("imagenet", str(pictures)), str(tmp_path / "file" / "out"), num_workers=1
+            Place(dataset="imagenet", data_dir=str(pictures)),
+            str(tmp_path / "file" / "out"),
+            num_workers=1,
         )
 
 
@@ -266,10 +278,10 @@ def test_an_image_too_large_for_a_page_is_named(tmp_path):
     Image.new("RGB", (2000, 2000)).save(source / "train" / "a" / "huge.png")
     with pytest.raises(InputError, match="huge.png: 12000000 bytes"):
         write_splits(
-            Place("imagenet", str(source)),
+            Place(dataset="imagenet", data_dir=str(source)),
             str(tmp_path / "out"),
             num_workers=1,
-            encoding=Encoding("raw"),
+            encoding=Encoding(mode="raw"),
         )
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
@@ -288,12 +300,18 @@ def test_tiny_imagenets_own_layout(tmp_path):
     annotations.write_text(
         "val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\nval_2.JPEG\tn2\t0\t0\t1\t1\n"
     )
-    write_splits(Place("tiny_imagenet", str(tmp_path)), str(tmp_path / "out"), num_workers=1)
+    write_splits(
+        Place(dataset="tiny_imagenet", data_dir=str(tmp_path)), str(tmp_path / "out"), num_workers=1
+    )
     assert read_beton(tmp_path / "out" / "train.beton").labels.tolist() == [0, 1]
     assert read_beton(tmp_path / "out" / "val.beton").labels.tolist() == [1, 0, 1]
     annotations.write_text("../../secret.JPEG\tn2\t0\t0\t1\t1\n")
     with pytest.raises(InputError, match="val_annotations.txt:1"):
-        write_splits(Place("tiny_imagenet", str(tmp_path)), str(tmp_path / "out2"), num_workers=1)
+        write_splits(
+            Place(dataset="tiny_imagenet", data_dir=str(tmp_path)),
+            str(tmp_path / "out2"),
+            num_workers=1,
+        )
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenette"])
@@ -306,7 +324,9 @@ def test_a_download_that_fails_is_one_clear_error(dataset, tmp_path, monkeypatch
     monkeypatch.setattr(socket, "create_connection", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     with pytest.raises(InputError, match=f"{dataset} is neither in"):
-        write_splits(Place(dataset, str(tmp_path)), str(tmp_path / "out"), num_workers=1)
+        write_splits(
+            Place(dataset=dataset, data_dir=str(tmp_path)), str(tmp_path / "out"), num_workers=1
+        )
 
 
 def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
@@ -335,10 +355,10 @@ def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
     name, digest = save("batches.meta", {"label_names": [str(i) for i in range(10)]})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": digest})
     write_splits(
-        Place("cifar10", str(tmp_path)),
+        Place(dataset="cifar10", data_dir=str(tmp_path)),
         str(tmp_path / "out"),
         num_workers=1,
-        encoding=Encoding("raw"),
+        encoding=Encoding(mode="raw"),
     )
     train = read_beton(tmp_path / "out" / "train.beton")
     assert (

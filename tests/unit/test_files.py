@@ -23,7 +23,7 @@ def written(tmp_path_factory):
     """train.beton (12 images kept as they were) and val.beton (6)."""
     root = tmp_path_factory.mktemp("written")
     sources.folders(root / "in")
-    write_splits(Place("imagenet", str(root / "in")), str(root), num_workers=2)
+    write_splits(Place(dataset="imagenet", data_dir=str(root / "in")), str(root), num_workers=2)
     return root
 
 
@@ -110,7 +110,7 @@ def test_a_sound_file_verifies(written, decode, capsys):
 def test_every_damaged_image_is_named(copy, tmp_path, capsys):
     for sample in (2, 7):
         damage(copy, sample)
-    assert not dataset.verify(copy, 0.0, 2, str(tmp_path / "bad.csv"))
+    assert not dataset.verify(copy, 0.0, 2, report=str(tmp_path / "bad.csv"))
     shown = capsys.readouterr().out
     name = read_beton(copy).names()[7]
     assert (
@@ -147,19 +147,19 @@ def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
     real = inspect.read_sound
     seen: list[int] = []
 
-    def interrupted(opened, file, index, decode):
+    def interrupted(opened, file, index, *, decode):
         if index == 8 and not seen:
             seen.append(index)
             raise KeyboardInterrupt
-        return real(opened, file, index, decode)
+        return real(opened, file, index, decode=decode)
 
     monkeypatch.setattr(inspect, "read_sound", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.verify(copy, 1.0, 1)
 
-    def counted(opened, file, index, decode):
+    def counted(opened, file, index, *, decode):
         seen.append(index)
-        return real(opened, file, index, decode)
+        return real(opened, file, index, decode=decode)
 
     monkeypatch.setattr(inspect, "read_sound", counted)
     assert not dataset.verify(copy, 1.0, 1)
@@ -194,7 +194,7 @@ def test_verify_through_the_program_has_an_exit_status(copy, call_program):
 
 
 def test_merging_shards_gives_the_file_again(written, tmp_path):
-    parts = dataset.shard(str(written / "train.beton"), str(tmp_path / "parts"), 5, 2)
+    parts = dataset.shard(str(written / "train.beton"), str(tmp_path / "parts"), 5, num_workers=2)
     assert [len(part) for part in parts] == [3, 3, 2, 2, 2] and all(
         part.about.classes == WNIDS for part in parts
     )
@@ -204,15 +204,20 @@ def test_merging_shards_gives_the_file_again(written, tmp_path):
     assert contents(merged.path) == expected("train") and merged.names() == whole.names()
     assert (merged.labels == whole.labels).all() and (merged.extras == whole.extras).all()
     assert merged.about.settings == whole.about.settings and merged.about.source["split"] == "train"
-    with pytest.raises(InputError, match="cfg.shards=13"):
-        dataset.shard(str(written / "train.beton"), str(tmp_path / "many"), 13, 2)
+    with pytest.raises(InputError, match="`shards`=13"):
+        dataset.shard(str(written / "train.beton"), str(tmp_path / "many"), 13, num_workers=2)
 
 
 def test_merging_brings_classes_together_by_name(written, tmp_path):
     first = dataset.subset(
-        str(written / "train.beton"), str(tmp_path / "a.beton"), 1, classes=f"{WNIDS[2]},{WNIDS[0]}"
+        str(written / "train.beton"),
+        str(tmp_path / "a.beton"),
+        num_workers=1,
+        classes=f"{WNIDS[2]},{WNIDS[0]}",
     )
-    second = dataset.subset(str(written / "val.beton"), str(tmp_path / "b.beton"), 1, classes="1")
+    second = dataset.subset(
+        str(written / "val.beton"), str(tmp_path / "b.beton"), num_workers=1, classes="1"
+    )
     assert (
         first.about.classes == [WNIDS[0], WNIDS[2]]
         and second.about.classes == [WNIDS[1]]
@@ -244,7 +249,7 @@ def test_merging_gives_a_stock_file_checksums_and_entry_points(written, tmp_path
 def test_subsets(written, tmp_path):
     def take(**chosen):
         name = tmp_path / f"{len(list(tmp_path.iterdir()))}.beton"
-        return dataset.subset(str(written / "train.beton"), str(name), 1, **chosen)
+        return dataset.subset(str(written / "train.beton"), str(name), num_workers=1, **chosen)
 
     names = read_beton(written / "train.beton").names()
     assert take(samples="0-2,5").names() == [names[0], names[1], names[2], names[5]]
@@ -252,8 +257,8 @@ def test_subsets(written, tmp_path):
     both = take(classes="1", samples="3-6")
     assert both.names() == [names[4], names[5], names[6]] and both.about.classes == [WNIDS[1]]
     for wrong, message in (
-        ({"samples": "12"}, "cfg.samples=12"),
-        ({"samples": "x"}, "cfg.samples=x"),
+        ({"samples": "12"}, "`samples`=12"),
+        ({"samples": "x"}, "`samples`=x"),
         ({"classes": "shark"}, "no class 'shark'"),
         ({"classes": "0", "samples": "11"}, "no sample fits"),
     ):
@@ -303,7 +308,9 @@ def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_pa
     monkeypatch.setattr(beton, "PAGE_BYTES", 4096 * 16)
     for module in (append, dataset.writer):
         monkeypatch.setattr(module, "PAGE_BYTES", 4096 * 16)
-    small = dataset.subset(str(written / "train.beton"), str(tmp_path / "small.beton"), 1)
+    small = dataset.subset(
+        str(written / "train.beton"), str(tmp_path / "small.beton"), num_workers=1
+    )
     many = tmp_path / "many"
     for number in range(3000):
         put(
@@ -312,10 +319,17 @@ def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_pa
     (many / "val").mkdir()
     one = sources.jpeg(0, 0, 8)
     source = dataset.sources.Source(
-        WNIDS, [f"new_{number}" for number in range(3000)], np.arange(3000) % 3, lambda index: one
+        classes=WNIDS,
+        names=[f"new_{number}" for number in range(3000)],
+        labels=np.arange(3000) % 3,
+        read=lambda index: one,
     )
     big = dataset.write_beton(
-        tmp_path / "big.beton", source, dataset.storing(source, Encoding()), {}, 2
+        tmp_path / "big.beton",
+        source,
+        store=dataset.storing(source, Encoding()),
+        settings={},
+        num_workers=2,
     )
     old = small.pointers.copy()
     file = dataset.concat(str(tmp_path / "small.beton"), [str(big.path)], 2)
@@ -327,7 +341,7 @@ def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_pa
 
 def test_new_classes_follow_the_old_ones(written, tmp_path):
     first = dataset.subset(
-        str(written / "train.beton"), str(tmp_path / "a.beton"), 1, classes="1,2"
+        str(written / "train.beton"), str(tmp_path / "a.beton"), num_workers=1, classes="1,2"
     )
     file = dataset.concat(str(first.path), [str(written / "val.beton")], 1)
     assert file.about.classes == [WNIDS[1], WNIDS[2], WNIDS[0]] and np.bincount(
@@ -357,14 +371,14 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(
         elif stop_at == "front":
             real = beton.put_around
 
-            def half(path, end, metadata, table, extras, names, about, keep_front):
+            def half(path, end, *, keep_front, **parts):
                 def keep_and_die(front):
                     keep_front(front)
                     with open(path, "r+b") as file:
                         file.write(front[: len(front) // 2])
                     raise Killed
 
-                real(path, end, metadata, table, extras, names, about, keep_and_die)
+                real(path, end, **parts, keep_front=keep_and_die)
 
             patched.setattr(append.beton, "put_around", half)
         else:
@@ -419,11 +433,11 @@ def test_exported_jpegs_are_the_source_byte_for_byte(written, tmp_path):
 def test_exported_raw_images_are_png_of_their_pixels(tmp_path):
     sources.folders(tmp_path / "in")
     write_splits(
-        Place("imagenet", str(tmp_path / "in")),
+        Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
         str(tmp_path / "val.beton"),
-        "val",
+        split="val",
         num_workers=1,
-        encoding=Encoding("raw"),
+        encoding=Encoding(mode="raw"),
     )
     dataset.export(str(tmp_path / "val.beton"), str(tmp_path / "out"), 1)
     for wnid, name, data in pictures("val"):
@@ -445,12 +459,18 @@ def test_exported_names_stay_below_the_folder(tmp_path):
         "x" * 300 + ".jpg",
     ]
     source = dataset.sources.Source(
-        ["../up", "..", "a/b"],
-        names,
-        np.arange(len(names)) % 3,
-        lambda index: sources.jpeg(0, index),
+        classes=["../up", "..", "a/b"],
+        names=names,
+        labels=np.arange(len(names)) % 3,
+        read=lambda index: sources.jpeg(0, index),
     )
-    dataset.write_beton(tmp_path / "x.beton", source, dataset.storing(source, Encoding()), {}, 1)
+    dataset.write_beton(
+        tmp_path / "x.beton",
+        source,
+        store=dataset.storing(source, Encoding()),
+        settings={},
+        num_workers=1,
+    )
     dataset.export(str(tmp_path / "x.beton"), str(tmp_path / "deep" / "out"), 1) if (
         tmp_path / "deep"
     ).mkdir() is None else None
@@ -466,10 +486,10 @@ def test_exported_names_stay_below_the_folder(tmp_path):
 def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_path, monkeypatch):
     real = inspect.read_sound
 
-    def interrupted(opened, file, index, decode):
+    def interrupted(opened, file, index, *, decode):
         if index == 6:
             raise KeyboardInterrupt
-        return real(opened, file, index, decode)
+        return real(opened, file, index, decode=decode)
 
     with monkeypatch.context() as patched:
         patched.setattr(inspect, "read_sound", interrupted)
@@ -508,8 +528,12 @@ def test_the_estimate_is_near_the_truth(
         "--cfg.split=train",
     )
     assert status == 0
-    source = dataset.open_sources(Place("imagenet", str(pictures)), ["train"])["train"]
-    needed = dataset._estimate("train", source, Encoding("raw"), 2, 100)
+    source = dataset.open_sources(Place(dataset="imagenet", data_dir=str(pictures)), ["train"])[
+        "train"
+    ]
+    needed = dataset._estimate(
+        "train", source, encoding=Encoding(mode="raw"), num_workers=2, chunk_size=100
+    )
     assert abs(needed / (tmp_path / "x.beton").stat().st_size - 1) < 0.5
 
 
@@ -520,7 +544,9 @@ def test_too_little_space_is_told_before_anything_is_written(pictures, tmp_path,
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(InputError, match="about 0.02 GB are needed and 0.00 GB are free"):
-        write_splits(Place("imagenet", str(pictures)), str(tmp_path / "out"), num_workers=2)
+        write_splits(
+            Place(dataset="imagenet", data_dir=str(pictures)), str(tmp_path / "out"), num_workers=2
+        )
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -642,23 +668,26 @@ def test_many_appends_with_other_settings_stay_readable(written, tmp_path):
     sources.folders(tmp_path / "in")
     for number, quality in enumerate((90, 80, 70)):
         write_splits(
-            Place("imagenet", str(tmp_path / "in")),
+            Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
             str(tmp_path / f"{number}.beton"),
-            "val",
+            split="val",
             num_workers=1,
             encoding=Encoding(pass_through=False, jpeg_quality=quality),
         )
         target = read_beton(tmp_path / f"{number}.beton")
         names = [f"{number}/{name}" for name in target.names()]
         source = dataset.sources.Source(
-            WNIDS, names, target.labels, lambda index: sources.jpeg(0, index)
+            classes=WNIDS,
+            names=names,
+            labels=target.labels,
+            read=lambda index: sources.jpeg(0, index),
         )
         dataset.write_beton(
             tmp_path / f"{number}_named.beton",
             source,
-            dataset.storing(source, Encoding()),
-            target.about.settings,
-            1,
+            store=dataset.storing(source, Encoding()),
+            settings=target.about.settings,
+            num_workers=1,
         )
     for number in (1, 2):
         file = dataset.concat(
@@ -670,7 +699,7 @@ def test_many_appends_with_other_settings_stay_readable(written, tmp_path):
 def test_an_export_does_not_take_another_files_beginnings_for_its_own(
     written, tmp_path, monkeypatch
 ):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

@@ -54,7 +54,14 @@ def equal(a, b):
 
 def order(kind="random", seed=0, epoch=0, count=1000, window_bytes=1 << 40, size=50_000):
     sizes = np.full(count, size, np.uint64)
-    return epoch_order(kind, seed, epoch, 8192 + np.cumsum(sizes) - sizes, sizes, window_bytes)
+    return epoch_order(
+        kind,
+        seed,
+        epoch,
+        pointers=8192 + np.cumsum(sizes) - sizes,
+        sizes=sizes,
+        window_bytes=window_bytes,
+    )
 
 
 def test_the_order_is_a_new_permutation_each_epoch():
@@ -114,13 +121,15 @@ def test_repeated_augmentation_is_dealt_as_timms_sampler_does(monkeypatch):
     ]
     for step in range(4):
         for place in range(8):
-            slots = group_slots(step, place, 16, 8, 3)
+            slots = group_slots(step, place, batch_size=16, groups=8, repeats=3)
             assert (permutation[slots // 3] == theirs[place][16 * step : 16 * step + 16]).all()
 
 
 def test_the_groups_of_a_step_cover_its_slots_once():
     for repeats in (1, 3):
-        slots = np.concatenate([group_slots(2, place, 8, 4, repeats) for place in range(4)])
+        slots = np.concatenate(
+            [group_slots(2, place, batch_size=8, groups=4, repeats=repeats) for place in range(4)]
+        )
         assert sorted(slots) == list(range(64, 96))
 
 
@@ -146,7 +155,9 @@ def test_bytes_do_not_depend_on_the_number_of_threads(betons, options):
 def test_copies_of_an_image_differ_and_count_for_others(betons):
     """Repeats of 3: as many steps, a third of the images, each three times with three faces."""
     made = loader(betons, repeats=3, global_batch=48, rand_augment="", interpolation="bilinear")
-    order = epoch_order("random", 0, 0, made.beton.pointers, made.beton.sizes, 1).indices
+    order = epoch_order(
+        "random", 0, 0, pointers=made.beton.pointers, sizes=made.beton.sizes, window_bytes=1
+    ).indices
     faces: dict[int, list] = {}
     for images, labels, slots in made.epoch(0):
         indices = order[slots // 3]
@@ -205,9 +216,9 @@ def test_ranks_together_see_what_one_sees(betons, options):
 
 
 def test_a_step_with_fewer_groups_than_processes_is_refused(betons):
-    with pytest.raises(InputError, match="global_batch=32: 2 groups of .*fewer than the 3 proc"):
+    with pytest.raises(InputError, match="`global_batch`=32: 2 groups of .*fewer than the 3 proc"):
         loader(betons, global_batch=32, world_size=3)
-    with pytest.raises(InputError, match="global_batch=40 is not a multiple of .*batch_size=16"):
+    with pytest.raises(InputError, match="`global_batch`=40 is not a multiple of `batch_size`=16"):
         loader(betons, global_batch=40)
 
 
@@ -309,7 +320,9 @@ def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons,
     bad = [3, 17, 40, 41, 77]
     damage(betons, tmp_path, bad)
     whole, made = loader(betons, **options), loader(tmp_path, on_bad_sample="skip", **options)
-    order = epoch_order("random", 0, 1, made.beton.pointers, made.beton.sizes, 1).indices
+    order = epoch_order(
+        "random", 0, 1, pointers=made.beton.pointers, sizes=made.beton.sizes, window_bytes=1
+    ).indices
     named = set()
     for sound, mended in zip(whole.epoch(1), made.epoch(1), strict=True):
         assert np.array_equal(sound.slots, mended.slots)
@@ -442,7 +455,9 @@ def test_overwritten_stretches_never_become_images(betons, tmp_path, seed):
         return
     sound, order = (
         loader(betons, rand_augment=""),
-        epoch_order("random", 0, 0, file.pointers, file.sizes, 1).indices,
+        epoch_order(
+            "random", 0, 0, pointers=file.pointers, sizes=file.sizes, window_bytes=1
+        ).indices,
     )
     for given, expected in zip(made.epoch(0), sound.epoch(0)):
         bad = {index for index, _ in made.skipped}
@@ -741,17 +756,17 @@ def test_a_forked_process_is_told_that_it_has_no_threads(betons):
     "options, message",
     [
         ({"batch_size": 128}, "holds 96"),
-        ({"num_workers": 0}, "data.num_workers=0"),
-        ({"global_batch": 24}, "training.global_batch=24"),
+        ({"num_workers": 0}, "`num_workers`=0"),
+        ({"global_batch": 24}, "`global_batch`=24"),
         ({"rand_augment": "rand-x9"}, "x9"),
         ({"rand_augment": "augmix"}, "augmix"),
-        ({"order": "shuffled"}, "data.order='shuffled'"),
-        ({"on_bad_sample": "ignore"}, "data.on_bad_sample='ignore'"),
-        ({"repeats": 0}, "repeats=0"),
-        ({"rank": 2}, "rank=2"),
+        ({"order": "shuffled"}, "`order`='shuffled'"),
+        ({"on_bad_sample": "ignore"}, "`on_bad_sample`='ignore'"),
+        ({"repeats": 0}, "`repeats`=0"),
+        ({"rank": 2}, "`rank`=2"),
         ({"interpolation": "nearest"}, "interpolation='nearest'"),
         ({"color_jitter": (0, 0, 0, 1)}, "color_jitter="),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "`batch_size`=0"),
         ({"scale": (0.5, 0.1)}, "scale="),
         ({"scale": (0.5, 2)}, "scale="),
         ({"ratio": (0, 1)}, "ratio="),
@@ -768,5 +783,5 @@ def test_a_file_that_does_not_fit_in_memory_is_refused_before_it_is_read(betons,
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
-    with pytest.raises(InputError, match="data.in_memory=1"):
+    with pytest.raises(InputError, match="GB of memory are free"):
         loader(betons).preload()

@@ -26,7 +26,9 @@ from tests.sources import WNIDS, WORDS, contents, expected, pictures, put, put_t
 
 
 def write(tmp_path, place: Place, split: str = "", num_workers: int = 2, **options) -> Path:
-    write_splits(place, str(tmp_path / "out") + "/", split, num_workers=num_workers, **options)
+    write_splits(
+        place, str(tmp_path / "out") + "/", split=split, num_workers=num_workers, **options
+    )
     return tmp_path / "out"
 
 
@@ -79,7 +81,7 @@ def test_every_form_gives_the_same_labelled_images(form, tmp_path):
     if "plain" in form:
         for path in (tmp_path / "in").glob("validation*"):
             path.rename(path.with_name(path.name.replace("validation", "val")))
-    out = write(tmp_path, Place(dataset, f"{tmp_path / 'in'}{pattern}"))
+    out = write(tmp_path, Place(dataset=dataset, data_dir=f"{tmp_path / 'in'}{pattern}"))
     for split in ("train", "val"):
         assert contents(out / f"{split}.beton") == expected(split)
         about = read_beton(out / f"{split}.beton").about
@@ -90,21 +92,29 @@ def test_every_form_gives_the_same_labelled_images(form, tmp_path):
 
 
 def test_a_tar_of_folders_is_read_in_place(tmp_path):
-    out = write(tmp_path, Place("imagenet", str(sources.tar_of_folders(tmp_path / "in"))))
+    out = write(
+        tmp_path, Place(dataset="imagenet", data_dir=str(sources.tar_of_folders(tmp_path / "in")))
+    )
     assert all(contents(out / f"{split}.beton") == expected(split) for split in ("train", "val"))
     put_tar(
         tmp_path / "flat.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")]
     )
     with pytest.raises(InputError, match="same images"):
-        write(tmp_path / "x", Place("imagenet", str(tmp_path / "flat.tar")))
-    out = write(tmp_path / "flat", Place("imagenet", str(tmp_path / "flat.tar")), "train")
+        write(tmp_path / "x", Place(dataset="imagenet", data_dir=str(tmp_path / "flat.tar")))
+    out = write(
+        tmp_path / "flat", Place(dataset="imagenet", data_dir=str(tmp_path / "flat.tar")), "train"
+    )
     assert contents(out / "train.beton") == expected("train")
     put_tar(
         tmp_path / "only_train.tar",
         [(f"train/{wnid}/{name}", data) for wnid, name, data in pictures("train")],
     )
     with pytest.raises(InputError, match="no folder val"):
-        write(tmp_path / "y", Place("imagenet", str(tmp_path / "only_train.tar")), "val")
+        write(
+            tmp_path / "y",
+            Place(dataset="imagenet", data_dir=str(tmp_path / "only_train.tar")),
+            "val",
+        )
 
 
 def test_a_callable_of_pairs(tmp_path, monkeypatch):
@@ -114,14 +124,14 @@ def test_a_callable_of_pairs(tmp_path, monkeypatch):
         "open(f'in/{split}.csv').read().split()[1:]]\n"
     )
     monkeypatch.chdir(tmp_path)
-    out = write(tmp_path, Place("callable", "in", callable="my_data:pairs"))
+    out = write(tmp_path, Place(dataset="callable", data_dir="in", callable="my_data:pairs"))
     assert (
         contents(out / "val.beton") == expected("val")
         and read_beton(out / "val.beton").about.classes == WNIDS
     )
     for wrong in ("my_data", "my_data:absent", "absent:pairs"):
-        with pytest.raises(InputError, match="cfg.callable"):
-            write(tmp_path, Place("callable", "in", callable=wrong))
+        with pytest.raises(InputError, match="`callable`"):
+            write(tmp_path, Place(dataset="callable", data_dir="in", callable=wrong))
 
 
 def test_imagenette_as_unpacked(tmp_path):
@@ -135,7 +145,7 @@ def test_imagenette_as_unpacked(tmp_path):
                     tmp_path / "imagenette2" / split / wnid / f"{wnid}_{number}.JPEG",
                     sources.jpeg(label % 3, 10 * label + number),
                 )
-    out = write(tmp_path, Place("imagenette", str(tmp_path)))
+    out = write(tmp_path, Place(dataset="imagenette", data_dir=str(tmp_path)))
     assert contents(out / "train.beton") == sorted(
         (label, sources.jpeg(label % 3, 10 * label + number))
         for label in range(10)
@@ -153,15 +163,24 @@ def test_class_names_may_be_given(tmp_path):
     sources.webdataset(tmp_path / "in")
     (tmp_path / "names.txt").write_text("\n".join(WNIDS))
     out = write(
-        tmp_path, Place("webdataset", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt"))
+        tmp_path,
+        Place(
+            dataset="webdataset",
+            data_dir=str(tmp_path / "in"),
+            class_names=str(tmp_path / "names.txt"),
+        ),
     )
     about = read_beton(out / "train.beton").about
     assert about.classes == WNIDS and about.titles[1].startswith("goldfish")
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    with pytest.raises(InputError, match="cfg.class_names.*2 lines"):
+    with pytest.raises(InputError, match="`class_names`.*2 lines"):
         write(
             tmp_path,
-            Place("webdataset", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")),
+            Place(
+                dataset="webdataset",
+                data_dir=str(tmp_path / "in"),
+                class_names=str(tmp_path / "names.txt"),
+            ),
         )
 
 
@@ -246,7 +265,7 @@ def test_any_form_is_read_from_a_web_server(form, tmp_path, server):
     make, dataset, pattern = FORMS[form]
     shutil.rmtree(tmp_path / "in")
     make(tmp_path / "in")
-    out = write(tmp_path, Place(dataset, f"{server.url}/in{pattern}"))
+    out = write(tmp_path, Place(dataset=dataset, data_dir=f"{server.url}/in{pattern}"))
     assert all(contents(out / f"{split}.beton") == expected(split) for split in ("train", "val"))
 
 
@@ -254,10 +273,10 @@ def test_files_of_memory_and_file_urls(tmp_path):
     import fsspec
 
     sources.folders(tmp_path / "in")
-    out = write(tmp_path / "1", Place("imagenet", f"file://{tmp_path}/in"))
+    out = write(tmp_path / "1", Place(dataset="imagenet", data_dir=f"file://{tmp_path}/in"))
     assert contents(out / "train.beton") == expected("train")
     fsspec.filesystem("memory").put(str(tmp_path / "in"), "/pictures", recursive=True)
-    out = write(tmp_path / "2", Place("imagenet", "memory://pictures"))
+    out = write(tmp_path / "2", Place(dataset="imagenet", data_dir="memory://pictures"))
     assert contents(out / "val.beton") == expected("val")
 
 
@@ -267,7 +286,9 @@ def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(
     monkeypatch.setattr(files, "PAUSE", 0.01)
     shutil.rmtree(tmp_path / "in")
     sources.webdataset(tmp_path / "in")
-    place = Place("webdataset", f"{server.url}/in/imagenet-{{split}}-{{0000..0001}}.tar")
+    place = Place(
+        dataset="webdataset", data_dir=f"{server.url}/in/imagenet-{{split}}-{{0000..0001}}.tar"
+    )
     whole = (write(tmp_path / "whole", place, "train") / "train.beton").read_bytes()
     server.lost = 2  # fewer than the tries
     assert (write(tmp_path / "hiccup", place, "train") / "train.beton").read_bytes() == whole
@@ -303,8 +324,8 @@ def test_a_server_that_sends_whole_files_is_told_of(tmp_path, server, monkeypatc
 
 
 def test_an_unknown_protocol_is_named():
-    with pytest.raises(InputError, match="cfg.data_dir=nonsense://"):
-        write_splits(Place("imagenet", "nonsense://bucket/x"), "out/")
+    with pytest.raises(InputError, match="`data_dir`=nonsense://"):
+        write_splits(Place(dataset="imagenet", data_dir="nonsense://bucket/x"), "out/")
 
 
 # ---- faults
@@ -357,8 +378,8 @@ FAULTS = {
     "empty": "it is empty",
     "no picture": "not a readable picture",
     "dangling link": "No such file",
-    "link out of the tree": "leaves .*follow_links=1",
-    "folder linked out of the tree": "leaves .*follow_links=1",
+    "link out of the tree": "leaves .*`follow_links`=1",
+    "folder linked out of the tree": "leaves .*`follow_links`=1",
     "pipe": "not a regular file",
     "bomb": "30000 x 30000 pixels.*max_pixels",
     "JPEG bomb": "65520 x 65520 pixels.*max_pixels",
@@ -369,11 +390,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_picture_ends_the_work_by_name_or_is_left_out_and_reported(fault, tmp_path, capsys):
     name = with_fault(tmp_path / "in", fault)
-    place = Place("imagenet", str(tmp_path / "in"))
+    place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
     with pytest.raises(InputError, match=f"{name}.*{FAULTS[fault]}"):
         write(tmp_path, place, "train")
     assert not (tmp_path / "out/train.beton").exists()
-    with pytest.raises(InputError, match="1 of 13 pictures.*max_skipped=0.05"):
+    with pytest.raises(InputError, match="1 of 13 pictures.*`max_skipped`=0.05"):
         write(tmp_path, place, "train", skip=True, max_skipped=0.05)
     out = write(tmp_path, place, "train", skip=True, max_skipped=0.1)
     assert contents(out / "train.beton") == expected("train")
@@ -398,7 +419,7 @@ def test_links_may_be_followed(tmp_path):
         with_fault(tmp_path / fault, fault)
         out = write(
             tmp_path / f"{fault} out",
-            Place("imagenet", str(tmp_path / fault), follow_links=True),
+            Place(dataset="imagenet", data_dir=str(tmp_path / fault), follow_links=True),
             "train",
         )
         assert len(read_beton(out / "train.beton")) == 13
@@ -407,7 +428,11 @@ def test_links_may_be_followed(tmp_path):
     assert (
         len(
             read_beton(
-                write(tmp_path / "z", Place("imagenet", str(tmp_path / "named")), "train")
+                write(
+                    tmp_path / "z",
+                    Place(dataset="imagenet", data_dir=str(tmp_path / "named")),
+                    "train",
+                )
                 / "train.beton"
             )
         )
@@ -420,8 +445,8 @@ def test_a_raised_limit_lets_a_large_picture_in(tmp_path):
     stream = io.BytesIO()
     Image.new("L", (30000, 40)).save(stream, "PNG")
     put(tmp_path / "in/train" / WNIDS[0] / "wide.png", stream.getvalue())
-    place = Place("imagenet", str(tmp_path / "in"))
-    with pytest.raises(InputError, match="30000 x 40 pixels are more than cfg.max_pixels=1000000"):
+    place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
+    with pytest.raises(InputError, match="30000 x 40 pixels are more than `max_pixels`=1000000"):
         write(tmp_path, place, "train", encoding=Encoding(max_pixels=10**6))
     out = write(
         tmp_path, place, "train", encoding=Encoding(max_pixels=2 * 10**6)
@@ -454,7 +479,7 @@ def test_what_cannot_stay_as_it_is_is_encoded_upright(kind, tmp_path):
     suffix, data = exotic(kind)
     sources.folders(tmp_path / "in")
     put(tmp_path / "in/train" / WNIDS[0] / f"0{suffix}", data)  # the first of its class
-    out = write(tmp_path, Place("imagenet", str(tmp_path / "in")), "train")
+    out = write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
     file = read_beton(out / "train.beton")
     encoded = kind != "EXIF 1"
     assert file.about.counts["encoded"] == encoded and file.names()[0] == f"{WNIDS[0]}/0{suffix}"
@@ -487,7 +512,7 @@ def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
         put(tmp_path / "in/train" / WNIDS[0] / f"0{number}.jpg", stream.getvalue())
     out = write(
         tmp_path,
-        Place("imagenet", str(tmp_path / "in")),
+        Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
         "train",
         encoding=Encoding(max_resolution=60),
     )
@@ -497,14 +522,14 @@ def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
     )
     out = write(
         tmp_path / "smaller",
-        Place("imagenet", str(tmp_path / "in")),
+        Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
         "train",
         encoding=Encoding(max_resolution=59),
     )
     assert read_beton(out / "train.beton").about.counts["encoded"] == 2
     out = write(
         tmp_path / "anew",
-        Place("imagenet", str(tmp_path / "in")),
+        Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
         "train",
         encoding=Encoding(pass_through=False),
     )
@@ -521,7 +546,7 @@ def test_unicode_and_very_long_names_stay(tmp_path):
     ]
     for number, name in enumerate(names):
         put(tmp_path / "in/train" / WNIDS[0] / name, sources.jpeg(0, 20 + number))
-    out = write(tmp_path, Place("imagenet", str(tmp_path / "in")), "train")
+    out = write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
     assert {f"{WNIDS[0]}/{name}" for name in names} <= set(read_beton(out / "train.beton").names())
 
 
@@ -530,15 +555,21 @@ def test_a_name_that_stands_twice_is_a_fault(tmp_path):
     with open(tmp_path / "in/train.csv", "a") as file:
         file.write(f"files/{WNIDS[0]}_0.JPEG,{WNIDS[1]}\n")
     with pytest.raises(InputError, match=f"{WNIDS[0]}_0.JPEG: the source has this name twice"):
-        write(tmp_path, Place("csv", str(tmp_path / "in")))
-    out = write(tmp_path, Place("csv", str(tmp_path / "in")), "train", skip=True, max_skipped=0.1)
+        write(tmp_path, Place(dataset="csv", data_dir=str(tmp_path / "in")))
+    out = write(
+        tmp_path,
+        Place(dataset="csv", data_dir=str(tmp_path / "in")),
+        "train",
+        skip=True,
+        max_skipped=0.1,
+    )
     assert contents(out / "train.beton") == expected("train")
 
 
 def test_equal_pictures_are_counted(tmp_path, capsys):
     sources.folders(tmp_path / "in")
     put(tmp_path / "in/train" / WNIDS[2] / "copy.jpg", sources.jpeg(0, 1))
-    write(tmp_path, Place("imagenet", str(tmp_path / "in")), "train")
+    write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
     assert (
         "1 images are byte for byte another's copy; 1 pictures stand in two classes or more"
         in capsys.readouterr().out
@@ -558,7 +589,7 @@ def test_an_archives_member_cannot_leave_it(member, tmp_path):
         [(member, sources.jpeg(0, 0)), (f"{WNIDS[0]}/1.jpg", sources.jpeg(0, 1))],
     )
     with pytest.raises(InputError, match="not a path inside"):
-        write(tmp_path, Place("imagenet", str(tmp_path / "x.tar")), "train")
+        write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "x.tar")), "train")
 
 
 def test_links_in_archives_are_not_followed(tmp_path):
@@ -574,7 +605,7 @@ def test_links_in_archives_are_not_followed(tmp_path):
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(member)
     with pytest.raises(InputError, match="2.jpg: a link or device"):
-        write(tmp_path, Place("imagenet", str(tmp_path / "x.tar")), "train")
+        write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "x.tar")), "train")
 
 
 @pytest.mark.parametrize(
@@ -592,7 +623,7 @@ def test_a_lists_path_cannot_leave_its_folder(path, tmp_path):
     with open(tmp_path / "in/train.csv", "a") as file:
         file.write(f"{path},{WNIDS[0]}\n")
     with pytest.raises(InputError, match="not a path inside"):
-        write(tmp_path, Place("csv", str(tmp_path / "in")))
+        write(tmp_path, Place(dataset="csv", data_dir=str(tmp_path / "in")))
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "compressed", "text"])
@@ -616,25 +647,33 @@ def test_a_damaged_archive_is_named(damage, tmp_path):
     with pytest.raises(
         InputError, match="ILSVRC2012_img_val.tar: (ends inside|damaged or cut at byte|not a tar)"
     ):
-        write(tmp_path, Place("imagenet_archives", str(tmp_path / "in")), "val")
+        write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "in")), "val")
 
 
 def test_missing_parts_of_a_source_are_named(tmp_path):
     sources.archives(tmp_path / "a")
     (tmp_path / "a/ILSVRC2012_devkit_t12.tar.gz").unlink()
     with pytest.raises(InputError, match="ILSVRC2012_devkit_t12.tar.gz is missing"):
-        write(tmp_path, Place("imagenet_archives", str(tmp_path / "a")))
+        write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "a")))
     sources.kaggle(tmp_path / "k")
     (tmp_path / "k/LOC_val_solution.csv").unlink()
     with pytest.raises(InputError, match="LOC_val_solution.csv is missing"):
-        write(tmp_path, Place("kaggle", str(tmp_path / "k")))
+        write(tmp_path, Place(dataset="kaggle", data_dir=str(tmp_path / "k")))
     sources.webdataset(tmp_path / "w")
     with pytest.raises(InputError, match="0002.tar is missing"):
-        write(tmp_path, Place("webdataset", f"{tmp_path}/w/imagenet-{{split}}-{{0000..0002}}.tar"))
+        write(
+            tmp_path,
+            Place(
+                dataset="webdataset", data_dir=f"{tmp_path}/w/imagenet-{{split}}-{{0000..0002}}.tar"
+            ),
+        )
     with pytest.raises(InputError, match="same images"):
-        write(tmp_path, Place("webdataset", f"{tmp_path}/w/imagenet-train-{{0000..0001}}.tar"))
+        write(
+            tmp_path,
+            Place(dataset="webdataset", data_dir=f"{tmp_path}/w/imagenet-train-{{0000..0001}}.tar"),
+        )
     with pytest.raises(InputError, match="is not a folder"):
-        write(tmp_path, Place("imagenet", str(tmp_path / "absent")))
+        write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "absent")))
 
 
 def test_a_sample_without_a_label_is_a_fault(tmp_path):
@@ -645,9 +684,13 @@ def test_a_sample_without_a_label_is_a_fault(tmp_path):
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     with pytest.raises(InputError, match="zz.jpg: has no label"):
-        write(tmp_path, Place("webdataset", str(tmp_path / "in")))
+        write(tmp_path, Place(dataset="webdataset", data_dir=str(tmp_path / "in")))
     out = write(
-        tmp_path, Place("webdataset", str(tmp_path / "in")), "train", skip=True, max_skipped=0.1
+        tmp_path,
+        Place(dataset="webdataset", data_dir=str(tmp_path / "in")),
+        "train",
+        skip=True,
+        max_skipped=0.1,
     )
     assert contents(out / "train.beton") == expected("train")
 
@@ -660,17 +703,17 @@ def test_parquet_that_is_not_one_of_images_is_named(tmp_path):
     pq.write_table(
         pa.table({"image": [b"x"], "fine": [1], "coarse": [2]}), tmp_path / "in/train.parquet"
     )
-    with pytest.raises(InputError, match="cfg.label_column.*fine, coarse"):
-        write(tmp_path, Place("parquet", str(tmp_path / "in")), "train")
+    with pytest.raises(InputError, match="`label_column`.*fine, coarse"):
+        write(tmp_path, Place(dataset="parquet", data_dir=str(tmp_path / "in")), "train")
     (tmp_path / "in/train.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(InputError, match="not parquet of images"):
-        write(tmp_path, Place("parquet", str(tmp_path / "in")), "train")
+        write(tmp_path, Place(dataset="parquet", data_dir=str(tmp_path / "in")), "train")
     data = [sources.jpeg(0, 0), None, sources.jpeg(2, 2)]
     pq.write_table(
         pa.table({"image": pa.array(data, pa.binary()), "fine": [0, 1, 2], "coarse": [0, None, 0]}),
         tmp_path / "in/train.parquet",
     )
-    place = Place("parquet", str(tmp_path / "in"), label_column="fine")
+    place = Place(dataset="parquet", data_dir=str(tmp_path / "in"), label_column="fine")
     with pytest.raises(InputError, match="row 1 has no image"):
         write(tmp_path, place, "train")
     out = write(tmp_path, place, "train", skip=True, max_skipped=0.5)
@@ -685,9 +728,9 @@ def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
     with pytest.raises(
-        InputError, match="cfg.data_dir=nobody/nothing: the datasets library cannot load it"
+        InputError, match="`data_dir`=nobody/nothing: the datasets library cannot load it"
     ):
-        write(tmp_path, Place("datasets", "nobody/nothing"))
+        write(tmp_path, Place(dataset="datasets", data_dir="nobody/nothing"))
 
 
 def test_local_reads_tell_a_lost_mount_from_a_bad_file(tmp_path, monkeypatch):
@@ -708,17 +751,17 @@ def test_what_a_devkit_says_of_other_classes_is_refused(tmp_path):
     table = tmp_path / "in/ILSVRC2012_devkit_t12/data/map_clsloc.txt"
     table.write_text(table.read_text().replace(WNIDS[2], "n09999999"))
     with pytest.raises(InputError, match="its classes are not the devkit's.*n01484850"):
-        write(tmp_path, Place("imagenet_archives", str(tmp_path / "in")))
+        write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "in")))
     table.write_text("nonsense")
     with pytest.raises(InputError, match="the devkit's tables cannot be used"):
-        write(tmp_path, Place("imagenet_archives", str(tmp_path / "in")))
+        write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "in")))
 
 
 def test_titles_are_the_sources_own(tmp_path):
     sources.kaggle(tmp_path / "in")
     assert (
         read_beton(
-            write(tmp_path, Place("kaggle", str(tmp_path / "in"))) / "train.beton"
+            write(tmp_path, Place(dataset="kaggle", data_dir=str(tmp_path / "in"))) / "train.beton"
         ).about.titles
         == WORDS
     )
@@ -795,7 +838,7 @@ def test_other_pictures_under_the_same_names_are_noticed(tmp_path, capsys):
                 tmp_path / root / "train" / WNIDS[0] / f"{number:02d}.jpg",
                 sources.jpeg(0, number, side),
             )
-    one, two = (Place("imagenet", str(tmp_path / root)) for root in ("one", "two"))
+    one, two = (Place(dataset="imagenet", data_dir=str(tmp_path / root)) for root in ("one", "two"))
     write(tmp_path, one, "train")
     with pytest.raises(InputError, match="is another picture than when it was written"):
         write(tmp_path, two, "train")
@@ -831,9 +874,9 @@ def test_a_shorter_list_than_it_was_begun_with_gives_the_bytes_of_the_shorter_li
     from rsb_ffcv.dataset import writer
 
     sources.folders(tmp_path / "in")
-    place = Place("imagenet", str(tmp_path / "in"))
+    place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
 
-    def killed(*_):
+    def killed(*_, **__):
         raise InputError("stopped")
 
     with monkeypatch.context() as patched:
@@ -879,10 +922,10 @@ def test_what_was_left_out_and_is_mended_is_taken_in(tmp_path):
     from rsb_ffcv.dataset import writer
 
     name = with_fault(tmp_path / "in", "truncated")
-    place = Place("imagenet", str(tmp_path / "in"))
+    place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
     fault, real = tmp_path / "in/train" / WNIDS[1] / name, writer._finish
 
-    def killed(*_):
+    def killed(*_, **__):
         raise InputError("stopped")
 
     writer._finish = killed
@@ -914,7 +957,7 @@ def test_nothing_of_a_shard_is_dropped_without_a_word(tmp_path, capsys):
             ("d.cls", b"1"),
         ],
     )
-    out = write(tmp_path, Place("webdataset", str(tmp_path / "in")), "train")
+    out = write(tmp_path, Place(dataset="webdataset", data_dir=str(tmp_path / "in")), "train")
     assert len(read_beton(out / "train.beton")) == 3
     assert (
         "2 members left out, without an image of their key or beside another one: b.cls, "
@@ -929,15 +972,15 @@ def test_an_archive_cut_between_members_and_missing_answers_are_noticed(tmp_path
         cut = archive.getmembers()[4].offset
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(InputError, match="damaged or cut at byte"):
-        write(tmp_path, Place("imagenet_archives", str(tmp_path / "a")), "val")
+        write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "a")), "val")
     with open(path, "ab") as file:
         file.write(bytes(1024))
     with pytest.raises(InputError, match="holds 4 images, and the ground truth 6"):
-        write(tmp_path, Place("imagenet_archives", str(tmp_path / "a")), "val")
+        write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "a")), "val")
     sources.kaggle(tmp_path / "k")
     (tmp_path / "k/ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000003.JPEG").unlink()
     with pytest.raises(InputError, match="ILSVRC2012_val_00000003.JPEG: cannot be read"):
-        write(tmp_path, Place("kaggle", str(tmp_path / "k")), "val")
+        write(tmp_path, Place(dataset="kaggle", data_dir=str(tmp_path / "k")), "val")
 
 
 def test_an_archive_that_goes_backwards_ends(tmp_path):
@@ -950,7 +993,7 @@ def test_an_archive_that_goes_backwards_ends(tmp_path):
     whole[148:156] = b"%06o\0 " % sum(whole[:512])
     (tmp_path / "x.tar").write_bytes(whole)
     with pytest.raises(InputError, match="x.tar: (damaged|not a tar)"):
-        write(tmp_path, Place("imagenet", str(tmp_path / "x.tar")), "train")
+        write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "x.tar")), "train")
 
 
 def test_a_dataset_cannot_name_files_outside_of_it(tmp_path):
@@ -969,44 +1012,55 @@ def test_a_dataset_cannot_name_files_outside_of_it(tmp_path):
     )
     pq.write_table(table, tmp_path / "in" / "train.parquet")
     with pytest.raises(InputError, match="secret.jpg, outside of the dataset"):
-        write(tmp_path, Place("datasets", str(tmp_path / "in")), "train")
+        write(tmp_path, Place(dataset="datasets", data_dir=str(tmp_path / "in")), "train")
 
 
 def test_a_file_url_follows_no_links_either(tmp_path):
     name = with_fault(tmp_path / "in", "link out of the tree")
     with pytest.raises(InputError, match=f"{name}.*leaves"):
-        write(tmp_path, Place("imagenet", f"file://{tmp_path}/in"), "train")
+        write(tmp_path, Place(dataset="imagenet", data_dir=f"file://{tmp_path}/in"), "train")
 
 
 def test_classes_of_one_name_and_names_that_cannot_be_stored(tmp_path):
     from rsb_ffcv.dataset.sources import Source
 
-    source = Source(["a", "b\ud800"], ["x\0y.jpg", "z.jpg"], np.array([0, 1]), None)
+    source = Source(
+        classes=["a", "b\ud800"], names=["x\0y.jpg", "z.jpg"], labels=np.array([0, 1]), read=None
+    )
     assert source.names[0] == "x_y.jpg" and source.classes[1] == "b?"
     sources.parquet(tmp_path / "in")
     (tmp_path / "names.txt").write_text("a\nb\na\n")
-    with pytest.raises(InputError, match="cfg.class_names.*2 different"):
+    with pytest.raises(InputError, match="`class_names`.*2 different"):
         write(
             tmp_path,
-            Place("parquet", str(tmp_path / "in"), class_names=str(tmp_path / "names.txt")),
+            Place(
+                dataset="parquet",
+                data_dir=str(tmp_path / "in"),
+                class_names=str(tmp_path / "names.txt"),
+            ),
         )
 
 
 @pytest.mark.parametrize(
     "place, message",
     [
-        (Place("webdataset", "{tmp}/x-{{0000000..9999999}}.tar"), "more than 100000 shards"),
-        (Place("imagenet", "zip://*::{tmp}/no.zip"), "no.zip"),
-        (Place("csv", "{tmp}/quote.csv"), "not a table"),
+        (
+            Place(dataset="webdataset", data_dir="{tmp}/x-{{0000000..9999999}}.tar"),
+            "more than 100000 shards",
+        ),
+        (Place(dataset="imagenet", data_dir="zip://*::{tmp}/no.zip"), "no.zip"),
+        (Place(dataset="csv", data_dir="{tmp}/quote.csv"), "not a table"),
     ],
 )
 def test_odd_places_are_one_line(place, message, tmp_path):
     (tmp_path / "quote.csv").write_text('a.jpg,x\n"b.jpg,y\n' + "c.jpg,z\n" * 20000)
     place = Place(
-        place.dataset,
-        place.data_dir.replace("{tmp}", str(tmp_path)).replace("{{", "{").replace("}}", "}"),
+        dataset=place.dataset,
+        data_dir=place.data_dir.replace("{tmp}", str(tmp_path))
+        .replace("{{", "{")
+        .replace("}}", "}"),
     )
     with pytest.raises(InputError, match=message):
         write(tmp_path, place, "train")
-    with pytest.raises(InputError, match="cfg.write_path=.*cannot be used"):
-        write_splits(place, str(tmp_path / ("x" * 300)), "train")
+    with pytest.raises(InputError, match="`write_path`=.*cannot be used"):
+        write_splits(place, str(tmp_path / ("x" * 300)), split="train")

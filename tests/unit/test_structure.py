@@ -69,6 +69,35 @@ def test_the_programs_alone_import_commands_and_the_console_scripts_are_theirs()
     assert set(scripts) == {"write_ffcv", "train_imagenet"}
 
 
+# The address of a draw (seed, epoch, slot, op, k), and torchvision's signature. Functions compiled
+# by numba are left out, too: they have no keyword-only parameters
+MAY_HAVE_MORE_POSITIONAL = {"draws.py", "ColorJitter"}
+
+
+def test_at_most_three_parameters_are_given_by_position():
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        owners = {
+            method.lineno: node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef)
+            for method in node.body
+        }
+        for node in ast.walk(tree):
+            decorators = " ".join(ast.dump(item) for item in getattr(node, "decorator_list", []))
+            if isinstance(node, ast.FunctionDef) and not re.search("'njit'|'cfunc'", decorators):
+                names = [item.arg for item in node.args.args if item.arg not in ("self", "cls")]
+                owner = owners.get(node.lineno, "")
+                if len(names) > 3 and not {path.name, owner} & MAY_HAVE_MORE_POSITIONAL:
+                    found.append(f"{path}: {owner} {node.name}{names}")
+            if isinstance(node, ast.ClassDef) and "dataclass" in decorators:
+                count = sum(isinstance(item, ast.AnnAssign) for item in node.body)
+                if count > 3 and "kw_only" not in decorators:
+                    found.append(f"{path}: {node.name}")
+    assert not found, found
+
+
 def test_no_part_is_left_out_of_the_rules():
     parts = {
         path.stem
@@ -76,6 +105,25 @@ def test_no_part_is_left_out_of_the_rules():
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert parts - {"__init__"} == set(MAY_IMPORT)
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Directly or through others, anywhere in a file."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    del modules["rsb_ffcv"]  # it imports the library's names when they are used
+    imports = {}
+    for module, path in modules.items():
+        names = imported_names(path)
+        parents = {name.rpartition(".")[0] for name in names - modules.keys()}
+        imports[module] = ((names | parents) & modules.keys()) - {module}
+    while imports:
+        free = [module for module, others in imports.items() if not others & imports.keys()]
+        assert free, f"these import each other in a circle: {sorted(imports)}"
+        for module in free:
+            del imports[module]
 
 
 def test_only_the_module_for_it_may_import_ffcv():

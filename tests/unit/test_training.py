@@ -19,7 +19,7 @@ STEPS = list(range(40, 44))
 
 def health(**policies):
     said: list[str] = []
-    return Health(said.append, **policies), said
+    return Health(say=said.append, **policies), said
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_step():
@@ -84,33 +84,35 @@ def test_one_odd_reading_is_no_rise():
 def test_top1_at_chance_is_told_at_the_stated_epoch(classes, top1, tells):
     checks, said = health()
     for epoch in range(8):
-        checks.check_accuracy(epoch, {"top1": top1}, classes)
+        checks.check_accuracy(epoch, {"top1": top1}, classes=classes)
     assert len(said) == tells and (
         not tells or "after epoch 5" in said[0] and "learning rate" in said[0]
     )
     if tells:
         with pytest.raises(Stop, match="health.chance=warn"):
-            health(chance="act")[0].check_accuracy(4, {"top1": top1}, classes)
-        health(chance="off")[0].check_accuracy(4, {"top1": top1}, classes)
+            health(chance="act")[0].check_accuracy(4, {"top1": top1}, classes=classes)
+        health(chance="off")[0].check_accuracy(4, {"top1": top1}, classes=classes)
 
 
 def test_an_average_far_below_the_model_is_told():
     row = {"top1": 60.0, "ema_top1": 0.1}
     checks, said = health()
-    assert not checks.check_accuracy(20, row, 1000) and "59.9 points below" in said[0]
-    assert health(average="act")[0].check_accuracy(20, row, 1000)
-    assert not health(average="off")[0].check_accuracy(20, row, 1000)
-    assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0, "ema_top1": 55.0}, 1000)
-    assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, 1000)
+    assert not checks.check_accuracy(20, row, classes=1000) and "59.9 points below" in said[0]
+    assert health(average="act")[0].check_accuracy(20, row, classes=1000)
+    assert not health(average="off")[0].check_accuracy(20, row, classes=1000)
+    assert not health(average="act")[0].check_accuracy(
+        20, {"top1": 60.0, "ema_top1": 55.0}, classes=1000
+    )
+    assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, classes=1000)
 
 
 def test_an_average_that_still_holds_what_it_began_from_is_not_judged():
     row = {"top1": 60.0, "ema_top1": 0.1}
     checks, said = health(average="act")
-    assert not checks.check_accuracy(20, row, 1000, initial_share=0.011) and not said
-    assert checks.check_accuracy(20, row, 1000, initial_share=0.009)
+    assert not checks.check_accuracy(20, row, classes=1000, initial_share=0.011) and not said
+    assert checks.check_accuracy(20, row, classes=1000, initial_share=0.009)
     assert "ema.warmup=1 or a lower ema.decay mends that" in said[0]
-    assert checks.check_accuracy(20, row, 1000, 0.0, ema_warmup=True)
+    assert checks.check_accuracy(20, row, classes=1000, initial_share=0.0, ema_warmup=True)
     assert "; a lower ema.decay mends that" in said[1] and "warmup" not in said[1]
 
 

@@ -26,7 +26,7 @@ def test_results_come_in_order_and_not_far_ahead(threads):
         time.sleep(0.002 * (item % 7 == 0))
         return item * item
 
-    for number, result in enumerate(ordered(slow_at_times, range(200), threads, ahead=10)):
+    for number, result in enumerate(ordered(slow_at_times, range(200), threads=threads, ahead=10)):
         assert result == number**2 and len(begun) <= number + 11
     assert sorted(begun) == list(range(200))
 
@@ -40,7 +40,7 @@ def test_an_error_comes_in_its_turn_and_ends_the_threads(error):
 
     before, seen = set(threading.enumerate()), []
     with pytest.raises(error, match="at 5"):
-        for result in ordered(fails, range(100), 3):
+        for result in ordered(fails, range(100), threads=3):
             seen.append(result)
     assert seen == [0, 1, 2, 3, 4] and set(threading.enumerate()) <= before
 
@@ -93,12 +93,12 @@ def test_leaving_early_gives_up_what_is_not_begun(monkeypatch):
             given_up.set()  # a defect: once is enough to wait
 
     monkeypatch.setattr(workers, "Future", Noted)
-    results = ordered(work, range(1000), 2, ahead=1000)
+    results = ordered(work, range(1000), threads=2, ahead=1000)
     next(results)
     results.close()
     assert len(futures) == 1000 and set(begun) <= {0, 1, 2}
     with pytest.raises(InputError):
-        for _ in ordered(lambda item: (_ for _ in ()).throw(InputError("x")), [1], 1):
+        for _ in ordered(lambda item: (_ for _ in ()).throw(InputError("x")), [1], threads=1):
             pass
 
 

@@ -1,0 +1,93 @@
+"""The reader of each kind of dataset, and what all splits of a dataset have in common."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import PurePosixPath
+
+from rsb_ffcv import InputError
+from rsb_ffcv.dataset import layouts, shards
+from rsb_ffcv.dataset.files import open_root, read_text
+from rsb_ffcv.dataset.picture import BadPicture
+from rsb_ffcv.dataset.sources import Place, Source
+
+READERS = {
+    "imagenet": layouts.image_folder,
+    "demo": layouts.demo,
+    "tiny_imagenet": layouts.tiny_imagenet,
+    "imagenet_archives": layouts.archives,
+    "kaggle": layouts.kaggle,
+    "csv": layouts.csv_list,
+    "callable": layouts.python_callable,
+    "webdataset": shards.webdataset,
+    "parquet": shards.parquet,
+    "datasets": shards.hugging_face,
+}
+
+
+def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
+    """The splits ("train", "val") of a dataset, with one list of classes. Raises InputError naming
+    what is missing and how to mend it."""
+    reader = READERS.get(place.dataset, shards.torchvision)
+    try:
+        sources = {split: reader(place, split) for split in splits}
+    except BadPicture as error:  # a list or archive, not a picture
+        raise InputError(str(error)) from error
+    if place.class_names:
+        sources = {split: _renamed(source, place.class_names) for split, source in sources.items()}
+    for source in sources.values():
+        twice = [name for name, count in Counter(source.classes).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"`data_dir`={place.data_dir}: two classes are called '{twice[0]}'; give other "
+                f"names with `class_names`"
+            )
+    longest = max((source.classes for source in sources.values()), key=len)
+    for source in sources.values():
+        if source.classes != longest[: len(source.classes)]:
+            differing = sorted(set(longest) ^ set(source.classes)) or ["in another order"]
+            raise InputError(
+                f"`data_dir`={place.data_dir}: train and val do not have the same classes "
+                f"({', '.join(differing[:5])} in one only); correct one, or write them apart with "
+                f"`split`"
+            )
+        source.classes = longest
+        source.titles = (
+            source.titles if len(source.titles) == len(longest) else _known_titles(longest)
+        )
+    if (
+        len(sources) == 2
+        and len({source.origin for source in sources.values()}) == 1
+        and source.origin
+    ):
+        raise InputError(
+            f"`data_dir`={place.data_dir}: train and val would hold the same images; give "
+            f"`split`, or {{split}} in a "
+            f"pattern"
+        )
+    return sources
+
+
+def _renamed(source: Source, listing: str) -> Source:
+    files, name = open_root(listing)
+    names = [line.strip() for line in read_text(files, name).splitlines() if line.strip()]
+    if len(names) < len(source.classes) or len(set(names)) < len(names):
+        raise InputError(
+            f"`class_names`={listing}: {len(names)} lines ({len(set(names))} different) for "
+            f"{len(source.classes)} "
+            f"classes; give a name a line, in the order of the labels"
+        )
+    return replace(source, classes=names, titles=[])
+
+
+def _known_titles(classes: list[str]) -> list[str]:
+    """What timm's table of synsets calls wnids; nothing where one is not in it."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return []
+    spec = find_spec("timm")  # found without importing it, which takes seconds
+    assert spec is not None and spec.origin is not None  # this package depends on it
+    timm = PurePosixPath(spec.origin).parent
+    with open(timm / "data/_info/imagenet_synset_to_lemma.txt", encoding="utf-8") as table:
+        titles = dict(line.rstrip("\n").split("\t", 1) for line in table if "\t" in line)
+    return [titles[name] for name in classes] if all(name in titles for name in classes) else []
