@@ -3,15 +3,36 @@ pyproject.toml."""
 
 from setuptools import Extension, setup
 
+FOLDER = "rsb_ffcv/ops/csrc"
+SOURCES = (
+    "scratch",
+    "checksum",
+    "jpeg_huffman",
+    "jpeg_headers",
+    "jpeg_planes",
+    "jpeg_pixels",
+    "jpeg",
+    "resample",
+    "augment",
+    "sample",
+    "pool",
+)
+HEADERS = (
+    "rsb",
+    "jpeg",
+    "jpeg_entropy_hot",
+    "jpeg_idct_hot",
+    "jpeg_planes_hot",
+    "jpeg_pixels_hot",
+    "augment_hot",
+)
+
 setup(
     ext_modules=[
         Extension(
             "rsb_ffcv.ops._native",
-            sources=[
-                f"rsb_ffcv/ops/csrc/{name}.c"
-                for name in ("scratch", "checksum", "jpeg", "resample", "augment", "sample", "pool")
-            ],
-            depends=[f"rsb_ffcv/ops/csrc/{name}.h" for name in ("rsb", "jpeg_hot", "augment_hot")],
+            sources=[f"{FOLDER}/{name}.c" for name in SOURCES],
+            depends=[f"{FOLDER}/{name}.h" for name in HEADERS],
             libraries=["turbojpeg", "m"],
             # Signed overflow wraps (damaged JPEGs reach it), and products are not fused into sums:
             # Pillow's bits are reproduced.
