@@ -7,8 +7,12 @@
 
 #include <jpeglib.h>
 
+typedef struct {
+    int64_t top, left, height, width; /* pixels */
+} region;
+
 int decode_regions(const uint8_t *data, const int64_t *pointers, const int64_t *sizes,
-                   const int64_t (*boxes)[4], int first, int end) {
+                   const region *regions, int first, int end) {
     uint8_t *row = malloc(3 * 65536);
     for (int i = first; i < end; i++) {
         struct jpeg_decompress_struct info;
@@ -19,10 +23,10 @@ int decode_regions(const uint8_t *data, const int64_t *pointers, const int64_t *
         jpeg_read_header(&info, TRUE);
         info.out_color_space = JCS_RGB;
         jpeg_start_decompress(&info);
-        JDIMENSION left = (JDIMENSION)boxes[i][1], width = (JDIMENSION)boxes[i][3];
+        JDIMENSION left = (JDIMENSION)regions[i].left, width = (JDIMENSION)regions[i].width;
         jpeg_crop_scanline(&info, &left, &width);
-        if (boxes[i][0]) jpeg_skip_scanlines(&info, (JDIMENSION)boxes[i][0]);
-        for (int y = 0; y < boxes[i][2]; y++) jpeg_read_scanlines(&info, &row, 1);
+        if (regions[i].top) jpeg_skip_scanlines(&info, (JDIMENSION)regions[i].top);
+        for (int y = 0; y < regions[i].height; y++) jpeg_read_scanlines(&info, &row, 1);
         jpeg_abort_decompress(&info);
         jpeg_destroy_decompress(&info);
     }

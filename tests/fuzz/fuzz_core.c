@@ -127,9 +127,8 @@ int main(int count, char **arguments) {
             sample.size = (uint64_t)3 * (uint32_t)sample.height * (uint32_t)sample.width;
         double h = uniform() * sample.height, w = uniform() * sample.width;
         double box[4] = {uniform() * (sample.height - h), uniform() * (sample.width - w), h, w};
-        memcpy(sample.box, box, sizeof box);
-        if (!below(300))
-            sample.box[below(4)] = (double[]){-1, 0.0 / 0.0, 1e300, 0, 1e-300}[below(5)];
+        if (!below(300)) box[below(4)] = (double[]){-1, 0.0 / 0.0, 1e300, 0, 1e-300}[below(5)];
+        memcpy(&sample.box, box, sizeof box);
         int out_height = 1 + (int)below(80), out_width = 1 + (int)below(80);
         size_t bytes = (size_t)3 * out_height * out_width;
         uint8_t *out = malloc(bytes); /* its own allocation: the sanitizer guards both ends */

@@ -216,16 +216,17 @@ static void shift_hue(uint8_t *p, int pixels, int shift) {
 /* ---- geometry ---- */
 
 /* as Geometry.c finds it, to the bit */
-RSB_INLINE int inside(const double *a, int x, int y, int height, int width) {
+RSB_INLINE int inside(const double *a, int x, int y, rsb_size size) {
     double u = x + 0.5, v = y + 0.5;
     double from_x = a[0] * u + a[1] * v + a[2], from_y = a[3] * u + a[4] * v + a[5];
-    return from_x >= 0.0 && from_x < width && from_y >= 0.0 && from_y < height;
+    return from_x >= 0.0 && from_x < size.width && from_y >= 0.0 && from_y < size.height;
 }
 
 static int affine(const kernels *k, uint8_t *image, int height, int width, const double *a,
                   int cubic, const uint8_t *fill, rsb_scratch *scratch) {
     for (int i = 0; i < 6; i++) /* beyond, positions that `inside` and `walk` round may lie apart */
         if (!(fabs(a[i]) <= 1e6)) return RSB_BAD_CALL;
+    rsb_size size = {height, width};
     /* a copy with two pixels of border on every side, 4 bytes a pixel */
     int stride = 4 * (width + 4);
     uint8_t *copy = rsb_buffer(scratch, RSB_IMAGE, (size_t)stride * (height + 4));
@@ -251,8 +252,8 @@ static int affine(const kernels *k, uint8_t *image, int height, int width, const
     for (int y = 0; y < height; y++) {
         uint8_t *out = image + (size_t)3 * width * y;
         int start = 0, end = width;
-        while (start < end && !inside(a, start, y, height, width)) start++;
-        while (end > start && !inside(a, end - 1, y, height, width)) end--;
+        while (start < end && !inside(a, start, y, size)) start++;
+        while (end > start && !inside(a, end - 1, y, size)) end--;
         for (int x = 0; x < width; x++)
             if (x < start || x >= end) memcpy(out + 3 * x, fill, 3);
         if (start == end) continue;

@@ -24,48 +24,64 @@ static void build_tables(rsb_jpeg *j, int reading, int running) {
     }
 }
 
-static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height,
-                       int image_width, int top, int left, int height, int width,
-                       rsb_scratch *scratch, rsb_window *window) {
-    uint8_t *data = NULL;
-    size_t length = 0;
-    int status = rsb_jpeg_open(bytes, size, scratch, &data, &length);
-    rsb_jpeg *j = scratch->jpeg;
-    if (status) return status;
-    if (j->height != image_height || j->width != image_width) return RSB_BAD_SIZE;
-
-    int across = 8 * j->h_max, down = 8 * j->v_max;
+/* The MCUs that the pixels of `area` depend on. */
+static mcu_area mcus_of(const rsb_jpeg *j, rsb_rect area) {
+    int mcu_width = 8 * j->h_max;
+    int mcu_height = 8 * j->v_max;
     /* the chroma neighbours of the window */
-    int margin_x = j->h_max == 2 ? 2 : 0, margin_y = j->v_max == 2 ? 2 : 0;
-    int column_start = (left > margin_x ? left - margin_x : 0) / across;
-    int column_end = (left + width - 1 + margin_x) / across + 1,
-        row_end = (top + height - 1 + margin_y) / down + 1;
-    int row_start = (top > margin_y ? top - margin_y : 0) / down;
-    column_end = column_end < j->columns ? column_end : j->columns,
-    row_end = row_end < j->rows ? row_end : j->rows;
+    int margin_x = j->h_max == 2 ? 2 : 0;
+    int margin_y = j->v_max == 2 ? 2 : 0;
+    mcu_area m;
+    m.row_start = (area.top > margin_y ? area.top - margin_y : 0) / mcu_height;
+    m.row_end = (area.top + area.height - 1 + margin_y) / mcu_height + 1;
+    m.row_end = m.row_end < j->rows ? m.row_end : j->rows;
+    m.column_start = (area.left > margin_x ? area.left - margin_x : 0) / mcu_width;
+    m.column_end = (area.left + area.width - 1 + margin_x) / mcu_width + 1;
+    m.column_end = m.column_end < j->columns ? m.column_end : j->columns;
+    return m;
+}
+
+static int make_planes(rsb_jpeg *j, mcu_area m, rsb_scratch *scratch) {
     size_t total = 0, sizes[3];
     for (int i = 0; i < j->count; i++) {
         component *c = &j->part[i];
-        c->block_x = column_start * c->h, c->block_y = row_start * c->v;
-        c->stride = (column_end - column_start) * c->h * 8 + RSB_PAD;
-        total += sizes[i] = (size_t)c->stride * (row_end - row_start) * c->v * 8;
+        c->block_x = m.column_start * c->h;
+        c->block_y = m.row_start * c->v;
+        c->stride = (m.column_end - m.column_start) * c->h * 8 + RSB_PAD;
+        sizes[i] = (size_t)c->stride * (m.row_end - m.row_start) * c->v * 8;
+        total += sizes[i];
     }
     uint8_t *planes = rsb_buffer(scratch, RSB_PLANES, total);
     if (!planes) return RSB_NO_MEMORY;
-    for (int i = 0; i < j->count; planes += sizes[i++]) j->part[i].plane = planes;
-    build_tables(j, 1, row_start || column_start || column_end < j->columns);
-    int spans = (j->columns + SPAN - 1) / SPAN,
-        entered = entry_bytes == (size_t)RSB_ENTRY_BYTES * spans * j->rows;
-    status = rsb_jpeg_decode_planes(j, data, length, entered ? bytes + size : NULL, spans,
-                                    j->columns, row_start, row_end, column_start, column_end);
-    return status ? status : rsb_jpeg_pixels(j, top, left, height, width, scratch, window);
+    for (int i = 0; i < j->count; i++) {
+        j->part[i].plane = planes;
+        planes += sizes[i];
+    }
+    return RSB_OK;
+}
+
+static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rsb_size image,
+                       rsb_rect area, rsb_scratch *scratch, rsb_window *window) {
+    scan s;
+    int status = rsb_jpeg_open(bytes, size, scratch, &s);
+    if (status) return status;
+    rsb_jpeg *j = scratch->jpeg;
+    if (j->height != image.height || j->width != image.width) return RSB_BAD_SIZE;
+    mcu_area m = mcus_of(j, area);
+    status = make_planes(j, m, scratch);
+    if (status) return status;
+    build_tables(j, 1, m.row_start || m.column_start || m.column_end < j->columns);
+    if (entry_bytes == (size_t)RSB_ENTRY_BYTES * s.entries_per_row * j->rows)
+        s.entries = bytes + size;
+    status = rsb_jpeg_decode_planes(j, &s, m);
+    if (status) return status;
+    return rsb_jpeg_pixels(j, area, scratch, window);
 }
 
 /* ---- everything else ---- */
 
-static int turbo_window(const uint8_t *bytes, size_t size, int image_height, int image_width,
-                        int top, int left, int height, int width, rsb_scratch *scratch,
-                        rsb_window *window) {
+static int turbo_window(const uint8_t *bytes, size_t size, rsb_size image, rsb_rect area,
+                        rsb_scratch *scratch, rsb_window *window) {
     int w = 0, h = 0, sampling, colours;
     /* anew: a damaged file leaves its traces in one that is used again */
     tjhandle turbo = tjInitDecompress();
@@ -73,7 +89,7 @@ static int turbo_window(const uint8_t *bytes, size_t size, int image_height, int
     int status = RSB_OK;
     if (tjDecompressHeader3(turbo, bytes, size, &w, &h, &sampling, &colours) || w < 1 || h < 1)
         status = RSB_BAD_JPEG;
-    else if (w != image_width || h != image_height)
+    else if (w != image.width || h != image.height)
         status = RSB_BAD_SIZE;
     else if (colours == TJCS_CMYK || colours == TJCS_YCCK)
         status = RSB_BAD_COLOUR;
@@ -87,13 +103,8 @@ static int turbo_window(const uint8_t *bytes, size_t size, int image_height, int
         status = RSB_BAD_JPEG;
     tjDestroy(turbo);
     if (status == RSB_OK)
-        *window = (rsb_window){pixels + stride * top + 4 * (size_t)left,
-                               (ptrdiff_t)stride,
-                               4,
-                               left,
-                               top,
-                               width,
-                               height};
+        *window = (rsb_window){pixels + stride * area.top + 4 * (size_t)area.left,
+                               (ptrdiff_t)stride, 4, area};
     return status;
 }
 
@@ -117,29 +128,27 @@ int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch) {
 
 size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room,
                         rsb_scratch *scratch) {
-    uint8_t *data = NULL;
-    size_t length = 0;
-    if (rsb_jpeg_open(bytes, size, scratch, &data, &length) || length > UINT32_MAX / 8) return 0;
+    scan s;
+    if (rsb_jpeg_open(bytes, size, scratch, &s) || s.length > UINT32_MAX / 8) return 0;
     rsb_jpeg *j = scratch->jpeg;
     build_tables(j, 0, 1);
     /* nothing is decoded */
-    for (int i = 0; i < j->count; i++) j->part[i].plane = NULL, j->part[i].stride = 0;
-    size_t needed = (size_t)RSB_ENTRY_BYTES * ((j->columns + SPAN - 1) / SPAN) * j->rows;
-    if (needed > room || rsb_jpeg_find_entries(j, data, length, j->columns, j->rows, entries))
-        return 0;
+    for (int i = 0; i < j->count; i++) {
+        j->part[i].plane = NULL;
+        j->part[i].stride = 0;
+    }
+    size_t needed = (size_t)RSB_ENTRY_BYTES * s.entries_per_row * j->rows;
+    if (needed > room || rsb_jpeg_find_entries(j, &s, entries)) return 0;
     return needed;
 }
 
-int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height,
-                    int image_width, int top, int left, int height, int width, rsb_scratch *scratch,
-                    rsb_window *window) {
-    if (top < 0 || left < 0 || height < 1 || width < 1 || top > image_height - height ||
-        left > image_width - width)
+int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rsb_size image,
+                    rsb_rect area, rsb_scratch *scratch, rsb_window *window) {
+    if (area.top < 0 || area.left < 0 || area.height < 1 || area.width < 1 ||
+        area.top > image.height - area.height || area.left > image.width - area.width)
         return RSB_BAD_CALL;
-    if ((int64_t)image_height * image_width > RSB_MAX_PIXELS) return RSB_TOO_LARGE;
-    int status = fast_window(bytes, size, entry_bytes, image_height, image_width, top, left, height,
-                             width, scratch, window);
+    if ((int64_t)image.height * image.width > RSB_MAX_PIXELS) return RSB_TOO_LARGE;
+    int status = fast_window(bytes, size, entry_bytes, image, area, scratch, window);
     if (status != RSB_UNUSUAL) return status;
-    return turbo_window(bytes, size, image_height, image_width, top, left, height, width, scratch,
-                        window);
+    return turbo_window(bytes, size, image, area, scratch, window);
 }

@@ -50,6 +50,19 @@ RSB_INLINE int extend(int value, int size) {
     return value < (1 << (size - 1)) ? value - (1 << size) + 1 : value;
 }
 
+/* MCUs of an image: rows row_start .. row_end - 1, columns column_start .. column_end - 1. */
+typedef struct {
+    int row_start, row_end, column_start, column_end;
+} mcu_area;
+
+/* The entropy-coded bytes of an image, without stuffed zeros. */
+typedef struct {
+    uint8_t *data;
+    size_t length;
+    const uint8_t *entries; /* entry points; NULL: none */
+    int entries_per_row;
+} scan;
+
 /* Functions that only the library's own files call are not exported from it. */
 #pragma GCC visibility push(hidden)
 
@@ -62,21 +75,19 @@ void rsb_jpeg_build_skips(huffman *t);
 /* ---- jpeg_headers.c ---- */
 
 /* Reads the headers and copies the entropy-coded bytes without their stuffing. */
-int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, uint8_t **data,
-                  size_t *length);
+int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, scan *s);
 
 /* ---- jpeg_planes.c ---- */
 
-int rsb_jpeg_decode_planes(rsb_jpeg *j, const uint8_t *data, size_t length, const uint8_t *entries,
-                           int spans, int columns, int row_start, int row_end, int column_start,
-                           int column_end);
-int rsb_jpeg_find_entries(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int rows,
-                          uint8_t *entries);
+/* Decodes the MCUs of `area` into the planes. */
+int rsb_jpeg_decode_planes(rsb_jpeg *j, const scan *s, mcu_area area);
+/* Writes the entry points of all MCU rows to `entries`. */
+int rsb_jpeg_find_entries(rsb_jpeg *j, const scan *s, uint8_t *entries);
 
 /* ---- jpeg_pixels.c ---- */
 
-int rsb_jpeg_pixels(rsb_jpeg *j, int top, int left, int height, int width, rsb_scratch *scratch,
-                    rsb_window *window);
+/* Converts `area`, of which the planes hold all samples, to RGBX pixels. */
+int rsb_jpeg_pixels(rsb_jpeg *j, rsb_rect area, rsb_scratch *scratch, rsb_window *window);
 
 #pragma GCC visibility pop
 

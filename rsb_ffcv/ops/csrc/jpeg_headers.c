@@ -147,23 +147,23 @@ static int unstuff(const uint8_t *in, size_t n, uint8_t *out, size_t *length) {
     return RSB_UNUSUAL;
 }
 
-/* Reads the headers and copies the entropy-coded bytes without their stuffing. */
-int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, uint8_t **data,
-                  size_t *length) {
+int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, scan *s) {
     rsb_jpeg *j = scratch->jpeg;
     if (!j) {
         if (!(j = scratch->jpeg = calloc(1, sizeof *j))) return RSB_NO_MEMORY;
         for (int i = 0; i < 64 + 2 * END; i++) j->order[i] = i < 64 ? NATURAL[i] : 64;
     }
-    size_t scan = 0;
-    int status = read_headers(j, bytes, size, &scan);
+    size_t start = 0;
+    int status = read_headers(j, bytes, size, &start);
     if (status) return status;
-    j->columns = (j->width + 8 * j->h_max - 1) / (8 * j->h_max),
+    j->columns = (j->width + 8 * j->h_max - 1) / (8 * j->h_max);
     j->rows = (j->height + 8 * j->v_max - 1) / (8 * j->v_max);
     /* zeros that a damaged stream may run into */
-    *data = rsb_buffer(scratch, RSB_ENTROPY, size - scan + 2048);
-    if (!*data) return RSB_NO_MEMORY;
-    if ((status = unstuff(bytes + scan, size - scan, *data, length))) return status;
-    memset(*data + *length, 0, 2048);
+    s->data = rsb_buffer(scratch, RSB_ENTROPY, size - start + 2048);
+    if (!s->data) return RSB_NO_MEMORY;
+    if ((status = unstuff(bytes + start, size - start, s->data, &s->length))) return status;
+    memset(s->data + s->length, 0, 2048);
+    s->entries = NULL;
+    s->entries_per_row = (j->columns + SPAN - 1) / SPAN;
     return RSB_OK;
 }

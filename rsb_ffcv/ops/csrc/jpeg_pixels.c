@@ -60,8 +60,8 @@ static void chroma_row(const kernels *k, const component *c, int y, int other, i
     if (high == first + n) sums[n + 1] = sums[n];
 }
 
-int rsb_jpeg_pixels(rsb_jpeg *j, int top, int left, int height, int width, rsb_scratch *scratch,
-                    rsb_window *window) {
+int rsb_jpeg_pixels(rsb_jpeg *j, rsb_rect area, rsb_scratch *scratch, rsb_window *window) {
+    int top = area.top, left = area.left, height = area.height, width = area.width;
     /* chroma columns */
     int first = left / j->h_max, n = (left + width + j->h_max - 1) / j->h_max - first;
     int two = j->v_max == 2;
@@ -92,6 +92,6 @@ int rsb_jpeg_pixels(rsb_jpeg *j, int top, int left, int height, int width, rsb_s
         else
             k->colour_row(plane[0], plane[1], plane[2], out, width);
     }
-    *window = (rsb_window){pixels, (ptrdiff_t)stride, 4, left, top, width, height};
+    *window = (rsb_window){pixels, (ptrdiff_t)stride, 4, area};
     return RSB_OK;
 }

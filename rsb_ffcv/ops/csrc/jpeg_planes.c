@@ -57,9 +57,8 @@ typedef int32_t v8 __attribute__((vector_size(32)));
 typedef int16_t v8s __attribute__((vector_size(16)));
 
 typedef struct {
-    int (*decode_planes)(rsb_jpeg *, const uint8_t *, size_t, const uint8_t *, int, int, int, int,
-                         int, int);
-    int (*find_entries)(rsb_jpeg *, const uint8_t *, size_t, int, int, uint8_t *);
+    int (*decode_planes)(rsb_jpeg *, const scan *, mcu_area);
+    int (*find_entries)(rsb_jpeg *, const scan *, uint8_t *);
 } kernels;
 
 #define KERNELS() {HOT(decode_planes), HOT(find_entries)}
@@ -93,14 +92,10 @@ static const kernels *pick_kernels(void) {
     return &PLAIN;
 }
 
-int rsb_jpeg_decode_planes(rsb_jpeg *j, const uint8_t *data, size_t length, const uint8_t *entries,
-                           int spans, int columns, int row_start, int row_end, int column_start,
-                           int column_end) {
-    return pick_kernels()->decode_planes(j, data, length, entries, spans, columns, row_start,
-                                         row_end, column_start, column_end);
+int rsb_jpeg_decode_planes(rsb_jpeg *j, const scan *s, mcu_area area) {
+    return pick_kernels()->decode_planes(j, s, area);
 }
 
-int rsb_jpeg_find_entries(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int rows,
-                          uint8_t *entries) {
-    return pick_kernels()->find_entries(j, data, length, columns, rows, entries);
+int rsb_jpeg_find_entries(rsb_jpeg *j, const scan *s, uint8_t *entries) {
+    return pick_kernels()->find_entries(j, s, entries);
 }

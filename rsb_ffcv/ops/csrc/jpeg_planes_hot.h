@@ -3,9 +3,12 @@
 /* Decodes MCU rows row_start .. row_end, columns column_start .. column_end, into the planes.
  * Without `entries` everything before them is run over; with them, at most SPAN - 1 MCUs of a row.
  * `spans`: entries of a row. */
-static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length,
-                              const uint8_t *entries, int spans, int columns, int row_start,
-                              int row_end, int column_start, int column_end) {
+static int HOT(decode_planes)(rsb_jpeg *j, const scan *s, mcu_area area) {
+    const uint8_t *data = s->data, *entries = s->entries;
+    const size_t length = s->length;
+    const int spans = s->entries_per_row, columns = j->columns;
+    const int row_start = area.row_start, row_end = area.row_end;
+    const int column_start = area.column_start, column_end = area.column_end;
     unit blocks[6];
     int units = make_units(j, blocks), prediction[3] = {0, 0, 0};
     reader r = {data, 0, 0};
@@ -52,8 +55,10 @@ static int HOT(decode_planes)(rsb_jpeg *j, const uint8_t *data, size_t length,
 }
 
 /* Where MCU 0, SPAN, 2 SPAN, ... of each row begins. Returns RSB_UNUSUAL for damage. */
-static int HOT(find_entries)(rsb_jpeg *j, const uint8_t *data, size_t length, int columns, int rows,
-                             uint8_t *entries) {
+static int HOT(find_entries)(rsb_jpeg *j, const scan *s, uint8_t *entries) {
+    const uint8_t *data = s->data;
+    const size_t length = s->length;
+    const int columns = j->columns, rows = j->rows;
     unit blocks[6];
     int units = make_units(j, blocks), prediction[3] = {0, 0, 0};
     reader r = {data, 0, 0};

@@ -26,6 +26,17 @@ typedef struct {
     int16_t *weights, *spread; /* spread: weights as the vector code wants them, 16 for a group */
 } taps;
 
+/* Pixels along one axis: first .. first + count - 1. */
+typedef struct {
+    int first, count;
+} range;
+
+/* One axis of a resize: [start, start + length) of `size` source pixels becomes `out` pixels. */
+typedef struct {
+    double start, length;
+    int size, out, filter;
+} axis;
+
 static double weight(double x, int filter) {
     x = fabs(x);
     if (filter == RSB_BILINEAR) return x < 1 ? 1 - x : 0;
@@ -38,36 +49,61 @@ static double support(double scale, int filter) {
     return (filter == RSB_BILINEAR ? 1 : 2) * (scale < 1 ? 1 : scale);
 }
 
-static void tap_range(double centre, double reach, int size, int *first, int *count) {
-    int low = (int)(centre - reach + 0.5), high = (int)(centre + reach + 0.5);
-    low = low < 0 ? 0 : low, high = high > size ? size : high;
-    *first = low, *count = high - low;
+/* The source pixels that contribute to an output pixel whose centre lies at `centre`. */
+static range tap_range(double centre, double reach, int size) {
+    int low = (int)(centre - reach + 0.5);
+    int high = (int)(centre + reach + 0.5);
+    low = low < 0 ? 0 : low;
+    high = high > size ? size : high;
+    return (range){low, high - low};
 }
 
-void rsb_reach(double start, double length, int size, int out, int filter, int *first, int *count) {
-    double scale = length / out, reach = support(scale, filter);
-    int last, last_count;
-    tap_range(start + 0.5 * scale, reach, size, first, count);
-    tap_range(start + (out - 0.5) * scale, reach, size, &last, &last_count);
-    *count = last + last_count - *first;
+/* The source pixels that all output pixels of an axis read. */
+static range axis_range(const axis *a) {
+    double scale = a->length / a->out;
+    double reach = support(scale, a->filter);
+    range first = tap_range(a->start + 0.5 * scale, reach, a->size);
+    range last = tap_range(a->start + (a->out - 0.5) * scale, reach, a->size);
+    return (range){first.first, last.first + last.count - first.first};
+}
+
+static axis axis_across(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
+    return (axis){box.left, box.width, image.width, out_size.width, filter};
+}
+
+static axis axis_down(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
+    return (axis){box.top, box.height, image.height, out_size.height, filter};
+}
+
+rsb_rect rsb_reach(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
+    axis down = axis_down(box, image, out_size, filter);
+    axis across = axis_across(box, image, out_size, filter);
+    range rows = axis_range(&down);
+    range columns = axis_range(&across);
+    return (rsb_rect){rows.first, columns.first, rows.count, columns.count};
 }
 
 static int most_taps(double scale, int filter) {
     return (2 * (int)ceil(support(scale, filter)) + 1 + TAPS - 1) / TAPS * TAPS;
 }
 
-static size_t taps_bytes(double scale, int out, int filter) {
-    size_t most = most_taps(scale, filter), room = (size_t)out + TAPS;
+static size_t taps_bytes(const axis *a) {
+    size_t most = most_taps(a->length / a->out, a->filter);
+    size_t room = (size_t)a->out + TAPS;
     return (room * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 *
            64;
 }
 
 /* Fills `t`, whose arrays lie in `memory` (taps_bytes long, 64-byte aligned). Positions are
- * relative to the window that starts at `origin` and has `available` pixels. */
-static void make_taps(taps *t, uint8_t *memory, double start, double length, int size, int out,
-                      int filter, int origin, int available, int across, int mirrored) {
-    double scale = length / out, reach = support(scale, filter),
-           per_pixel = scale < 1 ? 1 : 1 / scale, largest = 0;
+ * relative to `window`, the source pixels that are there. */
+static void make_taps(taps *t, uint8_t *memory, const axis *a, range window, int across,
+                      int mirrored) {
+    int out = a->out;
+    int filter = a->filter;
+    double scale = a->length / out;
+    double reach = support(scale, filter);
+    double per_pixel = scale < 1 ? 1 : 1 / scale;
+    double largest = 0;
     int most = most_taps(scale, filter);
     size_t room = (size_t)out + TAPS;
     t->spread = (int16_t *)memory;
@@ -77,18 +113,23 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
     t->ends = t->first + room;
     t->count = 0;
     for (int i = 0; i < out; i++) {
-        int to = mirrored ? out - 1 - i : i, first, count;
-        double centre = start + (i + 0.5) * scale, sum = 0, *w = exact + (size_t)to * most;
-        tap_range(centre, reach, size, &first, &count);
-        for (int k = 0; k < count; k++)
-            sum += w[k] = weight((first + k - centre + 0.5) * per_pixel, filter);
+        int to = mirrored ? out - 1 - i : i;
+        double centre = a->start + (i + 0.5) * scale;
+        double sum = 0;
+        double *w = exact + (size_t)to * most;
+        range source = tap_range(centre, reach, a->size);
+        for (int k = 0; k < source.count; k++) {
+            w[k] = weight((source.first + k - centre + 0.5) * per_pixel, filter);
+            sum += w[k];
+        }
         sum = sum != 0 ? 1 / sum : 0;
-        for (int k = 0; k < count; k++) {
+        for (int k = 0; k < source.count; k++) {
             w[k] *= sum;
             largest = fabs(w[k]) > largest ? fabs(w[k]) : largest;
         }
-        t->first[to] = first - origin, t->ends[to] = count;
-        t->count = count > t->count ? count : t->count;
+        t->first[to] = source.first - window.first;
+        t->ends[to] = source.count;
+        t->count = source.count > t->count ? source.count : t->count;
     }
     if (across) t->count = (t->count + TAPS - 1) / TAPS * TAPS;
     /* 15 bits and a sign for the largest; products of 8 bits with weights that add up to 1 then fit
@@ -100,7 +141,7 @@ static void make_taps(taps *t, uint8_t *memory, double start, double length, int
                 *spread = t->spread + (size_t)i * t->count * 4;
         int before = 0;
         if (across) { /* unused taps come first where they would lie past the window's end */
-            before = t->first[i] + t->count - available;
+            before = t->first[i] + t->count - window.count;
             before = before < 0 ? 0 : before > t->first[i] ? t->first[i] : before;
             before = before > t->count - t->ends[i] ? t->count - t->ends[i] : before;
         }
@@ -287,53 +328,74 @@ static void resample_row(const taps *t, int y, const uint8_t *in, ptrdiff_t stri
     row_plain(c, t->ends[y], t->shift, in, stride, out, n);
 }
 
-int rsb_resample(const rsb_window *window, int image_height, int image_width, const double box[4],
-                 int filter, int flip, int rows_first, uint8_t *out, int out_height, int out_width,
-                 rsb_scratch *scratch) {
-    int top, left, rows, columns;
-    rsb_reach(box[0], box[2], image_height, out_height, filter, &top, &rows);
-    rsb_reach(box[1], box[3], image_width, out_width, filter, &left, &columns);
-    if (top < window->top || left < window->left || top + rows > window->top + window->height ||
-        left + columns > window->left + window->width)
-        return RSB_BAD_CALL;
-
-    size_t across_bytes = taps_bytes(box[3] / out_width, out_width, filter);
-    uint8_t *tables = rsb_buffer(
-        scratch, RSB_TABLES, across_bytes + taps_bytes(box[2] / out_height, out_height, filter));
-    if (!tables) return RSB_NO_MEMORY;
+/* The two passes of a resize, and the source pixels they start from. */
+typedef struct {
     taps across, down;
-    make_taps(&across, tables, box[1], box[3], image_width, out_width, filter, left, columns, 1,
-              flip);
-    make_taps(&down, tables + across_bytes, box[0], box[2], image_height, out_height, filter, top,
-              rows, 0, 0);
+    const uint8_t *in;
+    ptrdiff_t stride;
+    int pixel_bytes;
+    int rows, columns; /* of source pixels */
+} passes;
 
-    const uint8_t *in = window->pixels + (top - window->top) * window->stride +
-                        (ptrdiff_t)(left - window->left) * window->pixel_bytes;
-    size_t out_bytes = 3 * (size_t)out_width;
-    if (rows_first) {
-        size_t in_bytes = (size_t)columns * window->pixel_bytes;
-        size_t first = (in_bytes + RSB_PAD + 63) / 64 * 64,
-               second = (out_bytes + RSB_PAD + 63) / 64 * 64;
-        uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (first + second)),
-                *narrow = line + 2 * first;
-        if (!line) return RSB_NO_MEMORY;
-        for (int y = 0; y < out_height; y += 2) {
-            int rows = y + 1 < out_height ? 2 : 1;
-            for (int r = 0; r < rows; r++)
-                resample_row(&down, y + r, in, window->stride, line + first * r, in_bytes);
-            resample_columns(&across, line, first, rows, window->pixel_bytes, narrow, second,
-                             out_width);
-            for (int r = 0; r < rows; r++)
-                memcpy(out + out_bytes * (y + r), narrow + second * r, out_bytes);
-        }
-    } else {
-        size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
-        uint8_t *narrow = rsb_buffer(scratch, RSB_NARROW, stride * rows);
-        if (!narrow) return RSB_NO_MEMORY;
-        resample_columns(&across, in, window->stride, rows, window->pixel_bytes, narrow, stride,
-                         out_width);
-        for (int y = 0; y < out_height; y++)
-            resample_row(&down, y, narrow, stride, out + out_bytes * y, out_bytes);
+/* Down the columns first, two output rows at a time. */
+static int resample_rows_first(const passes *p, uint8_t *out, rsb_size out_size,
+                               rsb_scratch *scratch) {
+    size_t out_bytes = 3 * (size_t)out_size.width;
+    size_t in_bytes = (size_t)p->columns * p->pixel_bytes;
+    size_t first = (in_bytes + RSB_PAD + 63) / 64 * 64;
+    size_t second = (out_bytes + RSB_PAD + 63) / 64 * 64;
+    uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (first + second));
+    uint8_t *narrow = line + 2 * first;
+    if (!line) return RSB_NO_MEMORY;
+    for (int y = 0; y < out_size.height; y += 2) {
+        int rows = y + 1 < out_size.height ? 2 : 1;
+        for (int r = 0; r < rows; r++)
+            resample_row(&p->down, y + r, p->in, p->stride, line + first * r, in_bytes);
+        resample_columns(&p->across, line, first, rows, p->pixel_bytes, narrow, second,
+                         out_size.width);
+        for (int r = 0; r < rows; r++)
+            memcpy(out + out_bytes * (y + r), narrow + second * r, out_bytes);
     }
     return RSB_OK;
+}
+
+static int resample_columns_first(const passes *p, uint8_t *out, rsb_size out_size,
+                                  rsb_scratch *scratch) {
+    size_t out_bytes = 3 * (size_t)out_size.width;
+    size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
+    uint8_t *narrow = rsb_buffer(scratch, RSB_NARROW, stride * p->rows);
+    if (!narrow) return RSB_NO_MEMORY;
+    resample_columns(&p->across, p->in, p->stride, p->rows, p->pixel_bytes, narrow, stride,
+                     out_size.width);
+    for (int y = 0; y < out_size.height; y++)
+        resample_row(&p->down, y, narrow, stride, out + out_bytes * y, out_bytes);
+    return RSB_OK;
+}
+
+int rsb_resample(const rsb_window *window, rsb_size image, rsb_box box, int filter, int flip,
+                 int rows_first, uint8_t *out, rsb_size out_size, rsb_scratch *scratch) {
+    axis across = axis_across(box, image, out_size, filter);
+    axis down = axis_down(box, image, out_size, filter);
+    range columns = axis_range(&across);
+    range rows = axis_range(&down);
+    const rsb_rect *area = &window->area;
+    if (rows.first < area->top || columns.first < area->left ||
+        rows.first + rows.count > area->top + area->height ||
+        columns.first + columns.count > area->left + area->width)
+        return RSB_BAD_CALL;
+
+    size_t across_bytes = taps_bytes(&across);
+    uint8_t *tables = rsb_buffer(scratch, RSB_TABLES, across_bytes + taps_bytes(&down));
+    if (!tables) return RSB_NO_MEMORY;
+    passes p;
+    make_taps(&p.across, tables, &across, columns, 1, flip);
+    make_taps(&p.down, tables + across_bytes, &down, rows, 0, 0);
+    p.in = window->pixels + (rows.first - area->top) * window->stride +
+           (ptrdiff_t)(columns.first - area->left) * window->pixel_bytes;
+    p.stride = window->stride;
+    p.pixel_bytes = window->pixel_bytes;
+    p.rows = rows.count;
+    p.columns = columns.count;
+    return rows_first ? resample_rows_first(&p, out, out_size, scratch)
+                      : resample_columns_first(&p, out, out_size, scratch);
 }

@@ -59,20 +59,35 @@ typedef struct {
  * before is lost. */
 uint8_t *rsb_buffer(rsb_scratch *scratch, int which, size_t bytes);
 
-/* A rectangle of decoded pixels. `pixels` is where (left, top) lies; 3 (RGB) or 4 (RGBX) bytes a
- * pixel. At least 16 bytes after the last pixel may be read. */
+/* The sides of an image, in pixels. */
+typedef struct {
+    int height, width;
+} rsb_size;
+
+/* A rectangle of whole pixels of an image. */
+typedef struct {
+    int top, left, height, width;
+} rsb_rect;
+
+/* A crop box, in pixels of the image. Its borders may lie between pixels. */
+typedef struct {
+    double top, left, height, width;
+} rsb_box;
+
+/* A rectangle of decoded pixels. `pixels` points to the pixel at (area.top, area.left). A pixel has
+ * 3 (RGB) or 4 (RGBX) bytes; a row starts `stride` bytes after the row above. At least 16 bytes
+ * after the last pixel are readable. */
 typedef struct {
     const uint8_t *pixels;
     ptrdiff_t stride;
     int pixel_bytes;
-    int left, top, width, height;
+    rsb_rect area;
 } rsb_window;
 
-/* Decodes columns left .. left + width and rows top .. top + height, which lie within a JPEG of
- * image_width x image_height, equal to libjpeg-turbo's accurate DCT and fancy upsampling. */
-int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, int image_height,
-                    int image_width, int top, int left, int height, int width, rsb_scratch *scratch,
-                    rsb_window *window);
+/* Decodes the pixels `area` of a JPEG whose sides are `image`. The result is equal to
+ * libjpeg-turbo's with the accurate DCT and fancy upsampling. */
+int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rsb_size image,
+                    rsb_rect area, rsb_scratch *scratch, rsb_window *window);
 
 /* Whether libjpeg-turbo decodes a JPEG of any colours to its end without a warning. */
 int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch);
@@ -87,16 +102,13 @@ size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, siz
 
 enum { RSB_BILINEAR = 0, RSB_BICUBIC = 1 };
 
-/* Rows and columns of a source of `size` pixels that resampling [start, start + length) to `out`
- * pixels reads. */
-void rsb_reach(double start, double length, int size, int out, int filter, int *first, int *count);
+/* The pixels of an image that resampling `box` to `out_size` reads. */
+rsb_rect rsb_reach(rsb_box box, rsb_size image, rsb_size out_size, int filter);
 
-/* Pillow's resize(box=...) of the window of an image_height x image_width picture, antialiased, to
- * out_height x out_width RGB; mirrored where `flip`; vertically first where `rows_first`. box =
- * top, left, height, width in pixels. */
-int rsb_resample(const rsb_window *window, int image_height, int image_width, const double box[4],
-                 int filter, int flip, int rows_first, uint8_t *out, int out_height, int out_width,
-                 rsb_scratch *scratch);
+/* Pillow's resize(box=...) of the window of an image, antialiased, to `out_size` RGB pixels;
+ * mirrored where `flip`; vertically first where `rows_first`. */
+int rsb_resample(const rsb_window *window, rsb_size image, rsb_box box, int filter, int flip,
+                 int rows_first, uint8_t *out, rsb_size out_size, rsb_scratch *scratch);
 
 /* ops of rsb_augment, with their arguments */
 enum {
@@ -131,7 +143,7 @@ int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scr
 typedef struct {
     uint64_t pointer, size; /* bytes */
     uint64_t checksum;      /* XXH64 of the stored bytes, where `verify` is set */
-    double box[4];          /* top, left, height, width in pixels */
+    rsb_box box;            /* the crop */
     int32_t height, width;  /* of the stored image */
     /* of the entry points that follow the image's `size` bytes; the checksum is of both */
     uint32_t entry_bytes;

@@ -6,32 +6,32 @@
 #include "rsb.h"
 
 /* `bytes` has RSB_PAD readable bytes after its end. */
-static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height,
-                int out_width, rsb_scratch *scratch) {
-    int height = s->height, width = s->width, top, left, rows, columns, status;
+static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, rsb_size out_size,
+                rsb_scratch *scratch) {
+    rsb_size image = {s->height, s->width};
     rsb_window window;
     if (s->raw) {
-        if (s->size != (uint64_t)height * width * 3) return RSB_BAD_SIZE;
-        window = (rsb_window){bytes, 3 * (ptrdiff_t)width, 3, 0, 0, width, height};
+        if (s->size != (uint64_t)image.height * image.width * 3) return RSB_BAD_SIZE;
+        window =
+            (rsb_window){bytes, 3 * (ptrdiff_t)image.width, 3, {0, 0, image.height, image.width}};
     } else {
-        rsb_reach(s->box[0], s->box[2], height, out_height, s->filter, &top, &rows);
-        rsb_reach(s->box[1], s->box[3], width, out_width, s->filter, &left, &columns);
-        status = rsb_jpeg_window(bytes, s->size, s->entry_bytes, height, width, top, left, rows,
-                                 columns, scratch, &window);
+        rsb_rect area = rsb_reach(s->box, image, out_size, s->filter);
+        int status = rsb_jpeg_window(bytes, s->size, s->entry_bytes, image, area, scratch, &window);
         if (status) return status;
     }
-    return rsb_resample(&window, height, width, s->box, s->filter, s->flip, s->rows_first, out,
-                        out_height, out_width, scratch);
+    return rsb_resample(&window, image, s->box, s->filter, s->flip, s->rows_first, out, out_size,
+                        scratch);
 }
 
 /* Where the sample's bytes have to be put, or NULL with the reason in `status`. */
-static uint8_t *room(const rsb_sample *s, int out_height, int out_width, rsb_scratch *scratch,
-                     int *status) {
+static uint8_t *room(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch, int *status) {
+    const rsb_box *box = &s->box;
     /* Tolerance: a box computed in floating point may pass the border by a rounding error. Written
      * so that NaN fails. */
-    if (!(s->box[0] >= 0 && s->box[1] >= 0 && s->box[2] > 0 && s->box[3] > 0 &&
-          s->box[0] + s->box[2] <= s->height + 1e-6 && s->box[1] + s->box[3] <= s->width + 1e-6) ||
-        out_height < 1 || out_width < 1 || s->filter > RSB_BICUBIC)
+    if (!(box->top >= 0 && box->left >= 0 && box->height > 0 && box->width > 0 &&
+          box->top + box->height <= s->height + 1e-6 &&
+          box->left + box->width <= s->width + 1e-6) ||
+        out_size.height < 1 || out_size.width < 1 || s->filter > RSB_BICUBIC)
         *status = RSB_BAD_CALL;
     else if ((int64_t)s->height * s->width > RSB_MAX_PIXELS ||
              s->size > 3 * (uint64_t)RSB_MAX_PIXELS)
@@ -47,8 +47,9 @@ static uint8_t *room(const rsb_sample *s, int out_height, int out_width, rsb_scr
 int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
              rsb_scratch *scratch) {
     int status;
+    rsb_size out_size = {out_height, out_width};
     uint64_t size = s->size + s->entry_bytes;
-    uint8_t *bytes = room(s, out_height, out_width, scratch, &status);
+    uint8_t *bytes = room(s, out_size, scratch, &status);
     if (!bytes) return status;
     /* Read, not mapped: a file that shrinks or a disk that fails then gives a status instead of a
      * signal. */
@@ -59,13 +60,15 @@ int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int ou
         got += (uint64_t)n;
     }
     if (s->verify && rsb_checksum(bytes, size) != s->checksum) return RSB_BAD_CHECKSUM;
-    return crop(bytes, s, out, out_height, out_width, scratch);
+    return crop(bytes, s, out, out_size, scratch);
 }
 
 int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height,
                int out_width, rsb_scratch *scratch) {
     int status;
-    uint8_t *padded = room(s, out_height, out_width, scratch, &status);
-    return padded ? memcpy(padded, bytes, s->size + s->entry_bytes),
-           crop(padded, s, out, out_height, out_width, scratch) : status;
+    rsb_size out_size = {out_height, out_width};
+    uint8_t *padded = room(s, out_size, scratch, &status);
+    if (!padded) return status;
+    memcpy(padded, bytes, s->size + s->entry_bytes);
+    return crop(padded, s, out, out_size, scratch);
 }
