@@ -1,34 +1,39 @@
-/* A window of a baseline JPEG, as RGBX pixels.
+/* Decodes a window of a JPEG.
  *
- * Of the time that libjpeg-turbo spends on the window of a training image, three quarters go into
- * Huffman decoding, most of it for coefficients that nothing will look at. This decoder takes two
- * symbols of known value with one table look-up inside the window, as many as fit into one outside
- * of it, and stops after the window's last row. Its arithmetic (the "islow" inverse DCT, triangle
- * upsampling, YCbCr to RGB) gives libjpeg-turbo's bytes, for coefficients that an encoder can have
- * made from pixels (for others, libjpeg-turbo's own vector code differs from its C code).
+ * libjpeg-turbo spends three quarters of the time for the window of a training image in Huffman
+ * decoding, mostly for coefficients outside of the window. This decoder reads up to two symbols and
+ * their values with one table lookup inside the window, skips as many symbols as fit with one
+ * lookup outside of it, and stops after the window's last row. Its arithmetic (the "islow" inverse
+ * DCT, triangle upsampling, YCbCr to RGB) gives libjpeg-turbo's bytes, for all coefficients that an
+ * encoder makes from pixels. For others, libjpeg-turbo's own vector code differs from its C code.
  *
- * It knows what files of photographs are made of: 8-bit baseline Huffman, greyscale or YCbCr,
- * 4:4:4, 4:2:2 or 4:2:0, one scan. Everything else, and everything that looks damaged, is left to
- * libjpeg-turbo, which decides.
+ * It decodes the usual JPEGs of photographs: 8-bit samples, sequential Huffman coding, greyscale or
+ * YCbCr, 4:4:4, 4:2:2 or 4:2:0, one scan, no restart intervals. For all other JPEGs, and for those
+ * that look damaged, it returns RSB_UNUSUAL. libjpeg-turbo then decodes them or reports the damage.
+ *
+ *     jpeg_headers.c   segments, tables, bytes of the scan
+ *     jpeg_huffman.c   lookup tables
+ *     jpeg_planes.c    Huffman decoding, inverse DCT
+ *     jpeg_pixels.c    upsampling, colours
  */
 #include <turbojpeg.h>
 
 #include "jpeg.h"
 
-/* The tables that reading coefficients, and running over them, needs. */
-static void build_tables(rsb_jpeg *j, int reading, int running) {
+/* Makes the lookup tables for decoding coefficients, or for skipping them. */
+static void build_tables(rsb_jpeg *j, int decoding, int skipping) {
     for (int i = 0; i < j->count; i++) {
         rsb_jpeg_build_pairs(&j->dc[j->part[i].dc], 0);
-        if (reading) rsb_jpeg_build_pairs(&j->ac[j->part[i].ac], 1);
-        if (running) rsb_jpeg_build_skips(&j->ac[j->part[i].ac]);
+        if (decoding) rsb_jpeg_build_pairs(&j->ac[j->part[i].ac], 1);
+        if (skipping) rsb_jpeg_build_skips(&j->ac[j->part[i].ac]);
     }
 }
 
 /* The MCUs that the pixels of `area` depend on. */
 static mcu_area mcus_of(const rsb_jpeg *j, rsb_rect area) {
-    int mcu_width = 8 * j->h_max;
-    int mcu_height = 8 * j->v_max;
-    /* the chroma neighbours of the window */
+    int mcu_width = BLOCK_SIDE * j->h_max;
+    int mcu_height = BLOCK_SIDE * j->v_max;
+    /* upsampling reads the next chroma sample on each side */
     int margin_x = j->h_max == 2 ? 2 : 0;
     int margin_y = j->v_max == 2 ? 2 : 0;
     mcu_area m;
@@ -41,14 +46,16 @@ static mcu_area mcus_of(const rsb_jpeg *j, rsb_rect area) {
     return m;
 }
 
+/* Makes room for the samples of the MCUs `m`. */
 static int make_planes(rsb_jpeg *j, mcu_area m, rsb_scratch *scratch) {
-    size_t total = 0, sizes[3];
+    size_t total = 0;
+    size_t sizes[MAX_COMPONENTS];
     for (int i = 0; i < j->count; i++) {
         component *c = &j->part[i];
         c->block_x = m.column_start * c->h;
         c->block_y = m.row_start * c->v;
-        c->stride = (m.column_end - m.column_start) * c->h * 8 + RSB_PAD;
-        sizes[i] = (size_t)c->stride * (m.row_end - m.row_start) * c->v * 8;
+        c->stride = (m.column_end - m.column_start) * c->h * BLOCK_SIDE + RSB_PAD;
+        sizes[i] = (size_t)c->stride * (m.row_end - m.row_start) * c->v * BLOCK_SIDE;
         total += sizes[i];
     }
     uint8_t *planes = rsb_buffer(scratch, RSB_PLANES, total);
@@ -60,6 +67,7 @@ static int make_planes(rsb_jpeg *j, mcu_area m, rsb_scratch *scratch) {
     return RSB_OK;
 }
 
+/* RSB_UNUSUAL: turbo_window must decode the JPEG. */
 static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rsb_size image,
                        rsb_rect area, rsb_scratch *scratch, rsb_window *window) {
     scan s;
@@ -70,6 +78,7 @@ static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rs
     mcu_area m = mcus_of(j, area);
     status = make_planes(j, m, scratch);
     if (status) return status;
+    /* skipping is needed only where the window leaves out MCUs that come before its end */
     build_tables(j, 1, m.row_start || m.column_start || m.column_end < j->columns);
     if (entry_bytes == (size_t)RSB_ENTRY_BYTES * s.entries_per_row * j->rows)
         s.entries = bytes + size;
@@ -78,61 +87,83 @@ static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rs
     return rsb_jpeg_pixels(j, area, scratch, window);
 }
 
-/* ---- everything else ---- */
+/* A libjpeg-turbo decoder for one image. It is not used again, because a damaged file may leave it
+ * in a state that affects the next image. */
+typedef struct {
+    tjhandle handle;
+    int width, height, is_cmyk;
+} turbo;
+
+/* Starts a decoder. The caller destroys t->handle, unless it is NULL. */
+static int turbo_open(turbo *t, const uint8_t *bytes, size_t size) {
+    int subsampling;
+    int colours = 0;
+    t->width = 0;
+    t->height = 0;
+    t->handle = tjInitDecompress();
+    if (!t->handle) return RSB_NO_MEMORY;
+    int failed =
+        tjDecompressHeader3(t->handle, bytes, size, &t->width, &t->height, &subsampling, &colours);
+    t->is_cmyk = colours == TJCS_CMYK || colours == TJCS_YCCK;
+    return failed || t->width < 1 || t->height < 1 ? RSB_BAD_JPEG : RSB_OK;
+}
+
+/* Decodes the whole image into `pixels`, 4 bytes a pixel. A warning counts as damage too: it means
+ * that libjpeg-turbo made up pixels. */
+static int turbo_decode(const turbo *t, const uint8_t *bytes, size_t size, uint8_t *pixels,
+                        int format, int flags) {
+    int stride = 4 * t->width;
+    if (tjDecompress2(t->handle, bytes, size, pixels, t->width, stride, t->height, format, flags))
+        return RSB_BAD_JPEG;
+    return RSB_OK;
+}
 
 static int turbo_window(const uint8_t *bytes, size_t size, rsb_size image, rsb_rect area,
                         rsb_scratch *scratch, rsb_window *window) {
-    int w = 0, h = 0, sampling, colours;
-    /* anew: a damaged file leaves its traces in one that is used again */
-    tjhandle turbo = tjInitDecompress();
-    if (!turbo) return RSB_NO_MEMORY;
-    int status = RSB_OK;
-    if (tjDecompressHeader3(turbo, bytes, size, &w, &h, &sampling, &colours) || w < 1 || h < 1)
-        status = RSB_BAD_JPEG;
-    else if (w != image.width || h != image.height)
+    turbo t;
+    int status = turbo_open(&t, bytes, size);
+    if (status == RSB_OK && (t.width != image.width || t.height != image.height))
         status = RSB_BAD_SIZE;
-    else if (colours == TJCS_CMYK || colours == TJCS_YCCK)
-        status = RSB_BAD_COLOUR;
-    size_t stride = 4 * (size_t)w;
+    if (status == RSB_OK && t.is_cmyk) status = RSB_BAD_COLOUR;
+    size_t stride = 4 * (size_t)t.width;
     uint8_t *pixels = NULL;
-    if (status == RSB_OK && !(pixels = rsb_buffer(scratch, RSB_IMAGE, stride * h)))
-        status = RSB_NO_MEMORY;
-    /* A warning is an error here too: it means that pixels were made up. */
-    if (status == RSB_OK &&
-        tjDecompress2(turbo, bytes, size, pixels, w, (int)stride, h, TJPF_RGBX, TJFLAG_ACCURATEDCT))
-        status = RSB_BAD_JPEG;
-    tjDestroy(turbo);
+    if (status == RSB_OK) {
+        pixels = rsb_buffer(scratch, RSB_IMAGE, stride * t.height);
+        if (!pixels) status = RSB_NO_MEMORY;
+    }
     if (status == RSB_OK)
-        *window = (rsb_window){pixels + stride * area.top + 4 * (size_t)area.left,
-                               (ptrdiff_t)stride, 4, area};
+        status = turbo_decode(&t, bytes, size, pixels, TJPF_RGBX, TJFLAG_ACCURATEDCT);
+    if (t.handle) tjDestroy(t.handle);
+    if (status == RSB_OK) {
+        const uint8_t *first = pixels + stride * area.top + 4 * (size_t)area.left;
+        *window = (rsb_window){first, (ptrdiff_t)stride, 4, area};
+    }
     return status;
 }
 
 int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch) {
-    int w = 0, h = 0, sampling, colours;
-    tjhandle turbo = tjInitDecompress();
-    if (!turbo) return RSB_NO_MEMORY;
-    int status =
-        tjDecompressHeader3(turbo, bytes, size, &w, &h, &sampling, &colours) || w < 1 || h < 1
-            ? RSB_BAD_JPEG
-            : RSB_OK;
-    if (status == RSB_OK && (int64_t)w * h > RSB_MAX_PIXELS) status = RSB_TOO_LARGE;
-    uint8_t *pixels = status == RSB_OK ? rsb_buffer(scratch, RSB_IMAGE, 4 * (size_t)w * h) : NULL;
-    if (status == RSB_OK && !pixels) status = RSB_NO_MEMORY;
-    int format = colours == TJCS_CMYK || colours == TJCS_YCCK ? TJPF_CMYK : TJPF_RGBX;
-    if (status == RSB_OK && tjDecompress2(turbo, bytes, size, pixels, w, 4 * w, h, format, 0))
-        status = RSB_BAD_JPEG;
-    tjDestroy(turbo);
+    turbo t;
+    int status = turbo_open(&t, bytes, size);
+    if (status == RSB_OK && (int64_t)t.width * t.height > RSB_MAX_PIXELS) status = RSB_TOO_LARGE;
+    uint8_t *pixels = NULL;
+    if (status == RSB_OK) {
+        pixels = rsb_buffer(scratch, RSB_IMAGE, 4 * (size_t)t.width * t.height);
+        if (!pixels) status = RSB_NO_MEMORY;
+    }
+    if (status == RSB_OK)
+        status = turbo_decode(&t, bytes, size, pixels, t.is_cmyk ? TJPF_CMYK : TJPF_RGBX, 0);
+    if (t.handle) tjDestroy(t.handle);
     return status;
 }
 
 size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room,
                         rsb_scratch *scratch) {
     scan s;
-    if (rsb_jpeg_open(bytes, size, scratch, &s) || s.length > UINT32_MAX / 8) return 0;
+    if (rsb_jpeg_open(bytes, size, scratch, &s)) return 0;
+    if (s.length > UINT32_MAX / 8) return 0; /* an entry point has 32 bits for its position */
     rsb_jpeg *j = scratch->jpeg;
     build_tables(j, 0, 1);
-    /* nothing is decoded */
+    /* no samples are decoded */
     for (int i = 0; i < j->count; i++) {
         j->part[i].plane = NULL;
         j->part[i].stride = 0;

@@ -1,54 +1,124 @@
-/* What the files of the JPEG decoder share: its tables, the state of an image, and the functions by
- * which they call each other. */
+/* What the files of the JPEG decoder share: the tables, the state of an image, and the functions by
+ * which the files call each other. Terms are those of the JPEG standard (ITU-T T.81). */
 #ifndef RSB_JPEG_H
 #define RSB_JPEG_H
 
 #include "rsb.h"
 
-/* bits of the Huffman look-up tables: two symbols often fit, and the tables stay in the L1 cache */
-#define LOOK 11
-#define LAST 64 /* what an end-of-block symbol adds to the advance of an entry of `pair` */
-#define SKIP 12 /* of those that only run over symbols */
-#define SPAN 8  /* MCUs from one entry point to the next */
-/* what an end-of-block symbol adds to the position, told apart from a run that goes too far */
-#define END 128
+enum {
+    BLOCK_SIDE = 8,  /* samples */
+    BLOCK_SIZE = 64, /* coefficients */
+    LAST_PLACE = 63, /* of a block, in zigzag order */
+    MAX_COMPONENTS = 3,
+    MAX_CODE_LENGTH = 16,
+    MAX_MCU_BLOCKS = 6, /* 4:2:0: four of luma, two of chroma */
+    /* MCUs from one entry point to the next */
+    ENTRY_INTERVAL = 8,
+    /* Bits that index the lookup tables of values. Two symbols often fit, and the tables stay in
+     * the L1 cache. */
+    LOOKUP_BITS = 11,
+    /* bits that index the lookup table for skipping */
+    SKIP_BITS = 12,
+    /* What an end-of-block symbol adds to the advance in an entry of `skip`: more than the places
+     * of a block, so that it differs from a run that is too long. */
+    SKIP_END = 128,
+    /* the same in an entry of `pair` */
+    PAIR_END = 64,
+};
 
+/* A Huffman table and the lookup tables made from it.
+ *
+ * "Advance" is how far a symbol moves the place of the current coefficient in zigzag order: the
+ * zeros that it stands for, and 1 for its own coefficient. Bits of a symbol are its code and the
+ * value bits that follow. An entry 0 means that the lookup failed, because the code is longer than
+ * the index, or a value does not fit; read_symbol or read_one then decodes a single symbol.
+ *
+ * symbol: the next code. Index: LOOKUP_BITS bits of the stream.
+ *
+ *      15             8 7              0
+ *     +----------------+----------------+
+ *     |  code length   |     symbol     |     read by read_symbol, find_symbol
+ *     +----------------+----------------+
+ *
+ * skip: as many AC symbols as fit. Index: SKIP_BITS bits of the stream. Bit 15 is set where the
+ * last of them is an end of block (SKIP_END).
+ *
+ *      15             8 7              0
+ *     +----------------+----------------+
+ *     | sum of advances| bits of all    |     read by skip_ac
+ *     +----------------+----------------+
+ *
+ * pair, of an AC table: one or two symbols. Index: LOOKUP_BITS bits of the stream. Values are
+ * signed. E is set where one of the symbols is an end of block (PAIR_END). advance 1 is LAST_PLACE
+ * where the first symbol is an end of block. With one symbol, value 2 is 0 and both advances are
+ * the same.
+ *
+ *      31        26 25          19 18 17         12 11        6 5          0
+ *     +------------+--------------+--+-------------+-----------+------------+
+ *     |  value 2   |   value 1    |E | advance 1+2 | advance 1 |bits of both|   read by read_ac
+ *     +------------+--------------+--+-------------+-----------+------------+
+ *
+ * pair, of a DC table: one symbol.
+ *
+ *      31                                16 15               6 5          0
+ *     +------------------------------------+------------------+------------+
+ *     |  difference to the prediction      |        0         |    bits    |    read by read_dc
+ *     +------------------------------------+------------------+------------+
+ */
 typedef struct {
-    /* as in the file; also the key under which the tables below are kept */
-    uint8_t counts[16], symbols[256];
-    /* the latter two are built for those that read, and those that run over */
-    int ready, has_pairs, has_skips;
-    uint16_t symbol[1 << LOOK]; /* length << 8 | symbol; 0: a longer code */
-    uint16_t skip[1 << SKIP];   /* as many symbols as fit: advance << 8 | bits; 0: none */
-    /* of one or two symbols, from the top: value 2 (6 bits), value 1 (7), advance 1 + 2 (7),
-     * advance 1 (6), length (6); 0: none. Of a table of first coefficients: value (16), length. */
-    uint32_t pair[1 << LOOK];
-    int32_t max_code[18]; /* largest code of each length, left-aligned to 16 bits, plus 1 */
-    int32_t offset[17];   /* index of a code's symbol minus the code, by length */
+    /* The DHT segment's lists. The lookup tables are kept for the next image with the same lists.
+     */
+    uint8_t counts[MAX_CODE_LENGTH], symbols[256];
+    int ready, has_pairs, has_skips; /* which of the tables below are made */
+    uint16_t symbol[1 << LOOKUP_BITS];
+    uint16_t skip[1 << SKIP_BITS];
+    uint32_t pair[1 << LOOKUP_BITS];
+    /* 1 more than the largest code of each length, left-aligned to MAX_CODE_LENGTH bits */
+    int32_t max_code[MAX_CODE_LENGTH + 2];
+    int32_t offset[MAX_CODE_LENGTH + 1]; /* index of a code's symbol minus the code, by length */
 } huffman;
 
+enum { /* where the fields of `pair` begin */
+       PAIR_ADVANCE_1 = 6,
+       PAIR_ADVANCE_2 = 12,
+       PAIR_VALUE_1 = 19,
+       PAIR_VALUE_2 = 26,
+       PAIR_DC_VALUE = 16,
+};
+
+/* The fields of `pair`. pair_advance_2 includes bit E, so that it is PAIR_END or more at an end of
+ * block. */
+RSB_INLINE int pair_advance_1(uint32_t entry) { return (int)(entry >> PAIR_ADVANCE_1 & 63); }
+RSB_INLINE int pair_advance_2(uint32_t entry) { return (int)(entry >> PAIR_ADVANCE_2 & 127); }
+RSB_INLINE int pair_ends(uint32_t entry) { return (int)(entry >> PAIR_ADVANCE_2 & PAIR_END); }
+RSB_INLINE int pair_value_2(uint32_t entry) { return (int32_t)entry >> PAIR_VALUE_2; }
+RSB_INLINE int pair_value_1(uint32_t entry) {
+    return (int32_t)(entry << (32 - PAIR_VALUE_2)) >> (PAIR_VALUE_1 + 32 - PAIR_VALUE_2);
+}
+RSB_INLINE int pair_dc_value(uint32_t entry) { return (int32_t)entry >> PAIR_DC_VALUE; }
+
 typedef struct {
-    int id, h, v, quant, dc, ac;
+    int id, h, v;         /* identifier and sampling factors */
+    int quant, dc, ac;    /* numbers of its tables */
     int block_x, block_y; /* first block of the plane, in blocks of this component */
-    int stride;
-    uint8_t *plane;
-    int width, height; /* of the whole component, in samples */
+    int stride;           /* bytes */
+    uint8_t *plane;       /* the decoded samples */
+    int width, height;    /* of the whole component, in samples */
 } component;
 
 struct rsb_jpeg {
     huffman dc[2], ac[2];
-    /* natural position of a coefficient; positions past 63 lead to one spare place */
-    uint8_t order[64 + 2 * END];
-    int16_t quant[4][64];                /* natural order */
-    int quant_known, dc_known, ac_known; /* bit sets */
-    int width, height, count, h_max, v_max;
+    /* Natural position of each place in zigzag order. Places past the last lead to position
+     * BLOCK_SIZE, which is not used. */
+    uint8_t order[BLOCK_SIZE + 2 * SKIP_END];
+    int16_t quant[4][BLOCK_SIZE];        /* quantization tables, in natural order */
+    int quant_known, dc_known, ac_known; /* a bit for each table that the file has defined */
+    int width, height;
+    int count;         /* of components: 1 or 3 */
+    int h_max, v_max;  /* sampling factors of luma */
     int columns, rows; /* of MCUs */
-    component part[3];
+    component part[MAX_COMPONENTS];
 };
-
-RSB_INLINE int extend(int value, int size) {
-    return value < (1 << (size - 1)) ? value - (1 << size) + 1 : value;
-}
 
 /* MCUs of an image: rows row_start .. row_end - 1, columns column_start .. column_end - 1. */
 typedef struct {
@@ -63,30 +133,46 @@ typedef struct {
     int entries_per_row;
 } scan;
 
-/* Functions that only the library's own files call are not exported from it. */
+/* EXTEND of the standard: the signed value of `size` value bits. */
+RSB_INLINE int extend(int value, int size) {
+    return value < (1 << (size - 1)) ? value - (1 << size) + 1 : value;
+}
+
+/* These functions are not exported from the library. */
 #pragma GCC visibility push(hidden)
 
 /* ---- jpeg_huffman.c ---- */
 
+/* Makes `symbol`, `max_code` and `offset` from the lists of a DHT segment: `counts` of the codes of
+ * length 1 .. 16, and their `total` symbols. Returns RSB_UNUSUAL where there are more codes of a
+ * length than its bits allow. */
 int rsb_jpeg_build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total);
+
+/* Makes `pair`, unless it is made already. */
 void rsb_jpeg_build_pairs(huffman *t, int is_ac);
+
+/* Makes `skip` of an AC table, unless it is made already. */
 void rsb_jpeg_build_skips(huffman *t);
 
 /* ---- jpeg_headers.c ---- */
 
-/* Reads the headers and copies the entropy-coded bytes without their stuffing. */
+/* Reads the headers into scratch->jpeg and the entropy-coded bytes into `s`. Returns RSB_UNUSUAL
+ * for a file that the fast decoder does not handle, or RSB_NO_MEMORY. */
 int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, scan *s);
 
 /* ---- jpeg_planes.c ---- */
 
-/* Decodes the MCUs of `area` into the planes. */
+/* Decodes the MCUs of `area` into the planes. Returns RSB_UNUSUAL for damaged data. */
 int rsb_jpeg_decode_planes(rsb_jpeg *j, const scan *s, mcu_area area);
-/* Writes the entry points of all MCU rows to `entries`. */
+
+/* Writes the entry points of all MCU rows, RSB_ENTRY_BYTES each, to `entries`. Returns RSB_UNUSUAL
+ * for damaged data. */
 int rsb_jpeg_find_entries(rsb_jpeg *j, const scan *s, uint8_t *entries);
 
 /* ---- jpeg_pixels.c ---- */
 
-/* Converts `area`, of which the planes hold all samples, to RGBX pixels. */
+/* Converts `area`, whose samples are in the planes, to RGBX pixels. Returns RSB_NO_MEMORY where
+ * there is none. */
 int rsb_jpeg_pixels(rsb_jpeg *j, rsb_rect area, rsb_scratch *scratch, rsb_window *window);
 
 #pragma GCC visibility pop

@@ -1,9 +1,9 @@
-/* The inverse DCT of jpeg_planes.c, compiled once for every instruction set. */
+/* The inverse DCT of jpeg_planes.c, compiled once for each instruction set. */
 
-/* One pass over eight lanes (jidctint.c of libjpeg-turbo, "islow": 13-bit constants); `bias` is
- * added to the result. */
+/* One pass of the "islow" inverse DCT of libjpeg-turbo (jidctint.c), on eight lanes. Constants have
+ * 13 fractional bits. `bias` is added to the result. few: r[4] .. r[7] are 0. */
 RSB_INLINE void HOT(idct_pass)(v8 r[8], int shift, int bias, int few) {
-    if (few) r[4] = r[5] = r[6] = r[7] = (v8){0}; /* for the compiler to see */
+    if (few) r[4] = r[5] = r[6] = r[7] = (v8){0}; /* lets the compiler drop terms */
     v8 z1 = (r[2] + r[6]) * 4433, even2 = z1 - r[6] * 15137, even3 = z1 + r[2] * 6270;
     v8 middle = (r[0] << 13) + ((bias << shift) + (1 << (shift - 1))),
        even0 = middle + (r[4] << 13);
@@ -41,7 +41,8 @@ RSB_INLINE void HOT(transpose)(v8 r[8]) {
     }
 }
 
-/* few: only the upper left 4 x 4 coefficients may be other than 0. */
+/* Dequantizes a block, transforms it, and writes 8 rows of 8 samples. few: all coefficients outside
+ * of the upper left 4 x 4 are 0. */
 RSB_INLINE void HOT(idct)(const int16_t *block, const int16_t *quant, uint8_t *out, int stride,
                           int few) {
     static const v8 even = {0, 8, 1, 9, 4, 12, 5, 13}, odd = {2, 10, 3, 11, 6, 14, 7, 15};
@@ -55,12 +56,12 @@ RSB_INLINE void HOT(idct)(const int16_t *block, const int16_t *quant, uint8_t *o
     HOT(idct_pass)(r, 11, 0, few);
     HOT(transpose)(r);
     HOT(idct_pass)(r, 18, 128, few);
-    for (int i = 0; i < 8; i++) { /* to 0 .. 255 */
+    for (int i = 0; i < 8; i++) { /* clamps to 0 .. 255 */
         r[i] &= r[i] >= 0;
         r[i] = (r[i] | (r[i] > 255)) & 255;
     }
-    /* r[x] has column x, one lane a row: four columns make four bytes of each row, two of those the
-     * row. */
+    /* r[x] is column x, with one lane for each row. A lane of `left` is the first four samples of a
+     * row, a lane of `right` the last four. */
     v8 left = r[0] | r[1] << 8 | r[2] << 16 | r[3] << 24,
        right = r[4] | r[5] << 8 | r[6] << 16 | r[7] << 24;
     v8 rows[2] = {__builtin_shuffle(left, right, even), __builtin_shuffle(left, right, odd)};
@@ -79,8 +80,9 @@ static __attribute__((noinline)) void HOT(idct_few)(const int16_t *block, const 
     HOT(idct)(block, quant, out, stride, 1);
 }
 
+/* The same for a block that has only a DC coefficient: all samples are equal. */
 RSB_INLINE void HOT(idct_flat)(int dc, int quant, uint8_t *out, int stride) {
-    /* what both passes do to a lone first coefficient */
+    /* what the two passes compute */
     int value = (((int16_t)(dc * quant) * 4 + 16) >> 5) + 128;
     value = value < 0 ? 0 : value > 255 ? 255 : value;
     for (int i = 0; i < 8; i++) memset(out + i * stride, value, 8);

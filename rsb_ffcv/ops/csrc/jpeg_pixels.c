@@ -1,10 +1,12 @@
-/* From the samples of each component to RGBX pixels. */
+/* From the samples of each component to RGBX pixels: upsampling of chroma, and colours. */
 #include <string.h>
 
 #include "jpeg.h"
 #if RSB_AVX2
 #include <immintrin.h>
 #endif
+
+RSB_INLINE int clamp(int value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
 
 typedef uint16_t v8u __attribute__((vector_size(16)));
 
@@ -43,54 +45,77 @@ static const kernels *pick_kernels(void) {
     return &PLAIN;
 }
 
-/* Columns first - 1 .. first + n of chroma row `y` (and `other`), as 16-bit sums that widen_row
- * takes; what lies outside of the image repeats its border. */
-static void chroma_row(const kernels *k, const component *c, int y, int other, int first, int n,
-                       uint16_t *sums) {
-    const uint8_t *near = c->plane + (ptrdiff_t)(y - 8 * c->block_y) * c->stride - 8 * c->block_x;
-    int low = first > 0 ? first - 1 : 0, high = first + n < c->width ? first + n + 1 : c->width;
-    uint16_t *to = sums + low - (first - 1);
-    if (other == y)
-        k->copy_row(near + low, to, high - low);
-    else {
-        other = other < 0 ? 0 : other >= c->height ? c->height - 1 : other;
-        k->blend_rows(near + low, near + (ptrdiff_t)(other - y) * c->stride + low, to, high - low);
-    }
-    if (first == 0) sums[0] = sums[1];
-    if (high == first + n) sums[n + 1] = sums[n];
+/* The sample at row `y` of the image and column 0 of a component whose planes may start elsewhere.
+ */
+static const uint8_t *sample_row(const component *c, int y) {
+    ptrdiff_t row = y - BLOCK_SIDE * c->block_y;
+    return c->plane + row * c->stride - BLOCK_SIDE * c->block_x;
 }
 
+/* Columns of a chroma component: first .. first + count - 1. */
+typedef struct {
+    int first, count;
+} chroma_columns;
+
+/* Writes the 16-bit sums that widen_row takes: of `columns` and one more on either side, of chroma
+ * row `y` and its neighbour `other`. Outside of the image, the border is repeated. */
+static void chroma_row(const kernels *k, const component *c, int y, int other,
+                       chroma_columns columns, uint16_t *sums) {
+    int first = columns.first;
+    int end = columns.first + columns.count;
+    int low = first > 0 ? first - 1 : 0;
+    int high = end < c->width ? end + 1 : c->width;
+    const uint8_t *near = sample_row(c, y) + low;
+    uint16_t *to = sums + low - (first - 1);
+    if (other == y)
+        k->copy_row(near, to, high - low);
+    else {
+        other = other < 0 ? 0 : other >= c->height ? c->height - 1 : other;
+        k->blend_rows(near, near + (ptrdiff_t)(other - y) * c->stride, to, high - low);
+    }
+    if (first == 0) sums[0] = sums[1];
+    if (high == end) sums[columns.count + 1] = sums[columns.count];
+}
+
+/* Constants of widen_row, from libjpeg-turbo's jdsample.c. */
+typedef struct {
+    int low, high, shift;
+} rounding;
+
 int rsb_jpeg_pixels(rsb_jpeg *j, rsb_rect area, rsb_scratch *scratch, rsb_window *window) {
-    int top = area.top, left = area.left, height = area.height, width = area.width;
-    /* chroma columns */
-    int first = left / j->h_max, n = (left + width + j->h_max - 1) / j->h_max - first;
-    int two = j->v_max == 2;
     const kernels *k = pick_kernels();
-    size_t stride = 4 * (size_t)width + RSB_PAD, wide = 2 * (size_t)n + RSB_PAD;
-    uint8_t *pixels = rsb_buffer(scratch, RSB_IMAGE, stride * height);
-    uint8_t *rows = rsb_buffer(scratch, RSB_ROWS, 3 * wide);
+    int v_doubled = j->v_max == 2;
+    rounding round = v_doubled ? (rounding){8, 7, 4} : (rounding){1, 2, 2};
+    chroma_columns columns;
+    columns.first = area.left / j->h_max;
+    columns.count = (area.left + area.width + j->h_max - 1) / j->h_max - columns.first;
+    size_t stride = 4 * (size_t)area.width + RSB_PAD;
+    size_t row_bytes = 2 * (size_t)columns.count + RSB_PAD;
+    uint8_t *pixels = rsb_buffer(scratch, RSB_IMAGE, stride * area.height);
+    /* an upsampled row of each chroma component, and the sums, of 2 bytes each */
+    uint8_t *rows = rsb_buffer(scratch, RSB_ROWS, 3 * row_bytes);
     if (!pixels || !rows) return RSB_NO_MEMORY;
-    uint16_t *sums = (uint16_t *)(rows + 2 * wide);
-    for (int y = top; y < top + height; y++) {
-        const uint8_t *plane[3];
+    uint16_t *sums = (uint16_t *)(rows + 2 * row_bytes);
+    for (int y = area.top; y < area.top + area.height; y++) {
+        const uint8_t *plane[MAX_COMPONENTS];
         for (int i = 0; i < j->count; i++) {
             const component *c = &j->part[i];
-            if (i == 0 || j->h_max == 1) {
-                plane[i] =
-                    c->plane + (ptrdiff_t)(y - 8 * c->block_y) * c->stride + left - 8 * c->block_x;
+            if (i == 0 || j->h_max == 1) { /* not subsampled */
+                plane[i] = sample_row(c, y) + area.left;
                 continue;
             }
-            int own = y / j->v_max, other = !two ? own : y % 2 ? own + 1 : own - 1;
-            chroma_row(k, c, own, other, first, n, sums);
-            uint8_t *out = rows + (i - 1) * wide;
-            k->widen_row(sums + 1, out, n, two ? 8 : 1, two ? 7 : 2, two ? 4 : 2);
-            plane[i] = out + left % 2;
+            int own = y / j->v_max;
+            int other = !v_doubled ? own : y % 2 ? own + 1 : own - 1;
+            uint8_t *upsampled = rows + (i - 1) * row_bytes;
+            chroma_row(k, c, own, other, columns, sums);
+            k->widen_row(sums + 1, upsampled, columns.count, round.low, round.high, round.shift);
+            plane[i] = upsampled + area.left % 2;
         }
-        uint32_t *out = (uint32_t *)(pixels + stride * (y - top));
+        uint32_t *out = (uint32_t *)(pixels + stride * (y - area.top));
         if (j->count == 1)
-            k->grey_row(plane[0], out, width);
+            k->grey_row(plane[0], out, area.width);
         else
-            k->colour_row(plane[0], plane[1], plane[2], out, width);
+            k->colour_row(plane[0], plane[1], plane[2], out, area.width);
     }
     *window = (rsb_window){pixels, (ptrdiff_t)stride, 4, area};
     return RSB_OK;

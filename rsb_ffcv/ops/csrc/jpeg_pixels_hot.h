@@ -1,17 +1,24 @@
-/* Upsampling and colours: the pixel loops of jpeg_pixels.c, which includes this file once for every
- * instruction set. */
+/* Upsampling and colour conversion: the pixel loops of jpeg_pixels.c, which includes this file once
+ * for each instruction set. An RGBX pixel is a little-endian word:
+ *
+ *      31     24 23     16 15      8 7       0
+ *     +---------+---------+---------+---------+
+ *     |    0    |  blue   |  green  |   red   |
+ *     +---------+---------+---------+---------+
+ */
 
 static void HOT(grey_row)(const uint8_t *restrict y, uint32_t *restrict out, int n) {
     for (int i = 0; i < n; i++) out[i] = y[i] * 0x010101u;
 }
 
-/* jdcolor.c of libjpeg-turbo: 16-bit fixed point. */
+/* YCbCr to RGB as in jdcolor.c of libjpeg-turbo: constants have 16 fractional bits. */
 static void HOT(colour_row)(const uint8_t *restrict y, const uint8_t *restrict cb,
                             const uint8_t *restrict cr, uint32_t *restrict out, int n) {
     int i = 0;
 #if HOT_VECTORS
-    /* The whole part of each factor is taken out and the rest multiplied by the doubled colour, so
-     * that 16-bit lanes hold it: floor((floor(2 x f / 2^16) + 1) / 2) rounds x f / 2^16. */
+    /* The factors of red and blue exceed 16 bits. Their nearest integers, 1 and 2, are therefore
+     * added separately, and the rest f is multiplied with the doubled chroma value x:
+     * floor((floor(2 x f / 2^16) + 1) / 2) rounds x f / 2^16. */
     const __m256i middle = _mm256_set1_epi16(128), one = _mm256_set1_epi16(1),
                   half = _mm256_set1_epi32(32768);
     const __m256i green = _mm256_set1_epi32((uint16_t)-22554 | 18734 << 16),
@@ -42,41 +49,36 @@ static void HOT(colour_row)(const uint8_t *restrict y, const uint8_t *restrict c
         int u = cb[i] - 128, v = cr[i] - 128;
         int r = y[i] + ((91881 * v + 32768) >> 16), b = y[i] + ((116130 * u + 32768) >> 16);
         int g = y[i] + ((-22554 * u - 46802 * v + 32768) >> 16);
-        r = r < 0     ? 0
-            : r > 255 ? 255
-                      : r,
-        g = g < 0     ? 0
-            : g > 255 ? 255
-                      : g,
-        b = b < 0     ? 0
-            : b > 255 ? 255
-                      : b;
-        out[i] = (uint32_t)(r | g << 8 | b << 16);
+        out[i] = (uint32_t)(clamp(r) | clamp(g) << 8 | clamp(b) << 16);
     }
 }
 
-/* 3/4 of `near` and 1/4 of `far`, times 4: the first half of the triangle filter (jdsample.c),
- * between rows. */
+/* Triangle filter of libjpeg-turbo (jdsample.c), between rows: 3/4 of `near` and 1/4 of `far`,
+ * times 4. */
 static void HOT(blend_rows)(const uint8_t *restrict near, const uint8_t *restrict far,
                             uint16_t *restrict out, int n) {
     for (int i = 0; i < n; i++) out[i] = (uint16_t)(3 * near[i] + far[i]);
 }
 
+/* For chroma that is not subsampled vertically. */
 static void HOT(copy_row)(const uint8_t *restrict near, uint16_t *restrict out, int n) {
     for (int i = 0; i < n; i++) out[i] = near[i];
 }
 
-/* The second half, between columns: `n` samples become 2 n. in[-1] and in[n] are read; may write 32
- * bytes more. */
+/* Triangle filter between columns: `n` sums become 2 n samples. low and high are the rounding terms
+ * of the left and the right sample, shift the fractional bits of the result. Reads in[-1] and
+ * in[n]; may write 32 bytes past the end. */
 static void HOT(widen_row)(const uint16_t *restrict in, uint8_t *restrict out, int n, int low,
                            int high, int shift) {
     for (int i = 0; i < n; i += 8) {
         v8u before, here, after;
-        memcpy(&before, in + i - 1, 16), memcpy(&here, in + i, 16), memcpy(&after, in + i + 1, 16);
+        memcpy(&before, in + i - 1, 16);
+        memcpy(&here, in + i, 16);
+        memcpy(&after, in + i + 1, 16);
         here *= 3;
-        before = (here + before + (uint16_t)low) >> shift,
+        before = (here + before + (uint16_t)low) >> shift;
         after = (here + after + (uint16_t)high) >> shift;
-        v8u pairs = before | after << 8;
+        v8u pairs = before | after << 8; /* a lane: the left sample, then the right one */
         memcpy(out + 2 * i, &pairs, 16);
     }
 }
