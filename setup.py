@@ -12,6 +12,7 @@ SOURCES = (
     "jpeg_planes",
     "jpeg_pixels",
     "jpeg",
+    "taps",
     "resample",
     "augment",
     "sample",
@@ -24,6 +25,7 @@ HEADERS = (
     "jpeg_idct_hot",
     "jpeg_planes_hot",
     "jpeg_pixels_hot",
+    "taps",
     "augment_hot",
 )
 

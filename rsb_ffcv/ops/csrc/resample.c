@@ -1,186 +1,45 @@
 /* Pillow's antialiased resize of a box, in 16-bit fixed point, rounded to 8 bits between its two
  * passes.
  *
- * The filters, their supports and the taps at the image's borders are those of Pillow's Resample.c.
- * Pillow's coefficients have 22 fractional bits; these have as many as fit into 16-bit integers (14
- * or more), so that one instruction multiplies and adds two taps. The result differs by one grey
- * level here and there; by two in about one value of a million with the bicubic, in one of several
- * thousand where it enlarges a few pixels to many.
+ * Pillow's weights have 22 fractional bits. These have as many as fit into 16-bit integers (14 or
+ * more), so that one instruction multiplies and adds two taps. The result differs by one grey level
+ * in some values; by two in about one value of a million with the bicubic filter, and in one of
+ * several thousand where it enlarges a few pixels to many.
  */
-#include <math.h>
-#include <stdlib.h>
 #include <string.h>
-#include "rsb.h"
+
+#include "taps.h"
 #if RSB_AVX2
 #include <immintrin.h>
 #endif
-
-/* source pixels that one load and one multiply-add take: across, the taps come in such groups */
-#define TAPS 4
-
-/* What output pixel i reads: `count` source pixels from first[i] on, with the weights at weights +
- * i * count. Of the rows every output has its own number, ends[i]; `count` is the largest. */
-typedef struct {
-    int count, shift;
-    int *first, *ends;
-    int16_t *weights, *spread; /* spread: weights as the vector code wants them, 16 for a group */
-} taps;
-
-/* Pixels along one axis: first .. first + count - 1. */
-typedef struct {
-    int first, count;
-} range;
-
-/* One axis of a resize: [start, start + length) of `size` source pixels becomes `out` pixels. */
-typedef struct {
-    double start, length;
-    int size, out, filter;
-} axis;
-
-static double weight(double x, int filter) {
-    x = fabs(x);
-    if (filter == RSB_BILINEAR) return x < 1 ? 1 - x : 0;
-    if (x < 1) return (1.5 * x - 2.5) * x * x + 1; /* Keys' cubic, a = -0.5 */
-    if (x < 2) return (((x - 5) * x + 8) * x - 4) * -0.5;
-    return 0;
-}
-
-static double support(double scale, int filter) {
-    return (filter == RSB_BILINEAR ? 1 : 2) * (scale < 1 ? 1 : scale);
-}
-
-/* The source pixels that contribute to an output pixel whose centre lies at `centre`. */
-static range tap_range(double centre, double reach, int size) {
-    int low = (int)(centre - reach + 0.5);
-    int high = (int)(centre + reach + 0.5);
-    low = low < 0 ? 0 : low;
-    high = high > size ? size : high;
-    return (range){low, high - low};
-}
-
-/* The source pixels that all output pixels of an axis read. */
-static range axis_range(const axis *a) {
-    double scale = a->length / a->out;
-    double reach = support(scale, a->filter);
-    range first = tap_range(a->start + 0.5 * scale, reach, a->size);
-    range last = tap_range(a->start + (a->out - 0.5) * scale, reach, a->size);
-    return (range){first.first, last.first + last.count - first.first};
-}
-
-static axis axis_across(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
-    return (axis){box.left, box.width, image.width, out_size.width, filter};
-}
-
-static axis axis_down(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
-    return (axis){box.top, box.height, image.height, out_size.height, filter};
-}
-
-rsb_rect rsb_reach(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
-    axis down = axis_down(box, image, out_size, filter);
-    axis across = axis_across(box, image, out_size, filter);
-    range rows = axis_range(&down);
-    range columns = axis_range(&across);
-    return (rsb_rect){rows.first, columns.first, rows.count, columns.count};
-}
-
-static int most_taps(double scale, int filter) {
-    return (2 * (int)ceil(support(scale, filter)) + 1 + TAPS - 1) / TAPS * TAPS;
-}
-
-static size_t taps_bytes(const axis *a) {
-    size_t most = most_taps(a->length / a->out, a->filter);
-    size_t room = (size_t)a->out + TAPS;
-    return (room * (2 * sizeof(int) + most * (sizeof(double) + 5 * sizeof(int16_t))) + 127) / 64 *
-           64;
-}
-
-/* Fills `t`, whose arrays lie in `memory` (taps_bytes long, 64-byte aligned). Positions are
- * relative to `window`, the source pixels that are there. */
-static void make_taps(taps *t, uint8_t *memory, const axis *a, range window, int across,
-                      int mirrored) {
-    int out = a->out;
-    int filter = a->filter;
-    double scale = a->length / out;
-    double reach = support(scale, filter);
-    double per_pixel = scale < 1 ? 1 : 1 / scale;
-    double largest = 0;
-    int most = most_taps(scale, filter);
-    size_t room = (size_t)out + TAPS;
-    t->spread = (int16_t *)memory;
-    double *exact = (double *)(t->spread + 4 * room * most);
-    t->weights = (int16_t *)(exact + room * most);
-    t->first = (int *)(t->weights + room * most);
-    t->ends = t->first + room;
-    t->count = 0;
-    for (int i = 0; i < out; i++) {
-        int to = mirrored ? out - 1 - i : i;
-        double centre = a->start + (i + 0.5) * scale;
-        double sum = 0;
-        double *w = exact + (size_t)to * most;
-        range source = tap_range(centre, reach, a->size);
-        for (int k = 0; k < source.count; k++) {
-            w[k] = weight((source.first + k - centre + 0.5) * per_pixel, filter);
-            sum += w[k];
-        }
-        sum = sum != 0 ? 1 / sum : 0;
-        for (int k = 0; k < source.count; k++) {
-            w[k] *= sum;
-            largest = fabs(w[k]) > largest ? fabs(w[k]) : largest;
-        }
-        t->first[to] = source.first - window.first;
-        t->ends[to] = source.count;
-        t->count = source.count > t->count ? source.count : t->count;
-    }
-    if (across) t->count = (t->count + TAPS - 1) / TAPS * TAPS;
-    /* 15 bits and a sign for the largest; products of 8 bits with weights that add up to 1 then fit
-     * 32 bits. */
-    for (t->shift = 14; t->shift < 20 && largest * (1 << (t->shift + 1)) < 32767; t->shift++) {}
-    for (int i = 0; i < out; i++) {
-        double *w = exact + (size_t)i * most;
-        int16_t *to = t->weights + (size_t)i * t->count,
-                *spread = t->spread + (size_t)i * t->count * 4;
-        int before = 0;
-        if (across) { /* unused taps come first where they would lie past the window's end */
-            before = t->first[i] + t->count - window.count;
-            before = before < 0 ? 0 : before > t->first[i] ? t->first[i] : before;
-            before = before > t->count - t->ends[i] ? t->count - t->ends[i] : before;
-        }
-        memset(to, 0, t->count * sizeof *to);
-        for (int k = 0; k < t->ends[i]; k++)
-            to[before + k] = (int16_t)lrint(w[k] * (1 << t->shift));
-        for (int k = 0; across && k < t->count; k += 2) { /* each pair of taps four times */
-            uint32_t pair;
-            memcpy(&pair, to + k, 4);
-            for (int j = 0; j < 4; j++)
-                memcpy(spread + k / 4 * 16 + k % 4 / 2 * 8 + 2 * j, &pair, 4);
-        }
-        t->first[i] -= before;
-    }
-    /* columns_avx2 makes up to three pixels that nobody looks at */
-    for (int i = out; across && i < out + TAPS; i++) {
-        t->first[i] = 0;
-        memset(t->spread + (size_t)i * t->count * 4, 0, (size_t)t->count * 4 * sizeof *t->spread);
-    }
-}
 
 RSB_INLINE uint8_t clip(int32_t value) {
     return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value;
 }
 
+/* Bytes of a row of a buffer: RSB_PAD more than it holds, 64-byte aligned. */
+static size_t padded(size_t bytes) { return (bytes + RSB_PAD + 63) / 64 * 64; }
+
 /* ---- portable ---- */
 
+/* One row of source pixels to `n` RGB pixels. */
 static void columns_plain(const taps *t, const uint8_t *in, int pixel_bytes, uint8_t *out, int n) {
     for (int i = 0; i < n; i++) {
         const uint8_t *p = in + (ptrdiff_t)t->first[i] * pixel_bytes;
         const int16_t *c = t->weights + (size_t)i * t->count;
         int32_t r = 1 << (t->shift - 1), g = r, b = r;
-        for (int k = 0; k < t->count; k++, p += pixel_bytes)
-            r += p[0] * c[k], g += p[1] * c[k], b += p[2] * c[k];
-        out[3 * i] = clip(r >> t->shift), out[3 * i + 1] = clip(g >> t->shift),
-                out[3 * i + 2] = clip(b >> t->shift);
+        for (int k = 0; k < t->count; k++, p += pixel_bytes) {
+            r += p[0] * c[k];
+            g += p[1] * c[k];
+            b += p[2] * c[k];
+        }
+        out[3 * i] = clip(r >> t->shift);
+        out[3 * i + 1] = clip(g >> t->shift);
+        out[3 * i + 2] = clip(b >> t->shift);
     }
 }
 
+/* One output row of `n` bytes, from `count` source rows with the weights `c`. */
 static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in, ptrdiff_t stride,
                       uint8_t *out, int n) {
     for (int x = 0; x < n; x++) {
@@ -194,8 +53,7 @@ static void row_plain(const int16_t *c, int count, int shift, const uint8_t *in,
 
 #if RSB_AVX2
 
-/* `rows` rows of source pixels to `n` RGB pixels each; one or two rows at a time, which share the
- * loading of weights. */
+/* One or two rows of source pixels to `n` RGB pixels each. Two rows share the loads of weights. */
 __attribute__((target("avx2"), always_inline)) static inline void
 columns_groups(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int pixel_bytes,
                int groups, uint8_t *out, ptrdiff_t out_stride, int n) {
@@ -207,15 +65,16 @@ columns_groups(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int
                                          5, 6, z, z, z, z, z, z, z, z, z, z);
     const __m256i half = _mm256_set1_epi32(1 << (t->shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(t->shift);
-    __m256i sum[2][4]; /* of even and odd pairs of taps in the two halves: r, g, b, unused */
-    /* writes 14 bytes for 12: the rows of `out` have room, as has the table */
+    __m256i sum[2]
+               [4]; /* a half for the first and one for the second pair of taps: r, g, b, unused */
+    /* Writes 14 bytes for 12, and reads taps for 4 pixels: the rows and the tables are padded. */
     for (int i = 0; i < n; i += 4) {
-#pragma GCC unroll 4 /* of all loops over `sum`: it has to be registers */
+#pragma GCC unroll 4 /* as all loops over `sum`, so that it stays in registers */
         for (int j = 0; j < 4; j++) {
             const uint8_t *p = in + (ptrdiff_t)t->first[i + j] * pixel_bytes;
             const __m256i *w = (const __m256i *)t->spread + (ptrdiff_t)(i + j) * groups;
             __m256i first = _mm256_setzero_si256(), second = first;
-            for (int g = 0; g < groups; g++, p += TAPS * pixel_bytes) {
+            for (int g = 0; g < groups; g++, p += TAP_GROUP * pixel_bytes) {
                 __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
                 first = _mm256_add_epi32(first,
                                          _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
@@ -224,12 +83,13 @@ columns_groups(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int
                 second = _mm256_add_epi32(
                     second, _mm256_madd_epi16(_mm256_shuffle_epi8(four, pairs), w[g]));
             }
-            sum[0][j] = first, sum[1][j] = second;
+            sum[0][j] = first;
+            sum[1][j] = second;
         }
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
-            /* pixels j and j + 2, so that packing puts neighbours together */
+            /* pixels j and j + 2: packing then puts neighbours side by side */
             for (int j = 0; j < 2; j++) {
                 __m256i both =
                     _mm256_add_epi32(_mm256_permute2x128_si256(sum[r][j], sum[r][j + 2], 0x20),
@@ -250,9 +110,10 @@ __attribute__((target("avx2"))) static void columns_avx2(const taps *t, const ui
                                                          ptrdiff_t stride, int rows,
                                                          int pixel_bytes, uint8_t *out,
                                                          ptrdiff_t out_stride, int n) {
-    int groups = t->count / TAPS, y = 0;
+    int groups = t->count / TAP_GROUP;
+    int y = 0;
     for (; y + 2 <= rows; y += 2, in += 2 * stride, out += 2 * out_stride)
-        /* most training crops: worth a loop that is unrolled */
+        /* The constants let the compiler unroll the loop over groups, for most training crops. */
         if (groups == 1 && pixel_bytes == 4)
             columns_groups(t, in, stride, 2, 4, 1, out, out_stride, n);
         else if (groups == 2 && pixel_bytes == 4)
@@ -267,11 +128,11 @@ __attribute__((target("avx2"))) static void columns_avx2(const taps *t, const ui
 __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift,
                                                      const uint8_t *in, ptrdiff_t stride,
                                                      uint8_t *out, int n) {
-    enum { MOST = 64 };
-    int32_t pair[MOST / 2];
+    /* More taps shrink an image 30 times or more, which row_plain does. */
+    enum { MAX_TAPS = 64 };
+    int32_t pair[MAX_TAPS / 2]; /* weight of an odd row << 16 | weight of the even row before it */
     int x = 0;
-    /* larger ones shrink an image 30 times and more: not worth a second loop */
-    if (count <= MOST) {
+    if (count <= MAX_TAPS) {
         const __m256i half = _mm256_set1_epi32(1 << (shift - 1));
         const __m128i by = _mm_cvtsi32_si128(shift);
         for (int k = 0; k < count; k += 2)
@@ -279,7 +140,7 @@ __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count
         for (; x + 16 <= n; x += 16) {
             __m256i low = half, high = half;
             const uint8_t *p = in + x;
-            /* of an odd number the last is taken twice, once times 0 */
+            /* with an odd count, the last row is read twice, the second time with weight 0 */
             for (int k = 0; k < count; k += 2, p += 2 * stride) {
                 __m256i w = _mm256_set1_epi32(pair[k / 2]);
                 __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
@@ -300,8 +161,7 @@ __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count
 
 #endif
 
-/* Rows of source pixels become rows of `n` RGB pixels; up to 15 bytes after each are written too.
- */
+/* Rows of source pixels to rows of `n` RGB pixels. Writes up to 15 bytes past the end of each. */
 static void resample_columns(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows,
                              int pixel_bytes, uint8_t *out, ptrdiff_t out_stride, int n) {
 #if RSB_AVX2
@@ -314,18 +174,36 @@ static void resample_columns(const taps *t, const uint8_t *in, ptrdiff_t stride,
         columns_plain(t, in + y * stride, pixel_bytes, out + y * out_stride, n);
 }
 
-/* Output row `y`, `n` bytes, from the rows of `in`. */
+/* Output row `y`, of `n` bytes, from the rows of `in`. */
 static void resample_row(const taps *t, int y, const uint8_t *in, ptrdiff_t stride, uint8_t *out,
                          int n) {
     const int16_t *c = t->weights + (size_t)y * t->count;
     in += t->first[y] * stride;
 #if RSB_AVX2
     if (rsb_has_avx2()) {
-        row_avx2(c, t->ends[y], t->shift, in, stride, out, n);
+        row_avx2(c, t->used[y], t->shift, in, stride, out, n);
         return;
     }
 #endif
-    row_plain(c, t->ends[y], t->shift, in, stride, out, n);
+    row_plain(c, t->used[y], t->shift, in, stride, out, n);
+}
+
+/* ---- a window ---- */
+
+static axis axis_across(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
+    return (axis){box.left, box.width, image.width, out_size.width, filter};
+}
+
+static axis axis_down(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
+    return (axis){box.top, box.height, image.height, out_size.height, filter};
+}
+
+rsb_rect rsb_reach(rsb_box box, rsb_size image, rsb_size out_size, int filter) {
+    axis across = axis_across(box, image, out_size, filter);
+    axis down = axis_down(box, image, out_size, filter);
+    range columns = rsb_axis_range(&across);
+    range rows = rsb_axis_range(&down);
+    return (rsb_rect){rows.first, columns.first, rows.count, columns.count};
 }
 
 /* The two passes of a resize, and the source pixels they start from. */
@@ -337,32 +215,33 @@ typedef struct {
     int rows, columns; /* of source pixels */
 } passes;
 
-/* Down the columns first, two output rows at a time. */
+/* Vertically first, two output rows at a time. */
 static int resample_rows_first(const passes *p, uint8_t *out, rsb_size out_size,
                                rsb_scratch *scratch) {
     size_t out_bytes = 3 * (size_t)out_size.width;
     size_t in_bytes = (size_t)p->columns * p->pixel_bytes;
-    size_t first = (in_bytes + RSB_PAD + 63) / 64 * 64;
-    size_t second = (out_bytes + RSB_PAD + 63) / 64 * 64;
-    uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (first + second));
-    uint8_t *narrow = line + 2 * first;
+    size_t line_stride = padded(in_bytes);
+    size_t narrow_stride = padded(out_bytes);
+    uint8_t *line = rsb_buffer(scratch, RSB_NARROW, 2 * (line_stride + narrow_stride));
     if (!line) return RSB_NO_MEMORY;
+    uint8_t *narrow = line + 2 * line_stride;
     for (int y = 0; y < out_size.height; y += 2) {
         int rows = y + 1 < out_size.height ? 2 : 1;
         for (int r = 0; r < rows; r++)
-            resample_row(&p->down, y + r, p->in, p->stride, line + first * r, in_bytes);
-        resample_columns(&p->across, line, first, rows, p->pixel_bytes, narrow, second,
+            resample_row(&p->down, y + r, p->in, p->stride, line + line_stride * r, in_bytes);
+        resample_columns(&p->across, line, line_stride, rows, p->pixel_bytes, narrow, narrow_stride,
                          out_size.width);
         for (int r = 0; r < rows; r++)
-            memcpy(out + out_bytes * (y + r), narrow + second * r, out_bytes);
+            memcpy(out + out_bytes * (y + r), narrow + narrow_stride * r, out_bytes);
     }
     return RSB_OK;
 }
 
+/* Horizontally first. */
 static int resample_columns_first(const passes *p, uint8_t *out, rsb_size out_size,
                                   rsb_scratch *scratch) {
     size_t out_bytes = 3 * (size_t)out_size.width;
-    size_t stride = (out_bytes + RSB_PAD + 63) / 64 * 64;
+    size_t stride = padded(out_bytes);
     uint8_t *narrow = rsb_buffer(scratch, RSB_NARROW, stride * p->rows);
     if (!narrow) return RSB_NO_MEMORY;
     resample_columns(&p->across, p->in, p->stride, p->rows, p->pixel_bytes, narrow, stride,
@@ -376,20 +255,20 @@ int rsb_resample(const rsb_window *window, rsb_size image, rsb_box box, int filt
                  int rows_first, uint8_t *out, rsb_size out_size, rsb_scratch *scratch) {
     axis across = axis_across(box, image, out_size, filter);
     axis down = axis_down(box, image, out_size, filter);
-    range columns = axis_range(&across);
-    range rows = axis_range(&down);
+    range columns = rsb_axis_range(&across);
+    range rows = rsb_axis_range(&down);
     const rsb_rect *area = &window->area;
     if (rows.first < area->top || columns.first < area->left ||
         rows.first + rows.count > area->top + area->height ||
         columns.first + columns.count > area->left + area->width)
         return RSB_BAD_CALL;
 
-    size_t across_bytes = taps_bytes(&across);
-    uint8_t *tables = rsb_buffer(scratch, RSB_TABLES, across_bytes + taps_bytes(&down));
+    size_t across_bytes = rsb_taps_bytes(&across);
+    uint8_t *tables = rsb_buffer(scratch, RSB_TABLES, across_bytes + rsb_taps_bytes(&down));
     if (!tables) return RSB_NO_MEMORY;
     passes p;
-    make_taps(&p.across, tables, &across, columns, 1, flip);
-    make_taps(&p.down, tables + across_bytes, &down, rows, 0, 0);
+    rsb_make_taps(&p.across, tables, &across, columns, 1, flip);
+    rsb_make_taps(&p.down, tables + across_bytes, &down, rows, 0, 0);
     p.in = window->pixels + (rows.first - area->top) * window->stride +
            (ptrdiff_t)(columns.first - area->left) * window->pixel_bytes;
     p.stride = window->stride;

@@ -1,0 +1,60 @@
+/* The tables of weights by which a resize multiplies source pixels. */
+#ifndef RSB_TAPS_H
+#define RSB_TAPS_H
+
+#include "rsb.h"
+
+/* Source pixels that one load and one multiply-add of the vector code take. Across, taps come in
+ * groups of so many. */
+#define TAP_GROUP 4
+
+/* int16 elements of `spread` for each tap */
+#define SPREAD 4
+
+/* Pixels along one axis: first .. first + count - 1. */
+typedef struct {
+    int first, count;
+} range;
+
+/* One axis of a resize: [start, start + length) of `size` source pixels becomes `out` pixels. */
+typedef struct {
+    double start, length;
+    int size, out, filter;
+} axis;
+
+/* What output pixel i reads: `count` source pixels from first[i] on, with the weights at
+ * weights + i * count. Weights have `shift` fractional bits.
+ *
+ * Down the columns, only the first used[i] of the weights are set. Across, all are; those of unused
+ * taps are 0.
+ *
+ * spread (across only) has the weights as the vector code loads them: each pair of taps four times,
+ * so that one 256-bit register holds a group.
+ *
+ *     element  0   1   2   3   4   5   6   7   8   9  ...  14  15
+ *            +---+---+---+---+---+---+---+---+---+---+---+---+---+
+ *     weight | 0 | 1 | 0 | 1 | 0 | 1 | 0 | 1 | 2 | 3 |...| 2 | 3 |    read by columns_groups
+ *            +---+---+---+---+---+---+---+---+---+---+---+---+---+
+ */
+typedef struct {
+    int count, shift;
+    int *first, *used;
+    int16_t *weights, *spread;
+} taps;
+
+#pragma GCC visibility push(hidden)
+
+/* The source pixels that all output pixels of an axis read. */
+range rsb_axis_range(const axis *a);
+
+/* Bytes that the tables of an axis take. */
+size_t rsb_taps_bytes(const axis *a);
+
+/* Fills `t`, whose arrays lie in `memory` (rsb_taps_bytes long, 64-byte aligned). Positions are
+ * relative to `window`, the source pixels that are there. across: in groups of TAP_GROUP, with
+ * `spread`. mirrored: the first output pixel becomes the last. */
+void rsb_make_taps(taps *t, uint8_t *memory, const axis *a, range window, int across, int mirrored);
+
+#pragma GCC visibility pop
+
+#endif
