@@ -14,6 +14,7 @@ SOURCES = (
     "jpeg",
     "taps",
     "resample",
+    "affine",
     "augment",
     "sample",
     "pool",
@@ -26,6 +27,8 @@ HEADERS = (
     "jpeg_planes_hot",
     "jpeg_pixels_hot",
     "taps",
+    "augment",
+    "affine_hot",
     "augment_hot",
 )
 
