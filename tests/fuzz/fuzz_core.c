@@ -2,11 +2,13 @@
  *
  *     fuzz_core <count> <seed> <file>...
  *
- * Each file is a JPEG. One after another is damaged (bits flipped, bytes overwritten, stretches
- * copied, cut, lengths of segments changed), written to a memory file between two guard patterns,
- * and loaded with a random box, filter and size, as JPEG or raw, with its true or with other sides,
- * half of them with entry points; every tenth picture goes through random ops as well. A finding is
- * a report of a sanitizer, a status that does not exist, or a changed byte after the output.
+ * Each file is a JPEG. An input is one of them with damage: flipped bits, overwritten bytes, copied
+ * or inserted ranges, changed lengths of segments, or a cut. It is written to a memory file and
+ * loaded with a random box, filter and size, as JPEG or raw, with its own or with other sides, and
+ * half of the time with entry points. Every tenth image that loads goes through a random op. The
+ * program fails for a sanitizer's report and for an unknown status.
+ *
+ * A seed gives the same inputs on each run: the order of the draws is part of the test.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -17,19 +19,72 @@
 
 #include "rsb.h"
 
+enum {
+    ENTRY_ROOM = 8192,  /* bytes of entry points of an input */
+    INSERT_ROOM = 4096, /* bytes that damage may insert, besides the size of the file */
+    HEADER_BYTES = 700, /* damage hits these more often */
+    STATUS_ROOM = 16,
+    FRESH_SCRATCH = 1000 /* inputs for which a scratch is used */
+};
+
+/* ---- draws ---- */
+
 static uint64_t state;
+
 static uint32_t word(void) { /* splitmix64 */
-    uint64_t z = state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u, z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    state += 0x9E3779B97F4A7C15u;
+    uint64_t z = state;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return (uint32_t)(z >> 32);
 }
 static uint32_t below(uint32_t n) { return (uint32_t)((uint64_t)word() * n >> 32); }
 static double uniform(void) { return word() / 4294967296.0; }
 
+/* ---- files ---- */
+
+typedef struct {
+    uint8_t *data;
+    size_t size;
+    int height, width;
+    uint8_t entries[ENTRY_ROOM];
+    size_t entry_bytes;
+} seed_file;
+
+static void fail(const char *what) {
+    perror(what);
+    exit(2);
+}
+
+/* Finds the sides in the frame header. */
+static void read_sides(seed_file *f) {
+    for (size_t at = 2; at + 9 < f->size; at += 2 + (f->data[at + 2] << 8 | f->data[at + 3]))
+        if (f->data[at + 1] >= 0xC0 && f->data[at + 1] <= 0xC2) {
+            f->height = f->data[at + 5] << 8 | f->data[at + 6];
+            f->width = f->data[at + 7] << 8 | f->data[at + 8];
+            return;
+        }
+}
+
+static void read_file(seed_file *f, const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file) fail(path);
+    fseek(file, 0, SEEK_END);
+    f->size = (size_t)ftell(file);
+    rewind(file);
+    f->data = malloc(f->size);
+    if (fread(f->data, 1, f->size, file) != f->size) fail("fread");
+    fclose(file);
+    read_sides(f);
+}
+
+/* ---- inputs ---- */
+
+/* Damages `size` bytes of `data`, which has `room` bytes. Returns the new size. */
 static size_t damage(uint8_t *data, size_t size, size_t room) {
     for (int n = (int)below(5); n >= 0 && size > 4; n--) {
-        /* headers more often */
-        size_t at = below(3) ? below((uint32_t)size) : below((uint32_t)(size < 700 ? size : 700));
+        size_t range = below(3) || size < HEADER_BYTES ? size : HEADER_BYTES;
+        size_t at = below((uint32_t)range);
         size_t length = 1 + below(40);
         switch (below(8)) {
         case 0: data[at] ^= (uint8_t)(1 << below(8)); break;
@@ -45,7 +100,7 @@ static size_t damage(uint8_t *data, size_t size, size_t room) {
             memmove(data + at, data + below((uint32_t)size),
                     size - at < length ? 0 : length * (at + 2 * length < size));
             break;
-        case 6: /* a segment's length, or the picture's sides */
+        case 6: /* a segment's length, or the sides */
             for (size_t i = at; i + 9 < size; i++)
                 if (data[i] == 0xFF && data[i + 1] >= 0xC0 && data[i + 1] != 0xFF) {
                     data[i + 2 + below(8)] = (uint8_t)(below(2) ? word() : below(3) * 127);
@@ -53,103 +108,148 @@ static size_t damage(uint8_t *data, size_t size, size_t room) {
                 }
             break;
         case 7:
-            if (size + length < room)
-                memmove(data + at + length, data + at, size - at), size += length;
+            if (size + length < room) {
+                memmove(data + at + length, data + at, size - at);
+                size += length;
+            }
             break;
         }
     }
     return size;
 }
 
+/* Writes a damaged file with entry points or without to `data`. Returns its size; `*entered` is the
+ * number of bytes of entry points that follow. */
+static size_t make_input(const seed_file *f, uint8_t *data, size_t room, size_t *entered,
+                         rsb_scratch *scratch) {
+    memcpy(data, f->data, f->size);
+    size_t size = damage(data, f->size, room);
+    *entered = below(2) ? f->entry_bytes : 0;
+    memcpy(data + size, f->entries, *entered);
+    for (int n = (int)below(4); *entered && n > 0; n--)
+        data[size + below((uint32_t)*entered)] = (uint8_t)word();
+    /* entry points of the damaged file, as a writer would make them */
+    if (!below(4)) *entered = rsb_jpeg_entries(data, size, data + size, ENTRY_ROOM, scratch);
+    return size;
+}
+
+/* A box within the image, except a few that are not. */
+static rsb_box make_box(int height, int width) {
+    double h = uniform() * height;
+    double w = uniform() * width;
+    double top = uniform() * (height - h);
+    double left = uniform() * (width - w);
+    double box[4] = {top, left, h, w};
+    if (!below(300)) {
+        double value = (double[]){-1, 0.0 / 0.0, 1e300, 0, 1e-300}[below(5)];
+        box[below(4)] = value;
+    }
+    return (rsb_box){box[0], box[1], box[2], box[3]};
+}
+
+static rsb_sample make_sample(const seed_file *f, size_t size, size_t entered) {
+    rsb_sample sample = {0};
+    sample.pointer = below(50) ? 0 : below(100);
+    sample.size = below(50) ? size : word() % (2 * size + 1);
+    sample.height = f->height;
+    sample.width = f->width;
+    sample.entry_bytes = (uint32_t)entered;
+    if (!below(50)) {
+        uint32_t bits = word();
+        sample.entry_bytes = bits >> below(32);
+    }
+    sample.raw = !below(20);
+    sample.verify = !below(100);
+    sample.filter = (uint8_t)below(2);
+    sample.flip = (uint8_t)below(2);
+    sample.rows_first = (uint8_t)below(2);
+    if (!below(8)) {
+        sample.height = 1 + (int)below(70);
+        sample.width = 1 + (int)below(70);
+    }
+    if (!below(200)) {
+        int bits = (int)word();
+        sample.height = bits >> below(32);
+        bits = (int)word();
+        sample.width = bits >> below(32);
+    }
+    if (sample.raw && below(2))
+        sample.size = (uint64_t)3 * (uint32_t)sample.height * (uint32_t)sample.width;
+    sample.box = make_box(sample.height, sample.width);
+    return sample;
+}
+
+static void random_op(uint8_t *image, int height, int width, rsb_scratch *scratch) {
+    rsb_layer layer = {0};
+    layer.op = (int)below(16) - 1;
+    layer.filter = (uint8_t)below(3);
+    for (int i = 0; i < 6; i++) {
+        double share = uniform() - 0.5;
+        layer.argument[i] = share * (double[]){2, 10, 300, 1e9}[below(4)];
+    }
+    if (layer.op == RSB_BLUR) layer.argument[0] = uniform() * 20;
+    rsb_augment(image, height, width, &layer, scratch);
+}
+
+/* Loads one input and returns its status. data: room for a file of `room` bytes and its entry
+ * points. memory: descriptor of the memory file. */
+static int run_input(const seed_file *f, uint8_t *data, size_t room, int memory,
+                     rsb_scratch *scratch) {
+    size_t entered;
+    size_t size = make_input(f, data, room, &entered, scratch);
+    size_t all = size + entered;
+    if (pwrite(memory, data, all, 0) != (ssize_t)all || ftruncate(memory, (off_t)all))
+        fail("memory file");
+    rsb_sample sample = make_sample(f, size, entered);
+    int height = 1 + (int)below(80);
+    int width = 1 + (int)below(80);
+    /* an allocation of its own: the sanitizer guards both ends */
+    uint8_t *out = malloc((size_t)3 * height * width);
+    int status = rsb_load(memory, &sample, out, height, width, scratch);
+    if (status == RSB_OK && !below(10)) random_op(out, height, width, scratch);
+    free(out);
+    return status;
+}
+
 int main(int count, char **arguments) {
-    long inputs = count > 3 ? atol(arguments[1]) : 0, statuses[16] = {0};
-    if (inputs < 1) return fprintf(stderr, "usage: fuzz_core <count> <seed> <file>...\n"), 2;
+    long inputs = count > 3 ? atol(arguments[1]) : 0;
+    long statuses[STATUS_ROOM] = {0};
+    if (inputs < 1) {
+        fprintf(stderr, "usage: fuzz_core <count> <seed> <file>...\n");
+        return 2;
+    }
     state = strtoull(arguments[2], NULL, 10);
     int files = count - 3;
-    uint8_t **seeds = calloc(files, sizeof *seeds);
-    size_t *sizes = calloc(files, sizeof *sizes), largest = 0;
-    int (*sides)[2] = calloc(files, sizeof *sides);
-    for (int i = 0; i < files; i++) {
-        FILE *file = fopen(arguments[3 + i], "rb");
-        if (!file) return perror(arguments[3 + i]), 2;
-        fseek(file, 0, SEEK_END);
-        sizes[i] = (size_t)ftell(file);
-        rewind(file);
-        seeds[i] = malloc(sizes[i]);
-        if (fread(seeds[i], 1, sizes[i], file) != sizes[i]) return perror("fread"), 2;
-        fclose(file);
-        largest = sizes[i] > largest ? sizes[i] : largest;
-        for (size_t at = 2; at + 9 < sizes[i]; at += 2 + (seeds[i][at + 2] << 8 | seeds[i][at + 3]))
-            if (seeds[i][at + 1] >= 0xC0 && seeds[i][at + 1] <= 0xC2) {
-                sides[i][0] = seeds[i][at + 5] << 8 | seeds[i][at + 6],
-                sides[i][1] = seeds[i][at + 7] << 8 | seeds[i][at + 8];
-                break;
-            }
-    }
-    enum { ENTRIES = 8192 };
-    size_t room = 2 * largest + 4096;
-    uint8_t *data = malloc(room + ENTRIES), (*entries)[ENTRIES] = calloc(files, ENTRIES);
-    size_t *entry_sizes = calloc(files, sizeof *entry_sizes);
-    int memory = memfd_create("fuzz", 0);
+    size_t largest = 0;
     rsb_scratch *scratch = rsb_scratch_new();
-    for (int i = 0; i < files; i++)
-        entry_sizes[i] = rsb_jpeg_entries(seeds[i], sizes[i], entries[i], ENTRIES, scratch);
+    seed_file *seeds = calloc(files, sizeof *seeds);
+    for (int i = 0; i < files; i++) {
+        seed_file *f = &seeds[i];
+        read_file(f, arguments[3 + i]);
+        f->entry_bytes = rsb_jpeg_entries(f->data, f->size, f->entries, ENTRY_ROOM, scratch);
+        largest = f->size > largest ? f->size : largest;
+    }
+    size_t room = 2 * largest + INSERT_ROOM;
+    uint8_t *data = malloc(room + ENTRY_ROOM);
+    int memory = memfd_create("fuzz", 0);
     for (long input = 0; input < inputs; input++) {
-        /* fresh buffers meet damage too */
-        if (input % 1000 == 0) rsb_scratch_free(scratch), scratch = rsb_scratch_new();
-        int which = (int)below((uint32_t)files);
-        memcpy(data, seeds[which], sizes[which]);
-        size_t size = damage(data, sizes[which], room), entered = below(2) ? entry_sizes[which] : 0,
-               all = size + entered;
-        memcpy(data + size, entries[which], entered);
-        for (int n = (int)below(4); entered && n > 0; n--)
-            data[size + below((uint32_t)entered)] = (uint8_t)word();
-        if (!below(4)) { /* those of what the damage left, as a writer would make them */
-            entered = rsb_jpeg_entries(data, size, data + size, ENTRIES, scratch),
-            all = size + entered;
+        if (input % FRESH_SCRATCH == 0) { /* damage must also meet fresh buffers */
+            rsb_scratch_free(scratch);
+            scratch = rsb_scratch_new();
         }
-        if (pwrite(memory, data, all, 0) != (ssize_t)all || ftruncate(memory, (off_t)all))
-            return perror("memory file"), 2;
-        rsb_sample sample = {.pointer = below(50) ? 0 : below(100),
-                             .size = below(50) ? size : word() % (2 * size + 1),
-                             .height = sides[which][0],
-                             .width = sides[which][1],
-                             .entry_bytes = (uint32_t)(below(50) ? entered : word() >> below(32)),
-                             .raw = !below(20),
-                             .verify = !below(100),
-                             .filter = (uint8_t)below(2),
-                             .flip = (uint8_t)below(2),
-                             .rows_first = (uint8_t)below(2)};
-        if (!below(8)) sample.height = 1 + (int)below(70), sample.width = 1 + (int)below(70);
-        if (!below(200))
-            sample.height = (int)word() >> below(32), sample.width = (int)word() >> below(32);
-        if (sample.raw && below(2))
-            sample.size = (uint64_t)3 * (uint32_t)sample.height * (uint32_t)sample.width;
-        double h = uniform() * sample.height, w = uniform() * sample.width;
-        double box[4] = {uniform() * (sample.height - h), uniform() * (sample.width - w), h, w};
-        if (!below(300)) box[below(4)] = (double[]){-1, 0.0 / 0.0, 1e300, 0, 1e-300}[below(5)];
-        memcpy(&sample.box, box, sizeof box);
-        int out_height = 1 + (int)below(80), out_width = 1 + (int)below(80);
-        size_t bytes = (size_t)3 * out_height * out_width;
-        uint8_t *out = malloc(bytes); /* its own allocation: the sanitizer guards both ends */
-        int status = rsb_load(memory, &sample, out, out_height, out_width, scratch);
-        if (status < 0 || status > RSB_BAD_CALL)
-            return fprintf(stderr, "input %ld: status %d\n", input, status), 1;
-        if (status == RSB_OK && !below(10)) {
-            rsb_layer layer = {.op = (int)below(16) - 1, .filter = (uint8_t)below(3)};
-            for (int i = 0; i < 6; i++)
-                layer.argument[i] = (uniform() - 0.5) * (double[]){2, 10, 300, 1e9}[below(4)];
-            if (layer.op == RSB_BLUR) layer.argument[0] = uniform() * 20;
-            rsb_augment(out, out_height, out_width, &layer, scratch);
+        int status = run_input(&seeds[below((uint32_t)files)], data, room, memory, scratch);
+        if (status < 0 || status > RSB_BAD_CALL) {
+            fprintf(stderr, "input %ld: status %d\n", input, status);
+            return 1;
         }
         statuses[status]++;
-        free(out);
     }
     printf("%ld inputs:", inputs);
     for (int i = 0; i <= RSB_BAD_CALL; i++)
         printf(" status %d: %ld%s", i, statuses[i], i < RSB_BAD_CALL ? "," : "\n");
     rsb_scratch_free(scratch);
-    for (int i = 0; i < files; i++) free(seeds[i]);
-    free(seeds), free(sizes), free(sides), free(data), free(entries), free(entry_sizes);
+    for (int i = 0; i < files; i++) free(seeds[i].data);
+    free(seeds);
+    free(data);
     return 0;
 }
