@@ -1,5 +1,4 @@
-"""Builds the compiled core, rsb_ffcv/ops/_native.abi3.so; everything else is said in
-pyproject.toml."""
+"""Builds the compiled core, rsb_ffcv/ops/_native.abi3.so. Everything else is in pyproject.toml."""
 
 from setuptools import Extension, setup
 
@@ -39,8 +38,8 @@ setup(
             sources=[f"{FOLDER}/{name}.c" for name in SOURCES],
             depends=[f"{FOLDER}/{name}.h" for name in HEADERS],
             libraries=["turbojpeg", "m"],
-            # Signed overflow wraps (damaged JPEGs reach it), and products are not fused into sums:
-            # Pillow's bits are reproduced.
+            # Signed overflow wraps, because damaged JPEGs cause it. Products are not fused into
+            # sums, because the results are Pillow's to the bit.
             extra_compile_args=[
                 "-std=gnu11",
                 "-O3",

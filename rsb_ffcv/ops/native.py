@@ -1,8 +1,8 @@
 """The compiled core (`csrc/`): its data structures as numpy dtypes, its functions through ctypes.
 
-`setup.py` builds it into one shared library beside this file, without a line of Python's C
-interface in it. A call releases the interpreter lock. `csrc/rsb.h` says what each structure and
-function means.
+`setup.py` builds it into one shared library beside this file. The library does not use Python's C
+interface, and a call releases the interpreter lock. `csrc/rsb.h` documents the structures and
+functions.
 """
 
 import ctypes
@@ -15,12 +15,13 @@ import numpy as np
 
 from rsb_ffcv import InputError
 
+# rsb_sample, rsb_layer and rsb_step of csrc/rsb.h, with the same layout
 SAMPLE = np.dtype(
     [
         ("pointer", "<u8"),
         ("size", "<u8"),
         ("checksum", "<u8"),
-        ("box", "<f8", 4),
+        ("box", "<f8", 4),  # top, left, height, width
         ("height", "<i4"),
         ("width", "<i4"),
         ("entry_bytes", "<u4"),
@@ -56,8 +57,11 @@ STEP = np.dtype([("kernel", "<u8"), ("draws", "<u8"), ("stride", "<i8")], align=
 ) = range(14)
 BILINEAR, BICUBIC = 0, 1
 
+# pixels, MCUs and bytes; as in csrc/jpeg.h and csrc/rsb.h
+BLOCK_SIDE, ENTRY_INTERVAL, ENTRY_BYTES = 8, 8, 10
+
 RUNNING = -2
-STATUS = {
+STATUS = {  # the text follows the name of a sample
     1: "is not a decodable JPEG",
     2: "has other sides than the file's metadata says",
     3: "is damaged: its bytes do not match their checksum",
@@ -68,17 +72,17 @@ STATUS = {
     8: "was given parameters outside its range",
 }
 NO_MEMORY = 7
-DAMAGE = {1, 2, 3, 4, 5, 6}  # of these, what lies in the file
+DAMAGE = {1, 2, 3, 4, 5, 6}  # those whose cause is the file
 
 
 def reason(status: int) -> str:
-    """What a status says of a sample; numbers that are none of the core's come from somebody's own
-    operation."""
+    """The text for a status. A number that the core does not have comes from a user's operation."""
     return STATUS.get(int(status), f"was refused by an operation, with status {status}")
 
 
 class Job(ctypes.Structure):
-    """One batch for the pool; every pointer must outlive its work."""
+    """One batch for the pool: rsb_job of csrc/rsb.h. Its pointers must stay valid until the pool
+    has finished it."""
 
     _fields_ = [
         ("file", ctypes.c_int32),
@@ -146,7 +150,7 @@ DECODE, AUGMENT = (
 
 
 class _Scratch:
-    """The core's buffers, grown and kept."""
+    """The core's buffers. They grow as images need it, and are kept."""
 
     def __init__(self) -> None:
         self.pointer = library.rsb_scratch_new()
@@ -156,16 +160,13 @@ class _Scratch:
 
 
 class _OfThread(threading.local):
-    def __init__(
-        self,
-    ) -> (
-        None
-    ):  # called in each thread that asks for an attribute; what it holds dies with the thread
+    """The buffers of each thread that calls a function below."""
+
+    def __init__(self) -> None:  # threading.local calls it in each thread
         self.scratch = _Scratch()
-        self.scratch_of_entries = (
-            _Scratch()
-        )  # a second one: Huffman tables are kept from image to image, and what was just
-        # encoded has others than what was decoded for it
+        # A scratch keeps the Huffman tables of its last image. A writer encodes an image between
+        # decoding two others, with different tables: with a second scratch, both sets are kept.
+        self.scratch_of_entries = _Scratch()
 
 
 _thread = _OfThread()
@@ -177,10 +178,12 @@ def checksum(data: np.ndarray) -> int:
 
 
 def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The entry points (uint8, see csrc/jpeg.c) that let the decoder reach a window of this JPEG
-    (uint8 bytes; sides in pixels) without reading all that comes before it; none for a kind of JPEG
-    that has no use for them, or a damaged one."""
-    room = np.empty(10 * -(-height // 8) * -(-width // 64), np.uint8)
+    """The entry points of a JPEG (uint8 bytes; sides in pixels), as uint8 bytes (see
+    csrc/jpeg_planes.c). With them, the decoder can reach a window without reading everything before
+    it. Empty for a damaged JPEG, and for a kind that the core's own decoder does not handle."""
+    rows = -(-height // BLOCK_SIDE)
+    intervals = -(-width // (BLOCK_SIDE * ENTRY_INTERVAL))  # of 4:4:4, which has the most MCUs
+    room = np.empty(ENTRY_BYTES * rows * intervals, np.uint8)
     used = library.rsb_jpeg_entries(
         jpeg.ctypes.data,
         jpeg.nbytes,
@@ -203,8 +206,8 @@ def load(file: int, sample: np.ndarray | np.void, size: tuple[int, int]) -> np.n
 
 
 def check_jpeg(data: np.ndarray) -> None:
-    """Raises ValueError with the reason where a JPEG of any colours (uint8 bytes) does not decode
-    to its end without a warning."""
+    """Raises ValueError with the reason unless a JPEG of any colours (uint8 bytes) decodes to its
+    end without a warning."""
     _run(library.rsb_jpeg_check, data.ctypes.data, data.nbytes)
 
 
@@ -214,14 +217,13 @@ def resized(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.
     Raises ValueError with the reason where it cannot be decoded."""
     height, width = size
     sample = np.zeros(1, SAMPLE)
-    sample["size"], sample["height"], sample["width"], sample["raw"] = (
-        data.nbytes,
-        height,
-        width,
-        data.ndim == 3,
-    )
-    sample["box"], sample["filter"] = (0, 0, height, width), BICUBIC
-    image, data = np.empty((*to, 3), np.uint8), np.ascontiguousarray(data)
+    sample["size"] = data.nbytes
+    sample["height"], sample["width"] = height, width
+    sample["raw"] = data.ndim == 3
+    sample["box"] = (0, 0, height, width)
+    sample["filter"] = BICUBIC
+    image = np.empty((*to, 3), np.uint8)
+    data = np.ascontiguousarray(data)
     _run(
         library.rsb_decode,
         data.ctypes.data,
@@ -233,8 +235,8 @@ def resized(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.
 
 
 def augment(image: np.ndarray, layer: np.ndarray | np.void) -> np.ndarray:
-    """One (H, W, 3) uint8 image through one LAYER record: a new array. What the loader's threads do
-    in place."""
+    """A copy of one (H, W, 3) uint8 image, changed by one LAYER record. The loader's threads do the
+    same in place."""
     image, layer = np.array(image, np.uint8, order="C"), np.array(layer, LAYER)
     _run(library.rsb_augment, image.ctypes.data, *image.shape[:2], layer.ctypes.data)
     return image

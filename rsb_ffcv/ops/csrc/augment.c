@@ -83,7 +83,8 @@ static void look_up(uint8_t *p, int pixels, uint8_t tables[3][256]) {
 }
 
 static void autocontrast_table(const uint32_t *counts, uint8_t *table) {
-    int low = 0, high = 255;
+    int low = 0;
+    int high = 255;
     while (low < 255 && !counts[low]) low++;
     while (high > 0 && !counts[high]) high--;
     double scale = high > low ? 255.0 / (high - low) : 1;

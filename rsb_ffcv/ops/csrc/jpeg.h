@@ -29,9 +29,9 @@ enum {
 /* A Huffman table and the lookup tables made from it.
  *
  * "Advance" is how far a symbol moves the place of the current coefficient in zigzag order: the
- * zeros that it stands for, and 1 for its own coefficient. Bits of a symbol are its code and the
- * value bits that follow. An entry 0 means that the lookup failed, because the code is longer than
- * the index, or a value does not fit; read_symbol or read_one then decodes a single symbol.
+ * zeros that it encodes, and 1 for its own coefficient. The bits of a symbol are its code and the
+ * value bits that follow. In all tables, an entry 0 means that the code is longer than the index,
+ * or that a value does not fit; read_symbol or read_one then decodes a single symbol.
  *
  * symbol: the next code. Index: LOOKUP_BITS bits of the stream.
  *
@@ -66,8 +66,7 @@ enum {
  *     +------------------------------------+------------------+------------+
  */
 typedef struct {
-    /* The DHT segment's lists. The lookup tables are kept for the next image with the same lists.
-     */
+    /* The lists of a DHT segment. The tables below are kept while the next image has the same. */
     uint8_t counts[MAX_CODE_LENGTH], symbols[256];
     int ready, has_pairs, has_skips; /* which of the tables below are made */
     uint16_t symbol[1 << LOOKUP_BITS];
@@ -78,12 +77,13 @@ typedef struct {
     int32_t offset[MAX_CODE_LENGTH + 1]; /* index of a code's symbol minus the code, by length */
 } huffman;
 
-enum { /* where the fields of `pair` begin */
-       PAIR_ADVANCE_1 = 6,
-       PAIR_ADVANCE_2 = 12,
-       PAIR_VALUE_1 = 19,
-       PAIR_VALUE_2 = 26,
-       PAIR_DC_VALUE = 16,
+/* The lowest bit of each field of `pair` */
+enum {
+    PAIR_ADVANCE_1 = 6,
+    PAIR_ADVANCE_2 = 12,
+    PAIR_VALUE_1 = 19,
+    PAIR_VALUE_2 = 26,
+    PAIR_DC_VALUE = 16,
 };
 
 /* The fields of `pair`. pair_advance_2 includes bit E, so that it is PAIR_END or more at an end of

@@ -14,9 +14,13 @@ RSB_INLINE void HOT(idct_pass)(v8 r[8], int shift, int bias, int few) {
     v8 z3 = s73 * -16069 + z5, z4 = s51 * -3196 + z5;
     v8 t0 = r[7] * 2446 + z71 + z3, t1 = r[5] * 16819 + z53 + z4;
     v8 t2 = r[3] * 25172 + z53 + z3, t3 = r[1] * 12299 + z71 + z4;
-    r[0] = (a + t3) >> shift, r[7] = (a - t3) >> shift, r[1] = (b + t2) >> shift,
+    r[0] = (a + t3) >> shift;
+    r[7] = (a - t3) >> shift;
+    r[1] = (b + t2) >> shift;
     r[6] = (b - t2) >> shift;
-    r[2] = (c + t1) >> shift, r[5] = (c - t1) >> shift, r[3] = (d + t0) >> shift,
+    r[2] = (c + t1) >> shift;
+    r[5] = (c - t1) >> shift;
+    r[3] = (d + t0) >> shift;
     r[4] = (d - t0) >> shift;
 }
 
@@ -30,10 +34,10 @@ RSB_INLINE void HOT(transpose)(v8 r[8]) {
         s[2 * i + 1] = __builtin_shuffle(r[2 * i], r[2 * i + 1], hi32);
     }
     for (int i = 0; i < 8; i += 4) {
-        t[i] = __builtin_shuffle(s[i], s[i + 2], lo64),
+        t[i] = __builtin_shuffle(s[i], s[i + 2], lo64);
         t[i + 1] = __builtin_shuffle(s[i], s[i + 2], hi64);
-        t[i + 2] = __builtin_shuffle(s[i + 1], s[i + 3], lo64),
-              t[i + 3] = __builtin_shuffle(s[i + 1], s[i + 3], hi64);
+        t[i + 2] = __builtin_shuffle(s[i + 1], s[i + 3], lo64);
+        t[i + 3] = __builtin_shuffle(s[i + 1], s[i + 3], hi64);
     }
     for (int i = 0; i < 4; i++) {
         r[i] = __builtin_shuffle(t[i], t[i + 4], lo128);

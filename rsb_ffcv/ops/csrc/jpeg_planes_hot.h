@@ -18,7 +18,8 @@ static int HOT(decode_planes)(rsb_jpeg *j, const scan *s, mcu_area area) {
         /* after the last MCU of the area, decoding stops */
         int column = 0, last = row + 1 < row_end ? columns : column_end;
         if (entries) {
-            column = column_start / ENTRY_INTERVAL * ENTRY_INTERVAL, last = column_end;
+            column = column_start / ENTRY_INTERVAL * ENTRY_INTERVAL;
+            last = column_end;
             size_t which = (size_t)row * entries_per_row + column_start / ENTRY_INTERVAL;
             uint32_t bit = read_entry(entries, which, prediction);
             if (bit / 8 > length) return RSB_UNUSUAL;

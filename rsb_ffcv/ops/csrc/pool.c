@@ -1,8 +1,8 @@
-/* Threads that turn jobs (batches) into pixels without asking Python.
+/* Threads that turn jobs (batches) into pixels without the Python interpreter.
  *
- * Every thread takes the next row of the oldest job that has one left: a slow image holds up no
- * other thread, and the end of one batch overlaps with the start of the next. What a row holds does
- * not depend on who works on it.
+ * Each thread takes the next row of the first job in the queue. A slow image therefore delays no
+ * other thread, and the end of one batch overlaps with the start of the next. The pixels of a row
+ * do not depend on the thread that makes them. rsb.h documents the functions.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -11,14 +11,20 @@
 
 #include "rsb.h"
 
-typedef struct {
-    pthread_mutex_t lock, joining;
-    pthread_cond_t work, finished;
-    rsb_job *first, *last; /* jobs with rows that nobody has taken */
-    uint64_t rows_done;    /* of all jobs ever */
-    int stopping, joined, count;
+#define NANOSECONDS_PER_MILLISECOND 1000000L
+#define NANOSECONDS_PER_SECOND 1000000000L
+
+struct rsb_pool {
+    pthread_mutex_t lock;    /* of everything below but `joined` and `threads`, and of the jobs */
+    pthread_mutex_t joining; /* of `joined` */
+    pthread_cond_t work;     /* a job was submitted, or the pool stops */
+    pthread_cond_t finished; /* a job is done, or the pool stops */
+    rsb_job *first, *last;   /* queue of the jobs that have rows which no thread has taken */
+    uint64_t rows_done;      /* of all jobs since the pool was made */
+    int stopping;
+    int joined, count; /* threads */
     pthread_t threads[];
-} rsb_pool;
+};
 
 static void run_row(rsb_job *job, int row, rsb_scratch *scratch) {
     uint8_t *image = job->out + (size_t)row * job->height * job->width * 3;
@@ -34,6 +40,17 @@ static void run_row(rsb_job *job, int row, rsb_scratch *scratch) {
     job->status[row] = status;
 }
 
+/* Takes the next row of the first job, which leaves the queue with its last row. */
+static int take_row(rsb_pool *pool, rsb_job *job) {
+    int row = job->next++;
+    if (job->next == job->rows) {
+        pool->first = job->after;
+        if (!pool->first) pool->last = NULL;
+    }
+    job->status[row] = RSB_RUNNING;
+    return row;
+}
+
 static void *worker(void *argument) {
     rsb_pool *pool = argument;
     rsb_scratch *scratch = rsb_scratch_new();
@@ -42,12 +59,7 @@ static void *worker(void *argument) {
         while (!pool->first && !pool->stopping) pthread_cond_wait(&pool->work, &pool->lock);
         if (pool->stopping) break;
         rsb_job *job = pool->first;
-        int row = job->next++;
-        if (job->next == job->rows) {
-            pool->first = job->after;
-            if (!pool->first) pool->last = NULL;
-        }
-        job->status[row] = RSB_RUNNING;
+        int row = take_row(pool, job);
         pthread_mutex_unlock(&pool->lock);
         run_row(job, row, scratch);
         pthread_mutex_lock(&pool->lock);
@@ -59,20 +71,19 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-/* Ends all threads after the row each is working on; who waits for a job is let go. */
 void rsb_pool_stop(rsb_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     pool->stopping = 1;
     pthread_cond_broadcast(&pool->work);
     pthread_cond_broadcast(&pool->finished);
     pthread_mutex_unlock(&pool->lock);
-    pthread_mutex_lock(&pool->joining); /* who comes second returns no sooner */
+    /* A second caller waits here until all threads have ended. */
+    pthread_mutex_lock(&pool->joining);
     for (; pool->joined < pool->count; pool->joined++)
         pthread_join(pool->threads[pool->joined], NULL);
     pthread_mutex_unlock(&pool->joining);
 }
 
-/* Stops the pool and frees it. Nobody may use it any more. */
 void rsb_pool_free(rsb_pool *pool) {
     rsb_pool_stop(pool);
     pthread_cond_destroy(&pool->work);
@@ -82,7 +93,6 @@ void rsb_pool_free(rsb_pool *pool) {
     free(pool);
 }
 
-/* NULL where the system refuses memory or a thread. */
 rsb_pool *rsb_pool_new(int threads) {
     rsb_pool *pool = calloc(1, sizeof *pool + threads * sizeof *pool->threads);
     if (!pool) return NULL;
@@ -102,10 +112,9 @@ rsb_pool *rsb_pool_new(int threads) {
     return pool;
 }
 
-/* Everything that `job` points to must stay until rsb_pool_wait says that it is done, or the pool
- * is stopped. An urgent job is begun before those that wait. */
 void rsb_pool_submit(rsb_pool *pool, rsb_job *job, int urgent) {
-    job->next = job->done = 0;
+    job->next = 0;
+    job->done = 0;
     job->after = NULL;
     if (!job->rows) return;
     for (int i = 0; i < job->rows; i++) job->status[i] = RSB_WAITING;
@@ -122,13 +131,20 @@ void rsb_pool_submit(rsb_pool *pool, rsb_job *job, int urgent) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Waits until all rows of `job` are done, at most `milliseconds`. Returns how many are not, or -1:
- * the pool was stopped. */
-int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
+static struct timespec deadline(int milliseconds) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += milliseconds / 1000, until.tv_nsec += milliseconds % 1000 * 1000000L;
-    if (until.tv_nsec >= 1000000000L) until.tv_sec++, until.tv_nsec -= 1000000000L;
+    until.tv_sec += milliseconds / 1000;
+    until.tv_nsec += milliseconds % 1000 * NANOSECONDS_PER_MILLISECOND;
+    if (until.tv_nsec >= NANOSECONDS_PER_SECOND) {
+        until.tv_sec++;
+        until.tv_nsec -= NANOSECONDS_PER_SECOND;
+    }
+    return until;
+}
+
+int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
+    struct timespec until = deadline(milliseconds);
     pthread_mutex_lock(&pool->lock);
     while (job->done < job->rows && !pool->stopping &&
            pthread_cond_timedwait(&pool->finished, &pool->lock, &until) != ETIMEDOUT) {}
@@ -137,7 +153,6 @@ int rsb_pool_wait(rsb_pool *pool, rsb_job *job, int milliseconds) {
     return left;
 }
 
-/* How many rows have been done since the pool began. */
 uint64_t rsb_pool_progress(rsb_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     uint64_t done = pool->rows_done;
@@ -145,7 +160,6 @@ uint64_t rsb_pool_progress(rsb_pool *pool) {
     return done;
 }
 
-/* Takes back the rows of `job` that nobody has begun; the others are still to be waited for. */
 void rsb_pool_cancel(rsb_pool *pool, rsb_job *job) {
     pthread_mutex_lock(&pool->lock);
     rsb_job *before = NULL;

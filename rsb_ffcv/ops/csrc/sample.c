@@ -1,9 +1,12 @@
-/* One stored image: read, checked, decoded, cropped and resized into its place. */
+/* One stored image: read, verified, decoded, cropped and resized into the batch. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "rsb.h"
+
+/* A box computed in floating point may extend past the border by a rounding error. Pixels. */
+#define BOX_TOLERANCE 1e-6
 
 /* `bytes` has RSB_PAD readable bytes after its end. */
 static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, rsb_size out_size,
@@ -23,25 +26,27 @@ static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, rsb_siz
                         scratch);
 }
 
-/* Where the sample's bytes have to be put, or NULL with the reason in `status`. */
+/* Whether the box lies within the image. Written so that NaN fails. */
+static int box_is_inside(const rsb_box *box, int height, int width) {
+    return box->top >= 0 && box->left >= 0 && box->height > 0 && box->width > 0 &&
+           box->top + box->height <= height + BOX_TOLERANCE &&
+           box->left + box->width <= width + BOX_TOLERANCE;
+}
+
+/* Checks the parameters. Returns a buffer for the sample's bytes, or NULL with the reason in
+ * `status`. */
 static uint8_t *room(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch, int *status) {
-    const rsb_box *box = &s->box;
-    /* Tolerance: a box computed in floating point may pass the border by a rounding error. Written
-     * so that NaN fails. */
-    if (!(box->top >= 0 && box->left >= 0 && box->height > 0 && box->width > 0 &&
-          box->top + box->height <= s->height + 1e-6 &&
-          box->left + box->width <= s->width + 1e-6) ||
-        out_size.height < 1 || out_size.width < 1 || s->filter > RSB_BICUBIC)
+    *status = RSB_OK;
+    if (!box_is_inside(&s->box, s->height, s->width) || out_size.height < 1 || out_size.width < 1 ||
+        s->filter > RSB_BICUBIC)
         *status = RSB_BAD_CALL;
     else if ((int64_t)s->height * s->width > RSB_MAX_PIXELS ||
              s->size > 3 * (uint64_t)RSB_MAX_PIXELS)
         *status = RSB_TOO_LARGE;
-    else {
-        uint8_t *bytes = rsb_buffer(scratch, RSB_FILE, s->size + s->entry_bytes);
-        *status = bytes ? RSB_OK : RSB_NO_MEMORY;
-        return bytes;
-    }
-    return NULL;
+    if (*status) return NULL;
+    uint8_t *bytes = rsb_buffer(scratch, RSB_FILE, s->size + s->entry_bytes);
+    if (!bytes) *status = RSB_NO_MEMORY;
+    return bytes;
 }
 
 int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
@@ -51,7 +56,7 @@ int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int ou
     uint64_t size = s->size + s->entry_bytes;
     uint8_t *bytes = room(s, out_size, scratch, &status);
     if (!bytes) return status;
-    /* Read, not mapped: a file that shrinks or a disk that fails then gives a status instead of a
+    /* The file is read, not mapped: if it shrinks, or the disk fails, there is a status and no
      * signal. */
     for (uint64_t got = 0; got < size;) {
         ssize_t n = pread(file, bytes + got, size - got, (off_t)(s->pointer + got));

@@ -1,4 +1,4 @@
-/* The buffers of one thread: grown as images ask for it, and kept. */
+/* The buffers of one thread. They grow as images need it, and are kept. */
 #include <stdlib.h>
 
 #include "rsb.h"
@@ -6,6 +6,7 @@
 uint8_t *rsb_buffer(rsb_scratch *scratch, int which, size_t bytes) {
     if (scratch->size[which] < bytes || !scratch->buffer[which]) {
         free(scratch->buffer[which]);
+        /* a quarter more, so that slightly larger images do not allocate again */
         size_t room = (bytes + bytes / 4 + RSB_PAD + 63) / 64 * 64;
         scratch->buffer[which] = aligned_alloc(64, room);
         scratch->size[which] = scratch->buffer[which] ? room - RSB_PAD : 0;

@@ -134,7 +134,7 @@ void rsb_make_taps(taps *t, uint8_t *memory, const axis *a, range window, int ac
         if (across) spread_weights(t->spread + (size_t)i * t->count * SPREAD, to, t->count);
         t->first[i] -= before;
     }
-    /* columns_avx2 computes up to three pixels past the last one, which nobody reads */
+    /* columns_avx2 also computes up to three pixels past the last one; they are not used */
     for (int i = a->out; across && i < a->out + TAP_GROUP; i++) {
         int16_t *spread = t->spread + (size_t)i * t->count * SPREAD;
         t->first[i] = 0;
