@@ -1,4 +1,4 @@
-"""Epoch order, the loader, and the transforms of a whole batch on the device."""
+"""Epoch order, the loaders, and the transforms of a batch on the device."""
 
 from rsb_ffcv.loading.loader import Batch, EvalLoader, TrainLoader
 

@@ -1,15 +1,16 @@
-"""What happens to a whole batch on the device: normalize, random erasing, then mixup or cutmix.
+"""The transforms of a batch on the device: normalize, random erasing, then mixup or cutmix.
 
-Erasing before mixing is torchvision's order and timm's without its prefetcher, whose own loader
-mixes first.
+Erasing comes before mixing, as in torchvision and in timm without its prefetcher. timm's
+prefetching loader mixes first.
 
-In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) in channels_last layout,
-and the share that each image kept of itself, from which the loss makes the targets. The random
-numbers are drawn on the host from the group's address, so no step waits for the device.
+In: uint8 (n, H, W, 3) images of one mix group. Out: float32 (n, 3, H, W) images in channels_last
+layout, and lam, the weight of each image in its mix, from which the loss computes the targets. The
+random numbers are drawn on the host from the group's address, so no step synchronizes with the
+device.
 
-Sources matched, timm 1.0.31: `timm/data/mixup.py` (one lambda a group, a pair or an image; partner
-= flipped group, clipped box and corrected lambda) and `timm/data/random_erasing.py` (one box an
-image).
+Sources matched, timm 1.0.31: `timm/data/mixup.py` (one lambda per group, pair or image; the
+partners are the flipped group; the box is clipped and lambda corrected) and
+`timm/data/random_erasing.py` (one box per image).
 """
 
 import math
@@ -22,7 +23,7 @@ from numba import njit
 
 from rsb_ffcv.ops import draws as d
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0 .. 1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in 0 .. 1
 
 
 def normalize(
@@ -37,7 +38,7 @@ def normalize(
 def _normalization(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put on the device once: a copy in each step would wait for it."""
+    """Cached on the device: a copy in each step would synchronize with it."""
     return (
         torch.tensor([1 / (255 * s) for s in std], device=device),
         torch.tensor([-m / s for m, s in zip(mean, std)], device=device),
@@ -46,8 +47,11 @@ def _normalization(
 
 @dataclass(frozen=True)
 class Mix:
-    """One draw for one group. lam: share of an image's own label, 0 .. 1. box: (top, bottom, left,
-    right) in pixels that cutmix takes from the partner; None for mixup."""
+    """One draw of the mix.
+
+    lam: weight of an image's own label, 0 .. 1.
+    box: (top, bottom, left, right) in pixels that cutmix copies from the partner; None for mixup.
+    """
 
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
@@ -65,8 +69,8 @@ def draw_mix(
     prob: float = 1.0,
     switch_prob: float = 0.5,
 ) -> Mix:
-    """timm's draw at one address. alpha 0 switches that kind off; both on: cutmix with
-    switch_prob."""
+    """timm's draw at one address. An alpha of 0 disables that kind. If both are enabled, cutmix is
+    chosen with probability `switch_prob`."""
 
     def uniform(k: int) -> float:
         return d.uniform(seed, epoch, slot, d.MIX, k)
@@ -83,9 +87,9 @@ def draw_mix(
 
 
 def cutmix_box(lam: float, height: int, width: int, *, centre_y: int, centre_x: int) -> Mix:
-    """A box of sides int(height x sqrt(1 - lam)), int(width x ...) around a centre, clipped to the
-    image; lam again from the clipped area. Odd sides stay odd, as in timm 1.0.31; before, timm cut
-    them short by one pixel."""
+    """A box of sides int(height x sqrt(1 - lam)), int(width x sqrt(1 - lam)) around a centre,
+    clipped to the image. lam is computed again from the clipped area. Odd sides stay odd, as in
+    timm 1.0.31; earlier versions of timm shortened them by one pixel."""
     ratio = math.sqrt(1 - lam)
     cut_height, cut_width = int(height * ratio), int(width * ratio)
     top, bottom = (
@@ -110,8 +114,8 @@ def mix_images(images: torch.Tensor, mix: Mix) -> torch.Tensor:
 
 
 def mix_each(images: torch.Tensor, mixes: list[Mix]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with a Mix for each image, or for each image of the first half, which its partner
-    then shares: new images, and the shares kept, float32 (n, 1)."""
+    """As `mix_images`, with one Mix per image, or one per image of the first half, which its
+    partner shares. Returns new images, and the lam of each image, float32 (n, 1)."""
     if len(mixes) < len(images):
         mixes = mixes + mixes[::-1]
     lam = _to(torch.tensor([mix.lam for mix in mixes], dtype=torch.float32), images)
@@ -136,11 +140,11 @@ def erase_boxes(
     min_aspect: float,
     max_aspect: float,
 ) -> np.ndarray:
-    """int64 (n, 4): (top, bottom, left, right) in pixels of the box to erase in each image, zeros
-    for none.
+    """Returns int64 (n, 4): the box to erase in each image, (top, bottom, left, right) in pixels;
+    zeros for no box.
 
-    Area uniform in [min_area, max_area] of the image's, aspect (height / width) log-uniform, 10
-    tries.
+    The area is uniform in [min_area, max_area] of the image's area. The aspect (height / width) is
+    log-uniform in [min_aspect, max_aspect]. If 10 tries do not fit, nothing is erased.
     """
     boxes = np.zeros((len(slots), 4), np.int64)
     log_lo, log_hi = math.log(min_aspect), math.log(max_aspect)
@@ -167,8 +171,8 @@ def erase_boxes(
 
 
 def inside_boxes(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """bool (n, 1, H, W) on the images' device. boxes: int64 (n, 4) on the CPU: top, bottom, left,
-    right."""
+    """Returns a mask, bool (n, 1, H, W), on the images' device. boxes: int64 (n, 4) on the CPU:
+    top, bottom, left, right."""
     box = _to(boxes, images)[:, :, None]
     y, x = (torch.arange(side, device=images.device)[None] for side in images.shape[2:])
     rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
@@ -176,16 +180,20 @@ def inside_boxes(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def _to(numbers: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Small numbers from the host to the images' device, without waiting for it."""
+    """Copies a small host tensor to the images' device without synchronizing."""
     return (numbers.pin_memory() if images.is_cuda else numbers).to(
         images.device, non_blocking=True
     )
 
 
 def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, *, noise_seed: int) -> torch.Tensor:
-    """Fills one box an image. images: normalized (n, C, H, W), changed in place. mode: "const" (0),
-    "rand" (one normal colour an image) or "pixel" (normal noise), drawn by a generator seeded with
-    `noise_seed`."""
+    """Fills one box per image, in place.
+
+    images: normalized, (n, C, H, W).
+    boxes: see `erase_boxes`.
+    mode: "const" (0), "rand" (one normally distributed colour per image) or "pixel" (normal noise).
+    noise_seed: seed of the generator of "rand" and "pixel".
+    """
     n, channels, height, width = images.shape
     inside = inside_boxes(torch.from_numpy(boxes), images)
     if mode == "const":
@@ -198,7 +206,7 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, *, noise_seed: int
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTransform:
-    """Everything between the loader's uint8 images and the model, with a recipe's settings."""
+    """All transforms between the loader's uint8 images and the model, with a recipe's settings."""
 
     seed: int
     mixup_alpha: float = 0.0
@@ -210,7 +218,7 @@ class BatchTransform:
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
     # what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or
-    # "elem"
+    # "elem" (each image has its own)
     mode: str = "batch"
 
     @property
@@ -220,9 +228,13 @@ class BatchTransform:
     def __call__(
         self, images: torch.Tensor, epoch: int, slots: np.ndarray, *, mixing: bool = True
     ) -> tuple[torch.Tensor, float | torch.Tensor | None]:
-        """images: uint8 (n, H, W, 3) of the mix group at `slots` -> (float images (n, 3, H, W),
-        lam). lam: None where nothing mixes (`mixing` off, or no alpha set), else the share image i
-        kept, one number or (n, 1); the rest is image n - 1 - i's."""
+        """Returns (float32 images (n, 3, H, W), lam).
+
+        images: uint8 (n, H, W, 3), the mix group at `slots`.
+        mixing: whether to mix at all.
+        lam: weight of image i in its mix, one number or a tensor (n, 1); image n - 1 - i has the
+            rest. None if nothing is mixed (`mixing` is off, or no alpha is set).
+        """
         images = normalize(images)
         height, width = images.shape[2:]
         first = int(slots[0])

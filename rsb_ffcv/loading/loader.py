@@ -1,10 +1,10 @@
-"""From a checked `.beton` file to batches of uint8 images and int64 labels.
+"""Loads batches of uint8 images and int64 labels from a checked `.beton` file.
 
-FFCV's loader compiles its loops anew in each process, hands out views of ring buffers that it
-overwrites later, and waits for ever where a worker dies. This one draws a batch's random numbers
-from addresses, hands the rest to threads that need no interpreter (`pool`), gives each batch memory
-of its own, and names the sample that cannot be read. What a batch holds depends on (seed, epoch,
-slots) alone.
+FFCV's loader compiles its loops again in each process, returns views of ring buffers that it later
+overwrites, and hangs if a worker dies. This loader draws the random numbers of a batch from
+addresses and passes the rest to threads that do not need the interpreter (`pool`). Each batch has
+its own memory. An error names the sample that cannot be read. The content of a batch depends only
+on (seed, epoch, slots).
 """
 
 import itertools
@@ -28,17 +28,19 @@ from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
 from rsb_ffcv.ops.native import DAMAGE, SAMPLE, reason
 from rsb_ffcv.ops.operation import Address, Decoder, DrawnOperation
 
-IMAGES_AHEAD, BATCHES_AHEAD = (
-    512,
-    3,
-)  # how far the threads may run ahead of the caller: both, whichever is more
-MOST_REPLACEMENTS = 1000  # a file where this many neighbours are bad is no dataset
+# how far the threads may prefetch: this many images or batches, whichever is more
+IMAGES_AHEAD, BATCHES_AHEAD = 512, 3
+MOST_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
 
 
 class Batch(NamedTuple):
-    """images: uint8 (n, resolution, resolution, 3) and labels: int64 (n,), on the loader's device.
-    slots: int64 (n,), numpy: the address of each image. In training, its position in the epoch's
-    global order; in evaluation, its number in the file."""
+    """A batch of n images.
+
+    images: uint8 (n, resolution, resolution, 3), on the loader's device.
+    labels: int64 (n,), on the loader's device.
+    slots: int64 (n,), numpy. In training, the position of each image in the epoch's global order,
+        which is part of its address; in evaluation, its index in the file.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -49,7 +51,7 @@ Batches = Generator[Batch, None, None]
 
 
 class _Begun(NamedTuple):
-    """A batch in the making. indices: of its images in the file."""
+    """A batch in progress. indices: of its images in the file."""
 
     work: Work
     address: Address
@@ -57,7 +59,7 @@ class _Begun(NamedTuple):
 
 
 class _Loader:
-    """A file, threads, and a list of operations: a decoder first, then ops that change each image
+    """A file, threads, and a list of operations: first a decoder, then ops that change each image
     in place."""
 
     def __init__(
@@ -65,27 +67,27 @@ class _Loader:
     ) -> None:
         if num_workers < 1:
             raise InputError(
-                f"`num_workers`={num_workers}: at least one thread has to load; give 1 or more"
+                f"`num_workers`={num_workers}: the loader needs at least one thread; use 1 or more"
             )
         if batch_size < 1:
-            raise InputError(f"`batch_size`={batch_size}: give 1 or more")
+            raise InputError(f"`batch_size`={batch_size}: must be positive; use 1 or more")
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 open until close()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed in close()
         self._pool = Pool(num_workers)
 
     def close(self) -> None:
-        """Ends the threads. Iterators that are still open end with an error. Garbage collection
-        closes as well."""
+        """Ends the threads. Iterators that are still open raise an error. Garbage collection also
+        closes the loader."""
         self._pool.close()
         self._file.close()
 
     def preload(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Reads the file once, in order, so that its pages are in memory before the first epoch.
-        Raises InputError where it does not fit. stop: asked now and then whether to leave it at
-        that."""
+        Raises InputError if it does not fit. stop: called between reads; if it returns True, the
+        rest is not read."""
         available = psutil.virtual_memory().available
         if self.beton.num_bytes > 0.9 * available:
             raise InputError(
@@ -104,7 +106,7 @@ class _Loader:
         *,
         urgent: bool = False,
     ) -> _Begun:
-        """Draws a batch's random numbers and begins with it."""
+        """Draws the random numbers of a batch and queues it. urgent: see `Pool.submit`."""
         self._pool.check()
         b = self.beton
         samples = np.zeros(len(indices), SAMPLE)
@@ -116,7 +118,7 @@ class _Loader:
             for name in b.extras.dtype.names or ():
                 samples[name] = b.extras[name][indices]
         decoder, *others = ops
-        assert isinstance(decoder, Decoder)  # comes first
+        assert isinstance(decoder, Decoder)
         crops = decoder.draw(address, samples["height"], samples["width"])
         for name in crops.dtype.names or ():
             samples[name] = crops[name]
@@ -140,18 +142,18 @@ class _Loader:
     def _finish(
         self, ops: Sequence[DrawnOperation], begun: _Begun, order: np.ndarray | None
     ) -> Batch:
-        """Waits for a batch and brings it to the device. order: the epoch's, None in evaluation."""
+        """Waits for a batch and copies it to the device. order: of the epoch, None in
+        evaluation."""
         work, address, indices = begun
         self._pool.wait(work, lambda row: f"sample {indices[row]}")
         for row in np.flatnonzero(work.status):
-            indices = indices.copy()  # they may be part of the caller's
+            indices = indices.copy()  # it may be a view of the caller's array
             indices[row] = self._replacement(ops, begun, int(row), order=order)
         labels = torch.from_numpy(self.beton.labels[indices])
         if self._copying is None:
             return Batch(work.images.to(self.device), labels.to(self.device), address.slots)
-        with torch.cuda.stream(
-            self._copying
-        ):  # beside the steps that the device is still busy with
+        # on a separate stream, so that the copy overlaps with steps that the device still computes
+        with torch.cuda.stream(self._copying):
             images, labels = (
                 part.to(self.device, non_blocking=True)
                 for part in (work.images, labels.pin_memory())
@@ -170,7 +172,7 @@ class _Loader:
         *,
         order: np.ndarray | None,
     ) -> int:
-        """The index of the image that takes the place of one that cannot be read."""
+        """Returns the index of the image that replaces one that cannot be read."""
         raise InputError(self._complaint(begun.indices[row], begun.work.status[row]))
 
     def _complaint(self, index: int, status: int) -> str:
@@ -181,7 +183,7 @@ class _Loader:
             )
         return (
             f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
-            f"write_ffcv.py"
+            "write_ffcv.py"
             f"{', or train with `on_bad_sample`=skip' if isinstance(self, TrainLoader) else ''}"
         )
 
@@ -191,8 +193,8 @@ class _Loader:
         batches: Iterable[tuple[Address, np.ndarray]],
         order: np.ndarray | None = None,
     ) -> Batches:
-        """Yields the batches of `batches` (an iterable of (Address, indices)), some of them begun
-        ahead."""
+        """Yields the batches of `batches`, an iterable of (Address, indices), and prefetches the
+        next ones."""
         ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
         begun: deque[_Begun] = deque()
         try:
@@ -209,36 +211,39 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Random-resized crops, flips and augmentations of a training file, in an order that `seed` and
-    epoch decide.
+    """Random-resized crops, flips and augmentations of a training file, in an order that is a
+    function of `seed` and epoch.
 
     path: a .beton file.
-    batch_size: images a batch, which is a mix group.
-    resolution: pixels a side; may be set between epochs.
-    num_workers: threads.
-    seed: of every draw.
-    global_batch: slots that a step takes over all processes, a multiple of batch_size; 0:
-        batch_size x world_size. Where world_size does not divide its groups, the first processes
-        take one group more. Slots that do not fill a step are left out of the epoch.
-    scale, ratio: ranges of area and aspect of torchvision's RandomResizedCrop.
+    batch_size: images per batch, which is a mix group.
+    resolution: pixels per side; may be changed between epochs.
+    num_workers: number of threads.
+    seed: seed of every draw.
+    global_batch: slots of a step over all processes, a multiple of batch_size; 0: batch_size x
+        world_size. If world_size does not divide the number of groups, the first processes take one
+        group more. Slots that do not fill a step are left out of the epoch.
+    scale: range of the area of torchvision's RandomResizedCrop.
+    ratio: range of its aspect.
     flip_prob: probability of a horizontal flip.
-    rand_augment: timm's spec (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none.
-    color_jitter: brightness, contrast, saturation, hue (see ops.augment.ColorJitter), after it.
-    interpolation: of the crop and of geometric ops: "bilinear", "bicubic", or "random", one of both
-        for each image, as timm.
-    ops: further operations (see ops.operation), after those.
-    repeats: repeated augmentation: copies of an image in an epoch, each with draws of its own, in
-        different groups of the step. The number of steps does not change.
+    rand_augment: timm's format (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none.
+    color_jitter: brightness, contrast, saturation, hue (see ops.augment.ColorJitter), applied after
+        rand_augment.
+    interpolation: of the crop and of geometric ops: "bilinear", "bicubic", or "random", which
+        chooses one of the two for each image, as timm does.
+    ops: further operations (see ops.operation), applied last.
+    repeats: repeated augmentation: the number of copies of an image in an epoch. The copies have
+        different draws and are in different groups of a step. The number of steps does not change.
     order: "random", "sequential", or "quasi_random", which reads the file in runs of 1 MiB and
-        mixes `window_bytes` of it at a time, for files larger than memory.
+        shuffles `window_bytes` of it at a time, for files larger than memory.
     window_bytes: see order.
-    on_bad_sample: "raise", or "skip": an image that cannot be read is replaced by that of the next
-        readable slot, and listed in `skipped`.
-    rank, world_size: this process among those that share each step.
-    device: where batches are put.
+    on_bad_sample: "raise", or "skip": an image that cannot be read is replaced by the image of the
+        next readable slot, and listed in `skipped`.
+    rank: number of this process among those that share each step.
+    world_size: number of processes that share each step.
+    device: device of the batches.
 
-    Raises InputError where the file is damaged, holds fewer images than a step takes, or a setting
-    is out of range.
+    Raises InputError if the file is damaged or holds fewer images than a step takes, or if a
+    setting is out of range.
     """
 
     def __init__(
@@ -269,14 +274,14 @@ class TrainLoader(_Loader):
         global_batch = global_batch or batch_size * world_size
         if global_batch % batch_size:
             raise InputError(
-                f"`global_batch`={global_batch} is not a multiple of "
-                f"`batch_size`={batch_size}; change one of them"
+                f"`global_batch`={global_batch} is not a multiple of `batch_size`={batch_size}; "
+                f"change one of them"
             )
         if global_batch < batch_size * world_size:
             raise InputError(
                 f"`global_batch`={global_batch}: {global_batch // batch_size} groups of "
-                f"`batch_size`={batch_size} are fewer than the {world_size} processes; "
-                f"start fewer, or lower `batch_size`"
+                f"`batch_size`={batch_size} are fewer than the {world_size} processes; start fewer "
+                f"processes, or lower `batch_size`"
             )
         if global_batch > len(self.beton):
             raise InputError(
@@ -291,20 +296,19 @@ class TrainLoader(_Loader):
                 raise InputError(f"`{name}`={value!r} is not one of {', '.join(choices)}")
         if repeats < 1 or window_bytes < 1 or not 0 <= rank < world_size or resolution < 1:
             raise InputError(
-                f"`repeats`={repeats}, `window_bytes`={window_bytes} and "
-                f"`resolution`={resolution} must be 1 or more, and `rank`={rank} one of "
-                f"{world_size}"
+                f"`repeats`={repeats}, `window_bytes`={window_bytes} and `resolution`={resolution} "
+                f"must be 1 or more, and `rank`={rank} must be 0 or more and below "
+                f"`world_size`={world_size}"
             )
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
         self.window_bytes, self.on_bad_sample = window_bytes, on_bad_sample
         self.steps_per_epoch = len(self.beton) // global_batch
         self.groups = global_batch // batch_size
-        self._places = range(rank, self.groups, world_size)  # of this process's groups in a step
+        self._places = range(rank, self.groups, world_size)  # the groups of this process in a step
         self.batches_per_step = len(self._places)
-        self.skipped: list[
-            tuple[int, str]
-        ] = []  # of the newest epoch: sample, what is wrong with it
+        # of the newest epoch: (sample, reason)
+        self.skipped: list[tuple[int, str]] = []
         self._crop: dict[str, Any] = {
             "scale": scale,
             "ratio": ratio,
@@ -316,21 +320,21 @@ class TrainLoader(_Loader):
                 [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
             )
         self._ops += [ColorJitter(*color_jitter), *ops]
-        RandomResizedCrop(resolution, **self._crop)  # settings that it refuses are refused now
+        RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
 
     def __len__(self) -> int:
-        """Batches an epoch gives this process."""
+        """Number of batches of this process in an epoch."""
         return self.steps_per_epoch * self.batches_per_step
 
     def epoch(self, epoch: int, start_step: int = 0) -> Batches:
-        """Yields the epoch's batches of batch_size images, from step `start_step` on, without
-        decoding what comes before it. The batches are the caller's to keep. Closing the generator
-        gives up what was begun ahead."""
+        """Yields the epoch's batches of batch_size images from step `start_step` on, without
+        decoding the earlier ones. The caller may keep the batches. Closing the generator cancels
+        the prefetched ones."""
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step={start_step} lies outside of 0 .. {self.steps_per_epoch}")
+            raise ValueError(f"start_step={start_step} is not in 0 .. {self.steps_per_epoch}")
         if int(self.resolution) != self.resolution or self.resolution < 1:
             raise ValueError(
-                f"resolution={self.resolution} is not a whole number of pixels, 1 or more"
+                f"resolution={self.resolution} is not an integer number of pixels, 1 or more"
             )
         self.skipped = []
         order = epoch_order(
@@ -346,8 +350,8 @@ class TrainLoader(_Loader):
         )
 
     def images_of(self, epoch: int, samples: np.ndarray) -> Batch:
-        """What an epoch makes of some samples, for people to look at: a batch as `epoch` gives it
-        (slots: of their first copies, where there are several)."""
+        """Returns the samples as they appear in an epoch, for people to look at: a batch as from
+        `epoch`, with the slots of their first copies if there are several."""
         order = epoch_order(
             self.order,
             self.seed,
@@ -375,9 +379,8 @@ class TrainLoader(_Loader):
             )
             places = slots // self.repeats
             current = int(np.searchsorted(order.starts, places[0], "right")) - 1
-            while (
-                advised < len(order.extents) and advised <= current + 1
-            ):  # this window and the next
+            # this window and the next one
+            while advised < len(order.extents) and advised <= current + 1:
                 self._advise(
                     order.extents[advised], os.POSIX_FADV_WILLNEED if advised >= current else None
                 )
@@ -389,7 +392,7 @@ class TrainLoader(_Loader):
     def _advise(self, extents: np.ndarray, advice: int | None) -> None:
         if advice is None:
             return
-        with suppress(OSError):  # a hint, which some file systems refuse
+        with suppress(OSError):  # only a hint; some file systems do not support it
             for offset, length in extents:
                 os.posix_fadvise(self._file.fileno(), int(offset), int(length), advice)
 
@@ -405,7 +408,7 @@ class TrainLoader(_Loader):
             return super()._replacement(ops, begun, row, order=order)
         work, address, indices = begun
         self.skipped.append((int(indices[row]), reason(work.status[row])))
-        assert order is not None  # an epoch has one
+        assert order is not None  # only evaluation has none
         slot = address.slots[row : row + 1]
         others = min(MOST_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
@@ -416,18 +419,19 @@ class TrainLoader(_Loader):
                 work.images[row] = single.images[0]
                 return int(index[0])
         raise InputError(
-            f"{self._complaint(indices[row], work.status[row])}; so are the {others} after it"
+            f"{self._complaint(indices[row], work.status[row])}; the {others} samples that follow "
+            f"it cannot be read either"
         )
 
 
 class EvalLoader(_Loader):
-    """Central crops of an evaluation file as timm makes them (see ops.crop.CenterCrop), each image
-    once over all processes: process r takes every world_size-th image from the r-th on, in file
-    order. Batches as TrainLoader's; the last may be smaller. An image that cannot be read is an
-    error: an accuracy over fewer images would be another one.
+    """Central crops of an evaluation file, as in timm (see ops.crop.CenterCrop). Each image is
+    loaded once over all processes: process r takes every world_size-th image, starting with the
+    r-th, in file order. The batches are those of TrainLoader; the last one may be smaller. An image
+    that cannot be read is an error, because an accuracy over fewer images is not comparable.
 
-    crop_ratio: side of the crop over the resized image's shorter side, 0 .. 1. interpolation:
-    "bilinear" or "bicubic".
+    crop_ratio: side of the crop divided by the shorter side of the resized image, 0 .. 1.
+    interpolation: "bilinear" or "bicubic".
     """
 
     def __init__(
@@ -447,13 +451,14 @@ class EvalLoader(_Loader):
         if not 0 < crop_ratio <= 1 or resolution < 1 or not 0 <= rank < world_size:
             raise InputError(
                 f"`crop_ratio`={crop_ratio} must be above 0 and at most 1, "
-                f"`resolution`={resolution} 1 or more, and `rank`={rank} one of {world_size}"
+                f"`resolution`={resolution} must be 1 or more, and `rank`={rank} must be 0 or more "
+                f"and below `world_size`={world_size}"
             )
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
 
     def __len__(self) -> int:
-        """Batches this process gets."""
+        """Number of batches of this process."""
         return (len(self.indices) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Batches:

@@ -1,10 +1,10 @@
-"""Which image stands in which slot of an epoch, and which slots a process works on. Pure functions,
-no state.
+"""Which image is in which slot of an epoch, and which slots a process loads. Pure functions, no
+state.
 
-An epoch's slots are cut into groups of `batch_size`: a group is one micro-batch, one mix of mixup
-or cutmix, one set of batch-norm statistics. Of a step's groups a process takes every world_size-th,
-from the one of its rank on, so that a step is made of the same groups whether 8 processes take one
-each, 3 take three or two, or one process takes 8 in turn.
+The slots of an epoch are divided into groups of `batch_size`. A group is one micro-batch, one mix
+of mixup or cutmix, and one set of batch-norm statistics. A process takes every world_size-th group
+of a step, starting with the one of its rank. A step therefore consists of the same groups whether
+8 processes take one each, 3 take three or two each, or one process takes 8 one after another.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,20 @@ import numpy as np
 
 from rsb_ffcv.ops import draws
 
-RUN_BYTES = (
-    1 << 20
-)  # what quasi_random reads in one go: enough for any disk to be near its sequential rate
+# bytes that quasi_random reads at once: enough for any disk to come near its sequential rate
+RUN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """indices: the dataset index of each position, int64, every image once. The file is read window
-    by window: window w begins at position starts[w] and lies in the byte ranges extents[w], int64
-    (n, 2): offset, length. Where the whole file is one window, both are empty."""
+    """The order of an epoch. The file is read window by window.
+
+    indices: int64, the dataset index of each position; every image once.
+    starts: int64, the position at which each window begins.
+    extents: int64 (n, 2) per window, its byte ranges in the file: offset, length.
+
+    If all of the file is one window, `starts` and `extents` are empty.
+    """
 
     indices: np.ndarray
     starts: np.ndarray
@@ -32,12 +36,13 @@ class Order:
 def epoch_order(
     kind: str, seed: int, epoch: int, *, pointers: np.ndarray, sizes: np.ndarray, window_bytes: int
 ) -> Order:
-    """The order of an epoch over samples that lie at `pointers` with `sizes` bytes.
+    """The order of an epoch over samples at the file offsets `pointers` with `sizes` bytes.
 
-    kind: "sequential"; "random": a permutation (64-bit draws sorted, ties by index);
-    "quasi_random": runs of neighbouring samples, RUN_BYTES long, in random order, and a permutation
-    of the samples within each window of runs that together have `window_bytes`. No process needs
-    more of the file at once than its window and the next.
+    kind "sequential": the order of the file.
+    kind "random": a permutation (64-bit draws sorted, ties by index).
+    kind "quasi_random": runs of neighbouring samples, RUN_BYTES long, in random order. A window is
+    a number of runs with `window_bytes` in total; the samples within a window are permuted. A
+    process needs at most its current window and the next one of the file in memory.
     """
     count = len(pointers)
     if kind == "sequential":
@@ -69,11 +74,11 @@ def epoch_order(
 def group_slots(
     step: int, place: int, *, batch_size: int, groups: int, repeats: int = 1
 ) -> np.ndarray:
-    """The `batch_size` slots, int64, of the group number `place` of a step of `groups` groups.
+    """Returns the `batch_size` slots, int64, of group number `place` of a step of `groups` groups.
 
-    Consecutive slots; with `repeats` above 1, where neighbouring slots hold copies of one image,
-    every groups-th slot of the step instead: copies then land in different groups, as timm's
-    RepeatAugSampler deals them to its processes.
+    The slots are consecutive. With `repeats` above 1, neighbouring slots hold copies of one image.
+    A group then takes every groups-th slot of the step, so that copies are in different groups, as
+    timm's RepeatAugSampler distributes them to its processes.
     """
     first = step * groups * batch_size
     if repeats == 1:

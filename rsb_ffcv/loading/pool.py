@@ -1,4 +1,4 @@
-"""The threads of `csrc/pool.c`, the batches they work on, and the memory of those batches."""
+"""The threads of `csrc/pool.c`, the batches that they work on, and the memory of those batches."""
 
 import ctypes
 import faulthandler
@@ -12,12 +12,14 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
-STALL_SECONDS = 300.0  # no image takes nearly as long: a disk that does not answer, or a defect
-_abandoned: list["_State"] = []  # pools with a stuck thread, and what it may still write to
+# no image takes nearly this long: a disk that does not respond, or a defect
+STALL_SECONDS = 300.0
+# pools with a stuck thread, kept because the thread may still write to their memory
+_abandoned: list["_State"] = []
 
 
 class Work:
-    """Images in the making: (n, H, W, 3) uint8 `images`, and each row's `status` (see
+    """A batch in progress: `images`, uint8 (n, H, W, 3), and the `status` of each row (see
     csrc/rsb.h)."""
 
     def __init__(
@@ -29,8 +31,8 @@ class Work:
         samples: np.ndarray,
         operations: Sequence[tuple[int, np.ndarray, int]],
     ) -> None:
-        """operations: pairs of a kernel's address and its draws, (n, ...) or (n, k, ...) with k
-        passes."""
+        """operations: (address of a kernel, its draws, number of passes). The draws have the shape
+        (n, ...), or (n, k, ...) with k passes."""
         self.images = images
         rows, height, width, _ = images.shape
         self.status = np.empty(rows, np.int32)
@@ -55,17 +57,16 @@ class Work:
 
 
 class _State:
-    """What a Pool's end needs to know after the Pool itself is gone."""
+    """What ending the threads requires after the Pool itself has been collected."""
 
     def __init__(self, handle: int) -> None:
         self.handle, self.process, self.closed, self.stuck = handle, os.getpid(), False, False
-        self.held: dict[
-            int, Work
-        ] = {}  # every batch that threads may still write to, whoever has lost interest in it
+        # every batch that threads may still write to, even if it was given up
+        self.held: dict[int, Work] = {}
 
     def end(self, function: Callable[[int], object]) -> None:
-        """function: rsb_pool_stop or rsb_pool_free. A forked child has no such threads; a stuck one
-        cannot be joined."""
+        """function: rsb_pool_stop or rsb_pool_free. It is not called in a forked child, which does
+        not have the threads, nor if a thread is stuck, because that thread cannot be joined."""
         self.closed = True
         if os.getpid() == self.process and not self.stuck:
             function(self.handle)
@@ -79,29 +80,27 @@ class Pool:
         handle = library.rsb_pool_new(num_workers)
         if not handle:
             raise InputError(
-                f"`num_workers`={num_workers}: the system refuses as many threads; lower it"
+                f"`num_workers`={num_workers}: the system cannot start this many threads; lower it"
             )
         self._state = _State(handle)
-        self._free: dict[
-            int, list[np.ndarray]
-        ] = {}  # batch memory by size, to be used again: fresh pages cost as much as a resize
+        # batch memory by size, for reuse: fresh pages cost as much as a resize
+        self._free: dict[int, list[np.ndarray]] = {}
         weakref.finalize(self, self._state.end, library.rsb_pool_free)
 
     def close(self) -> None:
-        """Ends the threads; a `wait` in progress, in whatever thread, ends with RuntimeError.
-        Garbage collection closes, too, and the end of the interpreter."""
+        """Ends the threads. A `wait` in progress in any thread raises RuntimeError. Garbage
+        collection and the exit of the interpreter also close the pool."""
         self._state.end(library.rsb_pool_stop)
 
     def memory(self, shape: Sequence[int], pin: bool) -> torch.Tensor:
-        """An uninitialized uint8 tensor. It is the caller's; what it lay in is used again once
-        nobody holds it."""
+        """Returns an uninitialized uint8 tensor that belongs to the caller. Its memory is reused
+        when no reference to it is left."""
         if pin:
-            return torch.empty(
-                shape, dtype=torch.uint8, pin_memory=True
-            )  # torch's pinned allocator reuses by itself
+            # torch's allocator of pinned memory reuses it without our help
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = int(np.prod(shape))
         free = self._free.setdefault(size, [])
-        if len(self._free) > 4:  # resolutions that have passed
+        if len(self._free) > 4:  # sizes of earlier resolutions
             self._free = {size: free}
         block = free.pop() if free else np.empty(size, np.uint8)
         view = block[:]
@@ -114,15 +113,15 @@ class Pool:
         return torch.from_numpy(view).view(shape)
 
     def submit(self, work: Work, urgent: bool = False) -> None:
-        """Begins with `work` after those submitted before it; urgent: before those that nobody has
-        begun."""
+        """Queues `work` behind the work submitted before it. urgent: ahead of all work that no
+        thread has started."""
         self.check()
         self._state.held[id(work)] = work
         library.rsb_pool_submit(self._state.handle, ctypes.byref(work.job), urgent)
 
     def wait(self, work: Work, name: Callable[[int], str] = str) -> None:
-        """Returns when `work` is done. Where no image gets done for STALL_SECONDS, writes all
-        threads' stacks to stderr and raises RuntimeError, naming the rows in progress by
+        """Returns when `work` is done. If no image is finished for STALL_SECONDS, writes the stacks
+        of all threads to stderr and raises RuntimeError, which names each row in progress by
         `name(row)`."""
         self.check()
         waited, before = 0.0, None
@@ -134,17 +133,16 @@ class Pool:
             if waited > STALL_SECONDS:
                 self._state.stuck = True
                 _abandoned.append(self._state)
-                faulthandler.dump_traceback(2)  # the descriptor: a notebook's sys.stderr has none
+                faulthandler.dump_traceback(2)  # descriptor 2: a notebook's sys.stderr has none
                 rows = ", ".join(name(int(row)) for row in np.flatnonzero(work.status == RUNNING))
                 raise RuntimeError(
-                    f"the loader stands still: no image has been finished for {STALL_SECONDS:.0f} "
-                    f"s; "
+                    f"the loader hangs: no image was finished for {STALL_SECONDS:.0f} s; "
                     f"in progress: {rows or 'none'}"
                 )
         self._state.held.pop(id(work), None)
 
     def cancel(self, works: Sequence[Work]) -> None:
-        """Gives up `works`; returns when no thread works on them any more."""
+        """Cancels `works`. Returns when no thread works on them any more."""
         if self._state.closed or os.getpid() != self._state.process:
             return
         for work in works:
@@ -154,12 +152,11 @@ class Pool:
                 self.wait(work)
 
     def check(self) -> None:
-        """Raises RuntimeError where the threads are gone."""
+        """Raises RuntimeError if the threads do not exist any more."""
         if self._state.closed:
             raise RuntimeError("the loader is closed")
         if os.getpid() != self._state.process:
             raise RuntimeError(
-                "this process was forked from the loader's and does not have its threads; make a "
-                "loader "
-                "here, or start processes by spawn"
+                "this process was forked from the loader's process and does not have its threads; "
+                "create a loader in this process, or start processes with spawn"
             )

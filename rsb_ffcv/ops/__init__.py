@@ -1,2 +1,2 @@
-"""One image at a time: operations, the compiled kernels under them, and the draws that feed
-them."""
+"""Operations on single images, the compiled kernels that execute them, and the draws that they
+use."""

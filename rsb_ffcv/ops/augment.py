@@ -1,10 +1,10 @@
-"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter: which ops an image gets, and how
-strongly.
+"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter: which ops are applied to an image,
+and how strong they are.
 
 Sources matched: `timm/data/auto_augment.py` of timm 1.0.31 (`rand_augment_transform`,
 `AugmentOp.__call__`, the `_*_level_to_arg` functions, `auto_augment_policy_3a`), torchvision's
-`TrivialAugmentWide` and `ColorJitter`. Here are the draws, with the same distributions from
-addressed random numbers; the pixels are made by `csrc/augment.c`.
+`TrivialAugmentWide` and `ColorJitter`. This module draws the parameters, with the same
+distributions, from addressed random numbers. `csrc/augment.c` computes the pixels.
 """
 
 import math
@@ -22,14 +22,11 @@ from rsb_ffcv.ops import native as n
 from rsb_ffcv.ops.crop import filter_number
 from rsb_ffcv.ops.operation import Address, DrawnOperation
 
-FILL = (
-    124,
-    116,
-    104,
-)  # round(255 x ImageNet's mean): what timm puts where a geometric op uncovers nothing
+# round(255 x ImageNet's mean): timm's colour for pixels that a geometric op leaves uncovered
+FILL = (124, 116, 104)
 
-# How a level and a sign become an op's argument. timm's laws take level / 10; torchvision's the
-# magnitude itself.
+# The laws by which a level and a sign become the argument of an op. timm's laws use level / 10,
+# torchvision's use the magnitude itself.
 (
     NONE,
     ROTATE,
@@ -101,7 +98,7 @@ OPS = (
     "TranslateYRel",
 )
 INCREASING_OPS = tuple(f"{name}Increasing" if f"{name}Increasing" in TIMM else name for name in OPS)
-# timm's other sets (-tweights, -t3a, -t3aw); where weights are given, an image gets no op twice
+# timm's other sets (-tweights, -t3a, -t3aw); if a set has weights, an image gets no op twice
 SETS: dict[str, dict[str, float | None]] = {
     "3a": dict.fromkeys(("SolarizeIncreasing", "Desaturate", "GaussianBlur")),
     "3aw": {
@@ -138,7 +135,7 @@ SETS: dict[str, dict[str, float | None]] = {
         "Invert": 0.05,
     },
 }
-# torchvision's TrivialAugmentWide: (op, law, magnitudes of its first and last bin)
+# torchvision's TrivialAugmentWide: (op, law, magnitude of the first bin, of the last bin)
 WIDE = {
     "Identity": (n.IDENTITY, NONE, 0, 0),
     "ShearX": (n.AFFINE, SLANT_X, 0, 0.99),
@@ -160,12 +157,18 @@ WIDE_BINS = 31
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What an image may get: `layers` times, with probability `prob`, one of `ops` (pairs of op and
-    law).
+    """The ops that may be applied to an image, and how they are drawn.
 
-    Its level is drawn from the op's row of `bins`, or, where that is None, is `magnitude` with
-    normal noise of deviation `magnitude_std` (inf: uniform up to it), clipped to 0 ..
-    magnitude_max; timm's scale of 10. weights: of the choice, which is then without replacement."""
+    ops: (op, law) pairs, one of which is chosen in each layer.
+    layers: number of choices per image.
+    prob: probability that the chosen op is applied.
+    magnitude: level of an op if `bins` is None, on timm's scale of 10.
+    magnitude_std: standard deviation of normal noise that is added to the level; inf: the level is
+        uniform from 0 to `magnitude`.
+    magnitude_max: upper limit of the level with its noise; the lower limit is 0.
+    bins: a row per op, from which its level is drawn.
+    weights: weights of the choice, which is then without replacement.
+    """
 
     ops: tuple[tuple[int, int], ...]
     layers: int = 2
@@ -178,8 +181,9 @@ class Policy:
 
 
 def parse_policy(policy: str) -> Policy:
-    """Reads timm's `rand-m7-n2-mstd0.5-inc1-p0.5-mmax10-tweights` (any order after `rand`, all
-    parts optional) and `3a`, or torchvision's `ta_wide`. Raises InputError for anything else."""
+    """Parses timm's `rand-m7-n2-mstd0.5-inc1-p0.5-mmax10-tweights` (all parts after `rand` are
+    optional and in any order) and `3a`, or torchvision's `ta_wide`. Raises InputError for anything
+    else."""
     if policy == "3a":
         return Policy(
             ops=tuple(TIMM[name] for name in ("Solarize", "Desaturate", "GaussianBlurRand")),
@@ -205,8 +209,8 @@ def parse_policy(policy: str) -> Policy:
     head, *parts = policy.split("-")
     if head != "rand":
         raise InputError(
-            f"`policy`={policy!r}: write timm's spec, such as rand-m7-mstd0.5-inc1, or "
-            f"3a or ta_wide"
+            f"`policy`={policy!r}: is not a valid policy; use timm's format, for example "
+            f"rand-m7-mstd0.5-inc1, or 3a or ta_wide"
         )
     found: dict[str, Any] = {}
     chosen = None
@@ -219,9 +223,8 @@ def parse_policy(policy: str) -> Policy:
             found[key] = read(match[2])
         else:
             raise InputError(
-                f"`policy`={policy!r}: part '{part}' is not one of m7 n2 p0.5 mstd0.5 "
-                f"mmax10 inc1 "
-                f"t{' t'.join(SETS)}"
+                f"`policy`={policy!r}: part '{part}' is invalid; use parts like m7 n2 p0.5 mstd0.5 "
+                f"mmax10 inc1 t{' t'.join(SETS)}"
             )
     if found.get("magnitude_std", 0) > 100:
         found["magnitude_std"] = math.inf
@@ -231,13 +234,13 @@ def parse_policy(policy: str) -> Policy:
     made = Policy(ops=tuple(TIMM[name] for name in chosen), weights=weights, **found)
     most = len(weights) or 16
     if not 1 <= made.layers <= most or not 0 <= made.prob <= 1:
-        raise InputError(f"`policy`={policy!r}: n must be 1 .. {most} and p between 0 and 1")
+        raise InputError(f"`policy`={policy!r}: n must be 1 to {most}, and p must be 0 to 1")
     return made
 
 
 def _wide_bins(row: tuple[int, int, float, float]) -> np.ndarray:
-    """The magnitudes of an op's bins, as torch.linspace gives them in float32; whole ones for
-    posterize. row: of WIDE."""
+    """The magnitudes of an op's bins, as torch.linspace computes them in float32; integers for
+    posterize. row: an entry of WIDE."""
     op, law, first, last = row
     if op == n.POSTERIZE:
         return 8 - np.round(np.arange(WIDE_BINS) / ((WIDE_BINS - 1) / 6))
@@ -249,7 +252,7 @@ def _wide_bins(row: tuple[int, int, float, float]) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _rotation(argument: np.ndarray, degrees: float, height: float, width: float) -> None:
-    """Pillow's Image.rotate about the centre."""
+    """The affine map of Pillow's Image.rotate around the centre."""
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
@@ -266,8 +269,16 @@ def op_argument(
     height: float,
     width: float,
 ) -> None:
-    """Fills `argument` (6 numbers): what an op of this law takes. level: see the laws above; sign:
-    +1 or -1; uniform: a draw in [0, 1); height, width: of the image in pixels."""
+    """Computes the argument of an op.
+
+    argument: 6 numbers, overwritten with the result.
+    law: one of the laws above.
+    level: timm's level or torchvision's magnitude, see the laws above.
+    sign: +1 or -1.
+    uniform: a draw in [0, 1).
+    height: of the image, in pixels.
+    width: of the image, in pixels.
+    """
     share = level / 10.0
     argument[:] = 0.0
     if law == ROTATE:
@@ -282,9 +293,8 @@ def op_argument(
         argument[:] = (1.0, 0.0, sign * (share * 0.45) * width, 0.0, 1.0, 0.0)
     elif law == TRANSLATE_Y:
         argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, sign * (share * 0.45) * height)
-    elif (
-        law == SLANT_X
-    ):  # torchvision shears by the tangent of an angle that it rounds to degrees and back
+    elif law == SLANT_X:
+        # torchvision shears by the tangent of an angle that it converts to degrees and back
         argument[:] = (
             1.0,
             math.tan(math.radians(math.degrees(math.atan(sign * level)))),
@@ -334,7 +344,8 @@ def op_argument(
 
 @njit(cache=True, nogil=True)
 def _choose(uniform: float, weights: np.ndarray, chosen: np.ndarray) -> int:
-    """An index, with probability proportional to its weight; none that `chosen` has."""
+    """Returns an index with a probability proportional to its weight, among those not set in
+    `chosen`, and sets it there."""
     total = 0.0
     for i in range(len(weights)):
         total += 0.0 if chosen[i] else weights[i]
@@ -408,17 +419,19 @@ def _draw_layers(
 
 
 class _Layers(DrawnOperation):
-    """Runs ops of the compiled core. Draws: (n, passes) records of `native.LAYER`."""
+    """Applies ops of the compiled core. Draws: (n, passes) records of `native.LAYER`."""
 
     def generate_code(self) -> int:
         return n.AUGMENT
 
 
 class RandAugment(_Layers):
-    """Applies a policy (see `parse_policy`) to each image.
+    """Applies a policy to each image.
 
-    fill: RGB 0 .. 255 for what a geometric op leaves uncovered. interpolation: of the geometric
-    ops; "random" is one of "bilinear" and "bicubic" for each op, as timm does.
+    policy: see `parse_policy`.
+    fill: RGB, 0 .. 255, of the pixels that a geometric op leaves uncovered.
+    interpolation: of the geometric ops: "bilinear", "bicubic", or "random", which chooses one of
+        the two for each op, as timm does.
     """
 
     def __init__(
@@ -478,9 +491,11 @@ def _draw_jitter(
 
 
 class ColorJitter(_Layers):
-    """torchvision's ColorJitter: brightness, contrast, saturation and hue in random order, each by
-    a factor uniform in [max(0, 1 - x), 1 + x] (hue: a shift in [-x, x] of the circle, x up to 0.5).
-    0 switches one off."""
+    """torchvision's ColorJitter: changes brightness, contrast, saturation and hue in random order.
+
+    With a strength of x, each changes by a factor uniform in [max(0, 1 - x), 1 + x]; hue by a shift
+    in [-x, x] of the colour circle, x up to 0.5. A strength of 0 disables it.
+    """
 
     def __init__(
         self,
@@ -493,7 +508,7 @@ class ColorJitter(_Layers):
         strengths = (brightness, contrast, saturation, hue)
         if min(strengths) < 0 or hue > 0.5:
             raise InputError(
-                f"color_jitter={strengths}: strengths are 0 or more, and hue at most 0.5"
+                f"color_jitter={strengths}: strengths must be 0 or more, and hue at most 0.5"
             )
         rows = [
             (op, max(0.0, 1 - x) if op != n.HUE else -x, 1 + x if op != n.HUE else x)

@@ -1,8 +1,8 @@
-"""Decode, crop, resize and flip: from a stored image to an H x W x 3 uint8 one.
+"""Decode, crop, resize and flip: from a stored image to a uint8 H x W x 3 image.
 
 The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image,
-within one grey level but for single values (`csrc/jpeg.c`, `csrc/resample.c`). Here are the boxes:
-which part of which image, by which filter, mirrored or not.
+within one grey level except for single values (`csrc/jpeg.c`, `csrc/resample.c`). This module
+computes the boxes: which part of the image, with which filter, mirrored or not.
 """
 
 import math
@@ -21,7 +21,8 @@ FILTERS = {"bilinear": BILINEAR, "bicubic": BICUBIC, "random": -1}
 
 
 def filter_number(interpolation: str) -> int:
-    """The filter's number in the compiled core; -1: one of both, drawn for each use."""
+    """Returns the number of the filter in the compiled core; -1: one of the two is drawn for each
+    use."""
     if interpolation not in FILTERS:
         raise InputError(f"interpolation={interpolation!r} is not one of {', '.join(FILTERS)}")
     return FILTERS[interpolation]
@@ -34,9 +35,9 @@ def rows_first(
     out_heights: np.ndarray | int,
     out_widths: np.ndarray | int,
 ) -> np.ndarray:
-    """Whether Pillow resizes down the columns first. Since Pillow 13 it does where the height
-    shrinks by more than twice what the width does; before, never. The order decides how overshoots
-    of the bicubic are clipped."""
+    """Whether Pillow resizes vertically before horizontally. Pillow 13 and later do if the height
+    shrinks by more than twice as many pixels as the width; earlier versions never do. The order
+    decides how overshoots of the bicubic filter are clipped."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     return (heights > out_heights) & (2 * (widths - out_widths) < heights - out_heights)
 
@@ -53,16 +54,17 @@ def random_resized_crop_box(
     ratio_lo: float,
     ratio_hi: float,
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels, as torchvision's RandomResizedCrop.get_params draws it.
+    """Returns (top, left, height, width) in pixels, drawn as in torchvision's
+    RandomResizedCrop.get_params.
 
-    Area is uniform in [scale_lo, scale_hi] of the image's, aspect (width / height) log-uniform in
-    [ratio_lo, ratio_hi]; after 10 tries that do not fit, the largest central crop whose aspect is
-    in range.
+    The area is uniform in [scale_lo, scale_hi] of the image's area. The aspect (width / height) is
+    log-uniform in [ratio_lo, ratio_hi]. If 10 tries do not fit, it is the largest central crop with
+    an aspect in range.
     """
     area = height * width
     log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
     for attempt in range(10):
-        k = 4 * attempt  # one Philox block an attempt
+        k = 4 * attempt  # one Philox block per attempt
         target = area * (scale_lo + (scale_hi - scale_lo) * d.uniform(seed, epoch, slot, d.CROP, k))
         aspect = math.exp(log_lo + (log_hi - log_lo) * d.uniform(seed, epoch, slot, d.CROP, k + 1))
         w = int(round(math.sqrt(target * aspect)))
@@ -116,7 +118,7 @@ def _random_boxes(
 
 
 class _CropDecoder(Decoder):
-    """Reads a batch and resizes one box of each image. Draws: (n,) records of `CROP`."""
+    """Decodes and resizes one box of each image. Draws: (n,) records of `CROP`."""
 
     def __init__(self, resolution: int, interpolation: str) -> None:
         super().__init__()
@@ -131,9 +133,15 @@ class _CropDecoder(Decoder):
 
 
 class RandomResizedCrop(_CropDecoder):
-    """A random crop of `scale` of the area and `ratio` aspect (torchvision's RandomResizedCrop),
-    resized by `interpolation` ("random": bilinear or bicubic for each image, as timm) and mirrored
-    with probability `flip_prob`."""
+    """torchvision's RandomResizedCrop and a horizontal flip.
+
+    resolution: pixels per side of the result.
+    scale: range of the area, as fractions of the image's area.
+    ratio: range of the aspect.
+    flip_prob: probability that the crop is mirrored.
+    interpolation: "bilinear", "bicubic", or "random", which chooses one of the two for each image,
+        as timm does.
+    """
 
     def __init__(
         self,
@@ -147,9 +155,9 @@ class RandomResizedCrop(_CropDecoder):
         super().__init__(resolution, interpolation)
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip_prob <= 1):
             raise InputError(
-                f"scale={scale} must be two shares of the area, the smaller first, ratio={ratio} "
-                f"two positive "
-                f"numbers, the smaller first, and flip_prob={flip_prob} 0 to 1"
+                f"scale={scale} must be two fractions of the area, the smaller first; "
+                f"ratio={ratio} must be two positive numbers, the smaller first; and "
+                f"flip_prob={flip_prob} must be 0 to 1"
             )
         self.numbers = tuple(map(float, (*scale, *ratio, flip_prob)))
 
@@ -167,14 +175,15 @@ class RandomResizedCrop(_CropDecoder):
 
 
 class CenterCrop(_CropDecoder):
-    """timm's evaluation: the shorter side resized to floor(resolution / ratio), then the central
-    square; both as one box of the stored image. ratio: 0 .. 1. No draws."""
+    """timm's evaluation crop: the shorter side is resized to floor(resolution / ratio), and the
+    central square is taken. Both are done in one step, as one box of the stored image. ratio: 0 ..
+    1. No draws."""
 
     def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic") -> None:
         super().__init__(resolution, interpolation)
         if self.filter < 0:
             raise InputError(
-                "interpolation='random' has no place in an evaluation; use bilinear or bicubic"
+                "interpolation='random' is not supported in evaluation; use bilinear or bicubic"
             )
         self.ratio = ratio
 
@@ -182,9 +191,8 @@ class CenterCrop(_CropDecoder):
         sides = np.stack([heights, widths], 1).astype(np.int64)
         shorter, target = sides.min(1, keepdims=True), math.floor(self.resolution / self.ratio)
         scaled = np.where(sides == shorter, target, (target * sides / shorter).astype(np.int64))
-        first = np.round(
-            (scaled - self.resolution) / 2
-        )  # half to even, as Python's round in torchvision's center_crop
+        # rounds half to even, like Python's round in torchvision's center_crop
+        first = np.round((scaled - self.resolution) / 2)
         crops = np.zeros(len(sides), CROP)
         crops["box"] = np.concatenate([first * sides / scaled, self.resolution * sides / scaled], 1)
         crops["filter"], crops["rows_first"] = (

@@ -1,13 +1,13 @@
-"""Every random number of a run: a pure function of (seed, epoch, slot, op, k).
+"""Every random number of a run is a pure function of (seed, epoch, slot, op, k).
 
-A *slot* is a position in the epoch's global order, so two copies of one image in an epoch differ,
-and nothing depends on thread, worker, rank or history. The generator is Philox4x32-10 (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = seed, counter = (slot, epoch,
-op, k // 4), and draw k is output word k % 4.
+A *slot* is a position in the epoch's global order. Two copies of one image in an epoch therefore
+have different draws, and no draw depends on thread, worker, rank or history. The generator is
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = seed,
+counter = (slot, epoch, op, k // 4), and draw k is output word k % 4.
 
-All functions are numba kernels that Python may call too; they release nothing and keep no state. No
-fastmath: the same address gives the same bits wherever IEEE arithmetic and the platform's
-log/exp/sqrt are the same.
+The functions are numba kernels that Python can also call. They keep no state. Without fastmath, the
+same address gives the same bits on all platforms with the same IEEE arithmetic and the same
+log/exp/sqrt.
 """
 
 import math
@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numba import int64, njit, uint32, uint64
 
-# The op of an address. A number is never reused for another purpose: that would change every
+# The op of an address. A number is never reused for another purpose, which would change every
 # recorded run.
 ORDER, CROP, FLIP, RAND_AUGMENT, MIX, ERASE, NOISE, STORE, INIT, DROP, JITTER, WINDOW = range(12)
 
@@ -36,7 +36,7 @@ def philox(seed: int, epoch: int, slot: int, op: int, block: int) -> tuple[int, 
         )
         k0 = uint32(k0 + uint32(0x9E3779B9))
         k1 = uint32(k1 + uint32(0xBB67AE85))
-    return c0, c1, c2, c3  # type: ignore[return-value]  # ints to whoever calls it from Python
+    return c0, c1, c2, c3  # type: ignore[return-value]  # ints if called from Python
 
 
 @njit(cache=True, nogil=True)
@@ -57,7 +57,7 @@ def uniform(seed: int, epoch: int, slot: int, op: int, k: int) -> float:
 def below(seed: int, epoch: int, slot: int, op: int, k: int, n: int) -> int:
     """Draw k as an integer in [0, n), 1 <= n < 2**31. Bias at most n / 2**32."""
     high = (uint64(word(seed, epoch, slot, op, k)) * uint64(n)) >> uint64(32)
-    return int64(high)  # type: ignore[return-value]  # an int to whoever calls it from Python
+    return int64(high)  # type: ignore[return-value]  # an int if called from Python
 
 
 @njit(cache=True, nogil=True)
@@ -73,10 +73,10 @@ def normal(seed: int, epoch: int, slot: int, op: int, k: int) -> float:
 def log_gamma_variate(
     seed: int, epoch: int, slot: int, op: int, k: int, shape: float
 ) -> tuple[float, int]:
-    """(log of a Gamma(shape, 1) variate, first unused k). shape > 0. Marsaglia & Tsang 2000,
-    boosted below 1.
+    """Returns (log of a Gamma(shape, 1) variate, first unused k). shape > 0. Marsaglia & Tsang
+    2000, boosted if shape < 1.
 
-    The log is returned because a Gamma(0.1) variate underflows float64 often enough to make 0 / 0
+    It returns the log because a Gamma(0.1) variate underflows float64 often enough to cause 0 / 0
     in a beta.
     """
     boosted = shape if shape >= 1.0 else shape + 1.0
@@ -98,7 +98,7 @@ def log_gamma_variate(
 
 @njit(cache=True, nogil=True)
 def beta(seed: int, epoch: int, slot: int, op: int, k: int, a: float) -> tuple[float, int]:
-    """(a Beta(a, a) variate in [0, 1], first unused k). a > 0."""
+    """Returns (a Beta(a, a) variate in [0, 1], first unused k). a > 0."""
     x, k = log_gamma_variate(seed, epoch, slot, op, k, a)
     y, k = log_gamma_variate(seed, epoch, slot, op, k, a)
     return 1.0 / (1.0 + math.exp(min(y - x, 700.0))), k
@@ -106,7 +106,7 @@ def beta(seed: int, epoch: int, slot: int, op: int, k: int, a: float) -> tuple[f
 
 @njit(cache=True, nogil=True)
 def words64(seed: int, epoch: int, op: int, count: int) -> np.ndarray:
-    """uint64 array of `count` words, one for each slot 0 .. count - 1."""
+    """Returns a uint64 array of `count` words, one for each slot 0 .. count - 1."""
     out = np.empty(count, np.uint64)
     for slot in range(count):
         words = philox(seed, epoch, slot, op, 0)
@@ -115,7 +115,7 @@ def words64(seed: int, epoch: int, op: int, count: int) -> np.ndarray:
 
 
 def torch_seed(seed: int, epoch: int, slot: int, op: int) -> int:
-    """A 63-bit seed for a torch.Generator that fills a tensor (noise, stochastic depth) at one
-    address."""
+    """Returns a 63-bit seed for a torch.Generator that fills a tensor (noise, stochastic depth) at
+    one address."""
     high, low, _, _ = philox(seed, epoch, slot, op, 0)
     return (int(high) << 32 | int(low)) & (2**63 - 1)

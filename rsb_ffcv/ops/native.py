@@ -63,13 +63,13 @@ BLOCK_SIDE, ENTRY_INTERVAL, ENTRY_BYTES = 8, 8, 10
 RUNNING = -2
 STATUS = {  # the text follows the name of a sample
     1: "is not a decodable JPEG",
-    2: "has other sides than the file's metadata says",
+    2: "differs in height or width from the file's metadata",
     3: "is damaged: its bytes do not match their checksum",
-    4: "cannot be read: the file ends or fails there",
-    5: "has colours that are neither grey nor RGB",
+    4: "cannot be read: the file ends too early, or reading it fails",
+    5: "is neither greyscale nor RGB",
     6: "has more than 2 ** 28 pixels",
-    7: "needs more memory than there is",
-    8: "was given parameters outside its range",
+    7: "needs more memory than is available",
+    8: "was given parameters that are out of range",
 }
 NO_MEMORY = 7
 DAMAGE = {1, 2, 3, 4, 5, 6}  # those whose cause is the file
@@ -111,13 +111,13 @@ def _find() -> Path:
 
 
 def bind(path: str | Path) -> ctypes.CDLL:
-    """The shared library at `path` with the argument types of its functions."""
+    """Loads the shared library at `path` and sets the argument types of its functions. Raises
+    InputError if it cannot be loaded."""
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be loaded ({error}); install libturbojpeg, or build it again with "
-            f"`make`"
+            f"{path}: cannot be loaded ({error}); install libturbojpeg, or rebuild it with `make`"
         ) from error
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for name, result, *arguments in (
@@ -195,8 +195,9 @@ def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def load(file: int, sample: np.ndarray | np.void, size: tuple[int, int]) -> np.ndarray:
-    """The image of one SAMPLE record of an open file, (*size, 3) uint8. Raises ValueError with the
-    reason where it cannot be read. What the loader's threads do for each row of a batch.
+    """Returns the image of one SAMPLE record of an open file, uint8 (*size, 3). The loader's
+    threads do the same for each row of a batch. Raises ValueError with the reason if it cannot be
+    read.
 
     size: height and width.
     """
@@ -212,9 +213,13 @@ def check_jpeg(data: np.ndarray) -> None:
 
 
 def resized(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
-    """A whole image of `size` (height, width), enlarged or reduced to (*to, 3) uint8 by Pillow's
-    antialiased bicubic filter. data: its JPEG (uint8 bytes), or its pixels (*size, 3).
-    Raises ValueError with the reason where it cannot be decoded."""
+    """Returns a complete image, enlarged or reduced to uint8 (*to, 3) with Pillow's antialiased
+    bicubic filter. Raises ValueError with the reason if it cannot be decoded.
+
+    data: a JPEG (uint8 bytes), or pixels (*size, 3).
+    size: height and width of the image.
+    to: height and width of the result.
+    """
     height, width = size
     sample = np.zeros(1, SAMPLE)
     sample["size"] = data.nbytes
