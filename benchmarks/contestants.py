@@ -1,8 +1,8 @@
-"""The loaders that benchmarks/loader.py lets race: each decodes `path` once a repeat, 224 px,
-uint8, batches of 128.
+"""The loaders that benchmarks/loader.py compares. Each decodes `path` once per repeat, at 224 px,
+in uint8 batches of 128.
 
-Imports are inside: a process has only what it measures. Peers are set up as their own documentation
-does it.
+Imports are inside the classes, so that a process imports only what it measures. The other loaders
+are configured as in their documentation.
 """
 
 import ctypes
@@ -70,7 +70,7 @@ class StockFFCV:
 
 
 class Dali:
-    """The fused decoder of a random region, as in NVIDIA's ImageNet example, on the CPU."""
+    """DALI's fused decoder of a random region, as in NVIDIA's ImageNet example, on the CPU."""
 
     def __init__(self, folder: str, threads: int, rand_augment: bool = False):
         from nvidia.dali import fn, pipeline_def, types
@@ -110,8 +110,8 @@ class Dali:
 
 
 class Timm:
-    """timm's dataset, transform and collation up to the uint8 batch; what its prefetcher does is
-    the GPU's work."""
+    """timm's dataset, transform and collation up to the uint8 batch. The work of its prefetcher is
+    not included, because the GPU does it."""
 
     def __init__(self, folder: str, threads: int, rand_augment: str = ""):
         import torch
@@ -142,8 +142,7 @@ class Timm:
 
 
 class RegionDecode:
-    """libjpeg-turbo alone: the rows and columns of the crops that Ours makes, decoded and thrown
-    away."""
+    """libjpeg-turbo alone: decodes the rows and columns of the crops of Ours and discards them."""
 
     def __init__(self, path: str, threads: int):
         import numpy as np

@@ -1,5 +1,5 @@
-"""Seconds from constructing a loader to its first batch, in a fresh process with warm caches: one
-number on stdout."""
+"""Prints the seconds from the construction of a loader to its first batch, in a new process with
+warm caches."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ import contestants
 
 kind, path, threads, rand_augment = sys.argv[1:]
 if kind == "Ours":
-    import rsb_ffcv.loading  # noqa: F401  imports are not counted, on either side
+    import rsb_ffcv.loading  # noqa: F401  imports are not timed, for either loader
 else:
     import ffcv.fields.rgb_image
     import ffcv.loader

@@ -1,12 +1,12 @@
-"""How fast the loader is, beside those that people use today, in one run.
+"""Compares the speed of this project's loader and of other loaders in one run.
 
     python benchmarks/loader.py --images <folder of class folders> --out records/<date>_loader
 
-Writes the images at no more than 500 px, JPEG quality 90, and raw; repeats the list to `--count`
-images; lets ours, stock FFCV, DALI on the CPU and timm take turns on the same number of threads,
-with the files in the page cache; measures beside them what libjpeg-turbo's region decode alone
-reaches on our crops. Peers that are not installed are said to be absent. Out: results.json,
-table.md, rates.png.
+Repeats the list of images to `--count` images. Writes them at no more than 500 px, as JPEG of
+quality 90 and as raw pixels. Our loader, stock FFCV, DALI on the CPU and timm run interleaved on
+the same number of threads, with the files in the page cache. libjpeg-turbo's region decode of our
+crops, without anything else, is measured too. Loaders that are not installed are reported as not
+installed. Out: results.json, table.md, rates.png.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROWS = {
     "raw": "raw images, RRC + flip",
     "eval": "evaluation: resize + centre crop 0.95 bicubic",
 }
-# row: (peer, factor that is asked for); of the region decode a share
+# row: {loader: target of our speed divided by its speed}; for the region decode, below 1
 ASKED = {
     "crop": {"stock ffcv": 2.5, "DALI CPU": 2.3, "timm": 6.0, "region decode only": 0.75},
     "augment": {"DALI CPU": 5.0, "timm": 4.5},
@@ -46,8 +46,8 @@ FIRST_BATCH_SECONDS = 1.0
 
 
 def prepare(images: Path, work: Path, count: int) -> dict:
-    """Two .beton files and a folder of JPEG files, `count` images each, all with the same
-    pictures."""
+    """Makes two .beton files and a folder of JPEG files in `work`, with the same `count` images
+    each. Returns facts about the images."""
     from rsb_ffcv.beton import read_beton
 
     pictures = sorted(path for path in images.glob("*/*") if path.is_file())
@@ -116,7 +116,8 @@ def contestants(work: Path, threads: int) -> dict:
 
 
 def scaling(work: Path, cores: int, repeats: int) -> dict:
-    """{threads: result} of ours, on 1, 2, 4, ... threads up to the cores, all taking turns."""
+    """{threads: result} of our loader on 1, 2, 4, ... threads up to the number of cores,
+    interleaved."""
     threads = sorted({min(2**i, cores) for i in range(10)})
     return runner.race(
         {
@@ -131,7 +132,7 @@ def scaling(work: Path, cores: int, repeats: int) -> dict:
 
 
 def first_batch(work: Path, threads: int, repeats: int) -> dict:
-    """{name: seconds of each fresh process}, all taking turns, the first start of each left out."""
+    """{name: seconds of each new process}, interleaved, without the first start of each."""
     found: dict[str, dict] = {}
     for number in range(repeats + 1):
         for name, kind, spec in (
@@ -161,8 +162,8 @@ def first_batch(work: Path, threads: int, repeats: int) -> dict:
 
 
 def class_mixing() -> dict:
-    """Classes in a batch of 256 by order, on a file the size of ImageNet's training set, class
-    after class, 110 kB an image, windows of 1 GiB."""
+    """The number of classes in a batch of 256 for each order. The file has the size of ImageNet's
+    training set, is sorted by class, and has 110 kB per image. Windows of 1 GiB."""
     from rsb_ffcv.loading.order import epoch_order
 
     labels = np.repeat(np.arange(1000), 1281)
@@ -180,9 +181,9 @@ def class_mixing() -> dict:
 
 
 def table(results: dict) -> str:
-    """The results as Markdown, each factor beside what is asked for."""
+    """The results as Markdown, each factor with its target."""
     lines = [
-        "| pipeline | loader | images/s (low .. high) | ours / it | asked for | |",
+        "| pipeline | loader | images/s (low .. high) | ours / it | target | |",
         "|---|---|---|---|---|---|",
     ]
     for row, title in ROWS.items():
@@ -194,7 +195,7 @@ def table(results: dict) -> str:
             rate = f"{result['images_per_s']:,.0f} ({result['low']:,.0f} .. {result['high']:,.0f})"
             asked = ASKED[row].get(name)
             factor = ours / result["images_per_s"] if ours else float("nan")
-            verdict = "" if asked is None else "reached" if factor >= asked else "falls short"
+            verdict = "" if asked is None else "reached" if factor >= asked else "not reached"
             lines.append(
                 f"| {title} | {name} | {rate} | {f'{factor:.2f}' if name != 'ours' else ''} | "
                 f"{asked or ''} | {verdict} |"
@@ -207,26 +208,26 @@ def table(results: dict) -> str:
             continue
         seconds = statistics.median(result["seconds"])
         most = FIRST_BATCH_SECONDS if name.startswith("ours") else None
-        verdict = "" if most is None else "reached" if seconds <= most else "falls short"
+        verdict = "" if most is None else "reached" if seconds <= most else "not reached"
         lines.append(
-            f"| first batch, second start | {name} | {seconds:.2f} s ({min(result['seconds']):.2f} "
-            f".. "
-            f"{max(result['seconds']):.2f}) | | {'' if most is None else f'{most} s'} | {verdict} |"
+            f"| first batch, second start | {name} | "
+            f"{seconds:.2f} s ({min(result['seconds']):.2f} .. {max(result['seconds']):.2f}) | | "
+            f"{'' if most is None else f'{most} s'} | {verdict} |"
         )
     rates = "; ".join(
         f"{n} threads {r['images_per_s']:,.0f}" for n, r in results["scaling"].items()
     )
     mixing = "; ".join(
-        f"{kind} {m['median']:.0f} (least {m['least']})"
+        f"{kind} {m['median']:.0f} (minimum {m['least']})"
         for kind, m in results["class_mixing"].items()
     )
     return "\n".join(
         [
             *lines,
             "",
-            f"Thread scaling of ours, images/s: {rates}.",
+            f"Thread scaling of our loader, images/s: {rates}.",
             "",
-            f"Classes in a batch of 256 of 1000, file written class after class: {mixing}.",
+            f"Number of the 1000 classes in a batch of 256, file sorted by class: {mixing}.",
             "",
         ]
     )
@@ -260,27 +261,26 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--images", type=Path, required=True, help="folder of class folders of pictures"
+        "--images", type=Path, required=True, help="folder with one folder of images per class"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for results.json, table.md and rates.png"
     )
     parser.add_argument(
-        "--threads", type=int, default=2, help="threads, or worker processes, of every loader"
+        "--threads", type=int, default=2, help="threads or worker processes of each loader"
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="repeats of each contestant, after one to warm up"
+        "--repeats", type=int, default=5, help="repeats of each loader, after one warm-up repeat"
     )
     parser.add_argument(
-        "--count", type=int, default=2048, help="images a repeat; the list is repeated to it"
+        "--count", type=int, default=2048, help="images per repeat; a shorter list is repeated"
     )
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
         results = {
-            "command": f"benchmarks/loader.py --images {options.images.name} --threads "
-            f"{options.threads} --repeats "
-            f"{options.repeats} --count {options.count}",
+            "command": f"benchmarks/loader.py --images {options.images.name} "
+            f"--threads {options.threads} --repeats {options.repeats} --count {options.count}",
             "threads": options.threads,
             "environment": runner.environment(
                 ["rsb_ffcv", "ffcv", "nvidia-dali-cuda120", "timm", "torch", "numba", "pillow"]

@@ -1,10 +1,10 @@
-"""What every benchmark here needs: contestants in processes of their own, taking turns, and an
-account of the machine.
+"""Shared code of the benchmarks: contestants in separate processes, run interleaved, and a
+description of the machine.
 
-A contestant is a Python file with a class; its process imports only what it measures, warms up, and
-then answers each "go" with (images, seconds) of one repeat. All contestants of a row repeat in
-turn, so that a slow minute of the machine falls on all of them, and the figures that matter are
-ratios within one row.
+A contestant is a class in a Python file. Its process imports only what it measures, warms up, and
+then answers each "go" with (images, seconds) of one repeat. The contestants of a row repeat in
+turn, so that a slow minute of the machine affects all of them. The results that matter are ratios
+within one row.
 """
 
 import importlib.metadata
@@ -18,9 +18,8 @@ import time
 import traceback
 from datetime import date
 
-SETTLE_SECONDS = (
-    1.0  # some loaders go on prefetching after their repeat; not at the next one's cost
-)
+# some loaders prefetch after the end of their repeat, which must not slow the next contestant down
+SETTLE_SECONDS = 1.0
 
 
 def environment(packages) -> dict:
@@ -51,8 +50,8 @@ def environment(packages) -> dict:
 
 
 class Contestant:
-    """A process that measures. `factory` is "file.py:Class", `arguments` what the class is called
-    with."""
+    """A process that measures. factory: "file.py:Class". arguments: the keyword arguments of the
+    class."""
 
     def __init__(self, name: str, factory: str, arguments: dict):
         self.name = name
@@ -67,7 +66,7 @@ class Contestant:
         self._answer()
 
     def repeat(self):
-        """One more repeat; its rate in images a second is added to `rates`."""
+        """Runs one repeat and appends its rate, in images per second, to `rates`."""
         if self.absent is None:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
@@ -106,7 +105,7 @@ def race(contestants: dict, repeats: int) -> dict:
     made = [Contestant(name, *what) for name, what in contestants.items()]
     for number in range(repeats + 1):
         for contestant in made:
-            os.sync()  # what the one before has left unwritten is not at the next one's cost
+            os.sync()  # so that data of the previous contestant is not written now
             time.sleep(SETTLE_SECONDS)
             contestant.repeat()
             if number == 0:
@@ -117,8 +116,7 @@ def race(contestants: dict, repeats: int) -> dict:
 
 
 def _serve(factory: str, arguments: str):
-    """The process of one contestant: whatever it prints goes to stderr, its answers to the real
-    stdout."""
+    """The process of one contestant. What it prints goes to stderr; stdout is for the answers."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -135,7 +133,7 @@ def _serve(factory: str, arguments: str):
     except ImportError as error:
         answer(absent=f"not installed ({error})")
         return
-    except Exception as error:  # in the table: one peer that fails must not hide the others
+    except Exception as error:  # goes into the table: a failure of one must not hide the others
         traceback.print_exc()
         answer(absent=f"{type(error).__name__}: {error}")
         return

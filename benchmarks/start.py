@@ -1,15 +1,15 @@
-"""How long a small run takes from its command to its first finished step, beside the imports that
-it cannot do without.
+"""Measures the time of a small run from its command to its first finished step, and of the imports
+that it cannot avoid.
 
     python benchmarks/start.py --out records/<date>_start
 
-Makes a training file that holds one batch, and starts `train_imagenet.py` on it with the
-ingredients of the A2 recipe (LAMB, mixup and cutmix, RandAugment, random erasing, EMA), on the CPU
-in fp32. The first step is finished when its loss appears in the progress bar on stderr: the program
-reads the loss back before it shows it, and nothing is added to the program to be measured. The run
-is then killed; one before it has ended by itself, which warms the caches. `python -c "import torch,
-timm"` is timed as a whole process, and besides until both are imported, without the end of the
-process, which the run does not come to either; `import ffcv` as a whole process. All take turns.
+Makes a training file with one batch, and starts `train_imagenet.py` on it with the ingredients of
+the A2 recipe (LAMB, mixup and cutmix, RandAugment, random erasing, EMA), on the CPU in fp32. The
+first step is finished when its loss appears in the progress bar on stderr: the program reads the
+loss back before it shows it, so the program is measured without changes. Then the run is killed.
+An earlier run that is not killed warms the caches. `python -c "import torch, timm"` is timed twice:
+as a complete process, and until both are imported, without the exit of the process, which the
+killed run does not reach either. `import ffcv` is timed as a complete process. All run interleaved.
 Out: results.json, table.md.
 """
 
@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import runner  # noqa: E402
 
-ASKED = 1.2  # first step / import torch, timm
+ASKED = 1.2  # target of first step / import torch, timm
 OURS, IMPORTS, IMPORTED, FFCV = (
     "first step",
     "import torch, timm",
@@ -43,8 +43,8 @@ OURS, IMPORTS, IMPORTED, FFCV = (
 
 
 def make_files(folder: Path, batch: int, side: int):
-    """train.beton of one batch and val.beton of two images, noise of two classes, `side` pixels a
-    side."""
+    """Makes train.beton with one batch and val.beton with two images: noise of `side` x `side`
+    pixels in two classes."""
     from rsb_ffcv.dataset import Place, write_splits
 
     rng = np.random.default_rng(0)
@@ -92,8 +92,8 @@ def command(folder: Path, arch: str, batch: int, resolution: int, threads: int) 
 
 
 def until(arguments: list[str], sign: bytes, stream: str) -> float:
-    """Seconds from the start of a process until it writes `sign` to its stdout or stderr; it is
-    then killed."""
+    """Returns the seconds from the start of a process until it writes `sign` to its stdout or
+    stderr, and kills it then."""
     began = time.perf_counter()
     streams: dict[str, Any] = {
         "stdout": subprocess.DEVNULL,
@@ -119,13 +119,13 @@ def until(arguments: list[str], sign: bytes, stream: str) -> float:
 
 
 def first_step(arguments: list[str], folder: Path) -> float:
-    """Seconds from the start of a new run to its first finished step."""
+    """Returns the seconds from the start of a new run to its first finished step."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     return until(arguments, b"loss=", "stderr")
 
 
 def whole(code: str) -> float:
-    """Seconds of a Python process that runs `code`."""
+    """Returns the seconds of a complete Python process that runs `code`."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", code],
@@ -138,7 +138,7 @@ def whole(code: str) -> float:
 
 
 def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
-    """{row: {"seconds": [...]} or {"absent": why}}."""
+    """Returns {row: {"seconds": [...]} or {"absent": reason}}."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     subprocess.run(
         arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -156,7 +156,7 @@ def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
         for name, run in rows.items():
             if "absent" in found[name]:
                 continue
-            os.sync()  # what the one before has left unwritten is not at the next one's cost
+            os.sync()  # so that data of the previous row is not written now
             try:
                 seconds = run()
             except subprocess.CalledProcessError:
@@ -164,14 +164,14 @@ def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
                     raise
                 found[name] = {"absent": "cannot be imported here"}
                 continue
-            if number:  # the first is to warm up
+            if number:  # the first repeat is a warm-up
                 found[name]["seconds"].append(round(seconds, 3))
     return found
 
 
 def table(results: dict) -> str:
     lines = [
-        "| from the command to | seconds, median (low .. high) | first step / it | asked for | |",
+        "| from the command to | seconds, median (low .. high) | first step / it | target | |",
         "|---|---|---|---|---|",
     ]
     ours = statistics.median(results["rows"][OURS]["seconds"])
@@ -183,7 +183,7 @@ def table(results: dict) -> str:
         ratio = ours / statistics.median(seconds)
         judged = f"{ratio:.2f} | | " if name != OURS else " | | "
         if name == IMPORTS:
-            judged = f"{ratio:.2f} | {ASKED} | {'reached' if ratio <= ASKED else 'falls short'}"
+            judged = f"{ratio:.2f} | {ASKED} | {'reached' if ratio <= ASKED else 'not reached'}"
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} .. "
             f"{max(seconds):.2f}) | {judged} |"
@@ -199,17 +199,17 @@ def main():
         "--out", type=Path, required=True, help="folder for results.json and table.md"
     )
     parser.add_argument(
-        "--repeats", type=int, default=7, help="repeats of each, after one to warm up"
+        "--repeats", type=int, default=7, help="repeats of each row, after one warm-up repeat"
     )
-    parser.add_argument("--arch", default="resnet18", help="a model of timm")
-    parser.add_argument("--batch", type=int, default=16, help="images a step")
-    parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
+    parser.add_argument("--arch", default="resnet18", help="name of a timm model")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--resolution", type=int, default=64, help="pixels per side")
     parser.add_argument(
         "--threads",
         type=int,
         default=0,
-        help="torch's threads in the run; 0: one a core, as in any run. A core that another "
-        "program uses makes the step wait: measure on an idle machine",
+        help="torch's threads in the run; 0: one per core, the default of a run. Measure on an "
+        "idle machine: a core that another program uses delays the step",
     )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="start-benchmark-"))
@@ -222,9 +222,8 @@ def main():
     finally:
         shutil.rmtree(folder)
     results = {
-        "command": f"benchmarks/start.py --repeats {options.repeats} --arch {options.arch} --batch "
-        f"{options.batch} "
-        f"--resolution {options.resolution} --threads {options.threads}",
+        "command": f"benchmarks/start.py --repeats {options.repeats} --arch {options.arch} "
+        f"--batch {options.batch} --resolution {options.resolution} --threads {options.threads}",
         "environment": runner.environment(["rsb_ffcv", "torch", "timm", "ffcv"]),
         "rows": found,
     }

@@ -1,11 +1,11 @@
-"""What a training step costs, and what of it is not the model.
+"""Measures the speed of a training step, and the parts of it that are not the model.
 
     python benchmarks/step.py --train train.beton --out records/<date>_step
 
 For each precision and memory format: images/s on one batch that stays on the device (synthetic) and
-on batches of the loader, the share of a loaded step that waits for data, the share of a step that
-the optimizer and the average take, and the peak memory. Synthetic and loaded take turns. Out:
-step.json, and the table on stdout.
+on batches of the loader (loaded), the share of a loaded step that waits for data, the share of a
+step that the optimizer and the average take, and the peak memory. Synthetic and loaded steps run
+interleaved. Out: step.json, and the table on stdout.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
     loaded = (batch for epoch in epochs for batch in loader.epoch(epoch))
 
     def steps(batches) -> tuple[float, float]:
-        """(seconds a step, share of it waiting for data)"""
+        """Returns (seconds per step, share of that time spent waiting for data)."""
         started, waited = time.perf_counter(), 0.0
         for _ in range(options.steps):
             waited += step(0, batches, lr=1e-6, mixing=True)[1]
@@ -98,7 +98,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         return seconds / options.steps, waited / seconds
 
     def update() -> float:
-        """Seconds of one optimizer step with its average."""
+        """Returns the seconds of one optimizer step, including the weight average."""
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -110,7 +110,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / options.steps
 
-    steps(synthetic), steps(loaded)  # compiles, tunes, fills caches
+    steps(synthetic), steps(loaded)  # compile, tune and fill the caches
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     gradients = {parameter: torch.full_like(parameter, 1e-6) for parameter in model.parameters()}
@@ -145,13 +145,13 @@ def main():
     )
     parser.add_argument("--train", type=Path, required=True, help=".beton file of training images")
     parser.add_argument("--out", type=Path, required=True, help="folder for step.json")
-    parser.add_argument("--arch", default="resnet50", help="a model of timm")
-    parser.add_argument("--batch", type=int, default=256, help="images a step")
-    parser.add_argument("--resolution", type=int, default=224, help="pixels a side")
+    parser.add_argument("--arch", default="resnet50", help="name of a timm model")
+    parser.add_argument("--batch", type=int, default=256, help="images per step")
+    parser.add_argument("--resolution", type=int, default=224, help="pixels per side")
     parser.add_argument("--workers", type=int, default=16, help="loader threads")
-    parser.add_argument("--optimizer", default="lamb", help="by name, as training.optimizer")
-    parser.add_argument("--steps", type=int, default=20, help="steps a repeat")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats, after one to warm up")
+    parser.add_argument("--optimizer", default="lamb", help="name, as in training.optimizer")
+    parser.add_argument("--steps", type=int, default=20, help="steps per repeat")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats, after one warm-up repeat")
     parser.add_argument(
         "--precisions", nargs="+", default=["auto"], help="fp32, fp16, bf16 or auto"
     )
@@ -175,8 +175,8 @@ def main():
         results["rows"].append(row)
         print(
             f"| {row['precision']} | {form} | {row['synthetic_images_per_s']:,.1f} | "
-            f"{row['loaded_images_per_s']:,.1f} | "
-            f"{row['loaded_of_synthetic']:.3f} | {100 * row['waiting_for_data']:.1f} % | "
+            f"{row['loaded_images_per_s']:,.1f} | {row['loaded_of_synthetic']:.3f} | "
+            f"{100 * row['waiting_for_data']:.1f} % | "
             f"{100 * row['optimizer_and_ema_of_step']:.1f} % | {row['peak_memory_mb']:,.0f} |",
             flush=True,
         )

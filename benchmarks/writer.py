@@ -1,14 +1,15 @@
-"""How fast pictures become a .beton file, beside stock FFCV's writer, in one run; and how much
-memory that takes.
+"""Compares the speed of this project's writer and stock FFCV's in one run, and measures the memory
+of this project's writer.
 
     python benchmarks/writer.py --images <folder of class folders> --out records/<date>_writer
 
-Repeats the pictures to `--count` images. Both writers take turns on the same number of workers,
-JPEG quality 90: once keeping every size (where ours stores JPEGs as they are), once shrinking all
-of them to `--shrink` pixels. Times are of whole conversions within a process that has imported what
-it needs: listing, encoding, flushing to disk (ours), reading back (ours). Whole processes, with
-their imports, are timed besides. Memory: the highest resident size of a process that writes
-`--small` small images, and of one that writes a tenth of them. Out: results.json, table.md.
+Repeats the list of images to `--count` images. Both writers run interleaved on the same number of
+workers, with JPEG quality 90: once with every size kept (our writer then stores JPEGs unchanged),
+once with all images shrunk to `--shrink` pixels. The times are of complete conversions in a process
+that has imported what it needs: listing, encoding, flushing to disk (ours), reading back (ours).
+Complete processes, with their imports, are timed as well. Memory: the peak resident size of a
+process that writes `--small` small images, and of one that writes a tenth of them. Out:
+results.json, table.md.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def repeated(images: Path, work: Path, count: int):
 
 
 def processes(work: Path, workers: int, shrink: int, repeats: int) -> dict:
-    """{row: {name: seconds of whole processes}}, taking turns."""
+    """Returns {row: {name: seconds of complete processes}}, interleaved."""
     found: dict[str, dict[str, list[float]]] = {}
     for _ in range(repeats):
         for row, side in (("kept", 0), ("shrunk", shrink)):
@@ -106,7 +107,7 @@ def processes(work: Path, workers: int, shrink: int, repeats: int) -> dict:
 
 
 def memory(work: Path, count: int, workers: int) -> dict:
-    """Peak resident MiB of writing `count` images of 64 px, and a tenth of them."""
+    """Returns the peak resident MiB of writing `count` images of 64 px, and a tenth of them."""
     code = """
         import resource, sys
         from io import BytesIO
@@ -157,8 +158,7 @@ def memory(work: Path, count: int, workers: int) -> dict:
 
 def table(results: dict) -> str:
     lines = [
-        "| conversion | writer | images/s (low .. high) | ours / it | asked for | | whole process "
-        "|",
+        "| conversion | writer | images/s (low .. high) | ours / it | target | | process |",
         "|---|---|---|---|---|---|---|",
     ]
     for row, who in results["rows"].items():
@@ -174,7 +174,7 @@ def table(results: dict) -> str:
             rate = f"{result['images_per_s']:,.0f} ({result['low']:,.0f} .. {result['high']:,.0f})"
             factor, asked = ours / result["images_per_s"], ASKED[row]
             judged = (
-                f"{factor:.2f} | {asked} | {'reached' if factor >= asked else 'falls short'}"
+                f"{factor:.2f} | {asked} | {'reached' if factor >= asked else 'not reached'}"
                 if name != "ours"
                 else " | | "
             )
@@ -182,10 +182,10 @@ def table(results: dict) -> str:
         ratio = statistics.median(results["processes"][row]["stock ffcv"]) / statistics.median(
             results["processes"][row]["ours"]
         )
-        lines.append(f"| {TITLES[row]} | whole processes, stock / ours | | {ratio:.2f} | | | |")
+        lines.append(f"| {TITLES[row]} | complete processes, stock / ours | | {ratio:.2f} | | | |")
     used = "; ".join(
-        f"{count} images {m['peak_mib']:.0f} MiB ({m['before_mib']:.0f} before, file "
-        f"{m['file_mib']:.0f})"
+        f"{count} images {m['peak_mib']:.0f} MiB "
+        f"({m['before_mib']:.0f} before, file {m['file_mib']:.0f})"
         for count, m in results["memory"].items()
     )
     return "\n".join([*lines, "", f"Peak resident memory: {used}.", ""])
@@ -196,7 +196,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--images", type=Path, required=True, help="folder of class folders of pictures"
+        "--images", type=Path, required=True, help="folder with one folder of images per class"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for results.json and table.md"
@@ -205,25 +205,25 @@ def main():
         "--workers", type=int, default=2, help="threads (ours) or processes (stock)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="repeats of each, after one to warm up"
+        "--repeats", type=int, default=5, help="repeats of each writer, after one warm-up repeat"
     )
     parser.add_argument(
-        "--count", type=int, default=5000, help="images a conversion; the list is repeated to it"
+        "--count", type=int, default=5000, help="images per conversion; a shorter list is repeated"
     )
     parser.add_argument(
         "--shrink", type=int, default=200, help="longer side of the second conversion, in pixels"
     )
     parser.add_argument(
-        "--small", type=int, default=100000, help="small images of the memory's measurement"
+        "--small", type=int, default=100000, help="small images for the measurement of memory"
     )
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="writer-benchmark-"))
     try:
         repeated(options.images, work, options.count)
         results: dict[str, Any] = {
-            "command": f"benchmarks/writer.py --images {options.images.name} --workers "
-            f"{options.workers} --repeats {options.repeats} "
-            f"--count {options.count} --shrink {options.shrink} --small {options.small}",
+            "command": f"benchmarks/writer.py --images {options.images.name} "
+            f"--workers {options.workers} --repeats {options.repeats} --count {options.count} "
+            f"--shrink {options.shrink} --small {options.small}",
             "environment": runner.environment(
                 ["rsb_ffcv", "ffcv", "opencv-python-headless", "pillow", "torchvision"]
             ),
