@@ -23,7 +23,8 @@ SETTLE_SECONDS = 1.0
 
 
 def environment(packages) -> dict:
-    """Hardware, date and versions; a package that is not installed is None."""
+    """Returns hardware, date and versions. The version of a package that is not installed is
+    None."""
     versions = {}
     for name in packages:
         try:
@@ -100,12 +101,12 @@ class Contestant:
 
 
 def race(contestants: dict, repeats: int) -> dict:
-    """{name: result} of contestants {name: (factory, arguments)}, after one warm-up repeat of
-    each."""
+    """Returns {name: result} of the contestants {name: (factory, arguments)}, run interleaved after
+    one warm-up repeat of each."""
     made = [Contestant(name, *what) for name, what in contestants.items()]
     for number in range(repeats + 1):
         for contestant in made:
-            os.sync()  # so that data of the previous contestant is not written now
+            os.sync()  # flushes what the previous contestant wrote, outside the timing
             time.sleep(SETTLE_SECONDS)
             contestant.repeat()
             if number == 0:

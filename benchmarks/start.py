@@ -156,7 +156,7 @@ def measure(folder: Path, arguments: list[str], repeats: int) -> dict:
         for name, run in rows.items():
             if "absent" in found[name]:
                 continue
-            os.sync()  # so that data of the previous row is not written now
+            os.sync()  # flushes what the previous row wrote, outside the timing
             try:
                 seconds = run()
             except subprocess.CalledProcessError:

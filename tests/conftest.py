@@ -1,4 +1,5 @@
-"""Small real datasets that every test may use: made once a session, read only."""
+"""Fixtures of all tests: small datasets, created once per session and read-only, and runs of the
+programs."""
 
 import json
 import os
@@ -34,20 +35,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def tell(request):
-    """tell(text): something that the end of the session's output is to say of this test."""
+    """tell(text): adds a line about this test to the summary at the end of the session."""
     return lambda text: request.config.stash[TOLD].append(f"{request.node.name}: {text}")
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash[TOLD]:
-        terminalreporter.section("what was done")
+        terminalreporter.section("reported by the tests")
         for line in config.stash[TOLD]:
             terminalreporter.line(line)
 
 
 def make_pictures(root: Path) -> None:
-    """train/ and val/ of three classes: noisy pictures of 40 .. 90 px whose hue tells the class. 32
-    + 9 a class."""
+    """train/ and val/ with three classes, 32 and 9 pictures per class. The pictures are noise of
+    40 .. 90 px whose hue depends on the class."""
     for split, count in (("train", 32), ("val", 9)):
         for label, name in enumerate(("amber", "blue", "cyan")):
             (root / split / name).mkdir(parents=True)
@@ -70,7 +71,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def betons(pictures, tmp_path_factory) -> Path:
-    """Folder with train.beton (96 images) and val.beton (27), JPEG, 3 classes."""
+    """A folder with train.beton (96 images) and val.beton (27 images): JPEG, 3 classes."""
     from rsb_ffcv.dataset import Place, write_splits
 
     folder = tmp_path_factory.mktemp("betons")
@@ -80,7 +81,8 @@ def betons(pictures, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_program():
-    """Runs an entry script of the project as a user would: (exit status, stdout, stderr)."""
+    """run(script, arguments): runs an entry script as a user would, and returns (exit status,
+    stdout, stderr)."""
 
     def run(*arguments, timeout=900, env=None, **options):
         done = subprocess.run(
@@ -99,8 +101,8 @@ def run_program():
 
 @pytest.fixture
 def call_program(capfd):
-    """An entry script's main() in this process, which has paid for its imports: (exit status,
-    stdout, stderr)."""
+    """call(script, arguments): runs an entry script's main() in this process, which has already
+    imported everything, and returns (exit status, stdout, stderr)."""
 
     def call(script, *arguments):
         import importlib
@@ -120,7 +122,8 @@ def call_program(capfd):
 
 
 class Run:
-    """A run of train_imagenet.py, one process or several of a job, forked from the zygote."""
+    """A run of train_imagenet.py, with one process or the processes of a job, forked from the
+    zygote."""
 
     def __init__(
         self,
@@ -163,18 +166,18 @@ class Run:
         ]
 
     def poll(self) -> str | None:
-        """None while all its processes run, else the last it has written to stderr."""
+        """Returns None while all its processes run, else the end of its stderr."""
         if all(
             psutil.Process(process).status() != psutil.STATUS_ZOMBIE for process in self.processes
         ):
             return None
-        return self.err.read_text()[-2000:] or "without a word"
+        return self.err.read_text()[-2000:] or "no output"
 
     def wait_until(self, condition):
         wait_until(condition, self)
 
     def wait_for_stop(self, or_end: bool = False):
-        """Returns when all its processes are at `stop_at`. or_end: or when one of them has
+        """Returns when all its processes are at `stop_at`. or_end: also when one of them has
         ended."""
         self.wait_until(lambda: self._stop.reached() or or_end and self.poll())
 
@@ -187,13 +190,13 @@ class Run:
                 os.kill(process, number)
 
     def kill(self):
-        """Ends all its processes at one instant: none lives to see another one gone."""
+        """Kills all its processes at once, so that none can react to the end of another."""
         self.signal(signal.SIGSTOP)
         self.signal(signal.SIGKILL)
 
     def wait(self, seconds: float = 600, rank: int | None = None) -> tuple[list[int], str, str]:
-        """Exit statuses, stdout, stderr, of one process or all. What still runs after `seconds` is
-        killed."""
+        """Returns (exit statuses, stdout, stderr) of one process or all. Kills processes that still
+        run after `seconds`."""
         hanging = Timer(seconds, self.signal, [signal.SIGKILL])
         hanging.start()
         statuses = [
@@ -201,9 +204,8 @@ class Run:
             for process in (self.processes if rank is None else [self.processes[rank]])
         ]
         hanging.cancel()
-        self.threads = [
-            path.read_text().split() for path in self.out.parent.glob("*.threads_*")
-        ]  # of each that ended by itself
+        # of each process that was not killed
+        self.threads = [path.read_text().split() for path in self.out.parent.glob("*.threads_*")]
         return statuses, self.out.read_text(), self.err.read_text()
 
 
@@ -220,10 +222,14 @@ def a_free_port() -> int:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
-    """train(arguments, world=1, ...): starts train_imagenet.py and returns a Run. largest_file:
-    bytes beyond which the kernel refuses to let a file grow, as a full disk would. stop_at: where
-    it is held (see Stop). prepare: Python code that each process runs first. own: {rank: further
-    arguments of this process}."""
+    """train(arguments, world=1, ...): starts train_imagenet.py and returns a Run.
+
+    world: number of processes.
+    largest_file: size in bytes above which writing to a file fails, as on a full disk.
+    stop_at: the point at which the run is held (see Stop).
+    prepare: Python code that each process runs first.
+    own: {rank: additional arguments of this process}.
+    """
     process = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("zygote.py")],
         cwd=ROOT,

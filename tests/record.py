@@ -1,9 +1,9 @@
-"""The whole suite, `long` tests too, with its log and what it ran on in records/<date>_test_all/:
-what `make test-all` runs.
+"""Runs the complete test suite, including `long` tests, and writes its log to
+records/<date>_test_all/. `make test-all` runs this program.
 
-The folder's README.md says the commit, whether the files were those of the commit, the sizes, the
-versions and the machine. It takes the place of earlier folders of this kind, also where tests
-failed: then it says so.
+The folder's README.md contains the result, the commit, whether files differ from the commit, the
+sizes, the versions and the machine. The folder replaces earlier folders of this kind, even if tests
+failed.
 """
 
 import os
@@ -63,18 +63,18 @@ def main() -> int:
     versions = ", ".join(
         f"{name} {version}" for name, version in facts["versions"].items() if version
     )
-    (folder / "README.md").write_text(f"""# The whole suite
+    (folder / "README.md").write_text(f"""# The complete test suite
 
 | | |
 |---|---|
 | result | {lines[-1].strip().strip("= ")} (exit status {status}) |
-| command | `make test-all`, begun {began:%Y-%m-%d %H:%M} |
+| command | `make test-all`, started {began:%Y-%m-%d %H:%M} |
 | commit | {commit}{", with changes:" if changed else ", without changes"}{changes} |
 | sizes | {KILLS} kills, {FUZZ_INPUTS} damaged images (`tests/sizes.py`) |
 | machine | {machine}, {facts["memory_gib"]} GiB |
 | versions | Python {facts["python"]}; {versions} |
 
-`log.txt` has what was left out and why, what the tests say they did, and the 40 that took longest.
+`log.txt` contains the skipped tests with reasons, what the tests report, and the 40 slowest tests.
 """)
     print(f"{folder.relative_to(ROOT)}: written, {seconds // 60} min {seconds % 60} s")
     return status

@@ -1,9 +1,10 @@
-"""Hashes of small runs that have every kind of state: `python -m tests.reference` prints the same
-lines before and after a refactoring.
+"""Prints hashes of small runs that together have every kind of state. `python -m tests.reference`
+must print the same lines before and after a refactoring.
 
-Each line is a run and the SHA-256 (first 16 digits) of its newest checkpoint, its log and its final
-weights, timings aside: every loss, weight, average, count and decision of the run. Hashes are
-comparable between two commits on one machine with the same versions, not between machines.
+A line has the name of a run and the SHA-256 (first 16 digits) of its newest checkpoint, its log and
+its final weights, without timings. The hash covers every loss, weight, average, count and decision
+of the run. Hashes are comparable between two commits on the same machine with the same versions,
+not between machines.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def parts(value: object) -> Iterable[bytes]:
-    """The bytes of a state, tensors with type and shape, in a fixed order."""
+    """Yields the bytes of a state in a fixed order; tensors with their type and shape."""
     if isinstance(value, dict):
         for key in value:
             yield repr(key).encode()
@@ -73,8 +74,13 @@ def main() -> None:
             resumed: tuple[str, int] | None = None,
             prepare: str = "",
         ) -> None:
-            """changes: options. resumed: from that checkpoint (named by its step) of that earlier
-            run. prepare: Python code that runs first."""
+            """Runs the program and prints its hash.
+
+            changes: options that differ from the defaults of the tests.
+            world: number of processes.
+            resumed: (name of an earlier run, step of its checkpoint to resume from).
+            prepare: Python code that runs first.
+            """
             folder = root / name
             if resumed:
                 folder.mkdir()

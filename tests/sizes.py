@@ -1,6 +1,6 @@
-"""How much is done by the tests that could go on for ever, and whether the `long` ones run: little
-and not in `make test`, much and all in `make test-all`, which sets RSB_LONG=1. A variable of its
-own sets one size alone."""
+"""The number of repetitions of randomized tests, and whether `long` tests run. `make test` uses the
+small numbers and skips `long` tests. `make test-all` sets RSB_LONG=1, which selects the large
+numbers and all tests. An environment variable for each number overrides it."""
 
 import os
 
@@ -11,9 +11,7 @@ def _size(variable: str, short: int, long: int) -> int:
     return int(os.environ.get(variable, long if LONG else short))
 
 
-KILLS = _size(
-    "RSB_KILLS", 12, 300
-)  # of runs in one process, and of conversions; a fifth as many of runs in two processes
-FUZZ_INPUTS = _size(
-    "RSB_FUZZ_INPUTS", 4000, 100_000
-)  # damaged images, twice: vector and portable code; a tenth as many files
+# kills of runs with one process, and of conversions; a fifth of this number with two processes
+KILLS = _size("RSB_KILLS", 12, 300)
+# damaged images, for vector code and again for portable code; a tenth of this number of files
+FUZZ_INPUTS = _size("RSB_FUZZ_INPUTS", 4000, 100_000)

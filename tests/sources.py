@@ -1,4 +1,4 @@
-"""The same few labelled pictures in every form that people own ImageNet in."""
+"""The same few labelled pictures in every layout in which ImageNet is distributed or stored."""
 
 import csv
 import io
@@ -13,11 +13,8 @@ from rsb_ffcv.beton import read_beton
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 WORDS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "great white shark, white shark"]
-IDS = {
-    "n01440764": 2,
-    "n01443537": 3,
-    "n01484850": 1,
-}  # the devkit's numbers have an order of their own
+# the devkit numbers the classes in a different order
+IDS = {"n01440764": 2, "n01443537": 3, "n01484850": 1}
 
 
 def jpeg(label: int, number: int, side: int = 40) -> bytes:
@@ -30,8 +27,8 @@ def jpeg(label: int, number: int, side: int = 40) -> bytes:
 
 
 def pictures(split: str) -> list[tuple[str, str, bytes]]:
-    """(wnid, file name, bytes): four a class for train, two for val, whose names do not tell the
-    class."""
+    """Returns (wnid, file name, bytes) of each picture: four per class in train, two per class in
+    val. The file names of val do not contain the class."""
     if split == "train":
         return [
             (wnid, f"{wnid}_{number}.JPEG", jpeg(label, number))
@@ -115,7 +112,7 @@ def devkit_tables(root: Path, mat: bool, truth_as_mat: bool = False) -> dict[str
 def archives(root: Path, mat: bool = True, packed: bool = True, truth_as_mat: bool = False):
     root.mkdir()
     inner = []
-    for wnid in reversed(WNIDS):  # not in the order of the labels
+    for wnid in reversed(WNIDS):  # a different order than that of the labels
         put_tar(
             root / "one.tar", [(name, data) for its, name, data in pictures("train") if its == wnid]
         )
@@ -231,7 +228,7 @@ def tiny_imagenet(root: Path):
 
 
 def contents(path) -> list[tuple[int, bytes]]:
-    """(label, stored image) of each sample, sorted."""
+    """Returns (label, stored image) of each sample, sorted."""
     file = read_beton(path)
     data = Path(path).read_bytes()
     return sorted(

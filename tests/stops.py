@@ -1,14 +1,19 @@
-"""Holds a run of train_imagenet.py at a known point until the test lets it go on: what a test does
-there (a signal, a kill) does not depend on how fast the machine is.
+"""Holds a run of train_imagenet.py at a known point until the test lets it continue, so that the
+effect of a signal or a kill does not depend on the speed of the machine.
 
-The environment variable RSB_TEST_STOP is {"at": [title, count], "folder": path}. The point is where
-the progress bar `title` has made `count` moves, counted from the beginning of what it shows ("epoch
-2", 1: after the first step, before what is saved then); with an empty title, any bar, counted from
-the start of the process; or where the run prints a line that begins with the word `title` (count
-0). There the process writes its number to <folder>/reached_<rank> and waits for <folder>/go. Its
-other threads go on, and signals are handled.
+The environment variable RSB_TEST_STOP is {"at": [title, count], "folder": path}. The point is one
+of these:
 
-As a program, with the arguments of train_imagenet.py: that program with such a stop, for torchrun.
+- The progress bar `title` has advanced `count` times, counted from the beginning of what it shows.
+  ("epoch 2", 1) is after the first step of the epoch and before anything is saved after it.
+- With an empty title: all bars together have advanced `count` times since the start of the process.
+- With a count of 0: the run prints a line whose first word is `title`.
+
+At this point the process writes its process ID to <folder>/reached_<rank> and waits for
+<folder>/go. Its other threads continue, and signals are handled.
+
+This module is also a program, for torchrun: with the arguments of train_imagenet.py, it runs
+train_imagenet.py with such a stop.
 """
 
 import functools
@@ -25,32 +30,33 @@ VARIABLE = "RSB_TEST_STOP"
 
 
 def wait_until(condition, process, seconds: float = 300):
-    """Returns when `condition()` holds. Fails the test where `process` (a Popen or a Run) ends
-    before, or after `seconds`: far more than it takes on a machine that is busy with something
-    else."""
+    """Returns when `condition()` is true. Fails the test if `process` (a Popen or a Run) ends
+    before, or after `seconds`, which is far longer than necessary even on a busy machine."""
     until = time.monotonic() + seconds
     while not condition():
         if (status := process.poll()) is not None and not condition():
-            raise AssertionError(f"the process ended ({status}) before what the test waits for")
+            raise AssertionError(
+                f"the process ended ({status}) before the condition of the test was met"
+            )
         if time.monotonic() > until:
             process.kill()
-            raise AssertionError(f"what the test waits for has not come within {seconds:g} s")
+            raise AssertionError(f"the condition of the test was not met within {seconds:g} s")
         time.sleep(0.005)
 
 
 class Stop:
-    """A point where a run is held. at: the bar's title and its moves."""
+    """A point at which a run is held. at: (title, count), see above."""
 
     def __init__(self, at: tuple[str, int], folder: Path, world: int):
         self.folder, self.marks = folder, [folder / f"reached_{rank}" for rank in range(world)]
         self.env = {VARIABLE: json.dumps({"at": at, "folder": str(folder)})}
 
     def reached(self) -> bool:
-        """Whether all processes of the run are there."""
+        """Whether all processes of the run are at this point."""
         return all(mark.exists() for mark in self.marks)
 
     def processes(self) -> list[int]:
-        """Their numbers, by rank."""
+        """The process IDs, by rank."""
         return [int(mark.read_text()) for mark in self.marks]
 
     def go_on(self):
@@ -61,7 +67,7 @@ class Stop:
 
 
 def install():
-    """Makes this process stop where RSB_TEST_STOP says, if it says anything."""
+    """Makes this process stop at the point in RSB_TEST_STOP, if that is set."""
     if VARIABLE not in os.environ:
         return
     from rsb_ffcv.reporting.console import Console
@@ -77,7 +83,7 @@ def install():
         mark.with_suffix(".part").write_text(str(os.getpid()))
         mark.with_suffix(".part").rename(mark)
         while not (folder / "go").exists():
-            if os.getppid() != parent:  # the tests have ended, and nobody will let it go on
+            if os.getppid() != parent:  # the tests have ended, so <folder>/go will never exist
                 os._exit(1)
             time.sleep(0.002)
 
@@ -96,16 +102,16 @@ def install():
             reached(title, count)
             reached("", moves)
 
-        bar.update = update  # type: ignore[method-assign]  # the tests' stops
+        bar.update = update  # type: ignore[method-assign]  # patched for the tests
         return bar
 
-    Console.say, Console.bar = stopping_say, stopping_bar  # type: ignore[method-assign]  # see above
+    Console.say, Console.bar = stopping_say, stopping_bar  # type: ignore[method-assign]  # patched too
 
 
 def be_patient():
-    """What a process waits for others, before it takes them for gone or for silent, is made for
-    people. Where the machine is busy with something else it would run out, and which message comes
-    would depend on that."""
+    """Lengthens the times that a process waits for other processes and for a repeated signal. The
+    defaults can expire on a busy machine, and which message is printed would then depend on
+    timing."""
     from rsb_ffcv.training import compute, interrupt
 
     compute.wait_for_others = functools.partial(compute.wait_for_others, 60.0)

@@ -1,12 +1,15 @@
-"""A process that has imported the project and forks a child for each run that a test asks for:
-starting one takes a fraction of a second instead of the ten that the imports cost, so that tests
-can afford hundreds of starts.
+"""A process that has imported the project and forks a child for each run of a test. A start then
+takes a fraction of a second instead of the ten seconds of the imports, so that tests can start
+hundreds of runs.
 
-Reads one JSON request a line: {"start": [arguments of train_imagenet.py], "env": {...}, "out":
-path, "err": path, "largest_file": bytes or null, "prepare": Python code that runs before the
-program} is answered by the child's number, {"wait": number} by its exit status (minus the signal
-that killed it). A child that ends by itself leaves the names of its threads in <out>.threads_<its
-number>.
+Reads one JSON request per line:
+
+- {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
+  "largest_file": bytes or null, "prepare": Python code that runs before the program}. The answer is
+  the child's process ID.
+- {"wait": process ID}. The answer is its exit status, or minus the signal that killed it.
+
+A child that is not killed writes the names of its threads to <out>.threads_<process ID>.
 """
 
 import json
@@ -35,7 +38,7 @@ def serve():
     from rsb_ffcv.training import trainer  # noqa: F401
     from tests import stops
 
-    # Compiled functions are loaded once, here: each child would take a second for it
+    # Loads the compiled functions once: each child would need a second for it
     slots, sides = np.arange(4), np.full(4, 50, np.int32)
     for op in (
         crop.RandomResizedCrop(32),
@@ -94,7 +97,9 @@ def serve():
                 sys.stderr.flush()
                 names = []
                 for thread in os.listdir("/proc/self/task"):
-                    with suppress(FileNotFoundError, ProcessLookupError):  # one that ends meanwhile
+                    with suppress(
+                        FileNotFoundError, ProcessLookupError
+                    ):  # a thread that has just ended
                         names.append(Path(f"/proc/self/task/{thread}/comm").read_text())
                 Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
                 os._exit(ended)
