@@ -1,11 +1,11 @@
-"""Damaged `.beton` structure through the reader, and what it lets pass through the compiled core.
+"""Passes damaged `.beton` files to the reader, and the files that it accepts to the compiled core.
 
     python tests/fuzz/fuzz_header.py <count> <seed> <core.so>
 
-A small file of JPEG and raw images, with and without checksums and entry points, is damaged
-anywhere but mostly in its header, metadata, table and trailer, or cut. Either the reader refuses it
-with an InputError, or every sample can be handed to the core, which answers with an image or a
-reason. Run it with the core built for AddressSanitizer, and its runtime preloaded.
+A small file of JPEG and raw images, with and without checksums and entry points, is truncated or
+damaged: anywhere, but mostly in its header, metadata, table and trailer. Either the reader refuses
+it with an InputError, or each sample can be passed to the core, which returns an image or a reason.
+Run it with the core built for AddressSanitizer and with its runtime preloaded.
 """
 
 import io
@@ -24,7 +24,7 @@ from rsb_ffcv.ops import native
 
 
 def small_file(count: int = 12, extras_too: bool = True) -> np.ndarray:
-    """The bytes of a whole file, laid out as the writer does, in pages of 4 KiB."""
+    """Returns the bytes of a complete file in the writer's layout, in pages of 4 KiB."""
     rng = np.random.default_rng(0)
     metadata, table = np.zeros(count, beton.SAMPLE_METADATA), np.zeros(count, beton.ALLOCATION)
     header, fields = np.zeros(1, beton.HEADER), np.zeros(2, beton.FIELD)
@@ -112,7 +112,7 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
         elif rng.integers(5) == 0:
             data = data[:at]
     at = int(header["alloc_table_ptr"]) - beton.TRAILER.itemsize
-    if rng.integers(3) == 0 and len(data) == len(whole):  # a forger computes the checksum, too
+    if rng.integers(3) == 0 and len(data) == len(whole):  # also with a valid checksum
         trailer = data[at : at + beton.TRAILER.itemsize].view(beton.TRAILER)
         trailer["trailer"] = native.checksum(trailer.view(np.uint8)[:-8])
     return data if len(data) else whole[:1].copy()
@@ -159,8 +159,8 @@ def main(count: int, seed: int, core: str):
     finally:
         os.unlink(path)
     print(
-        f"{count} files: {refused} refused whole; of the others {loaded} images loaded, refused: "
-        f"{reasons}"
+        f"{count} files: {refused} refused by the reader; of the others, {loaded} images loaded, "
+        f"refused: {reasons}"
     )
 
 

@@ -1,5 +1,5 @@
-"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter are timm's and torchvision's:
-arguments, pixels, draws."""
+"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter equal timm's and torchvision's:
+arguments and pixels of the ops, and distributions of the draws."""
 
 import math
 from typing import Any
@@ -38,7 +38,7 @@ RESAMPLING = {
 
 
 def images():
-    """Photograph-like, noisy, flat and tiny ones, of even and odd sides."""
+    """Yields photograph-like, noisy, flat and tiny images with even and odd sides."""
     rng = np.random.default_rng(0)
     for height, width in ((64, 48), (75, 131), (224, 224)):
         smooth = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize(
@@ -86,7 +86,7 @@ def check(result, reference, geometric: bool):
 
 
 @pytest.mark.parametrize("name", [name for name in TIMM if name != "GaussianBlurRand"])
-def test_every_op_of_timm(name, monkeypatch):
+def test_every_op_equals_timms(name, monkeypatch):
     pair = TIMM[name]
     geometric = pair[0] == native.AFFINE
     changed = 0
@@ -101,10 +101,9 @@ def test_every_op_of_timm(name, monkeypatch):
                     timm_aa.LEVEL_TO_ARG[name](level, {}) if timm_aa.LEVEL_TO_ARG[name] else ()
                 )
                 result = apply(image, pair, level, sign, cubic)
+                # as in Pillow before 13; later versions raise an error for 0 bits
                 if "Posterize" in name and arguments[0] == 0:
-                    assert (
-                        not result.any()
-                    )  # Pillow before 13; since then it refuses to keep no bit
+                    assert not result.any()
                     continue
                 apply_theirs: Any = timm_aa.NAME_TO_OP[name]
                 check(
@@ -119,7 +118,7 @@ def test_every_op_of_timm(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_every_op_of_trivial_augment(name):
+def test_every_op_equals_torchvisions_trivial_augment(name):
     magnitudes, signed = autoaugment.TrivialAugmentWide()._augmentation_space(31)[name]
     bins = ours._wide_bins(WIDE[name])
     if magnitudes.ndim:
@@ -141,7 +140,7 @@ def test_every_op_of_trivial_augment(name):
                 )
 
 
-def test_hue_and_blur():
+def test_hue_and_blur_equal_torchvisions_and_pillows():
     for image in images():
         for shift in (-0.5, -0.21, 0.0, 0.004, 0.1, 0.5):
             check(
@@ -154,8 +153,8 @@ def test_hue_and_blur():
             check(native.augment(image, layer(native.BLUR, sigma)), reference, False)
 
 
-def test_all_colours_keep_their_hue_arithmetic():
-    """Every 5th value of each channel, against Pillow's conversions."""
+def test_hue_of_all_colours_equals_torchvisions():
+    """Every 5th value of each channel, compared with Pillow's conversions."""
     axis = np.arange(0, 256, 5, dtype=np.uint8)
     cube = np.stack(np.meshgrid(axis, axis, axis), -1).reshape(52, -1, 3)
     for shift in (0.0, 0.33):
@@ -167,8 +166,8 @@ def test_all_colours_keep_their_hue_arithmetic():
 
 
 @pytest.mark.parametrize("cubic", [0, 1])
-def test_any_affine_map(cubic):
-    """Zooms, mirrors and maps that leave the image altogether."""
+def test_any_affine_map_equals_pillows(cubic):
+    """Including zooms, mirrors and maps that only reach points outside the image."""
     rng = np.random.default_rng(cubic)
     image = next(images())
     maps = [tuple(rng.normal(0, 1, 6) * (1, 1, 30, 1, 1, 30)) for _ in range(40)]
@@ -194,7 +193,7 @@ def test_any_affine_map(cubic):
         )
 
 
-def test_unknown_ops_and_numbers_that_are_none_are_refused():
+def test_unknown_ops_and_non_finite_arguments_are_refused():
     image = next(images())
     for wrong in (
         layer(99),
@@ -206,7 +205,7 @@ def test_unknown_ops_and_numbers_that_are_none_are_refused():
             native.augment(image, wrong)
 
 
-def test_specs_read_as_timms():
+def test_policies_are_parsed_as_in_timm():
     text = "rand-m9-n3-mstd0.5-inc1-p0.7-mmax15"
     policy, theirs = parse_policy(text), timm_aa.rand_augment_transform(text, {})
     op = theirs.ops[0]
@@ -277,7 +276,7 @@ def test_draws_have_timms_distribution():
         abs(drawn["filter"][applied].mean() - 0.5) < 0.03
         and abs(np.corrcoef(drawn["op"].T)[0, 1]) < 0.05
     )
-    # of an enhancement the argument gives level and sign back: 1 + sign x 0.09 level
+    # the argument of an enhancement is 1 + sign x 0.09 level, from which both follow
     factor = drawn["argument"][..., 0][
         np.isin(drawn["op"], (native.COLOR, native.CONTRAST, native.BRIGHTNESS, native.SHARPNESS))
     ]
@@ -295,7 +294,7 @@ def test_draws_have_timms_distribution():
     )
 
 
-def test_translations_take_the_size_of_the_image_they_move():
+def test_translations_are_proportional_to_the_size_of_the_image():
     op = RandAugment("rand-m10-n16-p1-inc1")
     drawn = op.draw(Address(0, 0, np.arange(500)), np.full(500, 100), np.full(500, 200))
     shifts = drawn["argument"][drawn["op"] == native.AFFINE]

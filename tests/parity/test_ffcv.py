@@ -1,4 +1,4 @@
-"""Stock ffcv reads what this project writes, and this project reads what stock ffcv writes."""
+"""Stock ffcv reads the files of this project, and this project reads the files of stock ffcv."""
 
 import shutil
 import subprocess
@@ -17,7 +17,8 @@ from rsb_ffcv.ops import crop, draws
 
 
 def run_stock(code: str) -> str:
-    """Runs code against stock ffcv in a process of its own: its compiler settings are global."""
+    """Runs code that uses stock ffcv in a separate process, because ffcv's compiler settings are
+    global. Returns its stdout."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
     )
@@ -26,9 +27,9 @@ def run_stock(code: str) -> str:
 
 
 def test_stock_loader_reads_our_files(betons, pictures, tmp_path):
-    """The same labels, and the same pictures as far as its faster DCT and its INTER_AREA allow:
-    JPEGs that were kept as they were, raw and mixed files, a file with pictures left out, and one
-    that another was appended to."""
+    """The labels are equal, and the images are as close as ffcv's faster DCT and INTER_AREA allow:
+    for JPEGs that were stored unchanged, for raw and mixed files, for files with skipped pictures,
+    and for a file to which another one was appended."""
     (tmp_path / "in").mkdir()
     shutil.copytree(pictures / "val", tmp_path / "in" / "val")
     (tmp_path / "in" / "val" / "amber" / "0_bad.jpg").write_bytes(b"bad")
@@ -121,10 +122,9 @@ def test_files_of_the_stock_writer_are_read(pictures, tmp_path):
         assert torch.equal(images.float().mean((1, 2)).argmax(1), torch.from_numpy(file.labels))
 
 
-def test_crops_are_torchvisions_on_the_same_draws(monkeypatch):
-    """torchvision's get_params, fed with the draws of each address, in double precision: a try
-    takes words 4t .. 4t + 3 (area, aspect, top, left), also where it does not fit and leaves the
-    last two unused."""
+def test_crops_equal_torchvisions_on_the_same_draws(monkeypatch):
+    """torchvision's get_params runs in double precision with the draws of each address. Try t uses
+    words 4t .. 4t + 3 (area, aspect, top, left); if it does not fit, the last two stay unused."""
     log = torch.log
     for slot in range(500):
         height, width = (int(side) for side in np.random.default_rng(slot).integers(20, 600, 2))

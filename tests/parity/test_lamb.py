@@ -1,4 +1,4 @@
-"""LAMB equal to timm's, over many steps and settings."""
+"""LAMB equals timm's over many steps and settings."""
 
 import copy
 from typing import Any
@@ -35,7 +35,7 @@ SHAPES = [(64, 32, 3, 3), (10, 64), (64,), (10,), (1,), (7, 5)]
 
 
 def pair(make_theirs, make_ours, seed=0):
-    """Two optimizers over equal parameters, decayed and not."""
+    """Returns two optimizers over equal parameters, with and without weight decay."""
     torch.manual_seed(seed)
     values = [torch.randn(shape) * 0.1 for shape in SHAPES]
     values[5].zero_()  # a weight of norm 0 has trust ratio 1
@@ -78,7 +78,7 @@ def assert_equal(theirs, ours, tolerance=1e-6):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("foreach", [False, True])
-def test_fifty_steps_are_timms(settings, foreach):
+def test_fifty_steps_equal_timms(settings, foreach):
     theirs, ours = pair(
         lambda groups: timm.optim.Lamb(groups, lr=0.005, foreach=foreach, **SETTINGS[settings]),
         lambda groups: Lamb(groups, lr=0.005, **SETTINGS[settings]),
@@ -87,24 +87,23 @@ def test_fifty_steps_are_timms(settings, foreach):
     assert_equal(theirs, ours)
 
 
-def test_a_compiled_step_is_the_same():
+def test_fifty_compiled_steps_equal_timms():
     theirs, ours = pair(
         lambda groups: timm.optim.Lamb(groups, lr=0.005),
         lambda groups: Lamb(groups, lr=0.005, compiled=True),
     )
     steps(50, theirs, ours)
-    assert_equal(theirs, ours, 3e-6)  # of the tensor of one element; the others stay within 1e-6
+    assert_equal(theirs, ours, 3e-6)  # for the tensor of one element; the others are within 1e-6
 
 
-def test_state_goes_to_timms_and_back():
+def test_state_dicts_are_exchangeable_with_timms():
     theirs, ours = pair(
         lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005)
     )
     steps(10, theirs, ours)
     swapped_theirs, swapped_ours = copy.deepcopy(theirs), copy.deepcopy(ours)
-    swapped_theirs.load_state_dict(
-        copy.deepcopy(ours.state_dict())
-    )  # torch itself shares the tensors
+    # copies, because torch's load_state_dict shares the tensors
+    swapped_theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     swapped_ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     for group in swapped_ours.param_groups:
         assert group["step"] == 10
@@ -124,7 +123,7 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_resnet50_takes_a_fifth_of_the_launches_of_timms_loop():
+def test_resnet50_needs_a_fifth_of_the_launches_of_timms_loop():
     model = build_model("resnet50", 1000)
     counts = []
     for make in (lambda groups: timm.optim.Lamb(groups, foreach=False), Lamb):
@@ -138,8 +137,8 @@ def test_resnet50_takes_a_fifth_of_the_launches_of_timms_loop():
     assert counts[1] * 5 <= counts[0], counts
 
 
-def test_a_step_that_overflowed_changes_nothing_and_counts_for_nothing():
-    """As under torch.amp.GradScaler, which hands over found_inf and the scale."""
+def test_an_overflowed_step_changes_nothing_and_is_not_counted():
+    """With torch.amp.GradScaler, which passes found_inf and the scale to the optimizer."""
     theirs, ours = pair(
         lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005)
     )
@@ -152,7 +151,7 @@ def test_a_step_that_overflowed_changes_nothing_and_counts_for_nothing():
             [p.clone() for p in parameters(ours)],
             [copy.deepcopy(ours.state[p]) for p in parameters(ours)],
         )
-        scaler.scale(torch.zeros(1))  # as the loss's, so that the scale exists
+        scaler.scale(torch.zeros(1))  # as for a loss, so that the scale exists
         for mine, other in zip(parameters(ours), parameters(theirs)):
             other.grad = torch.randn_like(other)
             mine.grad = other.grad * scale

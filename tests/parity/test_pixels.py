@@ -1,5 +1,5 @@
-"""Decoding is libjpeg-turbo's to the bit, resampling Pillow's within one grey level, evaluation
-timm's."""
+"""Decoding equals libjpeg-turbo's bit for bit, resampling equals Pillow's within one grey level,
+and evaluation equals timm's."""
 
 import io
 import os
@@ -18,7 +18,7 @@ FILTERS = {native.BILINEAR: Image.Resampling.BILINEAR, native.BICUBIC: Image.Res
 
 
 def photograph(rng, height, width):
-    """Gradients, edges, saturated patches and grain."""
+    """Returns an image with gradients, edges, saturated patches and grain."""
     small = (
         rng.integers(-60, 316, (max(2, height // 24), max(2, width // 24), 3))
         .clip(0, 255)
@@ -59,7 +59,7 @@ def load(
 
 
 def jpeg(image, **options) -> tuple[bytes, np.ndarray]:
-    """The encoded bytes, and what Pillow decodes from them."""
+    """Returns the encoded bytes, and the pixels that Pillow decodes from them."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", **options)
     return buffer.getvalue(), np.asarray(Image.open(buffer).convert("RGB"))
@@ -78,9 +78,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "grey"])
-def test_any_window_of_a_jpeg_is_libjpeg_turbos(kind):
-    """At its own scale resampling changes nothing: what comes out is what was decoded. With entry
-    points and without."""
+def test_any_window_of_a_jpeg_equals_libjpeg_turbos(kind):
+    """The output has the size of the window, so resampling does not change the decoded pixels. With
+    and without entry points."""
     rng, entered_any = np.random.default_rng(1), False
     for trial in range(25):
         height, width = (int(side) for side in rng.integers(1, 300, 2))
@@ -117,7 +117,7 @@ def test_any_window_of_a_jpeg_is_libjpeg_turbos(kind):
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("filter", FILTERS)
-def test_a_resized_box_is_pillows(raw, filter):
+def test_a_resized_box_equals_pillows(raw, filter):
     rng = np.random.default_rng(filter)
     worst = 0.0
     for trial in range(60):
@@ -203,8 +203,8 @@ def test_every_reason_to_refuse_an_image():
         load(data, False, (65535, 65535), (0, 0, 10, 10), (32, 32))
 
 
-def test_a_stream_that_breaks_off_before_the_window_ends_is_refused_and_after_it_is_not():
-    """What lies below the window is not read: the checksum, not the decoder, answers for it."""
+def test_a_truncated_stream_is_refused_only_if_it_ends_before_the_window_does():
+    """The decoder does not read what is below the window; the checksum detects damage there."""
     image = photograph(np.random.default_rng(0), 240, 240)
     data, whole = jpeg(image, quality=90)
     cut = data[: int(len(data) * 0.8)] + b"\xff\xd9"
@@ -214,7 +214,7 @@ def test_a_stream_that_breaks_off_before_the_window_ends_is_refused_and_after_it
 
 
 def test_checksums_are_xxh64():
-    """The vectors of the xxHash specification's sanity checks: a sequence of bytes from a
+    """The test vectors of the xxHash specification's sanity checks, over a byte sequence from a
     multiplicative generator."""
     state, sequence = 2654435761, []
     for _ in range(222):
@@ -235,8 +235,9 @@ def test_checksums_are_xxh64():
     "resolution, ratio, interpolation",
     [(64, 0.95, "bicubic"), (48, 0.875, "bilinear"), (40, 1.0, "bicubic")],
 )
-def test_evaluation_is_timms(betons, pictures, resolution, ratio, interpolation):
-    """timm's eval transform of the decoded image: resize the shorter side, take the centre."""
+def test_evaluation_equals_timms(betons, pictures, resolution, ratio, interpolation):
+    """timm's evaluation transform of the decoded image: resize the shorter side, crop the
+    centre."""
     from rsb_ffcv.beton import read_beton
 
     file = read_beton(betons / "val.beton")

@@ -1,7 +1,8 @@
-"""The compiled draws equal the same functions written in plain Python, to the bit.
+"""The compiled draws equal the same functions in plain Python, bit for bit.
 
-Philox4x32-10 is held against its published words in tests/unit/test_draws.py, and the distributions
-against torchvision's and timm's in their own files; here each number of a batch is.
+tests/unit/test_draws.py compares Philox4x32-10 with its published words. The other files in this
+folder compare the distributions with torchvision's and timm's. This file compares each number of a
+batch.
 """
 
 import math
@@ -22,7 +23,7 @@ HEIGHTS, WIDTHS = np.random.default_rng(0).integers(1, 700, (2, 200)).astype(np.
 
 
 class Stream:
-    """The draws of one (seed, epoch, slot, op), in Python's whole numbers."""
+    """The draws of one (seed, epoch, slot, op), computed with Python integers."""
 
     def __init__(self, seed, epoch, slot, op):
         self.seed, self.counter = seed, (int(slot), epoch, op)
@@ -138,7 +139,7 @@ def test_boxes_to_erase(seed, epoch):
 
 
 def rotation(degrees, height, width):
-    """Pillow's Image.rotate."""
+    """The affine map of Pillow's Image.rotate."""
     angle, x, y = -math.radians(degrees % 360.0), width / 2, height / 2
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
@@ -180,13 +181,13 @@ LAWS = {
 
 
 def layers_of(stream, policy, height, width):
-    """(op, filter, argument) of each layer of one image."""
+    """Yields (op, filter, argument) of each layer of one image."""
     left = dict(enumerate(policy.weights))
     for k in range(0, 8 * policy.layers, 8):
         which = stream.below(k, len(policy.ops))
         if policy.weights:
             share, total = stream.uniform(k), sum(left.values())
-            for which, weight in left.items():  # noqa: B007 used below, where the loop stopped
+            for which, weight in left.items():  # noqa: B007 used after the loop
                 share -= weight / total
                 if share < 0.0:
                     break
@@ -234,7 +235,7 @@ def test_layers(seed, epoch, spec):
         )
         for layer, (op, cubic, argument) in zip(layers, expected, strict=True):
             assert (layer["op"], layer["filter"]) == (op, cubic) and tuple(layer["fill"]) == a.FILL
-            # Python rounds decimally where a rotation's cosine is rounded to 15 places
+            # a tolerance, because Python rounds a rotation's cosine to 15 places in decimal
             assert layer["argument"].tolist() == pytest.approx(
                 [*argument, *[0] * (6 - len(argument))], rel=1e-13, abs=1e-12
             )

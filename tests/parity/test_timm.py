@@ -1,4 +1,4 @@
-"""Equal to timm on the same draws."""
+"""Losses, mixing, erasing and averaging equal timm's on the same draws."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_auto_loss_is_bce_while_mixing_and_smoothed_cross_entropy_otherwise():
 
 
 class Scripted:
-    """numpy.random for timm's Mixup, giving out stated draws."""
+    """Replaces numpy.random in timm's Mixup and returns given draws."""
 
     def __init__(self, **draws):
         for name, values in draws.items():
@@ -146,7 +146,7 @@ def test_mixing_each_image_or_pair(seed, mode, monkeypatch):
     torch.testing.assert_close(soft_targets(labels, 8, kept), their_targets, rtol=1e-6, atol=1e-6)
 
 
-def test_each_image_or_pair_has_a_draw_of_its_own_slot():
+def test_each_image_or_pair_draws_from_its_own_slot():
     images, slots = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), np.arange(40, 48)
     for mode, count in (("elem", 8), ("pair", 4)):
         out, lam = BatchTransform(seed=3, mixup_alpha=0.5, cutmix_alpha=1.0, mode=mode)(
@@ -164,7 +164,7 @@ def test_each_image_or_pair_has_a_draw_of_its_own_slot():
         assert mode == "elem" or torch.equal(lam, lam.flip(0))
 
 
-def test_the_mixs_draws_have_timms_distribution():
+def test_draws_of_the_mix_have_timms_distribution():
     drawn = [
         draw_mix(0, 0, slot, height=224, width=224, mixup_alpha=0.2, cutmix_alpha=1.0)
         for slot in range(6000)
@@ -218,8 +218,8 @@ def test_erasing_has_timms_distribution():
 
 
 def test_images_are_erased_before_they_are_mixed():
-    """As torchvision's references do, and timm without its prefetcher: the erased boxes of both
-    images show in the mix."""
+    """As in torchvision's references and in timm without its prefetcher. The mix shows the erased
+    boxes of both images."""
     slots = np.arange(8)
     images = torch.randint(
         0, 256, (8, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -255,8 +255,8 @@ def test_erasing_fills_its_box_and_nothing_else(mode):
     assert mode == "const" or not torch.equal(out, erase(images.clone(), boxes, mode, noise_seed=8))
 
 
-def test_a_decay_for_images_does_not_depend_on_the_batch():
-    """What n steps of a batch of 8 leave of the first weights is what n / 4 steps of 32 leave."""
+def test_a_decay_per_images_does_not_depend_on_the_batch_size():
+    """The first weights have the same share after n steps of 8 images and n / 4 steps of 32."""
     from rsb_ffcv.learning.average import decay_of_step
 
     assert decay_of_step(0.99, 32, 32) == 0.99 and decay_of_step(0.99, 0, 32) == 0.99
@@ -264,7 +264,7 @@ def test_a_decay_for_images_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_average_is_timms(warmup):
+def test_average_equals_timms(warmup):
     torch.manual_seed(0)
     linear = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(linear, torch.nn.BatchNorm1d(4))
