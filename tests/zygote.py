@@ -97,9 +97,8 @@ def serve():
                 sys.stderr.flush()
                 names = []
                 for thread in os.listdir("/proc/self/task"):
-                    with suppress(
-                        FileNotFoundError, ProcessLookupError
-                    ):  # a thread that has just ended
+                    # a thread may end meanwhile
+                    with suppress(FileNotFoundError, ProcessLookupError):
                         names.append(Path(f"/proc/self/task/{thread}/comm").read_text())
                 Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
                 os._exit(ended)

@@ -96,7 +96,7 @@ class Pool:
         """Returns an uninitialized uint8 tensor that belongs to the caller. Its memory is reused
         when no reference to it is left."""
         if pin:
-            # torch's allocator of pinned memory reuses it without our help
+            # torch's allocator of pinned memory reuses freed blocks itself
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = int(np.prod(shape))
         free = self._free.setdefault(size, [])
