@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also on file systems that lack locks or cannot flush a folder."""
+"""Atomic writes and locks, also on file systems without locks or that cannot flush a folder."""
 
 import errno
 import fcntl
@@ -17,9 +17,7 @@ def nothing_said_yet(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
-def test_a_file_in_place_is_written_though_its_folder_cannot_be_flushed(
-    tmp_path, monkeypatch, capsys, number
-):
+def test_write_succeeds_if_the_folder_cannot_be_flushed(tmp_path, monkeypatch, capsys, number):
     plain = os.fsync
 
     def refuse_folders(descriptor):
@@ -37,7 +35,7 @@ def test_a_file_in_place_is_written_though_its_folder_cannot_be_flushed(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
+def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
     def refuse(file, operation):
         raise OSError(number, os.strerror(number))
 
@@ -51,7 +49,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys,
     assert err.count("warning:") == 1 and f"{tmp_path}: its file system has no locks" in err
 
 
-def test_another_refusal_of_a_lock_is_an_error(tmp_path, monkeypatch):
+def test_other_errors_of_a_lock_are_errors(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

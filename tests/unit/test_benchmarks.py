@@ -1,4 +1,4 @@
-"""The benchmarks' runner measures what it says, and says what is absent."""
+"""The benchmarks measure every contestant in turn and report the missing ones."""
 
 import json
 import subprocess
@@ -14,9 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import runner  # noqa: E402
 
 
-def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch):
-    """With a clock that goes as the test says: real seconds depend on what else the machine
-    does."""
+def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypatch):
+    """The test sets the clock, because real durations depend on what else the machine does."""
     log = tmp_path / "turns"
     (tmp_path / "who.py").write_text(
         textwrap.dedent(f"""
@@ -51,7 +50,7 @@ def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch)
         },
         3,
     )
-    assert log.read_text() == "abababab"  # one repeat to warm up, three that count
+    assert log.read_text() == "abababab"  # one warm-up, three measured repeats
     assert (
         "not installed" in result["gone"]["absent"]
         and "no such driver" in result["broken"]["absent"]
@@ -62,7 +61,7 @@ def test_contestants_take_turns_and_an_absent_one_is_said(tmp_path, monkeypatch)
     )
 
 
-def test_the_table_compares_and_judges(monkeypatch):
+def test_loader_table_shows_ratios_and_verdicts(monkeypatch):
     import loader
 
     def rate(value):
@@ -94,7 +93,7 @@ def test_the_table_compares_and_judges(monkeypatch):
         *(pytest.param(kind, marks=pytest.mark.long) for kind in ("StockFFCV", "RegionDecode")),
     ],
 )
-def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
+def test_every_contestant_reads_all_images(betons, pictures, kind):
     arguments = {
         "threads": 1,
         **(
@@ -119,7 +118,7 @@ def test_every_contestant_reads_what_it_is_given(betons, pictures, kind):
     assert json.loads(done.stdout.splitlines()[-1]) == 96
 
 
-def test_the_first_step_is_seen_and_its_run_ended(betons, tmp_path):
+def test_first_step_is_timed_and_its_errors_are_raised(betons, tmp_path):
     import start
 
     for name in ("train.beton", "val.beton"):
@@ -129,7 +128,7 @@ def test_the_first_step_is_seen_and_its_run_ended(betons, tmp_path):
         start.first_step(start.command(tmp_path, "no_such_net", 96, 32, 1), tmp_path)
 
 
-def test_the_table_of_the_start_compares_and_judges():
+def test_start_table_shows_ratios_and_verdicts():
     import start
 
     rows = {
@@ -145,7 +144,7 @@ def test_the_table_of_the_start_compares_and_judges():
     assert "| 1.25 | 1.2 | not reached |" in start.table({"rows": rows})
 
 
-def test_both_writers_write_what_they_are_given(pictures, tmp_path):
+def test_both_writers_write_all_images(pictures, tmp_path):
     code = f"""
         import sys
         sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT)!r}]

@@ -1,4 +1,4 @@
-"""The reader refuses, in one line, every file that is not whole."""
+"""The .beton reader refuses every damaged or truncated file, with a one-line error."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from rsb_ffcv import InputError, beton
 from rsb_ffcv.ops import native
 
 
-def test_layout_is_ffcvs():
+def test_layout_equals_ffcv():
     from ffcv.fields import IntField, RGBImageField
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
@@ -41,7 +41,7 @@ def test_reads_every_sample(betons):
 
 
 def extras_start(whole) -> int:
-    """Where what only this project's files have begins."""
+    """Offset in bytes of the part that only this project's files have."""
     header = np.frombuffer(whole, beton.HEADER, 1)[0]
     at = int(header["alloc_table_ptr"]) - beton.TRAILER.itemsize
     trailer = np.frombuffer(whole, beton.TRAILER, 1, at)[0]
@@ -54,7 +54,7 @@ def extras_start(whole) -> int:
 
 
 def as_ffcv_writes_it(path) -> bytes:
-    """The file as FFCV would have written it."""
+    """The file as FFCV would write it: without this project's part."""
     whole = bytearray(path.read_bytes())
     header = np.frombuffer(whole, beton.HEADER, 1)
     table = int(header["alloc_table_ptr"][0])
@@ -62,7 +62,7 @@ def as_ffcv_writes_it(path) -> bytes:
     return bytes(whole[: int(header["alloc_table_ptr"][0])] + whole[table:])
 
 
-def test_a_file_without_checksums_is_read_and_says_so(betons, tmp_path):
+def test_file_without_checksums_reads_the_same(betons, tmp_path):
     (tmp_path / "stock.beton").write_bytes(as_ffcv_writes_it(betons / "val.beton"))
     stock, ours = beton.read_beton(tmp_path / "stock.beton"), beton.read_beton(betons / "val.beton")
     assert stock.extras is None
@@ -70,7 +70,7 @@ def test_a_file_without_checksums_is_read_and_says_so(betons, tmp_path):
         assert np.array_equal(getattr(stock, name), getattr(ours, name))
 
 
-def test_every_flipped_bit_outside_of_the_images_is_noticed(betons, tmp_path):
+def test_every_bit_flip_outside_the_images_is_detected(betons, tmp_path):
     whole = np.fromfile(betons / "val.beton", np.uint8)
     fields_end = 24 + 2 * beton.FIELD.itemsize
     metadata_end = fields_end + 27 * beton.SAMPLE_METADATA.itemsize
@@ -91,7 +91,7 @@ def test_every_flipped_bit_outside_of_the_images_is_noticed(betons, tmp_path):
             beton.read_beton(path).names()
 
 
-def test_a_file_cut_anywhere_is_refused(betons, tmp_path):
+def test_truncated_file_is_refused(betons, tmp_path):
     whole = (betons / "val.beton").read_bytes()
     cut = tmp_path / "cut.beton"
     for length in [
@@ -112,7 +112,7 @@ def test_a_file_cut_anywhere_is_refused(betons, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(10000)]
 )
-def test_what_is_no_beton_is_refused(tmp_path, content):
+def test_other_file_formats_are_refused(tmp_path, content):
     path = tmp_path / "x.beton"
     path.write_bytes(content)
     with pytest.raises(InputError, match="x.beton"):
@@ -121,8 +121,8 @@ def test_what_is_no_beton_is_refused(tmp_path, content):
         beton.read_beton(tmp_path / "absent.beton")
 
 
-def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
-    """Of a file without checksums."""
+def test_bit_flips_never_point_outside_the_file(betons, tmp_path):
+    """In a file without checksums."""
     whole = np.frombuffer(as_ffcv_writes_it(betons / "val.beton"), np.uint8)
     header_end = 24 + 2 * beton.FIELD.itemsize + 27 * beton.SAMPLE_METADATA.itemsize
     rng = np.random.default_rng(0)
@@ -154,7 +154,7 @@ def test_flipped_bits_never_let_a_pointer_leave_the_file(betons, tmp_path):
         ("ptr", lambda row, length: int(row["ptr"]) + 1, True),
     ],
 )
-def test_the_allocation_tables_bounds_are_exact(betons, tmp_path, field, value, refused):
+def test_allocation_table_bounds_are_exact(betons, tmp_path, field, value, refused):
     whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
     table = np.frombuffer(whole, beton.ALLOCATION, 27, len(whole) - 27 * 24)
     table[5][field] = value(table[5], len(whole))
@@ -166,7 +166,7 @@ def test_the_allocation_tables_bounds_are_exact(betons, tmp_path, field, value, 
         beton.read_beton(tmp_path / "x.beton")
 
 
-def test_two_fields_of_one_name_are_refused(betons, tmp_path):
+def test_duplicate_field_names_are_refused(betons, tmp_path):
     whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
     fields = np.frombuffer(whole, beton.FIELD, 2, 24)
     fields["name"][1] = fields["name"][0]
@@ -175,7 +175,7 @@ def test_two_fields_of_one_name_are_refused(betons, tmp_path):
         beton.read_beton(tmp_path / "twice.beton")
 
 
-def test_the_fingerprint_tells_files_apart_that_differ_in_pixels_or_labels_only(tmp_path):
+def test_fingerprint_depends_on_pixels_and_labels(tmp_path):
     from rsb_ffcv.dataset import Encoding, storing
     from rsb_ffcv.dataset.sources import Source
     from rsb_ffcv.dataset.writer import write_beton

@@ -1,4 +1,4 @@
-"""Every wrong option ends the program with its name, value, place and the nearest right one."""
+"""An invalid option is an error with its name, value, file and the nearest valid name."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -30,7 +30,7 @@ def read(given, *more):
     return read_config("", [*given, *more])
 
 
-def test_defaults_of_shared_options_are_ffcv_imagenets(given):
+def test_shared_defaults_equal_ffcv_imagenet(given):
     c = read(given)
     assert (
         c.lr.lr,
@@ -55,7 +55,7 @@ def test_defaults_of_shared_options_are_ffcv_imagenets(given):
     assert (c.resolution.min_res, c.resolution.max_res) == (160, 160) and c.model.arch == "resnet50"
 
 
-def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
+def test_flags_override_files_and_later_files_earlier_ones(given, tmp_path):
     for name, lr in (("a", "1e-3"), ("b", "2e-3")):
         (tmp_path / f"{name}.yaml").write_text(f"lr:\n  lr: {lr}\ntraining:\n  epochs: 7\n")
     files = [f"--config-file={tmp_path}/a.yaml", f"--config-file={tmp_path}/b.yaml"]
@@ -64,7 +64,7 @@ def test_flags_win_over_files_and_later_files_over_earlier(given, tmp_path):
     assert (c.lr.lr, c.training.epochs) == (3e-3, 7)
 
 
-def test_a_recipe_may_extend_another(given, tmp_path):
+def test_recipe_extends_another(given, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "base.yaml").write_text("lr:\n  lr: 1.0\n  min_lr: 0.1\ntraining:\n  epochs: 7\n")
     (tmp_path / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nlr:\n  lr: 2.0\n")
@@ -74,7 +74,7 @@ def test_a_recipe_may_extend_another(given, tmp_path):
     assert (c.training.epochs, c.training.seed) == (7, 5)
 
 
-def test_the_resolved_recipe_in_a_runs_folder_is_a_recipe(given, tmp_path):
+def test_resolved_config_json_is_a_recipe(given, tmp_path):
     c = read(given, f"--config-file={ROOT}/rsb_configs/paper_a3_100.yaml", "--ema.decay=0.99999")
     log.write_json(tmp_path / "config.json", as_dict(c))
     assert read_config("", [f"--config-file={tmp_path}/config.json"]) == c
@@ -90,7 +90,7 @@ def test_the_resolved_recipe_in_a_runs_folder_is_a_recipe(given, tmp_path):
         ("extends: wrong.yaml\n", "training.epocs .*in .*wrong.yaml is not an option"),
     ],
 )
-def test_a_wrong_extends_is_named(given, tmp_path, text, message):
+def test_invalid_extends_is_named(given, tmp_path, text, message):
     (tmp_path / "top.yaml").write_text(text)
     (tmp_path / "base.yaml").write_text("extends: top.yaml\n")
     (tmp_path / "wrong.yaml").write_text("training:\n  epocs: 3\n")
@@ -128,7 +128,7 @@ def test_a_wrong_extends_is_named(given, tmp_path, text, message):
         ("x: !!python/object/apply:os.system [ls]\n", ["not a recipe in YAML"]),
     ],
 )
-def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
+def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts):
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text(text)
     with pytest.raises(InputError) as caught:
@@ -160,14 +160,14 @@ def test_a_wrong_recipe_is_named_with_its_file(given, tmp_path, text, parts):
         ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"]),
     ],
 )
-def test_a_wrong_flag_is_named(given, flag, parts):
+def test_invalid_flag_is_named(given, flag, parts):
     with pytest.raises(InputError) as caught:
         read(given, *flag.split())
     for part in parts:
         assert part in str(caught.value)
 
 
-def test_large_whole_numbers_and_texts_that_yaml_reads_as_numbers_stay_exact(given, tmp_path):
+def test_large_integers_and_numeric_strings_stay_exact(given, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("compute:\n  compile: 1\ndist:\n  port: 12355\ntraining:\n  epochs: 1e3\n")
     c = read(given, f"--config-file={recipe}", f"--training.seed={2**63 - 1}")
@@ -179,13 +179,13 @@ def test_large_whole_numbers_and_texts_that_yaml_reads_as_numbers_stay_exact(giv
     )
 
 
-def test_the_environment_is_not_an_option(given, monkeypatch):
+def test_environment_variables_are_not_options(given, monkeypatch):
     monkeypatch.setenv("training.epochs", "99")
     monkeypatch.setenv("training", "99")
     assert read(given).training.epochs == 30
 
 
-def test_an_error_below_names_its_parameter_and_the_program_the_option():
+def test_program_errors_name_options_instead_of_parameters():
     with pytest.raises(InputError) as caught, option_names({"lr": "lr.lr", "keep": "`others`"}):
         try:
             raise OSError("no space")
@@ -195,7 +195,7 @@ def test_an_error_below_names_its_parameter_and_the_program_the_option():
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_missing_option_is_named():
+def test_missing_option_is_named():
     with pytest.raises(InputError, match="data.train_dataset is missing"):
         read([])
 
@@ -214,7 +214,7 @@ def test_help_shows_every_option_with_its_default(commands, name, capsys):
             assert f"--{section}.{item.name}  [" in shown and item.metadata["text"] in shown
 
 
-def test_a_command_requires_only_the_options_that_it_reads(given, call_program, tmp_path):
+def test_command_requires_only_the_options_it_reads(given, call_program, tmp_path):
     options = [given[0], "--training.epochs=16", "--training.batch_size=32"]
     status, out, err = call_program("train_imagenet.py", "plan", *options)
     assert status == 0 and not err
@@ -233,7 +233,7 @@ def test_every_recipe_is_valid(recipe, given):
     assert as_dict(c)["data"]["num_workers"] == 2
 
 
-def test_loader_threads_may_be_left_to_the_machine(given):
+def test_num_workers_defaults_to_auto(given):
     others = [flag for flag in given if "num_workers" not in flag]
     assert (
         read(others).data.num_workers
@@ -243,7 +243,7 @@ def test_loader_threads_may_be_left_to_the_machine(given):
     assert read([*others, "--data.num_workers=3"]).data.num_workers == 3
 
 
-def test_the_a2_recipe_says_what_it_must(given):
+def test_a2_recipes_have_the_a2_settings(given):
     for name, epochs in (("a2_300", 300), ("a2_600", 600)):
         c = read([f"--config-file={ROOT}/rsb_configs/{name}.yaml", *given])
         t = c.training
@@ -276,7 +276,7 @@ def test_the_a2_recipe_says_what_it_must(given):
     "epochs, start, end",
     [(16, 11, 13), (24, 17, 20), (32, 23, 27), (40, 29, 34), (56, 41, 48), (88, 65, 76)],
 )
-def test_ffcv_imagenets_ladder(given, epochs, start, end):
+def test_ffcv_recipes_equal_the_published_ones(given, epochs, start, end):
     """rn50_configs/rn50_<epochs>_epochs.yaml of libffcv/ffcv-imagenet."""
     c = read([f"--config-file={ROOT}/rsb_configs/ffcv_rn50_{epochs}.yaml", *given])
     assert (c.training.epochs, c.resolution.start_ramp, c.resolution.end_ramp) == (
@@ -301,7 +301,7 @@ def test_ffcv_imagenets_ladder(given, epochs, start, end):
         ("paper_a3_100", 160, 100, 8e-3, 0.02, 0.0, 0.0, 1, 6, 0.1),
     ],
 )
-def test_the_papers_recipes(
+def test_paper_recipes_equal_table_2(
     given, name, resolution, epochs, lr, decay, smoothing, drop_path, repeats, magnitude, mixup
 ):
     """Table 2 of arXiv:2110.00476."""

@@ -1,5 +1,5 @@
-"""Raw pictures to .beton: right colours, same bytes each time, and nothing left behind where it
-fails."""
+"""Conversion of images to .beton: correct colours, the same bytes each time, and no partial file
+after an error."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,7 @@ COLOUR = (200, 120, 40)
 
 
 def stored(mode: str, path):
-    """A file of each kind whose right RGB reading is known: (path, RGB of every pixel,
-    tolerance)."""
+    """An image of the given mode with known RGB values: (path, RGB of every pixel, tolerance)."""
     picture = Image.new("RGB", (32, 24), COLOUR)
     grey = round(0.299 * COLOUR[0] + 0.587 * COLOUR[1] + 0.114 * COLOUR[2])
     if mode == "grey":
@@ -46,7 +45,7 @@ def stored(mode: str, path):
 @pytest.mark.parametrize(
     "mode", ["grey", "cmyk", "palette", "palette with transparency", "alpha", "16 bit", "1 bit"]
 )
-def test_every_kind_of_picture_comes_out_as_right_rgb(mode, tmp_path):
+def test_every_image_mode_converts_to_correct_rgb(mode, tmp_path):
     path, colour, tolerance = stored(mode, tmp_path)
     pixels = load_rgb(path.read_bytes(), str(path))
     assert pixels.shape == (24, 32, 3) and pixels.dtype == np.uint8
@@ -89,7 +88,7 @@ def write(pictures, target, num_workers=2, chunk_size=100, subset=-1, **encoding
     return read_beton(target / "train.beton")
 
 
-def test_bytes_do_not_depend_on_the_number_of_threads(pictures, tmp_path):
+def test_bytes_are_independent_of_the_number_of_threads(pictures, tmp_path):
     for workers in (1, 4):
         write(
             pictures, tmp_path / str(workers), num_workers=workers, chunk_size=3, mode="proportion"
@@ -98,7 +97,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(pictures, tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
 
 
-def test_modes_store_what_they_say(pictures, tmp_path):
+def test_write_modes_store_jpg_or_raw(pictures, tmp_path):
     assert (write(pictures, tmp_path / "jpg", mode="jpg").modes == JPG).all()
     assert (write(pictures, tmp_path / "raw", mode="raw").modes == RAW).all()
     smart = write(pictures, tmp_path / "smart", mode="smart", smart_threshold=12000)
@@ -112,7 +111,7 @@ def test_modes_store_what_they_say(pictures, tmp_path):
     assert 0.1 < share < 0.4
 
 
-def test_raw_pixels_are_the_pictures(pictures, tmp_path):
+def test_raw_mode_stores_exact_pixels(pictures, tmp_path):
     file = write(pictures, tmp_path, mode="raw")
     data = np.fromfile(file.path, np.uint8)
     first = data[file.pointers[0] : file.pointers[0] + file.sizes[0]].reshape(
@@ -123,7 +122,7 @@ def test_raw_pixels_are_the_pictures(pictures, tmp_path):
     )
 
 
-def test_the_longer_side_is_shrunk_and_small_pictures_stay(pictures, tmp_path):
+def test_longer_side_is_limited_and_small_images_are_unchanged(pictures, tmp_path):
     file = write(pictures, tmp_path, max_resolution=60)
     longer = np.maximum(file.heights, file.widths)
     whole = write(pictures, tmp_path / "whole")
@@ -133,11 +132,11 @@ def test_the_longer_side_is_shrunk_and_small_pictures_stay(pictures, tmp_path):
     )
 
 
-def test_a_subset_takes_the_first_pictures(pictures, tmp_path):
+def test_subset_limits_the_number_of_images(pictures, tmp_path):
     assert len(write(pictures, tmp_path, subset=10)) == 10
 
 
-def test_images_lie_within_pages_as_ffcv_reads_them(tmp_path):
+def test_images_do_not_cross_ffcv_pages(tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -152,7 +151,7 @@ def test_images_lie_within_pages_as_ffcv_reads_them(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+def test_damaged_exif_does_not_affect_the_pixels(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A], exif[0x8298] = 6, "camera", 72.0, "somebody"
     Image.new("RGB", (32, 24), COLOUR).save(tmp_path / "x.jpg", quality=98, exif=exif)
@@ -178,7 +177,7 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
         ("plain", "plain"),
     ],
 )
-def test_with_a_split_the_target_is_the_file(pictures, tmp_path, name, file):
+def test_with_a_split_write_path_is_the_file(pictures, tmp_path, name, file):
     write_splits(
         Place(dataset="imagenet", data_dir=str(pictures)),
         f"{tmp_path}/{name}",
@@ -190,7 +189,7 @@ def test_with_a_split_the_target_is_the_file(pictures, tmp_path, name, file):
     ]
 
 
-def test_one_split_alone_is_numbered_like_both(tmp_path):
+def test_single_split_is_checked_against_the_classes_of_both(tmp_path):
     source = make(tmp_path)
     (source / "val" / "a" / "1.jpg").unlink()
     (source / "val" / "a").rmdir()
@@ -203,7 +202,7 @@ def test_one_split_alone_is_numbered_like_both(tmp_path):
         )
 
 
-def test_demo_pictures_that_cannot_be_put_anywhere_are_an_error(tmp_path):
+def test_unwritable_demo_folder_is_an_error(tmp_path):
     with pytest.raises(InputError, match="`data_dir`=/dev/null/x"):
         write_splits(Place(dataset="demo", data_dir="/dev/null/x"), str(tmp_path), num_workers=1)
 
@@ -220,7 +219,7 @@ def make(tmp_path, *, skip=()):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        ("nothing there", "in is not a folder"),
+        ("missing folder", "in is not a folder"),
         ("empty folder", "has no folder 'train'"),
         ("no classes", "has no class folder"),
         ("class without images", "class 'b' has no image"),
@@ -231,10 +230,10 @@ def make(tmp_path, *, skip=()):
         ("other classes in val", "do not have the same classes"),
     ],
 )
-def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
+def test_invalid_source_is_named_and_leaves_no_partial_file(tmp_path, damage, message):
     source = make(tmp_path, skip=("train/b",) if damage == "class without images" else ())
     picture = source / "val" / "b" / "2.jpg"
-    if damage == "nothing there":
+    if damage == "missing folder":
         source = source.with_name("absent") / "in"
     elif damage == "empty folder":
         source = tmp_path / "other" / "in"
@@ -263,7 +262,7 @@ def test_a_wrong_folder_is_named_and_leaves_nothing(tmp_path, damage, message):
     assert {name for name in left if not name.startswith(".")} <= {"train.beton"}
 
 
-def test_a_target_that_cannot_be_written_is_named(pictures, tmp_path):
+def test_unwritable_target_is_named(pictures, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="`write_path`=.*file"):
         write_splits(
@@ -273,7 +272,7 @@ def test_a_target_that_cannot_be_written_is_named(pictures, tmp_path):
         )
 
 
-def test_an_image_too_large_for_a_page_is_named(tmp_path):
+def test_image_larger_than_a_page_is_named(tmp_path):
     source = make(tmp_path)
     Image.new("RGB", (2000, 2000)).save(source / "train" / "a" / "huge.png")
     with pytest.raises(InputError, match="huge.png: 12000000 bytes"):
@@ -286,7 +285,7 @@ def test_an_image_too_large_for_a_page_is_named(tmp_path):
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
-def test_tiny_imagenets_own_layout(tmp_path):
+def test_tiny_imagenet_layout_is_read(tmp_path):
     (tmp_path / "wnids.txt").write_text("n2\nn1\n")
     for name in ("n1", "n2"):
         (tmp_path / "train" / name / "images").mkdir(parents=True)
@@ -315,7 +314,7 @@ def test_tiny_imagenets_own_layout(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenette"])
-def test_a_download_that_fails_is_one_clear_error(dataset, tmp_path, monkeypatch):
+def test_failed_download_is_one_clear_error(dataset, tmp_path, monkeypatch):
     import socket
 
     def offline(*_, **__):
@@ -330,8 +329,8 @@ def test_a_download_that_fails_is_one_clear_error(dataset, tmp_path, monkeypatch
 
 
 def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
-    """CIFAR-10's own file layout, with torchvision's checksums replaced by those of the small files
-    made here."""
+    """CIFAR-10's file layout. The checksums of torchvision are replaced by those of the small
+    files that are made here."""
     import hashlib
     import pickle
 
@@ -368,7 +367,7 @@ def test_cifar_archives_on_disk_are_written(tmp_path, monkeypatch):
     )
 
 
-def test_the_demo_set_is_a_function_of_its_seed(tmp_path):
+def test_demo_set_is_a_function_of_its_seed(tmp_path):
     make_demo_images(tmp_path / "a", {"train": 2, "val": 1})
     make_demo_images(tmp_path / "b", {"train": 2, "val": 1})
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.jpg"))
@@ -379,7 +378,7 @@ def test_the_demo_set_is_a_function_of_its_seed(tmp_path):
     )
 
 
-def test_the_demo_set_does_not_give_its_classes_away_by_colour():
+def test_demo_classes_cannot_be_separated_by_mean_colour():
     means = np.array(
         [
             [

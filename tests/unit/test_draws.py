@@ -1,5 +1,5 @@
-"""Addressed draws: the generator is Philox, each address its own number, and the distributions are
-right."""
+"""Addressed draws: the generator is Philox, each address has its own number, and the distributions
+are correct."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ MASK = 0xFFFFFFFF
 @pytest.mark.parametrize(
     "counter, key, words",
     [
-        # known answers of Random123's kat_vectors, philox4x32 with 10 rounds
+        # Known-answer vectors of Random123 (kat_vectors): philox4x32, 10 rounds
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((MASK,) * 4, (MASK, MASK), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -25,7 +25,7 @@ MASK = 0xFFFFFFFF
         ),
     ],
 )
-def test_philox_gives_the_published_words(counter, key, words):
+def test_philox_equals_the_published_vectors(counter, key, words):
     slot, epoch, op, block = counter
     seed: Any = np.uint64(key[1] << 32 | key[0])
     assert draws.philox(seed, epoch, slot, op, block) == words
@@ -46,7 +46,7 @@ def test_draw_k_is_word_k_of_the_stream():
     assert [draws.word(7, 1, 2, 3, k) for k in range(12)] == stream
 
 
-def test_uniform_and_normal_have_their_distributions():
+def test_uniform_and_normal_have_the_correct_distributions():
     uniform = [draws.uniform(0, 0, slot, 0, 0) for slot in range(20000)]
     normal = [draws.normal(0, 0, slot, 0, 0) for slot in range(20000)]
     assert stats.kstest(uniform, "uniform").pvalue > 0.01
@@ -54,10 +54,10 @@ def test_uniform_and_normal_have_their_distributions():
 
 
 @pytest.mark.parametrize("a", [0.1, 0.2, 1.0, 4.0])
-def test_beta_has_its_distribution(a):
+def test_beta_has_the_correct_distribution(a):
     values = np.array([draws.beta(3, 0, slot, draws.MIX, 0, a)[0] for slot in range(20000)])
-    # Near 1 a small alpha has most of its mass between two floats; the lower half shows the whole,
-    # by symmetry.
+    # With a small alpha, most of the mass near 1 lies between two floats. The distribution is
+    # symmetric, so that the lower half is enough.
     lower = values[values < 0.5]
     assert abs(len(lower) / 20000 - 0.5) < 0.02
     assert stats.kstest(lower, lambda x: 2 * stats.beta(a, a).cdf(x)).pvalue > 0.01

@@ -1,5 +1,5 @@
-"""What is asked of `.beton` files and done with them: info, verify, show, merge, subset, shard,
-concat, export, estimate."""
+"""The commands on `.beton` files: info, verify, show, merge, subset, shard, concat, export,
+estimate."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from tests.sources import WNIDS, contents, expected, pictures, put
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """train.beton (12 images kept as they were) and val.beton (6)."""
+    """Folder of train.beton (12 images, passed through) and val.beton (6)."""
     root = tmp_path_factory.mktemp("written")
     sources.folders(root / "in")
     write_splits(Place(dataset="imagenet", data_dir=str(root / "in")), str(root), num_workers=2)
@@ -43,11 +43,10 @@ def damage(path, sample: int, where: float = 0.5):
         opened.write(bytes([byte ^ 0x10]))
 
 
-# ---- info
-# --------------------------------------------------------------------------------------------------
+# ---- info ----------------------------------------------------------------------------------------
 
 
-def test_info_tells_what_is_in_the_file(written):
+def test_info_describes_the_file(written):
     text = dataset.info(written / "train.beton")
     size = (written / "train.beton").stat().st_size
     for part in (
@@ -68,7 +67,7 @@ def test_info_tells_what_is_in_the_file(written):
         assert part in text, (part, text)
 
 
-def test_a_reader_that_goes_away_is_no_error(written):
+def test_closed_pipe_is_not_an_error(written):
     import subprocess
     import sys
     from pathlib import Path
@@ -80,26 +79,25 @@ def test_a_reader_that_goes_away_is_no_error(written):
     assert done.returncode in (0, 141) and "12 images" in done.stdout and done.stderr == ""
 
 
-def test_info_of_a_file_of_another_program(written, tmp_path):
+def test_info_of_a_stock_ffcv_file(written, tmp_path):
     path = stock(written / "train.beton", tmp_path / "stock.beton")
     text = dataset.info(path)
     assert "12 images, 3 classes" in text and "written by another program" in text
 
 
 def stock(path, target):
-    """The file as FFCV would have written it."""
+    """Writes the file to `target` as FFCV would write it."""
     from tests.unit.test_beton import as_ffcv_writes_it
 
     target.write_bytes(as_ffcv_writes_it(path))
     return target
 
 
-# ---- verify
-# --------------------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decode", [0.0, 0.5, 1.0])
-def test_a_sound_file_verifies(written, decode, capsys):
+def test_intact_file_verifies(written, decode, capsys):
     assert dataset.verify(written / "train.beton", decode, 2)
     assert (
         f"0 of 12 images damaged; structure sound, all checksums compared, {int(12 * decode)} "
@@ -122,7 +120,7 @@ def test_every_damaged_image_is_named(copy, tmp_path, capsys):
     assert rows[0] == ["sample", "path", "reason"] and [row[0] for row in rows[1:]] == ["2", "7"]
 
 
-def test_damage_without_checksums_is_seen_by_decoding(copy, tmp_path, capsys):
+def test_damage_without_checksums_is_found_by_decoding(copy, tmp_path, capsys):
     path = stock(copy, tmp_path / "stock.beton")
     data = bytearray(path.read_bytes())
     file = read_beton(path)
@@ -141,7 +139,7 @@ def test_damaged_structure_is_an_error(copy):
         dataset.verify(copy, 1.0, 1)
 
 
-def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
+def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
     damage(copy, 3)
     monkeypatch.setattr(inspect, "REMEMBER_SECONDS", 0.0)
     real = inspect.read_sound
@@ -170,14 +168,15 @@ def test_an_interrupted_verification_goes_on(copy, monkeypatch, capsys):
         and seen == [8, 8, 9, 10, 11]
     )
     assert list(copy.parent.glob(".*")) == []
-    os.utime(copy)  # another file, as far as one can tell: from the start again
+    # The changed time makes it another file, so that the verification starts from the beginning
+    os.utime(copy)
     (copy.parent / f".{copy.name}.verify").write_text(
         json.dumps({"bytes": 1, "done": 8, "bad": []})
     )
     assert not dataset.verify(copy, 1.0, 1)
 
 
-def test_verify_through_the_program_has_an_exit_status(copy, call_program):
+def test_verify_sets_the_exit_status(copy, call_program):
     assert (
         call_program("write_ffcv.py", "verify", f"--cfg.path={copy}", "--cfg.num_workers=2")[0] == 0
     )
@@ -189,11 +188,10 @@ def test_verify_through_the_program_has_an_exit_status(copy, call_program):
     assert status == 2 and "did you mean verify?" in errors
 
 
-# ---- merge, subset, shard
-# ---------------------------------------------------------------------------------------------
+# ---- merge, subset, shard ------------------------------------------------------------------------
 
 
-def test_merging_shards_gives_the_file_again(written, tmp_path):
+def test_merged_shards_equal_the_file(written, tmp_path):
     parts = dataset.shard(str(written / "train.beton"), str(tmp_path / "parts"), 5, num_workers=2)
     assert [len(part) for part in parts] == [3, 3, 2, 2, 2] and all(
         part.about.classes == WNIDS for part in parts
@@ -208,7 +206,7 @@ def test_merging_shards_gives_the_file_again(written, tmp_path):
         dataset.shard(str(written / "train.beton"), str(tmp_path / "many"), 13, num_workers=2)
 
 
-def test_merging_brings_classes_together_by_name(written, tmp_path):
+def test_merge_matches_classes_by_name(written, tmp_path):
     first = dataset.subset(
         str(written / "train.beton"),
         str(tmp_path / "a.beton"),
@@ -225,28 +223,27 @@ def test_merging_brings_classes_together_by_name(written, tmp_path):
     )
     merged = dataset.merge([str(first.path), str(second.path)], str(tmp_path / "c.beton"), 2)
     assert merged.about.classes == WNIDS and merged.about.titles[2].startswith("great white shark")
-    wanted = [pair for pair in expected("train") if pair[0] != 1] + [
+    merged_pairs = [pair for pair in expected("train") if pair[0] != 1] + [
         pair for pair in expected("val") if pair[0] == 1
     ]
-    assert contents(merged.path) == sorted(wanted)
+    assert contents(merged.path) == sorted(merged_pairs)
 
 
-def test_merging_gives_a_stock_file_checksums_and_entry_points(written, tmp_path):
+def test_merge_adds_checksums_and_entry_points_to_a_stock_file(written, tmp_path):
     path = stock(written / "train.beton", tmp_path / "stock.beton")
     merged = dataset.merge([str(path)], str(tmp_path / "sound.beton"), 2)
     assert (merged.extras == read_beton(written / "train.beton").extras).all() and contents(
         merged.path
     ) == expected("train")
     assert merged.about.classes == ["0", "1", "2"]
-    both = dataset.merge(
-        [str(written / "val.beton"), str(path)], str(tmp_path / "both.beton"), 2
-    )  # its numbers are the other's
+    # The stock file has no class names: its class numbers mean those of the other file
+    both = dataset.merge([str(written / "val.beton"), str(path)], str(tmp_path / "both.beton"), 2)
     assert both.about.classes == WNIDS and contents(both.path) == sorted(
         expected("train") + expected("val")
     )
 
 
-def test_subsets(written, tmp_path):
+def test_subset_by_samples_and_classes(written, tmp_path):
     def take(**chosen):
         name = tmp_path / f"{len(list(tmp_path.iterdir()))}.beton"
         return dataset.subset(str(written / "train.beton"), str(name), num_workers=1, **chosen)
@@ -266,7 +263,7 @@ def test_subsets(written, tmp_path):
             take(**wrong)
 
 
-def test_a_damaged_sample_is_not_copied(copy, tmp_path):
+def test_damaged_sample_is_not_copied(copy, tmp_path):
     damage(copy, 5)
     with pytest.raises(InputError, match="sample 5 is damaged"):
         dataset.merge([str(copy)], str(tmp_path / "merged.beton"), 2)
@@ -277,11 +274,10 @@ def test_a_damaged_sample_is_not_copied(copy, tmp_path):
         dataset.export(str(copy), str(tmp_path / "out"), 2)
 
 
-# ---- concat
-# --------------------------------------------------------------------------------------------------
+# ---- concat --------------------------------------------------------------------------------------
 
 
-def test_appending_leaves_what_is_there_in_its_place(copy, written, tmp_path):
+def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
     before, old = read_beton(copy), copy.read_bytes()
     file = dataset.concat(str(copy), [str(written / "val.beton")], 2)
     assert contents(copy) == sorted(expected("train") + expected("val"))
@@ -303,8 +299,8 @@ def test_appending_leaves_what_is_there_in_its_place(copy, written, tmp_path):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
 
-def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_path, monkeypatch):
-    """A table for many samples is longer than what the file's first page left free."""
+def test_append_moves_images_to_make_room_for_the_table(copy, written, tmp_path, monkeypatch):
+    """The table of many samples is longer than the free part of the file's first page."""
     monkeypatch.setattr(beton, "PAGE_BYTES", 4096 * 16)
     for module in (append, dataset.writer):
         monkeypatch.setattr(module, "PAGE_BYTES", 4096 * 16)
@@ -339,7 +335,7 @@ def test_appending_moves_images_that_are_in_the_tables_way(copy, written, tmp_pa
     assert TrainLoader(file.path, batch_size=4, resolution=32, num_workers=1).steps_per_epoch == 753
 
 
-def test_new_classes_follow_the_old_ones(written, tmp_path):
+def test_append_numbers_new_classes_after_the_old_ones(written, tmp_path):
     first = dataset.subset(
         str(written / "train.beton"), str(tmp_path / "a.beton"), num_workers=1, classes="1,2"
     )
@@ -350,10 +346,8 @@ def test_new_classes_follow_the_old_ones(written, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", ["images", "tail", "front", "rename"])
-def test_a_stopped_append_is_brought_back_by_the_next_call(
-    copy, written, monkeypatch, stop_at, capsys
-):
-    """As if the process were killed there: nothing that it would do afterwards happens."""
+def test_killed_append_is_recovered_by_the_next_call(copy, written, monkeypatch, stop_at, capsys):
+    """Simulates that the process is killed at this point: nothing after it is executed."""
 
     class Killed(BaseException):
         pass
@@ -389,9 +383,8 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(
     with pytest.raises(InputError, match="append.*interrupted"):
         read_beton(copy)
     if stop_at in ("images", "tail"):
-        with pytest.raises(
-            InputError, match="cannot be read|no such"
-        ):  # another append that fails brings the file back as it was
+        # The next append restores the file, even if it fails
+        with pytest.raises(InputError, match="cannot be read|no such"):
             dataset.concat(str(copy), ["/nowhere.beton"], 1)
         assert copy.read_bytes() == before
     dataset.concat(str(copy), [str(written / "val.beton")], 1)
@@ -401,7 +394,7 @@ def test_a_stopped_append_is_brought_back_by_the_next_call(
     assert list(copy.parent.glob(".*")) == []
 
 
-def test_what_cannot_be_appended_leaves_the_file(copy, written, tmp_path):
+def test_failed_append_leaves_the_file_unchanged(copy, written, tmp_path):
     before = copy.read_bytes()
     other = tmp_path / "val.beton"
     other.write_bytes((written / "val.beton").read_bytes())
@@ -414,11 +407,10 @@ def test_what_cannot_be_appended_leaves_the_file(copy, written, tmp_path):
     assert copy.read_bytes() == before and list(tmp_path.glob(".*")) == []
 
 
-# ---- export, estimate, show
-# -------------------------------------------------------------------------------------------
+# ---- export, estimate, show ----------------------------------------------------------------------
 
 
-def test_exported_jpegs_are_the_source_byte_for_byte(written, tmp_path):
+def test_exported_jpegs_equal_the_source_bytes(written, tmp_path):
     dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 2)
     exported = {
         str(path.relative_to(tmp_path / "out")): path.read_bytes()
@@ -430,7 +422,7 @@ def test_exported_jpegs_are_the_source_byte_for_byte(written, tmp_path):
         dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 2)
 
 
-def test_exported_raw_images_are_png_of_their_pixels(tmp_path):
+def test_exported_raw_images_are_lossless_pngs(tmp_path):
     sources.folders(tmp_path / "in")
     write_splits(
         Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
@@ -447,7 +439,7 @@ def test_exported_raw_images_are_png_of_their_pixels(tmp_path):
         )
 
 
-def test_exported_names_stay_below_the_folder(tmp_path):
+def test_exported_names_stay_inside_the_folder(tmp_path):
     names = [
         "../../evil.jpg",
         "/etc/passwd",
@@ -483,7 +475,7 @@ def test_exported_names_stay_below_the_folder(tmp_path):
     )
 
 
-def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_path, monkeypatch):
+def test_interrupted_export_is_hidden_and_resumes(written, tmp_path, monkeypatch):
     real = inspect.read_sound
 
     def interrupted(opened, file, index, *, decode):
@@ -507,9 +499,8 @@ def test_an_interrupted_export_is_not_under_its_name_and_goes_on(written, tmp_pa
     assert (tmp_path / "out" / half.relative_to(tmp_path / ".out.part")).stat().st_size > 100
 
 
-def test_the_estimate_is_near_the_truth(
-    pictures, tmp_path, call_program
-):  # the 96 training pictures of the suite
+def test_estimate_is_within_half_of_the_size(pictures, tmp_path, call_program):
+    """For the 96 training images of the suite."""
     status, shown, _ = call_program(
         "write_ffcv.py",
         "estimate",
@@ -537,7 +528,7 @@ def test_the_estimate_is_near_the_truth(
     assert abs(needed / (tmp_path / "x.beton").stat().st_size - 1) < 0.5
 
 
-def test_too_little_space_is_told_before_anything_is_written(pictures, tmp_path, monkeypatch):
+def test_insufficient_space_is_an_error_before_writing(pictures, tmp_path, monkeypatch):
     import shutil
     from collections import namedtuple
 
@@ -550,8 +541,8 @@ def test_too_little_space_is_told_before_anything_is_written(pictures, tmp_path,
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_contact_sheet_shows_what_training_sees(written, tmp_path, call_program):
-    """Its cells are the stored pixels, and the loader's at the sample's place in each epoch."""
+def test_contact_sheet_equals_the_loaders_output(written, tmp_path, call_program):
+    """Its cells are the stored pixels, and the loader's output for the sample in each epoch."""
     from rsb_ffcv.commands import show
 
     recipe = tmp_path / "recipe.yaml"
@@ -609,7 +600,7 @@ def test_the_contact_sheet_shows_what_training_sees(written, tmp_path, call_prog
         assert status == 2 and message in errors and not (tmp_path / "x.png").exists()
 
 
-def test_a_sheet_of_classes_has_their_names(written, tmp_path, call_program):
+def test_contact_sheet_of_classes_has_a_row_per_class(written, tmp_path, call_program):
     status, shown, _ = call_program(
         "write_ffcv.py",
         "show",
@@ -622,13 +613,10 @@ def test_a_sheet_of_classes_has_their_names(written, tmp_path, call_program):
     assert Image.open(tmp_path / "x.png").size == (3 * 196 + 4, 2 * 228 + 4)
 
 
-# ---- what a hostile reading of the code has found
-# ---------------------------------------------------------------------
+# ---- found in adversarial reviews ----------------------------------------------------------------
 
 
-def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(
-    copy, written, monkeypatch
-):
+def test_recovered_append_is_verified_before_it_is_visible(copy, written, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -650,13 +638,13 @@ def test_a_completed_append_is_verified_before_it_shows_and_told_as_done(
     assert not copy.exists()
     hidden.write_bytes(whole)
     with monkeypatch.context() as patched:
-        patched.setattr(append._Append, "finish", kill)  # between the rename and the end
+        patched.setattr(append._Append, "finish", kill)  # killed between the rename and the end
         with pytest.raises(Killed):
             dataset.concat(str(copy), [str(written / "val.beton")], 1)
     assert len(dataset.concat(str(copy), [str(written / "val.beton")], 1)) == 18
 
 
-def test_an_append_through_a_link_hides_the_file_itself(copy, written, tmp_path):
+def test_append_through_a_link_changes_its_target(copy, written, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "elsewhere" / "link.beton"
     link.symlink_to(copy)
@@ -664,7 +652,7 @@ def test_an_append_through_a_link_hides_the_file_itself(copy, written, tmp_path)
     assert link.is_symlink() and len(read_beton(copy)) == 18
 
 
-def test_many_appends_with_other_settings_stay_readable(written, tmp_path):
+def test_repeated_appends_record_the_settings_of_each_part(written, tmp_path):
     sources.folders(tmp_path / "in")
     for number, quality in enumerate((90, 80, 70)):
         write_splits(
@@ -696,9 +684,7 @@ def test_many_appends_with_other_settings_stay_readable(written, tmp_path):
     assert [part["jpeg_quality"] for part in file.about.settings["of_parts"]] == [90, 80, 70]
 
 
-def test_an_export_does_not_take_another_files_beginnings_for_its_own(
-    written, tmp_path, monkeypatch
-):
+def test_export_refuses_the_partial_export_of_another_file(written, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -731,12 +717,11 @@ def test_many_equal_names_export_in_linear_time(monkeypatch):
             "modes": np.zeros(5000, int),
         },
     )()
-    assert (
-        len(set(inspect._places(file))) == 5000 and len(made) == 2 * 5000 - 1
-    )  # one try for the first, two for each other
+    # One attempt for the first name, two for each of the others
+    assert len(set(inspect._places(file))) == 5000 and len(made) == 2 * 5000 - 1
 
 
-def test_the_file_itself_is_no_place_for_a_report_or_a_sheet(copy, call_program):
+def test_report_or_sheet_cannot_overwrite_the_file(copy, call_program):
     before = copy.read_bytes()
     for arguments in (("verify", f"--cfg.report={copy}"), ("show", f"--cfg.write_path={copy}")):
         status, _, errors = call_program("write_ffcv.py", *arguments, f"--cfg.path={copy}")
@@ -745,7 +730,7 @@ def test_the_file_itself_is_no_place_for_a_report_or_a_sheet(copy, call_program)
 
 
 def hostile(path, target, change):
-    """A file whose text about itself was changed by someone who can compute checksums."""
+    """Writes a copy whose description is changed by someone who can compute checksums."""
     whole = bytearray(path.read_bytes())
     table = int(np.frombuffer(whole, beton.HEADER, 1)["alloc_table_ptr"][0])
     at = table - beton.TRAILER.itemsize
@@ -767,7 +752,7 @@ def hostile(path, target, change):
     return target
 
 
-def test_what_a_forged_file_says_of_itself_is_checked(written, tmp_path):
+def test_description_in_a_forged_file_is_checked(written, tmp_path):
     def with_part(name, value):
         return lambda about: json.dumps({**about, name: value}).encode()
 
