@@ -1,4 +1,4 @@
-"""Schedule, weight-decay split, average and BlurPool."""
+"""Schedules, weight decay groups, weight averages, optimizers and BlurPool."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ def test_a2_schedule_warms_up_then_falls_to_zero():
     assert 0 <= s.lr(300 * 625 - 1) < 1e-9 and s.lr(10**9) == s.lr(300 * 625 - 1)
 
 
-def test_warm_up_never_repeats_and_never_exceeds_the_peak():
+def test_warmup_rises_strictly_to_the_peak():
     s = Schedule(
         kind="cosine", peak=1.0, epochs=10, steps_per_epoch=100, warmup_epochs=2, warmup_lr=0.0
     )
@@ -35,7 +35,7 @@ def test_warm_up_never_repeats_and_never_exceeds_the_peak():
     )
 
 
-def test_spanning_cosine_is_timms():
+def test_spanning_cosine_equals_timm():
     from timm.scheduler import CosineLRScheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=8e-3)
@@ -60,7 +60,7 @@ def test_spanning_cosine_is_timms():
         assert math.isclose(s.lr(step), reference._get_lr(step)[0], rel_tol=1e-9), step
 
 
-def test_cyclic_and_step_are_ffcv_imagenets():
+def test_cyclic_and_step_equal_ffcv_imagenet():
     import numpy as np
 
     cyclic = Schedule(kind="cyclic", peak=1.7, epochs=16, steps_per_epoch=10, peak_epoch=2)
@@ -78,14 +78,14 @@ def test_cyclic_and_step_are_ffcv_imagenets():
     assert step_wise.lr(4 * 69 + 2) == pytest.approx(0.0025)  # towards 0 within the last epoch
 
 
-def test_resnet50_decays_54_tensors_and_spares_107():
+def test_resnet50_decays_54_tensors_and_excludes_107():
     decayed, spared = decay_groups(build_model("resnet50", 1000), 0.02)
     assert (len(decayed["params"]), len(spared["params"])) == (54, 107)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.02, 0.0)
     assert all(p.ndim >= 2 for p in decayed["params"])
 
 
-def test_optimizers_by_name():
+def test_build_optimizer_by_name():
     from rsb_ffcv.learning.lamb import Lamb
 
     model = nn.Linear(3, 3)
@@ -112,7 +112,7 @@ def test_optimizers_by_name():
         build_optimizer("lam", model, lr=0.1, weight_decay=0, momentum=0.9)
 
 
-def test_the_average_follows_weights_and_batch_norm_statistics():
+def test_ema_averages_weights_and_batch_norm_statistics():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3)
     model = nn.Sequential(conv, nn.BatchNorm2d(4))
@@ -150,12 +150,12 @@ def test_blurpool_blurs_before_strided_convolutions_only():
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
-def test_an_unknown_model_is_named_with_its_neighbours():
+def test_unknown_model_error_suggests_similar_names():
     with pytest.raises(InputError, match="`arch`=resnet5 .*resnet50"):
         build_model("resnet5", 10)
 
 
-def test_a_model_that_cannot_take_the_resolution_is_named():
+def test_model_that_rejects_the_resolution_is_named():
     from rsb_ffcv.learning.model import check_input_size
 
     model = build_model("vit_tiny_patch16_224", 10)
@@ -167,7 +167,7 @@ def test_a_model_that_cannot_take_the_resolution_is_named():
         build_model("resnet50.nonsense", 10)
 
 
-# kind -> (epoch of 20, learning rate), reckoned by hand or by the sources named in `Schedule`
+# kind -> (epoch of 20, learning rate), computed by hand or with the sources named in `Schedule`
 GOLDEN = {
     "cosine": [(0, 0.01), (2, 1.0), (11, 0.55), (20, 0.1)],
     "polynomial": [(0, 0.01), (2, 1.0), (11, 0.325), (20, 0.1)],
@@ -179,7 +179,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
-def test_golden_learning_rates(kind):
+def test_learning_rates_equal_golden_values(kind):
     s = Schedule(
         kind=kind,
         peak=1.0,
@@ -197,7 +197,7 @@ def test_golden_learning_rates(kind):
         assert s.lr(1000 * epoch) == pytest.approx(rate, abs=2e-3 if epoch == 20 else 1e-6), epoch
 
 
-def test_the_tail_of_averaging_goes_down_to_its_rate_and_stays():
+def test_swa_tail_falls_to_its_rate_and_stays():
     s = Schedule(
         kind="cosine",
         peak=0.1,
@@ -215,7 +215,7 @@ def test_the_tail_of_averaging_goes_down_to_its_rate_and_stays():
     assert s.before_swa == plain.lr(900)
 
 
-def test_the_average_left_out_on_the_device_is_the_one_left_out_by_the_host():
+def test_ema_skip_on_the_device_equals_skip_on_the_host():
     torch.manual_seed(0)
     linear = nn.Linear(4, 4)
     model = nn.Sequential(linear, nn.BatchNorm1d(4))
@@ -233,7 +233,7 @@ def test_the_average_left_out_on_the_device_is_the_one_left_out_by_the_host():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_buffers_are_averaged_or_copied():
+def test_ema_buffers_are_averaged_or_copied():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     lerped, copied = Ema(model, 0.9), Ema(model, 0.9, buffers="copy")
     for _ in range(4):
@@ -248,7 +248,7 @@ def test_buffers_are_averaged_or_copied():
         assert average.module.get_buffer("1.num_batches_tracked") == 4
 
 
-def test_equal_average_and_its_batch_norm_are_torchs():
+def test_swa_and_its_batch_norm_equal_torch():
     from torch.optim.swa_utils import AveragedModel, update_bn
 
     torch.manual_seed(0)
@@ -269,7 +269,7 @@ def test_equal_average_and_its_batch_norm_are_torchs():
         for batch in images[:3]:
             ours.module(batch)
         ours.rounds = 3
-        resumed = Swa(model)  # killed here, and on from what was saved
+        resumed = Swa(model)  # interrupted here, and resumed from its state
         resumed.load_state_dict(ours.state_dict())
         resumed.resume_batch_norm()
         for batch in images[3:]:
@@ -285,9 +285,9 @@ def test_equal_average_and_its_batch_norm_are_torchs():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
 @pytest.mark.parametrize("overflows", [(), (0,), (0, 1), (3,)])
-def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
-    """As fused CUDA steps take it: told by the scaler on the device. What remains is a run of the
-    other steps alone."""
+def test_overflowed_steps_leave_no_trace_in_any_optimizer(name, overflows):
+    """As with fused CUDA steps, the scaler reports the overflow on the device. The result equals a
+    run of only the other steps."""
 
     def run(steps, scaled):
         torch.manual_seed(0)
@@ -309,7 +309,7 @@ def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
             scaler.update()
         return [parameter.detach() for parameter in model.parameters()]
 
-    # Memory that others have used: what is allocated and not set shows
+    # Fill memory with NaN and free it: a read of uninitialized memory then shows
     spoiled = [torch.full((2000,), float("nan")) for _ in range(50)]
     del spoiled
     ours, plain = (
@@ -321,8 +321,8 @@ def test_steps_that_overflowed_leave_no_trace_in_any_optimizer(name, overflows):
 
 
 @pytest.mark.parametrize("decay, warmup", [(0.9, False), (0.99, True), (0.5, True)])
-def test_the_initial_share_is_what_the_first_weights_still_weigh(decay, warmup):
-    """The weight is 1 at the first update and 0 from then on: the average is the share."""
+def test_initial_share_is_the_weight_of_the_first_weights(decay, warmup):
+    """The weight is 1 at the first update and 0 afterwards, so that its average is the share."""
     model = nn.Linear(1, 1, bias=False).double()
     ema = Ema(model, decay, warmup=warmup)
     for update in range(40):
@@ -336,8 +336,9 @@ def test_the_initial_share_is_what_the_first_weights_still_weigh(decay, warmup):
     assert ema.initial_share() == 1.0
 
 
-def test_the_recipes_average_is_judged_once_its_beginning_is_forgotten():
-    """EMA 0.9999 without warm-up, 625 steps an epoch: the share falls below 1 % in epoch 74."""
+def test_a2_average_is_judged_from_epoch_74():
+    """With an EMA of 0.9999 without warm-up and 625 steps per epoch, the share falls below 1 % in
+    epoch 74. From then on, the health check judges the average."""
     ema = Ema(nn.Linear(1, 1), 0.9999)
     shares = []
     for ema.updates in (625 * 20, 625 * 73, 625 * 74):

@@ -1,5 +1,5 @@
-"""What a batch holds is a function of (seed, epoch, batch): not of threads, ranks or what was read
-before."""
+"""The content of a batch is a function of (seed, epoch, batch). It does not depend on threads,
+ranks or earlier reads."""
 
 import ctypes
 import gc
@@ -64,7 +64,7 @@ def order(kind="random", seed=0, epoch=0, count=1000, window_bytes=1 << 40, size
     )
 
 
-def test_the_order_is_a_new_permutation_each_epoch():
+def test_each_epoch_has_a_new_permutation():
     for kind, window_bytes in (("random", 1), ("quasi_random", 4 << 20)):
         orders = [
             order(kind, *which, window_bytes=window_bytes).indices
@@ -79,9 +79,9 @@ def test_the_order_is_a_new_permutation_each_epoch():
     assert (order("sequential").indices == np.arange(1000)).all()
 
 
-def test_quasi_random_keeps_to_its_windows():
-    """Between two starts, only samples of the window's extents; every byte in one window; windows
-    no larger than asked."""
+def test_quasi_random_stays_within_its_windows():
+    """Between two starts are only samples of the window's extents. Every byte is in one window. No
+    window is larger than requested."""
     made = order("quasi_random", count=3000, window_bytes=10 << 20, size=60_000)
     assert 15 < len(made.starts) < 25 and made.starts[0] == 0
     first = 8192 + 60_000 * made.indices
@@ -93,24 +93,24 @@ def test_quasi_random_keeps_to_its_windows():
         assert (inside.sum(1) == 1).all()
         assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * RUN_BYTES
         assert extents[:, 1].max() <= RUN_BYTES + 60_000
-        assert (
-            abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3
-        )  # mixed within the window
+        # Shuffled within the window
+        assert abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3
     assert (order("quasi_random", window_bytes=1 << 40).indices == order("random").indices).all()
 
 
 def test_quasi_random_mixes_the_classes_of_a_sorted_file():
-    """1000 classes of 1300 images of 60 kB, class after class: what a batch of 256 holds (random
-    order: 226)."""
-    labels = np.repeat(np.arange(1000), 130)  # a tenth of ImageNet, windows a tenth of the default
+    """The number of classes in a batch of 256, for 1000 classes of 1300 images of 60 kB, sorted by
+    class. The random order gives 226."""
+    # A tenth of ImageNet, with windows of a tenth of the default size
+    labels = np.repeat(np.arange(1000), 130)
     made = order("quasi_random", count=len(labels), window_bytes=(1 << 30) // 10, size=60_000)
     batches = labels[made.indices][: len(labels) // 256 * 256].reshape(-1, 256)
     classes = [len(set(batch)) for batch in batches]
     assert np.mean(classes) > 75 and min(classes) > 50
 
 
-def test_repeated_augmentation_is_dealt_as_timms_sampler_does(monkeypatch):
-    """timm's RepeatAugSampler over 8 processes of 16 images, fed with our permutation."""
+def test_repeated_augmentation_equals_timms_sampler(monkeypatch):
+    """Against timm's RepeatAugSampler for 8 processes of 16 images, with the same permutation."""
     from timm.data.distributed_sampler import RepeatAugSampler
 
     permutation = order(count=1024).indices
@@ -125,7 +125,7 @@ def test_repeated_augmentation_is_dealt_as_timms_sampler_does(monkeypatch):
             assert (permutation[slots // 3] == theirs[place][16 * step : 16 * step + 16]).all()
 
 
-def test_the_groups_of_a_step_cover_its_slots_once():
+def test_groups_of_a_step_cover_its_slots_once():
     for repeats in (1, 3):
         slots = np.concatenate(
             [group_slots(2, place, batch_size=8, groups=4, repeats=repeats) for place in range(4)]
@@ -145,30 +145,31 @@ EVERYTHING = {
     "options",
     [{}, EVERYTHING, {"rand_augment": "3a"}, {"order": "quasi_random", "window_bytes": 100_000}],
 )
-def test_bytes_do_not_depend_on_the_number_of_threads(betons, options):
+def test_batches_are_independent_of_the_number_of_threads(betons, options):
     one = batches(loader(betons, num_workers=1, **options), 3)
     assert len(one) == 6
     for threads in (2, 4, 16):
         assert equal(one, batches(loader(betons, num_workers=threads, **options), 3))
 
 
-def test_copies_of_an_image_differ_and_count_for_others(betons):
-    """Repeats of 3: as many steps, a third of the images, each three times with three faces."""
+def test_repeats_of_an_image_differ_and_replace_others(betons):
+    """With 3 repeats, the number of steps is the same. An epoch has a third of the images, each
+    three times with different pixels."""
     made = loader(betons, repeats=3, global_batch=48, rand_augment="", interpolation="bilinear")
     order = epoch_order(
         "random", 0, 0, pointers=made.beton.pointers, sizes=made.beton.sizes, window_bytes=1
     ).indices
-    faces: dict[int, list] = {}
+    views: dict[int, list] = {}
     for images, labels, slots in made.epoch(0):
         indices = order[slots // 3]
         assert (made.beton.labels[indices] == labels.numpy()).all()
         for index, image in zip(indices, images):
-            faces.setdefault(index, []).append(image)
+            views.setdefault(index, []).append(image)
     made.close()
-    assert len(faces) == 32 and all(len(copies) == 3 for copies in faces.values())
+    assert len(views) == 32 and all(len(copies) == 3 for copies in views.values())
     assert all(
         not torch.equal(copies[i], copies[j])
-        for copies in faces.values()
+        for copies in views.values()
         for i, j in ((0, 1), (0, 2), (1, 2))
     )
 
@@ -180,7 +181,7 @@ def test_epochs_and_seeds_differ(betons):
     )
 
 
-def test_an_epoch_from_step_k_is_the_tail_of_the_epoch(betons):
+def test_epoch_from_step_k_equals_the_tail_of_the_epoch(betons):
     for options in (
         {"global_batch": 32},
         EVERYTHING,
@@ -199,10 +200,10 @@ def test_an_epoch_from_step_k_is_the_tail_of_the_epoch(betons):
     "options",
     [{}, EVERYTHING, {"order": "quasi_random", "window_bytes": 100_000}, {"order": "sequential"}],
 )
-def test_ranks_together_see_what_one_sees(betons, options):
+def test_ranks_together_equal_one_process(betons, options):
     options = {"batch_size": 8, "global_batch": 48, **options}
     alone = batches(loader(betons, **options), 0)
-    for world_size in (2, 3, 4, 5):  # the last two do not divide the 6 groups of a step
+    for world_size in (2, 3, 4, 5):  # 4 and 5 do not divide the 6 groups of a step
         ranks = [
             loader(betons, rank=rank, world_size=world_size, **options)
             for rank in range(world_size)
@@ -215,14 +216,14 @@ def test_ranks_together_see_what_one_sees(betons, options):
         assert not any(list(epoch) for epoch in epochs)
 
 
-def test_a_step_with_fewer_groups_than_processes_is_refused(betons):
+def test_step_with_fewer_groups_than_processes_is_refused(betons):
     with pytest.raises(InputError, match="`global_batch`=32: 2 groups of .*fewer than the 3 proc"):
         loader(betons, global_batch=32, world_size=3)
     with pytest.raises(InputError, match="`global_batch`=40 is not a multiple of `batch_size`=16"):
         loader(betons, global_batch=40)
 
 
-def test_draws_belong_to_slots_not_to_places_in_a_batch():
+def test_draws_depend_on_slots_not_on_batch_positions():
     from rsb_ffcv.loading.batch import erase_boxes
     from rsb_ffcv.ops.augment import ColorJitter, RandAugment
     from rsb_ffcv.ops.crop import RandomResizedCrop
@@ -247,12 +248,12 @@ def test_draws_belong_to_slots_not_to_places_in_a_batch():
     assert np.array_equal(boxes[0][20:], boxes[1]) and not np.array_equal(boxes[0][:44], boxes[1])
 
 
-def test_labels_belong_to_their_images(betons):
+def test_labels_match_their_images(betons):
     for images, labels, _ in batches(loader(betons, rand_augment=""), 0):
         assert torch.equal(images.float().mean((1, 2)).argmax(1), labels)
 
 
-def test_batches_may_be_kept(betons):
+def test_kept_batches_are_not_overwritten(betons):
     made = loader(betons)
     kept = list(made.epoch(0))
     copies = [batch.images.clone() for batch in kept]
@@ -260,7 +261,7 @@ def test_batches_may_be_kept(betons):
     assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies))
 
 
-def test_evaluation_counts_every_image_once_over_any_number_of_ranks(betons):
+def test_evaluation_yields_each_image_once_over_all_ranks(betons):
     alone = EvalLoader(
         betons / "val.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9
     )
@@ -288,7 +289,7 @@ def test_evaluation_counts_every_image_once_over_any_number_of_ranks(betons):
 
 
 def damage(betons, tmp_path, samples) -> None:
-    """tmp_path/train.beton with the middle of some samples overwritten."""
+    """Writes tmp_path/train.beton, in which the middle of the given samples is overwritten."""
     data = bytearray((betons / "train.beton").read_bytes())
     file = read_beton(betons / "train.beton")
     for sample in samples:
@@ -297,14 +298,14 @@ def damage(betons, tmp_path, samples) -> None:
     (tmp_path / "train.beton").write_bytes(data)
 
 
-def test_a_damaged_image_reaches_the_caller_with_its_number(betons, tmp_path):
+def test_damaged_image_error_names_its_sample(betons, tmp_path):
     damage(betons, tmp_path, [17])
     made = loader(tmp_path)
     with pytest.raises(
         InputError, match="sample 17 is damaged: its bytes do not match their checksum"
     ):
         list(made.epoch(0))
-    with pytest.raises(InputError, match="sample 17 "):  # and the loader lives on
+    with pytest.raises(InputError, match="sample 17 "):  # the loader stays usable
         list(made.epoch(1))
     evaluation = EvalLoader(
         tmp_path / "train.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9
@@ -316,7 +317,7 @@ def test_a_damaged_image_reaches_the_caller_with_its_number(betons, tmp_path):
 @pytest.mark.parametrize(
     "options", [{}, {"num_workers": 1}, {"global_batch": 32, "rank": 1, "world_size": 2}]
 )
-def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons, tmp_path, options):
+def test_skip_replaces_a_bad_image_by_the_next_readable_one(betons, tmp_path, options):
     bad = [3, 17, 40, 41, 77]
     damage(betons, tmp_path, bad)
     whole, made = loader(betons, **options), loader(tmp_path, on_bad_sample="skip", **options)
@@ -324,34 +325,34 @@ def test_skipping_replaces_a_bad_image_by_that_of_the_next_readable_slot(betons,
         "random", 0, 1, pointers=made.beton.pointers, sizes=made.beton.sizes, window_bytes=1
     ).indices
     named = set()
-    for sound, mended in zip(whole.epoch(1), made.epoch(1), strict=True):
-        assert np.array_equal(sound.slots, mended.slots)
-        for row, slot in enumerate(mended.slots):
-            same = torch.equal(sound[0][row], mended[0][row])
+    for intact, skipping in zip(whole.epoch(1), made.epoch(1), strict=True):
+        assert np.array_equal(intact.slots, skipping.slots)
+        for row, slot in enumerate(skipping.slots):
+            same = torch.equal(intact[0][row], skipping[0][row])
             assert same == (order[slot] not in bad)
             if not same:
                 named.add(int(order[slot]))
-                heir = next(
+                replacement = next(
                     order[(slot + k) % 96]
                     for k in range(1, 96)
                     if order[(slot + k) % 96] not in bad
                 )
-                assert mended[1][row] == made.beton.labels[heir]
+                assert skipping[1][row] == made.beton.labels[replacement]
     assert {index for index, reason in made.skipped} == named and all(
         "checksum" in reason for _, reason in made.skipped
     )
     list(made.epoch(0))
-    assert len(made.skipped) <= 5  # each epoch counts its own
+    assert len(made.skipped) <= 5  # counted for each epoch
     whole.close(), made.close()
 
 
-def test_a_file_of_damaged_images_ends_even_where_bad_ones_are_skipped(betons, tmp_path):
+def test_skip_fails_if_all_images_are_damaged(betons, tmp_path):
     damage(betons, tmp_path, range(96))
     with pytest.raises(InputError, match="the 95 samples that follow it cannot be read either"):
         list(loader(tmp_path, on_bad_sample="skip").epoch(0))
 
 
-def test_a_file_that_shrinks_while_it_is_read_gives_an_error(betons, tmp_path):
+def test_file_truncated_while_open_is_an_error(betons, tmp_path):
     (tmp_path / "train.beton").write_bytes((betons / "train.beton").read_bytes())
     made = loader(tmp_path)
     with open(tmp_path / "train.beton", "r+b") as file:
@@ -360,7 +361,7 @@ def test_a_file_that_shrinks_while_it_is_read_gives_an_error(betons, tmp_path):
         list(made.epoch(0))
 
 
-def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
+def test_epoch_after_an_early_close_is_complete(betons):
     made = loader(betons)
     epoch = made.epoch(0)
     next(epoch)
@@ -375,8 +376,11 @@ def test_closing_an_epoch_early_gives_up_what_was_begun(betons):
 
 
 class Held(DrawnOperation):
-    """Holds each image until `release` is set. begun: the slots, in the order in which threads came
-    to them; kept: whether an image's draws were the same before and after."""
+    """Blocks each image until `release` is set.
+
+    begun: the slots, in the order in which threads began them.
+    kept: for each image, whether its draws were the same before and after the wait.
+    """
 
     def __init__(self):
         super().__init__()
@@ -389,7 +393,7 @@ class Held(DrawnOperation):
             self.begun.append(before - 123456789)
             self.came.release()
             if not self.release.wait(60):
-                self.release.set()  # a defect: once is enough to wait
+                self.release.set()  # the test fails: do not wait again
             self.kept.append(before == draw[0])
             return 0
 
@@ -409,7 +413,7 @@ class Held(DrawnOperation):
         return ctypes.cast(self.kernel, ctypes.c_void_p).value
 
     def when_begun(self, images: int, action) -> threading.Thread:
-        """Calls `action` on a thread once so many images are held."""
+        """Calls `action` on a thread once this number of images is blocked."""
 
         def act():
             for _ in range(images):
@@ -421,22 +425,22 @@ class Held(DrawnOperation):
         return thread
 
 
-def test_closing_from_another_thread_lets_go_who_waits(betons):
+def test_close_from_another_thread_wakes_the_waiting_one(betons):
     held = Held()
     made = loader(betons, ops=[held], num_workers=1)
     closing = held.when_begun(1, made.close)
     with pytest.raises(RuntimeError, match="closed"):
         next(made.epoch(0))
-    assert closing.is_alive()  # until the image is done, which who waited is not held up by
+    assert closing.is_alive()  # close() waits for the image in progress; next() did not
     held.release.set()
     closing.join()
     made.close()
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_overwritten_stretches_never_become_images(betons, tmp_path, seed):
-    """Random bytes over a random stretch: the file is refused, or every image delivered is the
-    undamaged one's."""
+def test_overwritten_ranges_never_become_images(betons, tmp_path, seed):
+    """Random bytes overwrite a random range. Either the file is refused, or every image equals the
+    undamaged one."""
     rng, data = np.random.default_rng(seed), np.fromfile(betons / "train.beton", np.uint8)
     file = read_beton(betons / "train.beton")
     table = int(data[:24].view(HEADER)["alloc_table_ptr"][0])
@@ -453,19 +457,19 @@ def test_overwritten_stretches_never_become_images(betons, tmp_path, seed):
         made = loader(tmp_path, on_bad_sample="skip", rand_augment="")
     except InputError:
         return
-    sound, order = (
+    intact, order = (
         loader(betons, rand_augment=""),
         epoch_order(
             "random", 0, 0, pointers=file.pointers, sizes=file.sizes, window_bytes=1
         ).indices,
     )
-    for given, expected in zip(made.epoch(0), sound.epoch(0)):
+    for given, expected in zip(made.epoch(0), intact.epoch(0)):
         bad = {index for index, _ in made.skipped}
         rows = [row for row, slot in enumerate(given.slots) if order[slot] not in bad]
         assert torch.equal(given.images[rows], expected.images[rows])
         assert torch.equal(given.labels[rows], expected.labels[rows])
     assert len(made.skipped) <= 1 + length // 500
-    made.close(), sound.close()
+    made.close(), intact.close()
 
 
 def threads() -> int:
@@ -473,8 +477,8 @@ def threads() -> int:
 
 
 def has_threads(expected: int) -> bool:
-    """Whether this process has so many, or soon has: the kernel lists one a little longer than it
-    can be joined."""
+    """Whether this process has, or soon has, this number of threads. The kernel still lists a
+    thread for a short time after it was joined."""
     until = time.monotonic() + 60
     while threads() != expected and time.monotonic() < until:
         time.sleep(0.001)
@@ -484,7 +488,7 @@ def has_threads(expected: int) -> bool:
 def test_close_and_garbage_collection_end_every_thread(betons):
     list(loader(betons).epoch(0))
     gc.collect()
-    time.sleep(0.1)  # for what earlier tests have left, likewise
+    time.sleep(0.1)  # threads of earlier tests may still be listed as well
     before = threads()
     made = loader(betons, num_workers=5)
     assert threads() == before + 5
@@ -511,8 +515,8 @@ def test_memory_is_flat_over_many_epochs(betons):
     assert np.mean(resident[80:]) - np.mean(resident[20:40]) < 2e6
 
 
-def test_the_resolution_may_change_between_epochs_at_once(betons):
-    """Without compiling anything, and on the same threads."""
+def test_resolution_can_change_between_epochs(betons):
+    """Nothing is compiled, and the threads stay the same."""
     made = loader(betons)
     list(made.epoch(0))
     before = set(os.listdir("/proc/self/task"))
@@ -542,8 +546,7 @@ def paint(image, height, width, draw, scratch):
 
 
 class Paint(DrawnOperation):
-    """An op of a user, in numba: the whole image takes the slot's number as its colour; slot 13 is
-    refused."""
+    """A user-defined op in numba. Fills the image with the slot's number, and refuses slot 13."""
 
     def draw(self, address, heights, widths):
         return address.slots
@@ -552,7 +555,7 @@ class Paint(DrawnOperation):
         return paint.address
 
 
-def test_an_op_of_ones_own_takes_part(betons):
+def test_user_defined_op_is_applied(betons):
     made = loader(betons, ops=[Paint()])
     epoch = made.epoch(0, start_step=1)
     for number, (images, _, slots) in enumerate(epoch, 1):
@@ -566,7 +569,7 @@ def test_an_op_of_ones_own_takes_part(betons):
     made.close()
 
 
-def test_a_status_of_ones_own_is_told(betons):
+def test_user_defined_status_is_reported(betons):
     refuse = numba.cfunc(
         numba.int32(
             numba.types.CPointer(numba.uint8),
@@ -589,8 +592,8 @@ def test_a_status_of_ones_own_is_told(betons):
     made.close()
 
 
-def test_a_loader_that_stands_still_says_so(betons):
-    """In a process of its own: a stuck thread cannot be ended."""
+def test_stalled_loader_raises(betons):
+    """In a separate process, because a stuck thread cannot be ended."""
     code = textwrap.dedent(f"""
         import ctypes, threading
         from rsb_ffcv.loading import TrainLoader, pool
@@ -610,7 +613,7 @@ def test_a_loader_that_stands_still_says_so(betons):
         except RuntimeError as error:
             print("said:", error, flush=True)
         import os
-        os._exit(0)  # the interpreter itself would wait for the two stuck calls into it
+        os._exit(0)  # the interpreter would wait for its two stuck calls
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (
@@ -619,22 +622,21 @@ def test_a_loader_that_stands_still_says_so(betons):
     assert "Current thread" in done.stderr
 
 
-def test_what_threads_still_work_on_outlives_a_close_from_elsewhere(betons):
+def test_memory_in_use_outlives_a_close_from_another_thread(betons):
     held = Held()
     made = loader(betons, batch_size=2, ops=[held])
     closing = held.when_begun(2, made.close)
     with pytest.raises(RuntimeError, match="closed"):
         next(made.epoch(0))
     gc.collect()
-    kept = [
-        np.full(size, 7, np.int64) for size in (2, 8, 16, 64, 500) for _ in range(300)
-    ]  # takes freed memory, if any is
+    # Overwrites freed memory, if there is any
+    kept = [np.full(size, 7, np.int64) for size in (2, 8, 16, 64, 500) for _ in range(300)]
     held.release.set()
     closing.join()
     assert len(kept) == 1500 and held.kept == [True, True]
 
 
-def test_an_interrupted_wait_leaves_the_batch_to_its_threads(betons, monkeypatch):
+def test_interrupted_wait_keeps_the_batch_for_its_threads(betons, monkeypatch):
     held = Held()
     made = loader(betons, batch_size=2, ops=[held])
     epoch = made.epoch(0)
@@ -645,14 +647,14 @@ def test_an_interrupted_wait_leaves_the_batch_to_its_threads(betons, monkeypatch
     monkeypatch.setattr(made._pool, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(epoch)
-    assert made._pool._state.held  # nobody else has a word for these batches
+    assert made._pool._state.held  # the only reference to these batches
     monkeypatch.undo()
     held.release.set()
     made.close()
     assert not made._pool._state.held and all(held.kept)
 
 
-def test_open_epochs_end_quietly_with_a_cycle_and_with_the_interpreter(betons):
+def test_open_epochs_end_silently_in_cycles_and_at_exit(betons):
     code = textwrap.dedent(f"""
         import gc
         from rsb_ffcv.loading import TrainLoader
@@ -674,9 +676,7 @@ def test_open_epochs_end_quietly_with_a_cycle_and_with_the_interpreter(betons):
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
-def test_the_replacement_of_a_bad_image_is_begun_before_all_that_was_begun_ahead(
-    betons, tmp_path, monkeypatch
-):
+def test_replacement_of_a_bad_image_precedes_prefetched_images(betons, tmp_path, monkeypatch):
     data, file = (
         bytearray((betons / "train.beton").read_bytes()),
         read_beton(betons / "train.beton"),
@@ -700,9 +700,9 @@ def test_the_replacement_of_a_bad_image_is_begun_before_all_that_was_begun_ahead
     made.close()
 
 
-def test_slow_images_are_not_taken_for_a_standstill(betons, monkeypatch):
-    """Any image that gets done counts. The wait for the core is replaced: its 0.2 s pass at once,
-    and every third call waits until one image more is done."""
+def test_slow_images_are_not_a_stall(betons, monkeypatch):
+    """Any finished image restarts the timer. The core's wait is replaced: its 0.2 s pass at once,
+    and every third call waits until one more image is finished."""
     calls, turns = [], threading.Semaphore(0)
 
     class Library:
@@ -731,14 +731,14 @@ def test_slow_images_are_not_taken_for_a_standstill(betons, monkeypatch):
     made = loader(betons, batch_size=16, num_workers=1, ops=[InTurn()])
     epoch = made.epoch(0)
     next(epoch)
-    assert 3 * 16 <= len(calls) <= 3 * 16 + 1 and set(calls) == {200}  # 9.6 s by its count
+    assert 3 * 16 <= len(calls) <= 3 * 16 + 1 and set(calls) == {200}  # 9.6 s, as the loader counts
     turns.release(1000)
     monkeypatch.undo()
     epoch.close()
     made.close()
 
 
-def test_a_forked_process_is_told_that_it_has_no_threads(betons):
+def test_forked_process_raises_instead_of_hanging(betons):
     made = loader(betons)
     child = os.fork()
     if child == 0:
@@ -773,12 +773,12 @@ def test_a_forked_process_is_told_that_it_has_no_threads(betons):
         ({"flip_prob": float("nan")}, "flip_prob=nan"),
     ],
 )
-def test_wrong_settings_are_named(betons, options, message):
+def test_invalid_settings_are_named(betons, options, message):
     with pytest.raises(InputError, match=message):
         loader(betons, **options)
 
 
-def test_a_file_that_does_not_fit_in_memory_is_refused_before_it_is_read(betons, monkeypatch):
+def test_preload_refuses_a_file_larger_than_free_memory(betons, monkeypatch):
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())

@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other, in two processes of their own."""
+"""Communication between the processes of a job, with two real processes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ dist.destroy_process_group()
 
 
 def in_two_processes(code: str) -> list:
-    """What `code`, run as two processes of a job, prints as JSON on each."""
+    """Runs `code` as two processes of a job. Returns what each prints as JSON."""
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(a_free_port())}
     processes = [
         subprocess.Popen(
@@ -40,8 +40,8 @@ def in_two_processes(code: str) -> list:
     return [json.loads(answer) for answer in answers]
 
 
-def test_a_wish_that_is_granted_is_not_granted_twice():
-    """A timed save is due on both processes until it is done: here the second process notices a
+def test_granted_vote_is_not_granted_twice():
+    """A timed save is due on both processes until it is done. The second process notices it one
     step after the first."""
     granted = in_two_processes("""
 from rsb_ffcv.training.processes import Votes

@@ -1,4 +1,4 @@
-"""Work on threads comes back in order, with its errors, and never hangs without a word."""
+"""Results and errors of worker threads come in order, and a thread that hangs is an error."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_results_come_in_order_and_not_far_ahead(threads):
+def test_results_are_ordered_and_prefetch_is_bounded(threads):
     begun = []
 
     def slow_at_times(item):
@@ -32,7 +32,7 @@ def test_results_come_in_order_and_not_far_ahead(threads):
 
 
 @pytest.mark.parametrize("error", [ValueError, TimeoutError, SystemExit, KeyboardInterrupt])
-def test_an_error_comes_in_its_turn_and_ends_the_threads(error):
+def test_error_is_raised_in_order_and_ends_the_threads(error):
     def fails(item):
         if item == 5:
             raise error("at 5")
@@ -45,9 +45,9 @@ def test_an_error_comes_in_its_turn_and_ends_the_threads(error):
     assert seen == [0, 1, 2, 3, 4] and set(threading.enumerate()) <= before
 
 
-def test_a_thread_that_hangs_ends_the_program_with_its_reason():
-    """Also where it hangs for ever: the program's end does not wait for it. The others have not
-    begun by then: however slow the machine is, it is the one that is waited for."""
+def test_hanging_thread_ends_the_program_with_a_reason():
+    """Even if it hangs forever: the program's exit does not wait for it. The other items begin only
+    after it hangs, so that it is the one waited for, however slow the machine is."""
     code = f"""
         import sys, threading
         sys.path.insert(0, {str(ROOT)!r})
@@ -67,14 +67,14 @@ def test_a_thread_that_hangs_ends_the_program_with_its_reason():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 2 and "in hangs" in done.stderr  # its stack
+    assert done.returncode == 2 and "in hangs" in done.stderr  # the thread's stack
     assert done.stderr.splitlines()[-1].startswith(
         "error: picture 3: a worker has not come back from it for"
     )
 
 
-def test_leaving_early_gives_up_what_is_not_begun(monkeypatch):
-    """The threads are held at their second items until all that follow have been given up."""
+def test_early_exit_cancels_items_that_have_not_begun(monkeypatch):
+    """The threads block at their second items until all later items are cancelled."""
     begun, futures, given_up = [], [], threading.Event()
 
     class Noted(Future):
@@ -90,7 +90,7 @@ def test_leaving_early_gives_up_what_is_not_begun(monkeypatch):
     def work(item):
         begun.append(item)
         if item and not given_up.wait(60):
-            given_up.set()  # a defect: once is enough to wait
+            given_up.set()  # the test fails: do not wait again
 
     monkeypatch.setattr(workers, "Future", Noted)
     results = ordered(work, range(1000), threads=2, ahead=1000)
@@ -102,8 +102,8 @@ def test_leaving_early_gives_up_what_is_not_begun(monkeypatch):
             pass
 
 
-def test_a_program_with_a_bar_that_is_killed_leaves_nothing_that_complains():
-    """With the way of starting processes that is Python 3.14's default."""
+def test_exit_with_a_progress_bar_prints_no_resource_warning():
+    """With the start method forkserver, Python 3.14's default."""
     code = f"""
         import multiprocessing, os, sys
         sys.path.insert(0, {str(ROOT)!r})
