@@ -1,5 +1,5 @@
-"""Every way people own ImageNet gives the same labelled images, and what is wrong with one is told
-by name."""
+"""Every supported form of ImageNet gives the same labelled images, and errors name the file that is
+wrong."""
 
 import errno
 import functools
@@ -91,7 +91,7 @@ def test_every_form_gives_the_same_labelled_images(form, tmp_path):
         assert about.source["dataset"] == dataset and about.source["split"] == split
 
 
-def test_a_tar_of_folders_is_read_in_place(tmp_path):
+def test_tar_of_folders_is_read_in_place(tmp_path):
     out = write(
         tmp_path, Place(dataset="imagenet", data_dir=str(sources.tar_of_folders(tmp_path / "in")))
     )
@@ -117,7 +117,7 @@ def test_a_tar_of_folders_is_read_in_place(tmp_path):
         )
 
 
-def test_a_callable_of_pairs(tmp_path, monkeypatch):
+def test_callable_gives_pairs_of_path_and_class(tmp_path, monkeypatch):
     sources.lists(tmp_path / "in", numbers=False, head=True)
     (tmp_path / "my_data.py").write_text(
         "def pairs(split):\n    return [line.split(',') for line in "
@@ -134,7 +134,7 @@ def test_a_callable_of_pairs(tmp_path, monkeypatch):
             write(tmp_path, Place(dataset="callable", data_dir="in", callable=wrong))
 
 
-def test_imagenette_as_unpacked(tmp_path):
+def test_unpacked_imagenette_is_read(tmp_path):
     from torchvision.datasets import Imagenette
 
     wnids = sorted(Imagenette._WNID_TO_CLASS)
@@ -159,7 +159,7 @@ def test_imagenette_as_unpacked(tmp_path):
     )
 
 
-def test_class_names_may_be_given(tmp_path):
+def test_class_names_can_be_given(tmp_path):
     sources.webdataset(tmp_path / "in")
     (tmp_path / "names.txt").write_text("\n".join(WNIDS))
     out = write(
@@ -184,13 +184,14 @@ def test_class_names_may_be_given(tmp_path):
         )
 
 
-# ---- remote
-# --------------------------------------------------------------------------------------------------
+# ---- remote --------------------------------------------------------------------------------------
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A web server of one folder that answers requests for parts, as object stores do. lost: how
-    many of the next requests it cuts off."""
+    """A web server of one folder that answers range requests, as object stores do.
+
+    lost: the number of following requests whose connections it closes.
+    """
 
     lost = 0
 
@@ -209,12 +210,13 @@ class Server(http.server.ThreadingHTTPServer):
                     self.connection.close()
                     return
                 path = self.translate_path(self.path)
-                wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                if not wanted or not os.path.isfile(path):
+                requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                if not requested or not os.path.isfile(path):
                     super().do_GET()
                     return
                 data = Path(path).read_bytes()
-                first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+                first = int(requested[1])
+                last = min(int(requested[2] or len(data)), len(data) - 1)
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
                 self.send_header("Content-Length", str(last - first + 1))
@@ -235,7 +237,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_):
-        pass  # a client that has gone
+        pass  # a client has disconnected
 
 
 @pytest.fixture
@@ -261,7 +263,7 @@ def server(tmp_path):
         "tiny imagenet",
     ],
 )
-def test_any_form_is_read_from_a_web_server(form, tmp_path, server):
+def test_forms_are_read_from_a_web_server(form, tmp_path, server):
     make, dataset, pattern = FORMS[form]
     shutil.rmtree(tmp_path / "in")
     make(tmp_path / "in")
@@ -269,7 +271,7 @@ def test_any_form_is_read_from_a_web_server(form, tmp_path, server):
     assert all(contents(out / f"{split}.beton") == expected(split) for split in ("train", "val"))
 
 
-def test_files_of_memory_and_file_urls(tmp_path):
+def test_memory_and_file_urls_are_read(tmp_path):
     import fsspec
 
     sources.folders(tmp_path / "in")
@@ -280,9 +282,7 @@ def test_files_of_memory_and_file_urls(tmp_path):
     assert contents(out / "val.beton") == expected("val")
 
 
-def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(
-    tmp_path, server, monkeypatch, capsys
-):
+def test_lost_network_is_one_error_line_and_a_rerun_resumes(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setattr(files, "PAUSE", 0.01)
     shutil.rmtree(tmp_path / "in")
     sources.webdataset(tmp_path / "in")
@@ -290,7 +290,7 @@ def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(
         dataset="webdataset", data_dir=f"{server.url}/in/imagenet-{{split}}-{{0000..0001}}.tar"
     )
     whole = (write(tmp_path / "whole", place, "train") / "train.beton").read_bytes()
-    server.lost = 2  # fewer than the tries
+    server.lost = 2  # fewer than the attempts
     assert (write(tmp_path / "hiccup", place, "train") / "train.beton").read_bytes() == whole
 
     real, calls = files.Remote.read, []
@@ -306,7 +306,8 @@ def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(
         with pytest.raises(
             InputError, match=r"127.0.0.1.*cannot be reached.*the same command again"
         ):
-            # A lost network is no bad picture. One thread: the pictures before call 20 are done
+            # A lost network is not a bad image, despite skip=True. With one thread, the images
+            # before call 20 are finished
             write(tmp_path / "lost", place, "train", num_workers=1, skip=True, max_skipped=1.0)
     assert not (tmp_path / "lost/out/train.beton").exists()
     server.lost = 0
@@ -314,7 +315,7 @@ def test_a_lost_network_ends_in_one_line_and_the_same_command_goes_on(
     assert "going on after" in capsys.readouterr().out
 
 
-def test_a_server_that_sends_whole_files_is_told_of(tmp_path, server, monkeypatch):
+def test_server_without_range_requests_is_an_error(tmp_path, server, monkeypatch):
     shutil.rmtree(tmp_path / "in")
     sources.webdataset(tmp_path / "in")
     remote = files.Remote(f"{server.url}/in")
@@ -323,17 +324,16 @@ def test_a_server_that_sends_whole_files_is_told_of(tmp_path, server, monkeypatc
         remote.read("imagenet-train-0000.tar", 0, 100)
 
 
-def test_an_unknown_protocol_is_named():
+def test_unknown_protocol_is_named():
     with pytest.raises(InputError, match="`data_dir`=nonsense://"):
         write_splits(Place(dataset="imagenet", data_dir="nonsense://bucket/x"), "out/")
 
 
-# ---- faults
-# --------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def with_fault(root: Path, fault: str) -> str:
-    """Puts a picture with a fault among others; its name."""
+    """Writes a folder of images, one of which has a fault. Returns the name of that file."""
     sources.folders(root)
     path = root / "train" / WNIDS[1] / "fault.JPEG"
     whole = sources.jpeg(1, 5)
@@ -388,7 +388,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_picture_ends_the_work_by_name_or_is_left_out_and_reported(fault, tmp_path, capsys):
+def test_bad_image_is_an_error_or_skipped_and_reported(fault, tmp_path, capsys):
     name = with_fault(tmp_path / "in", fault)
     place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
     with pytest.raises(InputError, match=f"{name}.*{FAULTS[fault]}"):
@@ -414,7 +414,7 @@ def test_a_bad_picture_ends_the_work_by_name_or_is_left_out_and_reported(fault, 
     assert read_beton(out / "train.beton").about.counts["left out"] == 1
 
 
-def test_links_may_be_followed(tmp_path):
+def test_links_are_followed_if_allowed(tmp_path):
     for fault in ("link out of the tree", "folder linked out of the tree"):
         with_fault(tmp_path / fault, fault)
         out = write(
@@ -423,7 +423,9 @@ def test_links_may_be_followed(tmp_path):
             "train",
         )
         assert len(read_beton(out / "train.beton")) == 13
-    (tmp_path / "named").symlink_to(tmp_path / "link out of the tree")  # the root itself may be one
+    (tmp_path / "named").symlink_to(
+        tmp_path / "link out of the tree"
+    )  # the root itself may be a link
     (tmp_path / "link out of the tree/train" / WNIDS[1] / "fault.JPEG").unlink()
     assert (
         len(
@@ -440,7 +442,7 @@ def test_links_may_be_followed(tmp_path):
     )
 
 
-def test_a_raised_limit_lets_a_large_picture_in(tmp_path):
+def test_max_pixels_can_be_raised(tmp_path):
     with_fault(tmp_path / "in", "none")
     stream = io.BytesIO()
     Image.new("L", (30000, 40)).save(stream, "PNG")
@@ -448,14 +450,13 @@ def test_a_raised_limit_lets_a_large_picture_in(tmp_path):
     place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
     with pytest.raises(InputError, match="30000 x 40 pixels are more than `max_pixels`=1000000"):
         write(tmp_path, place, "train", encoding=Encoding(max_pixels=10**6))
-    out = write(
-        tmp_path, place, "train", encoding=Encoding(max_pixels=2 * 10**6)
-    )  # and goes on where that one ended
+    # Resumes where that call ended
+    out = write(tmp_path, place, "train", encoding=Encoding(max_pixels=2 * 10**6))
     assert read_beton(out / "train.beton").widths.max() == 30000
 
 
 def exotic(kind: str) -> tuple[str, bytes]:
-    """Pictures that are no plain JPEG: (suffix, bytes)."""
+    """An image that is not a plain JPEG: (suffix, bytes)."""
     stream = io.BytesIO()
     picture = Image.fromarray(np.full((24, 32, 3), (200, 120, 40), np.uint8))
     if kind == "CMYK":
@@ -475,7 +476,7 @@ def exotic(kind: str) -> tuple[str, bytes]:
 @pytest.mark.parametrize(
     "kind", ["CMYK", "16-bit PNG", "PNG named JPEG", *(f"EXIF {turn}" for turn in range(1, 9))]
 )
-def test_what_cannot_stay_as_it_is_is_encoded_upright(kind, tmp_path):
+def test_images_that_cannot_pass_through_are_encoded_upright(kind, tmp_path):
     suffix, data = exotic(kind)
     sources.folders(tmp_path / "in")
     put(tmp_path / "in/train" / WNIDS[0] / f"0{suffix}", data)  # the first of its class
@@ -503,7 +504,7 @@ def test_what_cannot_stay_as_it_is_is_encoded_upright(kind, tmp_path):
         {"comment": b"x" * 5000},
     ],
 )
-def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
+def test_jpegs_pass_through_unchanged(save, tmp_path):
     sources.folders(tmp_path / "in")
     pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
     for number, picture in enumerate((pixels, pixels[..., 0])):
@@ -528,7 +529,7 @@ def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
     )
     assert read_beton(out / "train.beton").about.counts["encoded"] == 2
     out = write(
-        tmp_path / "anew",
+        tmp_path / "encoded",
         Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
         "train",
         encoding=Encoding(pass_through=False),
@@ -536,7 +537,7 @@ def test_jpegs_that_need_no_change_keep_their_bytes(save, tmp_path):
     assert read_beton(out / "train.beton").about.counts["kept"] == 0
 
 
-def test_unicode_and_very_long_names_stay(tmp_path):
+def test_unicode_and_very_long_names_are_kept(tmp_path):
     sources.folders(tmp_path / "in")
     names = [
         "päärynä 梨 🍐.jpg",
@@ -550,7 +551,7 @@ def test_unicode_and_very_long_names_stay(tmp_path):
     assert {f"{WNIDS[0]}/{name}" for name in names} <= set(read_beton(out / "train.beton").names())
 
 
-def test_a_name_that_stands_twice_is_a_fault(tmp_path):
+def test_duplicate_name_is_an_error(tmp_path):
     sources.lists(tmp_path / "in", numbers=False, head=True)
     with open(tmp_path / "in/train.csv", "a") as file:
         file.write(f"files/{WNIDS[0]}_0.JPEG,{WNIDS[1]}\n")
@@ -566,7 +567,7 @@ def test_a_name_that_stands_twice_is_a_fault(tmp_path):
     assert contents(out / "train.beton") == expected("train")
 
 
-def test_equal_pictures_are_counted(tmp_path, capsys):
+def test_duplicate_images_are_counted(tmp_path, capsys):
     sources.folders(tmp_path / "in")
     put(tmp_path / "in/train" / WNIDS[2] / "copy.jpg", sources.jpeg(0, 1))
     write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
@@ -576,14 +577,13 @@ def test_equal_pictures_are_counted(tmp_path, capsys):
     )
 
 
-# ---- archives and lists that are not what they should be
-# ---------------------------------------------------------------
+# ---- invalid archives and lists ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "member", ["../escape.jpg", "/absolute.jpg", f"{WNIDS[0]}/../../escape.jpg"]
 )
-def test_an_archives_member_cannot_leave_it(member, tmp_path):
+def test_archive_member_cannot_leave_the_archive(member, tmp_path):
     put_tar(
         tmp_path / "x.tar",
         [(member, sources.jpeg(0, 0)), (f"{WNIDS[0]}/1.jpg", sources.jpeg(0, 1))],
@@ -618,7 +618,7 @@ def test_links_in_archives_are_not_followed(tmp_path):
         "a\\..\\..\\b",
     ],
 )
-def test_a_lists_path_cannot_leave_its_folder(path, tmp_path):
+def test_listed_path_cannot_leave_its_folder(path, tmp_path):
     sources.lists(tmp_path / "in", numbers=False, head=False)
     with open(tmp_path / "in/train.csv", "a") as file:
         file.write(f"{path},{WNIDS[0]}\n")
@@ -627,7 +627,7 @@ def test_a_lists_path_cannot_leave_its_folder(path, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "compressed", "text"])
-def test_a_damaged_archive_is_named(damage, tmp_path):
+def test_damaged_archive_is_named(damage, tmp_path):
     sources.archives(tmp_path / "in")
     path = tmp_path / "in/ILSVRC2012_img_val.tar"
     whole = path.read_bytes()
@@ -676,7 +676,7 @@ def test_missing_parts_of_a_source_are_named(tmp_path):
         write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "absent")))
 
 
-def test_a_sample_without_a_label_is_a_fault(tmp_path):
+def test_sample_without_a_label_is_an_error(tmp_path):
     sources.webdataset(tmp_path / "in")
     with tarfile.open(tmp_path / "in/imagenet-train-0001.tar", "a") as archive:
         for name, data in (("train/zz.jpg", sources.jpeg(0, 9)), ("train/notes.txt", b"x")):
@@ -695,7 +695,7 @@ def test_a_sample_without_a_label_is_a_fault(tmp_path):
     assert contents(out / "train.beton") == expected("train")
 
 
-def test_parquet_that_is_not_one_of_images_is_named(tmp_path):
+def test_parquet_without_labelled_images_is_named(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet as pq
 
@@ -720,7 +720,7 @@ def test_parquet_that_is_not_one_of_images_is_named(tmp_path):
     assert [label for label, _ in contents(out / "train.beton")] == [0, 2]
 
 
-def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_missing_dataset_is_one_error_line(tmp_path, monkeypatch):
     import datasets
 
     def offline(*_, **__):
@@ -733,7 +733,7 @@ def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         write(tmp_path, Place(dataset="datasets", data_dir="nobody/nothing"))
 
 
-def test_local_reads_tell_a_lost_mount_from_a_bad_file(tmp_path, monkeypatch):
+def test_lost_mount_is_not_a_bad_file(tmp_path, monkeypatch):
     sources.folders(tmp_path / "in")
 
     def stale(*_):
@@ -746,7 +746,7 @@ def test_local_reads_tell_a_lost_mount_from_a_bad_file(tmp_path, monkeypatch):
     assert raised.type is InputError
 
 
-def test_what_a_devkit_says_of_other_classes_is_refused(tmp_path):
+def test_devkit_of_other_classes_is_refused(tmp_path):
     sources.archives(tmp_path / "in", mat=False, packed=False)
     table = tmp_path / "in/ILSVRC2012_devkit_t12/data/map_clsloc.txt"
     table.write_text(table.read_text().replace(WNIDS[2], "n09999999"))
@@ -757,7 +757,7 @@ def test_what_a_devkit_says_of_other_classes_is_refused(tmp_path):
         write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "in")))
 
 
-def test_titles_are_the_sources_own(tmp_path):
+def test_titles_come_from_the_source(tmp_path):
     sources.kaggle(tmp_path / "in")
     assert (
         read_beton(
@@ -767,12 +767,11 @@ def test_titles_are_the_sources_own(tmp_path):
     )
 
 
-# ---- what a hostile reading of the code has found
-# ---------------------------------------------------------------------
+# ---- found in adversarial reviews ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "extended", "PNG"])
-def test_damage_is_seen_also_in_what_is_no_plain_jpeg(kind, tmp_path):
+def test_damage_is_detected_in_other_formats(kind, tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8))
     stream = io.BytesIO()
@@ -791,15 +790,14 @@ def test_damage_is_seen_also_in_what_is_no_plain_jpeg(kind, tmp_path):
         if kind == "PNG":
             damaged[at] ^= 1 << int(rng.integers(8))
         else:
-            damaged[at : at + 2] = (
-                b"\xff\xd9"  # ends early; other damage may by chance decode to something
-            )
+            # An early end marker: other damage may decode by chance
+            damaged[at : at + 2] = b"\xff\xd9"
         with pytest.raises(InputError, match="x: not a readable picture"):
             encoding.store(0, bytes(damaged), "x")
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_a_tiff_is_turned_once(turn):
+def test_tiff_orientation_is_applied_once(turn):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16] = 255
     stream = io.BytesIO()
@@ -821,7 +819,8 @@ def test_a_tiff_is_turned_once(turn):
     assert np.array_equal(load_rgb(stream.getvalue(), "x"), upright)
 
 
-def test_formats_that_start_programs_or_hide_their_size_are_not_opened():
+def test_unsafe_formats_are_not_opened():
+    """ICO hides the size of its images, EPS starts a program."""
     stream = io.BytesIO()
     Image.new("RGB", (64, 64)).save(stream, "ICO")
     for data in (stream.getvalue(), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
@@ -829,7 +828,7 @@ def test_formats_that_start_programs_or_hide_their_size_are_not_opened():
             Encoding().store(0, data, "x")
 
 
-def test_other_pictures_under_the_same_names_are_noticed(tmp_path, capsys):
+def test_changed_images_under_the_same_names_are_detected(tmp_path, capsys):
     from rsb_ffcv.dataset import writer
 
     for root, side in (("one", 40), ("two", 30)):
@@ -849,28 +848,25 @@ def test_other_pictures_under_the_same_names_are_noticed(tmp_path, capsys):
             raise InputError("stopped")
         real(self, index, *rest)
 
-    writer._Part.add = killed  # type: ignore[method-assign]  # put back below
+    writer._Part.add = killed  # type: ignore[method-assign]  # restored below
     try:
         with pytest.raises(InputError, match="stopped"):
             write(tmp_path / "x", one, "train")
     finally:
-        writer._Part.add = real  # type: ignore[method-assign]  # what was there before
-    with pytest.raises(
-        InputError, match="begun from other pictures"
-    ):  # another size and time of the first
+        writer._Part.add = real  # type: ignore[method-assign]
+    # The first image has another size and time
+    with pytest.raises(InputError, match="begun from other pictures"):
         write(tmp_path / "x", two, "train")
     replaced = tmp_path / "one" / "train" / WNIDS[0] / "10.jpg"
     replaced.write_bytes(sources.jpeg(0, 11, 50))
     assert len(read_beton(write(tmp_path / "x", one, "train") / "train.beton")) == 30
-    assert "going on after 10 of 30" in capsys.readouterr().out  # from the replaced one on
+    assert "going on after 10 of 30" in capsys.readouterr().out  # from the replaced image on
     assert (tmp_path / "x/out/train.beton").read_bytes() == (
         write(tmp_path / "y", one, "train") / "train.beton"
     ).read_bytes()
 
 
-def test_a_shorter_list_than_it_was_begun_with_gives_the_bytes_of_the_shorter_list(
-    tmp_path, monkeypatch
-):
+def test_rerun_with_a_smaller_subset_equals_a_fresh_run(tmp_path, monkeypatch):
     from rsb_ffcv.dataset import writer
 
     sources.folders(tmp_path / "in")
@@ -888,7 +884,7 @@ def test_a_shorter_list_than_it_was_begun_with_gives_the_bytes_of_the_shorter_li
     ).read_bytes()
 
 
-def test_a_folder_that_vanishes_is_no_bad_picture(tmp_path):
+def test_removed_folder_is_not_a_bad_image(tmp_path):
     sources.folders(tmp_path / "in")
     local = files.Local(str(tmp_path / "in"), False)
     name = f"train/{WNIDS[0]}/{WNIDS[0]}_0.JPEG"
@@ -898,7 +894,7 @@ def test_a_folder_that_vanishes_is_no_bad_picture(tmp_path):
     assert raised.type is InputError
 
 
-def test_too_many_open_files_and_too_little_memory_are_no_bad_pictures(tmp_path, monkeypatch):
+def test_exhausted_resources_are_not_a_bad_image(tmp_path, monkeypatch):
     sources.folders(tmp_path / "in")
     local = files.Local(str(tmp_path / "in"), False)
 
@@ -918,7 +914,7 @@ def test_too_many_open_files_and_too_little_memory_are_no_bad_pictures(tmp_path,
     assert raised.type is InputError
 
 
-def test_what_was_left_out_and_is_mended_is_taken_in(tmp_path):
+def test_skipped_image_is_included_after_its_repair(tmp_path):
     from rsb_ffcv.dataset import writer
 
     name = with_fault(tmp_path / "in", "truncated")
@@ -942,7 +938,7 @@ def test_what_was_left_out_and_is_mended_is_taken_in(tmp_path):
     )
 
 
-def test_nothing_of_a_shard_is_dropped_without_a_word(tmp_path, capsys):
+def test_ignored_members_of_a_shard_are_reported(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     put_tar(
         tmp_path / "in/x-train.tar",
@@ -965,7 +961,7 @@ def test_nothing_of_a_shard_is_dropped_without_a_word(tmp_path, capsys):
     )
 
 
-def test_an_archive_cut_between_members_and_missing_answers_are_noticed(tmp_path):
+def test_archive_cut_between_members_and_missing_images_are_detected(tmp_path):
     sources.archives(tmp_path / "a")
     path = tmp_path / "a/ILSVRC2012_img_val.tar"
     with tarfile.open(path) as archive:
@@ -983,7 +979,7 @@ def test_an_archive_cut_between_members_and_missing_answers_are_noticed(tmp_path
         write(tmp_path, Place(dataset="kaggle", data_dir=str(tmp_path / "k")), "val")
 
 
-def test_an_archive_that_goes_backwards_ends(tmp_path):
+def test_archive_with_a_negative_size_is_refused(tmp_path):
     put_tar(
         tmp_path / "x.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")]
     )
@@ -996,7 +992,7 @@ def test_an_archive_that_goes_backwards_ends(tmp_path):
         write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "x.tar")), "train")
 
 
-def test_a_dataset_cannot_name_files_outside_of_it(tmp_path):
+def test_dataset_cannot_refer_to_files_outside_of_it(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet as pq
 
@@ -1015,13 +1011,13 @@ def test_a_dataset_cannot_name_files_outside_of_it(tmp_path):
         write(tmp_path, Place(dataset="datasets", data_dir=str(tmp_path / "in")), "train")
 
 
-def test_a_file_url_follows_no_links_either(tmp_path):
+def test_file_url_does_not_follow_links(tmp_path):
     name = with_fault(tmp_path / "in", "link out of the tree")
     with pytest.raises(InputError, match=f"{name}.*leaves"):
         write(tmp_path, Place(dataset="imagenet", data_dir=f"file://{tmp_path}/in"), "train")
 
 
-def test_classes_of_one_name_and_names_that_cannot_be_stored(tmp_path):
+def test_invalid_names_are_replaced_and_duplicate_classes_refused(tmp_path):
     from rsb_ffcv.dataset.sources import Source
 
     source = Source(
@@ -1052,7 +1048,7 @@ def test_classes_of_one_name_and_names_that_cannot_be_stored(tmp_path):
         (Place(dataset="csv", data_dir="{tmp}/quote.csv"), "not a table"),
     ],
 )
-def test_odd_places_are_one_line(place, message, tmp_path):
+def test_invalid_data_dirs_are_one_error_line(place, message, tmp_path):
     (tmp_path / "quote.csv").write_text('a.jpg,x\n"b.jpg,y\n' + "c.jpg,z\n" * 20000)
     place = Place(
         dataset=place.dataset,

@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, and that two lists of versions say the same."""
+"""Project structure: which part may import which, and versions that must agree between files."""
 
 import ast
 import re
@@ -33,7 +33,7 @@ MAY_IMPORT = {
 
 
 def imported_names(path: Path) -> set[str]:
-    """The dotted names that a file imports, wherever in the file."""
+    """The dotted names that a file imports, anywhere in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def test_each_part_imports_only_the_parts_below_it():
             assert not extra, f"{path} imports {extra}"
 
 
-def test_the_programs_alone_import_commands_and_the_console_scripts_are_theirs():
+def test_console_scripts_call_the_functions_of_the_programs():
     import tomllib
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -69,12 +69,12 @@ def test_the_programs_alone_import_commands_and_the_console_scripts_are_theirs()
     assert set(scripts) == {"write_ffcv", "train_imagenet"}
 
 
-# The address of a draw (seed, epoch, slot, op, k), and torchvision's signature. Functions compiled
-# by numba are left out, too: they have no keyword-only parameters
+# draws.py takes the address of a draw (seed, epoch, slot, op, k); ColorJitter has torchvision's
+# signature. Functions compiled by numba are exempt as well: they have no keyword-only parameters
 MAY_HAVE_MORE_POSITIONAL = {"draws.py", "ColorJitter"}
 
 
-def test_at_most_three_parameters_are_given_by_position():
+def test_at_most_three_parameters_are_positional():
     found = []
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -98,7 +98,7 @@ def test_at_most_three_parameters_are_given_by_position():
     assert not found, found
 
 
-def test_no_part_is_left_out_of_the_rules():
+def test_import_rules_cover_every_part():
     parts = {
         path.stem
         for path in PACKAGE.iterdir()
@@ -107,13 +107,13 @@ def test_no_part_is_left_out_of_the_rules():
     assert parts - {"__init__"} == set(MAY_IMPORT)
 
 
-def test_no_module_imports_one_that_imports_it():
-    """Directly or through others, anywhere in a file."""
+def test_no_circular_imports():
+    """Directly or indirectly, anywhere in a file."""
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
     }
-    del modules["rsb_ffcv"]  # it imports the library's names when they are used
+    del modules["rsb_ffcv"]  # it imports the library's names on first use
     imports = {}
     for module, path in modules.items():
         names = imported_names(path)
@@ -126,13 +126,13 @@ def test_no_module_imports_one_that_imports_it():
             del imports[module]
 
 
-def test_only_the_module_for_it_may_import_ffcv():
+def test_only_one_module_imports_ffcv():
     for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]:
         imports = {name for name in imported_names(path) if name.split(".")[0] == "ffcv"}
         assert not imports or path == PACKAGE / "ffcv.py", f"{path} imports {imports}"
 
 
-def test_a_run_imports_nothing_slow_that_its_first_step_does_not_need():
+def test_training_imports_no_slow_module_it_does_not_need():
     slow = ("ffcv", "cv2", "matplotlib")
     code = f"""
 import sys, rsb_ffcv.training.trainer
@@ -143,7 +143,7 @@ print([name for name in {slow} if name in sys.modules])"""
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_the_library_offers_its_names_and_imports_none_of_them_before_it_is_used():
+def test_library_names_are_documented_and_imported_on_first_use():
     code = """
 import sys, rsb_ffcv
 assert not {"torch", "numpy", "numba"} & set(sys.modules)
@@ -158,17 +158,17 @@ assert set(rsb_ffcv.__all__) <= set(dir(rsb_ffcv)) and not hasattr(rsb_ffcv, "Tr
         assert f"`{name}" in documented, name
 
 
-def test_conda_and_pip_users_get_the_same_versions():
+def test_conda_and_pip_install_the_same_versions():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = dict(line.split("==") for line in environment["dependencies"][-1]["pip"])
-    # conda resolves ffcv's own requirement; set_up.sh puts the headless build of the same module in
-    # its place
+    # conda resolves ffcv's requirement; set_up.sh replaces it with the headless build of the same
+    # module
     conda["opencv-python-headless"] = conda.pop("opencv-python")
     assert conda == pinned
 
 
-def test_pinned_versions_lie_within_the_ranges_of_pyproject():
+def test_pinned_versions_satisfy_pyproject():
     import tomllib
 
     from packaging.requirements import Requirement
@@ -184,7 +184,7 @@ def test_pinned_versions_lie_within_the_ranges_of_pyproject():
     assert not torch.specifier.contains("2.13.0")
 
 
-def test_the_same_versions_of_python_are_named_everywhere():
+def test_python_versions_agree_in_all_files():
     import tomllib
 
     from packaging.specifiers import SpecifierSet
@@ -208,7 +208,7 @@ def test_the_same_versions_of_python_are_named_everywhere():
     assert environment["dependencies"][0].removeprefix("python=") in named
 
 
-def test_the_files_of_the_core_call_each_other_in_one_direction():
+def test_files_of_the_core_have_no_circular_calls():
     """And setup.py compiles all of them, again where a header has changed."""
     folder = PACKAGE / "ops" / "csrc"
     sources = {path.stem: path.read_text() for path in folder.glob("*.c")}

@@ -1,4 +1,4 @@
-"""Health policies, checkpoints and batch-norm statistics, each by itself."""
+"""Health policies, checkpoints, batch-norm statistics, label sets and file checks, each alone."""
 
 import json
 import os
@@ -18,15 +18,15 @@ STEPS = list(range(40, 44))
 
 
 def health(**policies):
-    said: list[str] = []
-    return Health(say=said.append, **policies), said
+    messages: list[str] = []
+    return Health(say=messages.append, **policies), messages
 
 
-def test_a_loss_that_is_no_number_is_named_with_its_step():
+def test_non_finite_loss_is_reported_with_its_step():
     losses = [1.0, float("nan"), float("inf"), 1.0]
-    checks, said = health(non_finite="warn")
+    checks, messages = health(non_finite="warn")
     checks.check_losses(STEPS, losses)
-    assert said == ["the loss of step 41 is nan"]
+    assert messages == ["the loss of step 41 is nan"]
     with pytest.raises(Stop, match="step 41 is nan; lower lr.lr"):
         health()[0].check_losses(STEPS, losses)
     with pytest.raises(GoBack) as request:
@@ -40,38 +40,38 @@ def feed(checks, level, readings=RECENT):
         checks.check_losses(STEPS, [level] * 4)
 
 
-def test_a_loss_that_rises_by_more_than_its_share_is_told_once_until_it_falls():
-    checks, said = health()
+def test_loss_rise_above_its_limit_is_reported_once():
+    checks, messages = health()
     feed(checks, 2.0, RECENT + BEFORE)
     feed(checks, 2.19)
-    assert not said
+    assert not messages
     feed(checks, 2.3)
-    assert len(said) == 1 and "above its recent median, 2" in said[0]
+    assert len(messages) == 1 and "above its recent median, 2" in messages[0]
     checks.forget()
     feed(checks, 2.0, RECENT + BEFORE)
     feed(checks, 2.3)
-    assert len(said) == 2
+    assert len(messages) == 2
     acting, _ = health(loss_rise="act")
     feed(acting, 2.0, RECENT + BEFORE)
     with pytest.raises(GoBack) as request:
         feed(acting, 2.3)
     assert request.value.factor == 0.5
-    silent, said = health(loss_rise="off")
+    silent, messages = health(loss_rise="off")
     feed(silent, 2.0, RECENT + BEFORE)
     feed(silent, 9.0)
-    assert not said
+    assert not messages
 
 
-def test_one_odd_reading_is_no_rise():
-    checks, said = health()
+def test_single_outlier_is_not_a_loss_rise():
+    checks, messages = health()
     feed(checks, 2.0, RECENT + BEFORE)
     feed(checks, 50.0, 1)
     feed(checks, 2.0)
-    assert not said
+    assert not messages
 
 
 @pytest.mark.parametrize(
-    "classes, top1, tells",
+    "classes, top1, reported",
     [
         (1000, 0.1, True),
         (1000, 0.2, False),
@@ -81,23 +81,23 @@ def test_one_odd_reading_is_no_rise():
         (2, 60.0, False),
     ],
 )
-def test_top1_at_chance_is_told_at_the_stated_epoch(classes, top1, tells):
-    checks, said = health()
+def test_top1_at_chance_is_reported_at_its_epoch(classes, top1, reported):
+    checks, messages = health()
     for epoch in range(8):
         checks.check_accuracy(epoch, {"top1": top1}, classes=classes)
-    assert len(said) == tells and (
-        not tells or "after epoch 5" in said[0] and "learning rate" in said[0]
+    assert len(messages) == reported and (
+        not reported or "after epoch 5" in messages[0] and "learning rate" in messages[0]
     )
-    if tells:
+    if reported:
         with pytest.raises(Stop, match="health.chance=warn"):
             health(chance="act")[0].check_accuracy(4, {"top1": top1}, classes=classes)
         health(chance="off")[0].check_accuracy(4, {"top1": top1}, classes=classes)
 
 
-def test_an_average_far_below_the_model_is_told():
+def test_average_far_below_the_model_is_reported():
     row = {"top1": 60.0, "ema_top1": 0.1}
-    checks, said = health()
-    assert not checks.check_accuracy(20, row, classes=1000) and "59.9 points below" in said[0]
+    checks, messages = health()
+    assert not checks.check_accuracy(20, row, classes=1000) and "59.9 points below" in messages[0]
     assert health(average="act")[0].check_accuracy(20, row, classes=1000)
     assert not health(average="off")[0].check_accuracy(20, row, classes=1000)
     assert not health(average="act")[0].check_accuracy(
@@ -106,17 +106,17 @@ def test_an_average_far_below_the_model_is_told():
     assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, classes=1000)
 
 
-def test_an_average_that_still_holds_what_it_began_from_is_not_judged():
+def test_average_with_a_share_of_initial_weights_is_not_judged():
     row = {"top1": 60.0, "ema_top1": 0.1}
-    checks, said = health(average="act")
-    assert not checks.check_accuracy(20, row, classes=1000, initial_share=0.011) and not said
+    checks, messages = health(average="act")
+    assert not checks.check_accuracy(20, row, classes=1000, initial_share=0.011) and not messages
     assert checks.check_accuracy(20, row, classes=1000, initial_share=0.009)
-    assert "ema.warmup=1 or a lower ema.decay mends that" in said[0]
+    assert "ema.warmup=1 or a lower ema.decay mends that" in messages[0]
     assert checks.check_accuracy(20, row, classes=1000, initial_share=0.0, ema_warmup=True)
-    assert "; a lower ema.decay mends that" in said[1] and "warmup" not in said[1]
+    assert "; a lower ema.decay mends that" in messages[1] and "warmup" not in messages[1]
 
 
-def test_what_health_remembers_is_saved():
+def test_health_state_is_saved_and_restored():
     checks, _ = health(non_finite="act")
     feed(checks, 2.0, 3)
     checks.skipped_steps.append(7)
@@ -138,7 +138,7 @@ def state(step, size=1000):
     }
 
 
-def test_the_newest_few_and_the_best_stay(tmp_path):
+def test_store_keeps_the_newest_and_the_best(tmp_path):
     store = checkpoint.Store(tmp_path, keep=2)
     store.lock()
     for step in (3, 6, 9, 12):
@@ -157,7 +157,7 @@ def test_the_newest_few_and_the_best_stay(tmp_path):
     store.close()
 
 
-def test_what_is_saved_is_what_was_there_at_that_moment(tmp_path):
+def test_save_takes_a_snapshot(tmp_path):
     store, live = checkpoint.Store(tmp_path, 1), state(1, 3_000_000)
     store.lock()
     before = live["model"]["w"].clone()
@@ -168,7 +168,7 @@ def test_what_is_saved_is_what_was_there_at_that_moment(tmp_path):
     store.close()
 
 
-def test_any_damage_to_the_newest_falls_back_to_the_one_before(tmp_path, capsys):
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     store = checkpoint.Store(tmp_path, 2)
     store.lock()
     store.save(state(1), False)
@@ -193,7 +193,7 @@ def test_any_damage_to_the_newest_falls_back_to_the_one_before(tmp_path, capsys)
         newest.write_bytes(content)
         path, found = store.newest()
         err = capsys.readouterr().err
-        if path == newest:  # a bit of padding or of a date, which nothing reads
+        if path == newest:  # a bit of padding or of a date, which is not read
             assert (
                 torch.equal(found["model"]["w"], state(2)["model"]["w"])
                 and found["step"] == 2
@@ -211,7 +211,7 @@ def test_any_damage_to_the_newest_falls_back_to_the_one_before(tmp_path, capsys)
     store.close()
 
 
-def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path):
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     store = checkpoint.Store(tmp_path, 1)
     store.lock()
     store.save(state(6), False)
@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path):
     store.close()
 
 
-def test_the_newest_regular_checkpoint_stays_and_is_what_a_run_goes_back_to(tmp_path):
+def test_newest_regular_checkpoint_is_kept_for_going_back(tmp_path):
     store = checkpoint.Store(tmp_path, 2, regular=lambda step: step % 10 == 0)
     store.lock()
     for step in (10, 20, 21, 22, 23):
@@ -243,7 +243,7 @@ def test_the_newest_regular_checkpoint_stays_and_is_what_a_run_goes_back_to(tmp_
     store.close()
 
 
-def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+def test_folder_is_locked_by_one_run(tmp_path):
     first, second = checkpoint.Store(tmp_path, 1), checkpoint.Store(tmp_path, 1)
     (tmp_path / ".checkpoint_000000001.pt.part").write_bytes(b"half")
     first.lock()
@@ -255,9 +255,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     second.close()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_the_others(
-    tmp_path, capsys, monkeypatch
-):
+def test_unwritable_checkpoint_is_a_warning_and_keeps_the_others(tmp_path, capsys, monkeypatch):
     store = checkpoint.Store(tmp_path, 1)
     store.lock()
     store.save(state(1), True)
@@ -280,7 +278,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_the_others(
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_batch_norm_statistics_move_once_a_step_by_the_mean_over_its_groups(groups):
+def test_batch_norm_moves_once_per_step_by_the_mean_of_its_groups(groups):
     torch.manual_seed(0)
     batches = torch.randn(3, 4, 6, 5) * torch.arange(1, 5)[None, :, None, None] + 2
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).train()
@@ -305,9 +303,8 @@ def test_label_sets_are_checked(tmp_path):
     path.write_text("[[1, 2], [], 0]")
     names = ["b/x.jpg", "a/y.jpg", "c/z.jpg"]
     assert read_label_sets(str(path), names, 3).tolist() == [[1, 2], [-1, -1], [0, -1]]
-    numbered = [
-        f"n0{number}/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 1)
-    ]  # as a folder of classes is listed
+    # In the order of class folders, not of image numbers
+    numbered = [f"n0{number}/ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 1)]
     assert read_label_sets(str(path), numbered, 3).tolist() == [[0, -1], [1, 2]]
     with pytest.raises(
         InputError,
@@ -327,7 +324,7 @@ def test_label_sets_are_checked(tmp_path):
         read_label_sets(str(tmp_path / "absent.json"), names, 3)
 
 
-def test_files_that_do_not_fit_the_recipe_or_each_other_are_refused_by_name(betons, tmp_path):
+def test_mismatched_files_are_refused_by_name(betons, tmp_path):
     from dataclasses import replace
 
     from rsb_ffcv.beton import About, read_beton
@@ -393,9 +390,7 @@ def test_files_that_do_not_fit_the_recipe_or_each_other_are_refused_by_name(beto
             check_files(*arguments)
 
 
-def test_a_process_that_ends_with_its_own_message_does_not_tell_of_another_that_has_ended(
-    monkeypatch, capsys
-):
+def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, capsys):
     def lost(*_):
         raise RuntimeError("Connection closed by peer")
 
