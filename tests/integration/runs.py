@@ -1,4 +1,4 @@
-"""Small runs for the tests of the programs, and how two of them are compared."""
+"""Options of small runs for the tests of the programs, and the comparison of two runs."""
 
 import json
 
@@ -8,8 +8,8 @@ TIMINGS = {"images_per_s", "seconds", "data_wait_s", "peak_memory_mb", "val_seco
 
 
 def options(betons, folder, **more):
-    """A small run with every A2 ingredient: 3 epochs of 3 steps of 2 x 16 images, resnet10t at 32
-    px."""
+    """Flags of a small run with every A2 ingredient: 3 epochs of 3 steps of 2 x 16 images,
+    resnet10t at 32 px. `more` overrides or adds options."""
     flags = {
         "data.train_dataset": betons / "train.beton",
         "data.val_dataset": betons / "val.beton",
@@ -52,7 +52,7 @@ def options(betons, folder, **more):
 
 
 def rows(folder):
-    """The log, timings aside."""
+    """The rows of metrics.jsonl without timings."""
     path = folder / "metrics.jsonl"
     return [
         {key: value for key, value in json.loads(line).items() if key not in TIMINGS}
@@ -61,7 +61,7 @@ def rows(folder):
 
 
 def state(folder):
-    """The newest checkpoint, timings aside."""
+    """The newest checkpoint without timings."""
     newest = torch.load(max(folder.glob("checkpoint_*.pt")), weights_only=True)
     newest["rows"] = [
         {key: value for key, value in row.items() if key not in TIMINGS} for row in newest["rows"]
@@ -73,7 +73,7 @@ def state(folder):
 
 
 def assert_same(a, b, where="state"):
-    """Equal to the bit."""
+    """Asserts that `a` and `b` are bit-identical."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
@@ -90,7 +90,8 @@ def assert_same(a, b, where="state"):
 
 
 def assert_same_run(folder, other):
-    """Weights, averages, optimizer, best, log and final weights."""
+    """Asserts that weights, averages, optimizer, best, log and final weights are bit-identical, and
+    that no partial file is left."""
     assert_same(state(folder), state(other))
     assert_same(rows(folder), rows(other), "log")
     names = {path.name for path in other.glob("final_weights*.pt")}

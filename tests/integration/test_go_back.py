@@ -1,4 +1,4 @@
-"""A run that goes back gives up the steps it had done since: whatever interrupts it, they are never
+"""A run that goes back discards the steps after that point. Whatever interrupts it, they are never
 resumed."""
 
 import signal
@@ -8,9 +8,9 @@ import torch
 
 from tests.integration.runs import assert_same_run, options, rows, state
 
-# 12 steps an epoch. Step 20 overflows the weights, which is found before they are saved: back to
-# step 12 (the end of the first epoch), while checkpoints of steps 19 and 20 stand in the folder,
-# for one is due after each step.
+# An epoch has 12 steps. Step 20 overflows the weights, which is detected before they are saved. The
+# run goes back to step 12, the end of the first epoch. Then the folder contains checkpoints of
+# steps 19 and 20, because one is due after each step.
 MORE = {
     "model.arch": "test_resnet",
     "training.epochs": 2,
@@ -45,7 +45,7 @@ Checkpointer.after_step = interrupted
 
 @pytest.fixture(scope="module")
 def whole(betons, tmp_path_factory, train):
-    """The run that goes back and is not interrupted."""
+    """Folder of the run that goes back and is not interrupted."""
     folder = tmp_path_factory.mktemp("go_back") / "whole"
     (status,), _, err = train(options(betons, folder, **MORE), prepare=OVERFLOW).wait()
     assert (
@@ -64,7 +64,7 @@ def whole(betons, tmp_path_factory, train):
         *(pytest.param(signal.SIGKILL, step, marks=pytest.mark.long) for step in range(14, 24)),
     ],
 )
-def test_a_run_interrupted_after_it_went_back_is_the_run_that_was_not(
+def test_run_interrupted_after_going_back_equals_uninterrupted(
     betons, whole, tmp_path, train, number, step
 ):
     (status,), out, err = train(
@@ -79,9 +79,8 @@ def test_a_run_interrupted_after_it_went_back_is_the_run_that_was_not(
     assert rows(tmp_path / "run")[1]["events"] == rows(whole)[1]["events"]
 
 
-def test_a_run_killed_while_it_gives_up_steps_goes_back_again(betons, whole, tmp_path, train):
-    """At each of its two acts: after the checkpoints of the steps given up are removed, and after
-    the first of them is."""
+def test_run_killed_while_discarding_steps_goes_back_again(betons, whole, tmp_path, train):
+    """Killed before the first checkpoint of the discarded steps is removed, and after it is."""
     for acts in (0, 1):
         stop = (
             OVERFLOW
@@ -112,7 +111,7 @@ Store.give_up = watched
         assert_same_run(folder, whole)
 
 
-def test_a_best_state_of_steps_given_up_is_not_kept(tmp_path):
+def test_best_checkpoint_of_discarded_steps_is_removed(tmp_path):
     from rsb_ffcv.training.checkpoint import KEYS, Store, read
 
     def saved(step):

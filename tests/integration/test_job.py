@@ -1,5 +1,5 @@
-"""Processes that do not belong together are refused at the start; one that falls silent is given
-up."""
+"""Processes that do not belong together are refused at the start. A process that is silent for too
+long ends the job."""
 
 import os
 import re
@@ -18,8 +18,8 @@ TWO = {"training.batch_size": 8, "data.num_workers": 1}
 
 @pytest.fixture(scope="module")
 def others(pictures, tmp_path_factory):
-    """Folder of a training file of 84 images, and of one of 96 with the same sizes and two labels
-    exchanged."""
+    """Folder of two training files: fewer.beton has 84 images. exchanged.beton has 96 of the same
+    sizes, with two labels exchanged."""
     root = tmp_path_factory.mktemp("others")
     for name in ("fewer", "exchanged"):
         shutil.copytree(pictures / "train", root / name / "train")
@@ -56,7 +56,7 @@ def others(pictures, tmp_path_factory):
         ("--compute.precision=bf16", r"precision: bf16 there, fp32 on process 0"),
     ],
 )
-def test_processes_with_other_files_or_recipes_are_refused_by_rank_and_difference(
+def test_processes_with_different_files_or_recipes_are_refused(
     betons, others, tmp_path, train, own, differs
 ):
     run = train(options(betons, tmp_path / "run", **TWO), 2, own={1: [own.format(others=others)]})
@@ -66,13 +66,13 @@ def test_processes_with_other_files_or_recipes_are_refused_by_rank_and_differenc
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_other_versions_are_refused(betons, tmp_path, train):
+def test_processes_with_different_versions_are_refused(betons, tmp_path, train):
     newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
     assert statuses == [2, 2] and "process 1 is not like process 0 (timm: 99.0 there" in err, err
 
 
-def test_the_same_file_under_another_path_is_the_same(betons, tmp_path, train):
+def test_same_file_under_another_path_is_accepted(betons, tmp_path, train):
     shutil.copytree(betons, tmp_path / "copy")
     own = {
         1: [
@@ -89,7 +89,7 @@ def test_the_same_file_under_another_path_is_the_same(betons, tmp_path, train):
     assert statuses == [0, 0], err
 
 
-def test_a_folder_that_only_the_first_process_sees_is_refused(betons, tmp_path, train):
+def test_folder_that_processes_do_not_share_is_refused(betons, tmp_path, train):
     statuses, _, err = train(
         options(betons, tmp_path / "run", **TWO), 2, own={1: [f"--logging.folder={tmp_path}/other"]}
     ).wait()
@@ -103,9 +103,9 @@ def test_a_folder_that_only_the_first_process_sees_is_refused(betons, tmp_path, 
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_silent_process_is_named_and_the_others_end(betons, tmp_path, train, silent):
-    """Stopped in the middle of training. Woken up, it ends as well, and the same command goes
-    on."""
+def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, silent):
+    """The process is suspended in the middle of training. When it continues, it ends as well. The
+    same command then resumes the run."""
     more = {**TWO, "training.epochs": 2, "checkpoint.every_minutes": 0}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 2).wait()
     assert statuses == [0, 0], err
@@ -148,7 +148,7 @@ def test_a_silent_process_is_named_and_the_others_end(betons, tmp_path, train, s
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one: must be"),
     ],
 )
-def test_a_job_described_in_part_is_one_line(
+def test_incomplete_job_variables_are_one_error_line(
     betons, tmp_path, call_program, monkeypatch, variables, message
 ):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -159,7 +159,7 @@ def test_a_job_described_in_part_is_one_line(
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_process_that_sees_one_gpu_uses_it_and_two_do_not_share_one():
+def test_only_visible_gpu_is_used_and_not_shared():
     assert [compute.own_device(rank, 8) for rank in range(8)] == list(range(8))
     assert [compute.own_device(rank, 1) for rank in range(8)] == [0] * 8
     with pytest.raises(
@@ -172,7 +172,7 @@ def test_a_process_that_sees_one_gpu_uses_it_and_two_do_not_share_one():
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_an_nvidia_device_that_torch_cannot_use_is_refused_by_name(
+def test_nvidia_device_that_torch_cannot_use_is_refused(
     betons, tmp_path, call_program, monkeypatch, device
 ):
     (tmp_path / "nvidia0").touch()
@@ -210,7 +210,7 @@ def test_an_nvidia_device_that_torch_cannot_use_is_refused_by_name(
     assert status == 0 and len(rows(tmp_path / "run")) == 1, err
 
 
-def test_hidden_devices_are_none(tmp_path, monkeypatch):
+def test_hidden_devices_are_ignored(tmp_path, monkeypatch):
     (tmp_path / "nvidia0").touch()
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -219,7 +219,7 @@ def test_hidden_devices_are_none(tmp_path, monkeypatch):
     assert compute.nvidia_devices(str(tmp_path))
 
 
-def test_more_loader_threads_than_cores_is_a_warning_with_the_right_number(capsys, monkeypatch):
+def test_more_loader_threads_than_cores_is_a_warning(capsys, monkeypatch):
     import torch
 
     monkeypatch.setattr(compute, "available_cores", lambda: 64)
@@ -257,7 +257,7 @@ def test_more_loader_threads_than_cores_is_a_warning_with_the_right_number(capsy
     assert eight.loader_threads("auto") == 1
 
 
-def test_cores_are_those_of_the_affinity(monkeypatch):
+def test_available_cores_follow_affinity_and_cpu_quota(monkeypatch):
     assert 1 <= compute.available_cores() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(compute.Path, "read_text", lambda path: "250000 100000\n")

@@ -1,5 +1,5 @@
-"""A run that is killed at any instant, and started again with the same command, ends as one that
-was never killed."""
+"""A run that is killed at any instant and restarted with the same command ends like one that was
+never killed."""
 
 import json
 import random
@@ -27,19 +27,18 @@ EVERYTHING = {
     "health.rise": 100,
 }
 PHASES = ("epoch 1", "epoch 2", "epoch 3", "epoch 4", "validation", "batch norm")
-MOST_MOVES = 16  # of the progress bars from a start to its kill; a whole run makes 45
+# Limit of the progress bar updates from a start to its kill; a complete run makes 45
+MOST_MOVES = 16
 
 
 def phase(err: str) -> str:
-    """Which bar was drawn last."""
+    """The name of the progress bar that was drawn last."""
     found = max(((err.rfind(name), name) for name in PHASES), default=(-1, ""))
     return found[1] if found[0] >= 0 else "start"
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(
-    betons, tmp_path, train, tell, world
-):
+def test_run_killed_at_random_instants_equals_uninterrupted(betons, tmp_path, train, tell, world):
     more = {**EVERYTHING, "training.batch_size": 16 // world}
     statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
     assert statuses == [0] * world, err
@@ -51,12 +50,11 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(
         for _ in range(500):
             moves = rng.randrange(MOST_MOVES)
             run = train(options(betons, folder, **more), world, stop_at=("", moves))
-            if moves:  # else the kill comes while it starts
+            if moves:  # with 0, the kill comes during the start
                 run.wait_for_stop(or_end=True)
                 run.go_on()
-            time.sleep(
-                rng.uniform(0, 0.1 if moves else 1.0)
-            )  # any instant after a known point, whatever it finds there
+            # Any instant after a known point; no result depends on which one it is
+            time.sleep(rng.uniform(0, 0.1 if moves else 1.0))
             run.kill()
             statuses, out, err = run.wait()
             if statuses == [0] * world:
@@ -71,11 +69,9 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_never_killed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(
-    betons, tmp_path, train, number
-):
-    """Two processes, only one of which gets the notice, and gets it twice, as from a parent that
-    hands on its own."""
+def test_signal_saves_after_the_step_and_the_run_resumes(betons, tmp_path, train, number):
+    """Only one of two processes gets the signal. It gets it twice, as from a parent that forwards
+    its own."""
     more = {
         "checkpoint.every_minutes": 0,
         "training.epochs": 2,
@@ -100,7 +96,7 @@ def test_a_notice_saves_after_the_step_and_the_run_goes_on_from_there(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_notice_before_the_first_step_is_heeded(betons, tmp_path, train):
+def test_signal_before_the_first_step_saves_after_it(betons, tmp_path, train):
     run = train(options(betons, tmp_path / "run"), stop_at=("device", 0))
     run.wait_for_stop()
     run.signal(signal.SIGTERM)
@@ -113,7 +109,7 @@ def test_a_notice_before_the_first_step_is_heeded(betons, tmp_path, train):
     assert statuses == [0] and not (tmp_path / "run" / "requeue").exists(), err
 
 
-def test_what_only_the_first_process_finds_wrong_ends_all_with_one_line(betons, tmp_path, train):
+def test_error_of_the_first_process_ends_all_with_one_line(betons, tmp_path, train):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_000000001.pt").write_bytes(b"damaged")
     for more, message in (
@@ -135,18 +131,18 @@ def test_what_only_the_first_process_finds_wrong_ends_all_with_one_line(betons, 
         ), err
 
 
-def test_a_second_notice_ends_at_once(betons, tmp_path, train):
+def test_second_signal_ends_the_run_at_once(betons, tmp_path, train):
     run = train(options(betons, tmp_path / "run"), stop_at=("epoch 1", 1))
     run.wait_for_stop()
     run.signal(signal.SIGTERM)
     run.wait_until(lambda: "SIGTERM" in run.err.read_text())
     run.signal(signal.SIGUSR1)
-    statuses, _, err = run.wait(120)  # nothing lets it go on
+    statuses, _, err = run.wait(120)  # the run is still held
     assert statuses == [128 + signal.SIGUSR1] and not list((tmp_path / "run").glob("*.pt")), err
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_that_dies_ends_the_job_with_one_line(betons, tmp_path, train, lost):
+def test_process_that_dies_ends_the_job_with_one_line(betons, tmp_path, train, lost):
     run = train(
         options(betons, tmp_path / "run", **{"training.epochs": 200, "training.batch_size": 8}),
         2,
@@ -155,7 +151,7 @@ def test_a_process_that_dies_ends_the_job_with_one_line(betons, tmp_path, train,
     run.wait_for_stop()
     run.signal(signal.SIGKILL, rank=lost)
     run.go_on()
-    statuses, _, err = run.wait(120)  # a collective would wait for half an hour
+    statuses, _, err = run.wait(120)  # a collective would block for half an hour
     assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 3, err
     assert (
         err.count("error:") == 1

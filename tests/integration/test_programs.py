@@ -1,5 +1,5 @@
-"""The two programs as a user runs them: a whole run, a killed and resumed one, several processes,
-and bad input."""
+"""The two programs as a user runs them: complete runs, killed and resumed ones, several processes,
+and invalid input."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def finished(betons, tmp_path_factory):
-    """A run from beginning to end: (folder, stdout)."""
+    """A complete run: (folder, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     done = subprocess.run(
         [sys.executable, "train_imagenet.py", *options(betons, folder)],
@@ -37,7 +37,7 @@ def finished(betons, tmp_path_factory):
     return folder, done.stdout, done.stderr
 
 
-def test_a_run_says_what_it_uses_and_leaves_what_it_promises(finished):
+def test_run_prints_its_setup_and_writes_the_documented_files(finished):
     folder, out, err = finished
     first = out.splitlines()[0]
     for part in ("device cpu", "precision fp32", "compile off", "channels_last on", "1 process"):
@@ -88,7 +88,7 @@ def test_a_run_says_what_it_uses_and_leaves_what_it_promises(finished):
         )
 
 
-def test_a_finished_run_started_again_changes_nothing(betons, finished, train):
+def test_rerun_of_a_finished_run_changes_nothing(betons, finished, train):
     folder = finished[0]
     before = state(folder), rows(folder)
     statuses, out, err = train(options(betons, folder)).wait()
@@ -97,7 +97,7 @@ def test_a_finished_run_started_again_changes_nothing(betons, finished, train):
     assert rows(folder) == before[1] and "best top-1" in out and not list(folder.glob(".*.part"))
 
 
-def test_eval_only_gives_the_numbers_of_the_run(betons, finished, call_program):
+def test_eval_only_equals_the_last_epoch(betons, finished, call_program):
     status, out, err = call_program(
         "train_imagenet.py", *options(betons, finished[0], **{"training.eval_only": 1})
     )
@@ -108,7 +108,7 @@ def test_eval_only_gives_the_numbers_of_the_run(betons, finished, call_program):
     }
 
 
-# SGD without clip sees a gradient of the wrong scale, which LAMB does not; 51 steps
+# 51 steps. SGD without clipping shows a gradient of the wrong scale, which LAMB hides
 FIFTY = {
     "training.optimizer": "sgd",
     "training.grad_clip": 0,
@@ -124,7 +124,7 @@ FIFTY = {
 
 @pytest.fixture(scope="module")
 def alone(betons, tmp_path_factory, train):
-    """51 steps of one process that accumulates 4 groups of 8."""
+    """Folder of 51 steps by one process that accumulates 4 groups of 8."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
     statuses, _, err = train(options(betons, folder, **FIFTY)).wait()
     assert statuses == [0], err
@@ -132,7 +132,7 @@ def alone(betons, tmp_path_factory, train):
 
 
 def assert_same_course(folder, other):
-    """Equal but for the order in which float32 numbers were added up, a difference that grows from
+    """Asserts that two runs are equal up to the order of float32 sums, a difference that grows from
     step to step."""
     for mine, theirs in zip(rows(folder), rows(other), strict=True):
         assert mine["train_loss"] == pytest.approx(
@@ -162,7 +162,7 @@ def test_any_split_of_a_step_over_processes_trains_the_same_model(
 
 
 def end_at_stop(run):
-    """Asks a run to end where it is held."""
+    """Asks a run to end at the point at which it is held."""
     run.wait_for_stop()
     run.signal(signal.SIGTERM)
     run.go_on()
@@ -170,10 +170,9 @@ def end_at_stop(run):
     assert statuses == [75] * len(statuses), err
 
 
-def test_a_job_leaves_no_thread_of_a_process_group_to_the_end_of_the_interpreter(
-    betons, tmp_path, train
-):
-    """Which such a thread aborts, now and then, where it gives back its last tensor only then."""
+def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, train):
+    """Such a thread aborts the interpreter now and then, if it releases its last tensor only at the
+    exit."""
     run = train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 1", 1))
     end_at_stop(run)
     ended = train(options(betons, tmp_path / "run", **FIFTY, **{"training.eval_only": 1}), 2)
@@ -183,8 +182,9 @@ def test_a_job_leaves_no_thread_of_a_process_group_to_the_end_of_the_interpreter
     assert len(run.threads + ended.threads) == 4
 
 
-def test_the_average_may_be_finished_by_another_number_of_processes(betons, tmp_path, train):
-    """Asked to end while its batch-norm statistics are estimated, and while it is evaluated."""
+def test_swa_can_be_finished_by_another_number_of_processes(betons, tmp_path, train):
+    """The runs are asked to end while SWA's batch-norm statistics are estimated, and while SWA is
+    evaluated."""
     more = {
         **FIFTY,
         "training.epochs": 3,
@@ -207,7 +207,7 @@ def test_the_average_may_be_finished_by_another_number_of_processes(betons, tmp_
                 assert (ours[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-6, (place, key)
 
 
-def test_a_run_may_change_its_number_of_processes(betons, alone, tmp_path, train):
+def test_run_can_change_its_number_of_processes(betons, alone, tmp_path, train):
     """Two, then three for the 4 groups of a step, then one."""
     end_at_stop(train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 3", 1)))
     end_at_stop(train(options(betons, tmp_path / "run", **FIFTY), 3, stop_at=("epoch 5", 2)))
@@ -216,8 +216,8 @@ def test_a_run_may_change_its_number_of_processes(betons, alone, tmp_path, train
     assert_same_course(tmp_path / "run", alone)
 
 
-def test_torchrun_brings_a_job_back_whose_process_died(betons, tmp_path, call_program):
-    """And its two processes of 16 are one of 16 that accumulates twice."""
+def test_torchrun_restarts_a_job_whose_process_died(betons, tmp_path, call_program):
+    """Also, its two processes of 16 images equal one process of 16 that accumulates twice."""
     more = {
         "training.epochs": 2,
         "model.drop_path": 0,
@@ -257,7 +257,7 @@ def test_torchrun_brings_a_job_back_whose_process_died(betons, tmp_path, call_pr
         process.kill()
     assert process.returncode == 0 and "resuming" in out, err
     assert_same_course(tmp_path / "torchrun", tmp_path / "alone")
-    # What was logged is what the checkpoint holds, whichever process evaluated which image
+    # The log agrees with the checkpoint, whichever process evaluated which image
     status, out, err = call_program(
         "train_imagenet.py",
         *options(betons, tmp_path / "torchrun", **more, **{"training.eval_only": 1}),
@@ -268,7 +268,7 @@ def test_torchrun_brings_a_job_back_whose_process_died(betons, tmp_path, call_pr
         assert result[key] == pytest.approx(last[key], rel=1e-5), key
 
 
-def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(
+def test_compiled_run_saves_plain_weights_and_has_the_same_losses(
     betons, tmp_path, train, run_program
 ):
     more = {
@@ -297,12 +297,12 @@ def test_a_compiled_run_saves_plain_weights_and_gives_the_same_losses(
         ({"checkpoint.resume": "never"}, "checkpoint.resume=never"),
     ],
 )
-def test_a_folder_with_another_run_is_refused(betons, finished, call_program, more, message):
+def test_folder_with_another_run_is_refused(betons, finished, call_program, more, message):
     status, _, err = call_program("train_imagenet.py", *options(betons, finished[0], **more))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_the_same(
+def test_run_with_a_damaged_newest_checkpoint_ends_the_same(
     betons, finished, tmp_path, call_program
 ):
     shutil.copytree(finished[0], tmp_path / "run")
@@ -314,7 +314,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_the_same(
     assert_same_run(tmp_path / "run", finished[0])
 
 
-def test_a_folder_without_a_whole_checkpoint_is_named(betons, finished, tmp_path, call_program):
+def test_folder_without_an_intact_checkpoint_is_an_error(betons, finished, tmp_path, call_program):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "checkpoint_000000001.pt"
     for content, message in (
@@ -327,9 +327,7 @@ def test_a_folder_without_a_whole_checkpoint_is_named(betons, finished, tmp_path
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "too long"])
-def test_the_log_is_made_whole_from_the_checkpoint(
-    betons, finished, tmp_path, call_program, damage
-):
+def test_log_is_restored_from_the_checkpoint(betons, finished, tmp_path, call_program, damage):
     shutil.copytree(finished[0], tmp_path / "run")
     log = tmp_path / "run" / "metrics.jsonl"
     log.unlink() if damage == "missing" else log.write_text(
@@ -339,9 +337,7 @@ def test_the_log_is_made_whole_from_the_checkpoint(
     assert status == 0 and log.read_text() == (finished[0] / "metrics.jsonl").read_text(), err
 
 
-def test_another_number_of_processes_without_the_same_global_batch_is_refused(
-    betons, finished, call_program
-):
+def test_resume_with_another_global_batch_is_refused(betons, finished, call_program):
     status, _, err = call_program(
         "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
     )
@@ -349,7 +345,7 @@ def test_another_number_of_processes_without_the_same_global_batch_is_refused(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a .beton"])
-def test_a_bad_file_ends_the_program_before_anything_is_written(
+def test_invalid_file_is_an_error_before_anything_is_written(
     betons, tmp_path, call_program, damage
 ):
     path = tmp_path / "train.beton"
@@ -380,15 +376,13 @@ def test_a_bad_file_ends_the_program_before_anything_is_written(
         ({"training.eval_only": 1}, "training.eval_only=1"),
     ],
 )
-def test_wrong_settings_end_the_program_with_one_line(
-    betons, tmp_path, call_program, more, message
-):
+def test_invalid_settings_are_one_error_line(betons, tmp_path, call_program, more, message):
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run", **more))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_asked_for_and_absent_is_named(betons, tmp_path, call_program):
+def test_missing_cuda_is_an_error(betons, tmp_path, call_program):
     status, _, err = call_program(
         "train_imagenet.py", *options(betons, tmp_path / "run", **{"compute.device": "cuda"})
     )
@@ -400,13 +394,11 @@ def test_cuda_asked_for_and_absent_is_named(betons, tmp_path, call_program):
 
 
 def limit_file_size(size):
-    """The kernel then refuses to let any file grow past `size` bytes, as a full disk would."""
+    """For preexec_fn: the kernel lets no file grow past `size` bytes, as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_while_writing_leaves_no_half_file_and_the_next_call_goes_on(
-    pictures, betons, tmp_path, run_program
-):
+def test_conversion_resumes_after_a_full_disk(pictures, betons, tmp_path, run_program):
     command = (
         "write_ffcv.py",
         f"--cfg.data_dir={pictures}",
@@ -429,11 +421,9 @@ def test_a_full_disk_while_writing_leaves_no_half_file_and_the_next_call_goes_on
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.beton", "val.beton"}
 
 
-def test_a_full_disk_while_training_is_a_warning_until_the_run_cannot_be_kept(
-    betons, tmp_path, train
-):
-    """Nothing larger than 1 MB can be written: each checkpoint is a warning, what was there stays,
-    the end is an error. With room again, the same command finishes the run."""
+def test_full_disk_is_a_warning_in_training_and_an_error_at_its_end(betons, tmp_path, train):
+    """No file larger than 1 MB can be written. Each checkpoint is a warning, existing files stay,
+    and the end is an error. With free space again, the same command finishes the run."""
     folder, more = tmp_path / "run", {"training.epochs": 3}
     statuses, _, err = train(options(betons, tmp_path / "whole", **more)).wait()
     end_at_stop(train(options(betons, folder, **more), stop_at=("epoch 2", 1)))
@@ -453,9 +443,7 @@ def test_a_full_disk_while_training_is_a_warning_until_the_run_cannot_be_kept(
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_log_that_cannot_be_written_is_a_warning(
-    betons, finished, tmp_path, call_program, monkeypatch
-):
+def test_unwritable_log_is_a_warning(betons, finished, tmp_path, call_program, monkeypatch):
     from rsb_ffcv.reporting import log
 
     plain = log.write_metrics
@@ -471,11 +459,9 @@ def test_a_log_that_cannot_be_written_is_a_warning(
     assert_same_run(tmp_path / "run", finished[0])
 
 
-def test_a_loss_that_is_no_number_ends_the_run_or_its_step_is_left_out(
-    betons, tmp_path, call_program
-):
-    """A learning rate that overflows float32 in its first steps: without a policy to act, one line
-    names the step."""
+def test_non_finite_loss_is_an_error_or_its_step_is_skipped(betons, tmp_path, call_program):
+    """The learning rate overflows float32 in the first steps. Without the policy `act`, an error of
+    one line names the step."""
     more = {
         "training.optimizer": "sgd",
         "training.grad_clip": 0,
@@ -500,11 +486,11 @@ def test_a_loss_that_is_no_number_ends_the_run_or_its_step_is_left_out(
 
 
 @pytest.mark.parametrize("every_steps", [0, 1])
-def test_a_step_that_ruins_the_weights_is_left_out(
+def test_step_that_overflows_the_weights_is_skipped(
     betons, tmp_path, call_program, monkeypatch, every_steps
 ):
-    """One step with a learning rate that overflows float32, seen at once where each step is saved,
-    else by the next loss."""
+    """The learning rate of one step overflows float32. This is detected at once if each step is
+    saved, else by the next loss."""
     from rsb_ffcv.learning.schedule import Schedule
 
     plain = Schedule.lr
@@ -535,9 +521,7 @@ def test_a_step_that_ruins_the_weights_is_left_out(
     ) in event and "leaving out step 4" in event
 
 
-def test_a_loss_that_rises_sends_the_run_back_at_half_the_learning_rate(
-    betons, tmp_path, call_program, monkeypatch
-):
+def test_loss_rise_goes_back_at_half_the_learning_rate(betons, tmp_path, call_program, monkeypatch):
     from rsb_ffcv.learning.schedule import Schedule
 
     monkeypatch.setattr(Schedule, "lr", lambda self, step: 1e-4 if step < 96 else 30.0)
@@ -574,7 +558,7 @@ def test_a_loss_that_rises_sends_the_run_back_at_half_the_learning_rate(
     assert [line.removeprefix("warning: ")] == log[back // 3]["events"]
 
 
-def test_a_new_run_begins_from_the_weights_of_another(betons, finished, tmp_path, call_program):
+def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path, call_program):
     more = {"lr.lr": 0, "lr.warmup_lr": 0, "training.epochs": 1, "augment.repeats": 1}
     for which, source in (("model", "final_weights.pt"), ("model", "best.pt"), ("ema", "best.pt")):
         folder = tmp_path / f"{which}-{source}"
@@ -620,10 +604,8 @@ def test_a_new_run_begins_from_the_weights_of_another(betons, finished, tmp_path
     assert status == 2 and "is of another model" in err.splitlines()[-1]
 
 
-def test_a_best_state_that_could_not_be_written_is_not_called_best(
-    betons, tmp_path, call_program, monkeypatch
-):
-    """The disk is full when the second epoch ends, whose accuracy is made the highest."""
+def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, monkeypatch):
+    """The disk is full at the end of the second epoch, whose accuracy is made the highest."""
     from rsb_ffcv.training import checkpoint, trainer
 
     plain_write, plain_evaluate = checkpoint.write, trainer.evaluate
@@ -665,7 +647,7 @@ def test_another_data_set_of_the_same_size_is_refused(
     assert status == 2 and "data.train_fingerprint:" in err.splitlines()[-1]
 
 
-def test_accuracy_by_other_labels_is_reported_beside(betons, finished, tmp_path, call_program):
+def test_accuracy_on_other_labels_is_reported_as_well(betons, finished, tmp_path, call_program):
     from rsb_ffcv.beton import read_beton
 
     labels = read_beton(betons / "val.beton").labels.tolist()
@@ -690,7 +672,7 @@ def test_accuracy_by_other_labels_is_reported_beside(betons, finished, tmp_path,
     assert result["relabelled_images"] == 1
 
 
-# what libffcv/ffcv-imagenet publishes as rn50_configs/rn50_16_epochs.yaml, key by key
+# rn50_configs/rn50_16_epochs.yaml as published by libffcv/ffcv-imagenet, key by key
 FFCV_IMAGENETS_FILE = {
     "data": {"in_memory": 1, "num_workers": 12},
     "dist": {"world_size": 8},
@@ -713,9 +695,9 @@ FFCV_IMAGENETS_FILE = {
 }
 
 
-def test_ffcv_imagenets_published_files_run_as_they_are(betons, tmp_path, run_program, free_port):
-    """Shortened by flags, as its users would try them on a small machine: two processes, growing
-    resolution, BlurPool."""
+def test_published_ffcv_imagenet_recipe_runs_unchanged(betons, tmp_path, run_program, free_port):
+    """Flags shorten the run, as a user would do on a small machine. It has two processes, a growing
+    resolution and BlurPool."""
     (tmp_path / "published.yaml").write_text(yaml.safe_dump(FFCV_IMAGENETS_FILE))
     small = {
         "data.train_dataset": betons / "train.beton",
@@ -747,7 +729,7 @@ def test_ffcv_imagenets_published_files_run_as_they_are(betons, tmp_path, run_pr
     assert any("blur_filter" in key for key in state(tmp_path / "run")["model"])
 
 
-def test_an_unreadable_picture_does_not_hang_the_writer(pictures, tmp_path, run_program):
+def test_unreadable_image_does_not_hang_the_writer(pictures, tmp_path, run_program):
     for split in ("train", "val"):
         (tmp_path / "in" / split).mkdir(parents=True)
         for name in ("amber", "blue", "cyan"):
@@ -769,7 +751,7 @@ def test_an_unreadable_picture_does_not_hang_the_writer(pictures, tmp_path, run_
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
-def test_the_writer_shows_progress_and_a_line_for_each_file(pictures, tmp_path, call_program):
+def test_writer_shows_progress_and_a_line_per_file(pictures, tmp_path, call_program):
     status, out, err = call_program(
         "write_ffcv.py",
         f"--cfg.data_dir={pictures}",
@@ -802,9 +784,9 @@ def test_the_writer_shows_progress_and_a_line_for_each_file(pictures, tmp_path, 
     assert status == 2 and "cfg.write_path" in err.splitlines()[-1]
 
 
-def test_bad_images_end_a_run_or_are_skipped_and_named(betons, tmp_path, train, call_program):
-    """Two damaged images: an error that names one; with data.on_bad_sample=skip, on two processes,
-    a line in the log."""
+def test_bad_images_are_an_error_or_skipped_and_named(betons, tmp_path, train, call_program):
+    """Two images are damaged. The error names one of them. With data.on_bad_sample=skip, on two
+    processes, a line of the log names both."""
     from rsb_ffcv.beton import read_beton
 
     file, data = (
@@ -862,7 +844,7 @@ def test_bad_images_end_a_run_or_are_skipped_and_named(betons, tmp_path, train, 
         ("build", "out of memory with model.arch=resnet10t (.*); choose a smaller model"),
     ],
 )
-def test_memory_that_does_not_suffice_is_one_line_with_what_to_lower(
+def test_out_of_memory_error_names_what_to_lower(
     betons, tmp_path, call_program, monkeypatch, kind, text, where, message
 ):
     from rsb_ffcv.training import build, trainer
@@ -886,7 +868,7 @@ def test_memory_that_does_not_suffice_is_one_line_with_what_to_lower(
     ), err
 
 
-def test_a_machine_without_the_memory_for_a_batch_says_so(betons, tmp_path, run_program):
+def test_batch_larger_than_memory_is_one_error_line(betons, tmp_path, run_program):
     """The kernel refuses 200 GB to this process."""
     status, _, err = run_program(
         "train_imagenet.py",
@@ -910,7 +892,7 @@ def test_a_machine_without_the_memory_for_a_batch_says_so(betons, tmp_path, run_
     ), err
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(betons, tmp_path, call_program, monkeypatch):
+def test_internal_error_keeps_its_traceback(betons, tmp_path, call_program, monkeypatch):
     from rsb_ffcv.training import trainer
 
     def fail(*_, **__):
@@ -921,7 +903,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(betons, tmp_path, call_progr
         call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
 
 
-def test_images_that_do_not_fill_a_step_are_counted_once_and_the_bar_tells_a_true_rate(
+def test_leftover_images_are_reported_once_and_the_bar_shows_the_rate(
     betons, tmp_path, call_program
 ):
     more = {
@@ -961,9 +943,9 @@ def test_images_that_do_not_fill_a_step_are_counted_once_and_the_bar_tells_a_tru
     assert status == 0 and "left out" not in out
 
 
-def test_a_signal_to_a_child_that_has_ended_is_nobodys_error(monkeypatch):
-    """The parent of training.distributed=1 hands a notice on to its children, one of which is
-    gone."""
+def test_signal_to_an_ended_child_is_ignored(monkeypatch):
+    """With training.distributed=1, the parent forwards a signal to its children, one of which has
+    ended."""
     import signal as signals
 
     from rsb_ffcv import training

@@ -1,5 +1,5 @@
-"""A conversion that is killed, whenever and however often, ends with the bytes of one that was
-not."""
+"""A conversion that is killed, at any instant and any number of times, ends with the bytes of one
+that was not."""
 
 import os
 import random
@@ -18,8 +18,8 @@ from tests.sizes import KILLS
 
 ROOT = Path(__file__).parents[2]
 
-# The program, with work made safe after each picture instead of each second: a kill then finds more
-# states. It tells of each move of its progress bars, and after move number `hold` (from 1) it waits
+# The program. It flushes its work after each image instead of each second, so that a kill finds
+# more states. After update number `hold` (from 1) of its progress bars, it prints "held" and waits
 # for a line.
 PROGRAM = """
 import signal, sys
@@ -39,7 +39,7 @@ class Bar(writer.tqdm):
 
 writer.SYNC_SECONDS, writer.tqdm = {sync}, Bar
 sys.argv = ["write_ffcv.py", *{arguments!r}]
-# the shell of the tests may have set it to be ignored
+# the shell that runs the tests may have set it to be ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
 print("begins", flush=True)
 sys.exit(exit_status(write_ffcv.main))
@@ -48,6 +48,7 @@ sys.exit(exit_status(write_ffcv.main))
 
 def begin(arguments, sync=0.0, hold=0):
     code = PROGRAM.format(root=str(ROOT), arguments=list(map(str, arguments)), sync=sync, hold=hold)
+    # The bars are drawn rarely, because stderr is not read while the program works
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -55,14 +56,14 @@ def begin(arguments, sync=0.0, hold=0):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TQDM_MININTERVAL": "60"},
-    )  # few bars: nobody reads them while it works
+    )
     assert process.stdout.readline() == "begins\n"
     return process
 
 
 def wait_for_hold(process) -> tuple[bool, str]:
-    """Returns when the program is held (True) or has ended (False), with what it has written by
-    then."""
+    """Returns when the program is held (True) or has ended (False), with its output up to that
+    point."""
     hanging = Timer(300, process.kill)
     hanging.start()
     lines = []
@@ -73,7 +74,8 @@ def wait_for_hold(process) -> tuple[bool, str]:
 
 
 def end(process, line="go on\n"):
-    """Lets the program go on. Exit status, and what it then writes to stdout and stderr."""
+    """Lets the program continue. Returns its exit status, and what it then writes to stdout and
+    stderr."""
     try:
         out, errors = process.communicate(line, timeout=300)
     except subprocess.TimeoutExpired:
@@ -84,7 +86,7 @@ def end(process, line="go on\n"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """500 pictures of two classes, some to be shrunk, two that cannot be read."""
+    """500 images of two classes, some of which are shrunk, and two that cannot be read."""
     root = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(0)
     for split, count in (("train", 400), ("val", 100)):
@@ -116,12 +118,10 @@ def files(target) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
-def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_not(
-    folder, tmp_path, tell
-):
+def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_path, tell):
     assert end(begin(options(folder, tmp_path / "whole", 2)))[0] == 0
-    wanted = files(tmp_path / "whole")
-    assert sorted(wanted) == [
+    uninterrupted = files(tmp_path / "whole")
+    assert sorted(uninterrupted) == [
         "train.beton",
         "train.beton.skipped.csv",
         "val.beton",
@@ -132,9 +132,8 @@ def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_no
         target = tmp_path / f"run_{runs}"
         runs += 1
         while True:
-            moves = (
-                rng.randrange(400) if kills < KILLS else 0
-            )  # of its bars; the whole work makes 512
+            # Progress bar updates before the kill; a complete conversion makes 512
+            moves = rng.randrange(400) if kills < KILLS else 0
             process = begin(
                 options(folder, target, rng.choice([1, 2, 3])), rng.choice([0.0, 0.02]), moves
             )
@@ -142,9 +141,8 @@ def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_no
             if held:
                 process.stdin.write("go on\n")
                 process.stdin.flush()
-                time.sleep(
-                    rng.uniform(0, 0.05 if moves else 1.0)
-                )  # any instant after a known point, whatever it finds there
+                # Any instant after a known point; no result depends on which one it is
+                time.sleep(rng.uniform(0, 0.05 if moves else 1.0))
                 process.kill()
             status, rest, errors = end(process)
             resumed += "going on after" in out + rest
@@ -156,15 +154,15 @@ def test_a_conversion_killed_at_random_instants_has_the_bytes_of_one_that_was_no
                     if target.exists()
                     else set()
                 )
-                assert all((target / name).read_bytes() == wanted[name] for name in visible)
+                assert all((target / name).read_bytes() == uninterrupted[name] for name in visible)
                 continue
             break
-        assert files(target) == wanted
-    tell(f"{kills} kills over {runs} conversions, which went on from a part {resumed} times")
+        assert files(target) == uninterrupted
+    tell(f"{kills} kills over {runs} conversions, which resumed {resumed} times")
     assert resumed
 
 
-def test_a_conversion_that_is_interrupted_keeps_all_that_is_done(folder, tmp_path):
+def test_interrupted_conversion_keeps_finished_work(folder, tmp_path):
     process = begin(options(folder, tmp_path, 2), sync=1000.0, hold=200)
     assert wait_for_hold(process)[0]
     process.send_signal(signal.SIGINT)
@@ -174,7 +172,7 @@ def test_a_conversion_that_is_interrupted_keeps_all_that_is_done(folder, tmp_pat
     assert status == 0 and "train.beton: going on after 200 of 401 pictures" in out, errors
 
 
-def test_two_writers_of_one_file_do_not_meet(folder, tmp_path):
+def test_second_writer_of_a_file_is_refused(folder, tmp_path):
     first = begin(options(folder, tmp_path, 1), hold=1)
     assert wait_for_hold(first)[0]
     status, _, errors = end(begin(options(folder, tmp_path, 1)))
@@ -183,7 +181,7 @@ def test_two_writers_of_one_file_do_not_meet(folder, tmp_path):
     assert status == 0, errors
 
 
-def test_other_settings_do_not_go_on_with_what_was_begun(folder, tmp_path):
+def test_rerun_with_other_settings_is_refused(folder, tmp_path):
     process = begin(options(folder, tmp_path, 2), hold=50)
     assert wait_for_hold(process)[0]
     process.kill()
@@ -210,6 +208,6 @@ def test_other_settings_do_not_go_on_with_what_was_begun(folder, tmp_path):
     assert (tmp_path / "train.beton").stat().st_mtime_ns == finished
 
 
-def test_a_read_only_target_is_named(folder):
+def test_read_only_target_is_named(folder):
     status, _, errors = end(begin(options(folder, "/proc/nowhere", 1)))
     assert status == 2 and "cfg.write_path=/proc/nowhere" in errors.splitlines()[-1]

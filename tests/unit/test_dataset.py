@@ -140,7 +140,7 @@ def test_images_do_not_cross_ffcv_pages(tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
-        for number in range(12):  # 1.2 MB each: seven fit a page of 8 MiB
+        for number in range(12):  # 1.2 MB each: six fit in a page of 8 MiB
             Image.fromarray(rng.integers(0, 256, (500, 800, 3), np.uint8)).save(
                 tmp_path / split / "a" / f"{number}.png"
             )

@@ -423,9 +423,8 @@ def test_links_are_followed_if_allowed(tmp_path):
             "train",
         )
         assert len(read_beton(out / "train.beton")) == 13
-    (tmp_path / "named").symlink_to(
-        tmp_path / "link out of the tree"
-    )  # the root itself may be a link
+    # The root itself may be a link
+    (tmp_path / "named").symlink_to(tmp_path / "link out of the tree")
     (tmp_path / "link out of the tree/train" / WNIDS[1] / "fault.JPEG").unlink()
     assert (
         len(
