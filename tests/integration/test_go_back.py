@@ -80,8 +80,8 @@ def test_run_interrupted_after_going_back_equals_uninterrupted(
 
 
 def test_run_killed_while_discarding_steps_goes_back_again(betons, whole, tmp_path, train):
-    """Killed before the first checkpoint of the discarded steps is removed, and after it is."""
-    for acts in (0, 1):
+    """Killed before the first of the two checkpoints is removed, after it, and after both."""
+    for acts in (0, 1, 2):
         stop = (
             OVERFLOW
             + f"""
