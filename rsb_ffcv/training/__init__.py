@@ -1,4 +1,4 @@
-"""The trainer, its checkpoints, evaluation, and the processes it runs in."""
+"""The trainer, its checkpoints, evaluation, and the processes that it runs in."""
 
 import os
 import signal
@@ -12,18 +12,20 @@ from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
 
 def run(config: TrainConfig) -> None:
-    """Trains (or evaluates) as `config` says: in this process, in torchrun's, or in processes
-    started here.
+    """Trains or evaluates according to `config`, in one process or in several.
 
-    Ends with SystemExit(75) where SIGTERM or SIGUSR1 asked for it: the run is saved, and the same
-    command continues it.
+    Processes that torchrun started are used as they are. With training.distributed=1 and without
+    torchrun, this function starts dist.world_size processes.
+
+    Raises SystemExit(75) after SIGTERM or SIGUSR1. The run is saved, and the same command resumes
+    it.
     """
-    # Before torch is imported, here or in a child: where a process is lost one line says so, and
-    # torch's store would add C++ stacks
+    # Set before torch is imported, here or in a child. Without it, torch's store adds C++ stack
+    # traces to the one-line message about a lost process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
-    # Before the imports, and whatever else takes its time
+    # Before the slow imports, so that a signal during them is noticed.
     interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)
     try:
         from rsb_ffcv.training.build import TRAIN_OPTIONS
@@ -41,9 +43,10 @@ def run(config: TrainConfig) -> None:
             ):
                 trainer.evaluate_only() if config.training.eval_only else trainer.fit()
         except InputError as error:
-            said = first_to_say(str(error))  # what is wrong on all processes is told by one
+            # If all processes have the same error, one of them reports it.
+            first = first_to_say(str(error))
             wait_for_others()
-            if said:
+            if first:
                 raise
             raise SystemExit(2) from None
     finally:
@@ -51,7 +54,7 @@ def run(config: TrainConfig) -> None:
 
 
 def _spawn(config: TrainConfig) -> None:
-    """ffcv-imagenet's way to several processes on one machine: dist.world_size of them."""
+    """Starts dist.world_size processes on this machine, as ffcv-imagenet does."""
     try:
         socket.create_server((config.dist.address, config.dist.port)).close()
     except OSError as error:
@@ -67,32 +70,32 @@ def _spawn(config: TrainConfig) -> None:
         _child, args=(config,), nprocs=config.dist.world_size, join=False
     )
     children += processes.pids()
-    if received:  # before there was anybody to hand it to
+    if received:  # before there were processes to forward it to
         signal.raise_signal(received[0])
     try:
         while not processes.join():
             pass
     except multiprocessing.ProcessExitedException as error:
-        # A child that a signal ended had not begun: nothing is lost, and the job is to be started
-        # again
+        # A child that died of a signal had not begun to train. Nothing is lost: requeue the job.
         if error.exit_code == REQUEUE or any(error.exit_code == -number for number in received):
             raise SystemExit(REQUEUE) from None
         raise InputError(
-            f"process {error.error_index} of {config.dist.world_size} ended ({error}); its own "
-            f"message is "
-            f"above"
+            f"process {error.error_index} of {config.dist.world_size} ended ({error}); its error "
+            f"message is above"
         ) from error
 
 
 def hand_on(children: list[int]) -> list[signal.Signals]:
-    """From now on, requests to end go to the processes of `children`, which may grow. Returns the
-    list of those received."""
+    """Forwards SIGTERM and SIGUSR1 to the process ids in `children` from now on.
+
+    `children` may grow later. Returns a list that collects the received signals.
+    """
     received: list[signal.Signals] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         for child in children:
-            with suppress(ProcessLookupError):  # one that has ended
+            with suppress(ProcessLookupError):  # it has ended
                 os.kill(child, number)
 
     for number in SIGNALS:

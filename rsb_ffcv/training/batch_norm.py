@@ -1,8 +1,8 @@
 """Batch-norm statistics that do not depend on how mix groups are distributed to processes.
 
-torch by itself would average them over time on one process, and not at all over several. Here each
-step moves them once, by the mean over its groups on all processes, and the averaged model (SWA)
-gets statistics of its own at the end of a run.
+torch averages the statistics of successive groups over time on one process, and not at all over
+several processes. Here each step updates the running statistics once, with the mean over its groups
+on all processes. The averaged model (SWA) gets separate statistics at the end of a run.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def _statistics(norms: list[_BatchNorm]) -> list[torch.Tensor]:
         buffer
         for norm in norms
         for buffer in (norm.running_mean, norm.running_var)
-        if buffer is not None  # never, where they are tracked
+        if buffer is not None  # for the type checker: tracked statistics are never None
     ]
 
 
@@ -35,41 +35,41 @@ def _counters(norms: list[_BatchNorm]) -> list[torch.Tensor]:
 
 
 class RunningStatistics:
-    """The batch-norm buffers of `module`, moved once a step by the mean over the step's groups, on
-    all processes alike.
+    """Updates the batch-norm buffers of `module` once per step, with the mean over the step's
+    groups. The buffers are the same on all processes.
 
-    groups: how many of a step this process takes.
-    mean_groups: how many a process takes on average, all groups of the step / processes.
+    groups: groups of a step that this process takes.
+    mean_groups: groups of a step / number of processes.
     """
 
     def __init__(self, module: nn.Module, groups: int, mean_groups: float) -> None:
         norms = _norms(module)
         self._buffers, self._counters = _statistics(norms), _counters(norms)
         self._mean_groups = mean_groups
-        self._alone = groups == 1 and mean_groups == 1  # every process takes one
-        # of the step in progress: buffers and counters before it, and the sum of its groups'
+        self._alone = groups == 1 and mean_groups == 1  # every process takes one group
+        # Buffers and counters before the step in progress, and the sum of its groups' buffers
         self._start: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None = None
         self._sum: tuple[torch.Tensor, ...] | None = None
 
     def begin_group(self, group: int) -> None:
-        """Before the forward pass of this process's group number `group` of the step."""
+        """Call before the forward pass of group `group`, counted from 0 on this process."""
         if self._alone or not self._buffers:
             return
         if group == 0:
             self._start = torch._foreach_clone(self._buffers), torch._foreach_clone(self._counters)
             return
         self._add()
-        assert self._start is not None  # by group 0
+        assert self._start is not None  # set by group 0
         torch._foreach_copy_(self._buffers, self._start[0])
 
     def end_step(self) -> None:
-        """After the last forward pass."""
+        """Call after the last forward pass of the step."""
         if not self._buffers:
             return
         if not self._alone:
             self._add()
-            assert self._start is not None and self._sum is not None  # by group 0 and _add
-            # the mean over processes is then that over groups
+            assert self._start is not None and self._sum is not None  # set by group 0 and _add
+            # Divided by the mean number of groups, the mean over processes is that over groups.
             torch._foreach_div_(self._sum, self._mean_groups)
             torch._foreach_copy_(self._buffers, self._sum)
             torch._foreach_copy_(self._counters, torch._foreach_add(self._start[1], 1))
@@ -92,22 +92,25 @@ def estimate(
     needed: int,
     after_round: Callable[[], None],
 ) -> None:
-    """The averaged model's statistics: their mean over training images without mixing and erasing.
+    """Estimates the averaged model's batch-norm statistics, in place.
 
-    A step's groups are taken in rounds, one group of each process. In the last round of a step some
-    processes may have none: the mean is then taken over the others.
+    They are the mean over training images without mixing and erasing. The groups of a step are
+    taken in rounds, one group per process. In the last round of a step some processes may have no
+    group. The mean is then taken over the other processes.
 
-    batches: of this process, from the one that follows the last that was counted.
-    groups: of a step, over all processes.
-    needed: rounds that are counted in all.
-    after_round: called after each.
+    swa: its `rounds` is the number of rounds done so far.
+    batches: of this process, from the first that is not counted yet.
+    where: device and processes.
+    groups: groups of a step over all processes.
+    needed: total number of rounds.
+    after_round: called after each round.
     """
     norms = _norms(swa.module)
     buffers, counters = _statistics(norms), _counters(norms)
     rounds = rounds_of(groups, where.world_size)
     while swa.rounds < needed:
         step, number = divmod(swa.rounds, rounds)
-        before = step * groups + number * where.world_size  # groups that are counted
+        before = step * groups + number * where.world_size  # groups counted so far
         present = min(where.world_size, groups - number * where.world_size)
         for norm in norms:
             norm.momentum = present / (before + present)
@@ -125,5 +128,5 @@ def estimate(
 
 
 def rounds_of(groups: int, world_size: int) -> int:
-    """The rounds of a step: how many groups the process with the most takes."""
+    """The number of rounds of a step: the most groups that any process takes."""
     return -(-groups // world_size)

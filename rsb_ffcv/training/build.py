@@ -1,5 +1,7 @@
-"""The parts of a run, each made from its section of the config. What does not fit together is
-refused by name."""
+"""Builds the parts of a run, each from its section of the config.
+
+Files and options that do not fit together raise InputError, which names them.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from rsb_ffcv.training import checkpoint, plan
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.health import Health
 
-# Parameters of the layers below -> the options that their values come from
+# Parameter of a library function -> the option that its value comes from
 TRAIN_OPTIONS = {
     "num_workers": "data.num_workers",
     "order": "data.order",
@@ -99,33 +101,32 @@ def batch_transform(c: TrainConfig) -> BatchTransform:
 
 
 def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
-    """The number of classes. Raises InputError where the two files do not fit the recipe or each
-    other."""
+    """Returns the number of classes.
+
+    Raises InputError if the two files do not fit the recipe or each other.
+    """
     wanted = c.model.num_classes
     if wanted and train.num_classes != wanted:
         raise InputError(
             f"model.num_classes={wanted}: data.train_dataset={train.path} has {train.num_classes} "
-            f"classes; correct one of "
-            f"them"
+            f"classes; correct one of them"
         )
     if val.num_classes > train.num_classes:
         raise InputError(
-            f"data.val_dataset={val.path}: has {val.num_classes} classes, the training file has "
-            f"{train.num_classes}; write both from the same list of classes"
+            f"data.val_dataset={val.path}: has {val.num_classes} classes, and the training file "
+            f"has {train.num_classes}; write both from the same list of classes"
         )
     if train.about and val.about:
         for label, (ours, theirs) in enumerate(zip(train.about.classes, val.about.classes)):
             if ours != theirs:
                 raise InputError(
-                    f"data.val_dataset={val.path}: its class {label} is '{theirs}', and that of "
-                    f"{train.path} is '{ours}'; "
-                    f"write both from the same list of classes"
+                    f"data.val_dataset={val.path}: class {label} is '{theirs}', and in "
+                    f"{train.path} it is '{ours}'; write both from the same list of classes"
                 )
         if train.about.source.get("split") == "val" and val.about.source.get("split") == "train":
             raise InputError(
                 f"data.train_dataset={train.path} was written from the split val, and "
-                f"data.val_dataset={val.path} from "
-                f"train; exchange them"
+                f"data.val_dataset={val.path} from train; exchange them"
             )
     sides = {
         "resolution.max_res": (train, c.resolution.max_res),
@@ -136,14 +137,20 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
         if 0 < largest < side:
             raise InputError(
                 f"{option}={side}: the images of {file.path} were shrunk to "
-                f"cfg.max_resolution={largest} when it was "
-                f"written, and would be enlarged; write it with {side} or more, or lower {option}"
+                f"cfg.max_resolution={largest} when it was written, and would be enlarged; "
+                f"write it with {side} or more, or lower {option}"
             )
     return train.num_classes
 
 
 def model(c: TrainConfig, num_classes: int, compute: Compute, *, new: bool) -> torch.nn.Module:
-    """new: with the weights that a run begins from; otherwise a checkpoint's come later."""
+    """Builds the model on the device.
+
+    new: give it the initial weights of a run (random, pretrained or checkpoint.warm_start). False:
+        the weights are loaded from a checkpoint later.
+
+    Raises InputError if a resolution of the run does not fit the model.
+    """
     torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
     made = build_model(
         c.model.arch,
@@ -223,10 +230,10 @@ def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
 
 
 def wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
-    """The module, compiled and in DDP as the run has it."""
-    if where.compile:  # of a module it makes a module
+    """Returns the module, compiled and wrapped in DDP if the run uses these."""
+    if where.compile:
         model = cast(torch.nn.Module, torch.compile(model, dynamic=False))
     if where.world_size == 1:
         return model
-    # batch-norm statistics are averaged by the step, not copied from the first process
+    # The step averages the batch-norm statistics, so DDP must not broadcast them from rank 0.
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

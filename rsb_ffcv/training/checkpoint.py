@@ -1,10 +1,10 @@
-"""A run's states on disk: the newest few and the best one, each whole or absent, checked before it
-is used.
+"""Checkpoints of a run on disk: the newest few and the best one. Writes are atomic, and each file
+is checked before it is loaded.
 
 A checkpoint is one torch.save file, `checkpoint_<step>.pt`. Its ZIP container holds a CRC-32 of
-every record, which torch writes and does not read; here every record is compared with it before the
-file is loaded. `best.pt` is a second name (a hard link) of the checkpoint that was best. Writing
-happens on a thread, from a copy, while training goes on.
+every record. torch writes these checksums but does not read them; `read` verifies all of them
+before it loads the file. `best.pt` is a second name (a hard link) of the best checkpoint. A
+background thread writes a copy of the state while training continues.
 """
 
 import io
@@ -40,7 +40,7 @@ KEYS = {
 
 
 def on_host(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples, its tensors on the CPU and nobody else's."""
+    """A deep copy of nested dicts, lists and tuples, with all tensors copied to the CPU."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -51,24 +51,23 @@ def on_host(state: Any) -> Any:
 
 
 def write(state: object, path: Path) -> None:
-    """torch.save under `path`, flushed to disk, whole or not at all. Raises InputError where the
-    system refuses."""
-    serialized = (
-        io.BytesIO()
-    )  # torch reports a full disk as a RuntimeError; a plain write says what it is
+    """Saves `state` to `path` with torch.save, atomically, and flushes it to disk. Raises
+    InputError if the file cannot be written."""
+    # torch.save reports a full disk as a RuntimeError; a plain write raises the precise OSError.
+    serialized = io.BytesIO()
     torch.save(state, serialized)
     with atomic_file(path, MEND) as file:
         file.write(serialized.getbuffer())
 
 
 def read(path: Path) -> Any:
-    """Tensors and plain values of a file that `torch.save` wrote, on the CPU. Raises InputError
-    where a record does not have its checksum, or the file is none of torch's."""
+    """Loads tensors and plain values from a torch.save file, on the CPU. Raises InputError if a
+    record does not match its checksum, or if torch did not write the file."""
     try:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
         if damaged:
-            raise InputError(f"{path}: damaged (record {damaged} does not have its checksum)")
+            raise InputError(f"{path}: damaged (record {damaged} does not match its checksum)")
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -76,22 +75,20 @@ def read(path: Path) -> Any:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or first_line(error)})"
         ) from error
-    except (
-        Exception
-    ) as error:  # a damaged file makes zipfile, zlib and torch's reader raise nearly any kind
+    # zipfile, zlib and torch's reader raise nearly any exception for a damaged file.
+    except Exception as error:
         raise InputError(
-            f"{path}: not a readable checkpoint ({first_line(error)}; torch.save of today's torch "
-            f"writes a zip "
-            f"file)"
+            f"{path}: not a readable checkpoint ({first_line(error)}; current versions of "
+            f"torch.save write a zip file)"
         ) from error
 
 
 class Store:
-    """The checkpoints of one folder. `lock` it before the first `save`.
+    """The checkpoints of one folder. Call `lock` before the first `save`.
 
-    keep: how many of the newest stay. regular: whether a step is one that every run is saved at,
-    whatever happens to it; the newest of these stays too, so that what a run goes back to does not
-    depend on when it was interrupted.
+    keep: number of newest checkpoints to keep.
+    regular: whether a step has a regular checkpoint. The newest regular checkpoint is kept too, so
+        that the checkpoint that a run goes back to does not depend on when it was interrupted.
     """
 
     def __init__(
@@ -103,39 +100,41 @@ class Store:
         self._lock: TextIO | None = None
 
     def lock(self) -> None:
-        """Makes the folder and claims it: two runs in one folder would overwrite each other. Ends
-        with the process."""
+        """Creates the folder and locks it, until `close` or the end of the process. Two runs in one
+        folder would overwrite each other's checkpoints."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Held while the process lives
+            # Stays open: closing it releases the lock.
             self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
             lock(self._lock, self.folder)
         except BlockingIOError:
             raise InputError(
-                f"logging.folder={self.folder}: another process trains there; wait for it, end it, "
-                f"or choose "
-                f"another folder"
+                f"logging.folder={self.folder}: another process is training in this folder; wait "
+                f"for it, end it, or choose another folder"
             ) from None
         except OSError as error:
             raise InputError(
                 f"logging.folder={self.folder}: cannot be used ({error.strerror}); choose another"
             ) from error
-        for unfinished in self.folder.glob(
-            ".*.part"
-        ):  # of a process that was killed while it wrote
+        # Left behind by a process that was killed while writing
+        for unfinished in self.folder.glob(".*.part"):
             unfinished.unlink()
 
     def newest(self, regular: bool = False) -> tuple[Path, dict] | None:
-        """The newest checkpoint (regular: of a regular step) that is whole, and its name; None
-        where there is none at all. Damaged ones are passed over with a warning, and renamed where
-        the folder is locked, so that they no longer count. Raises InputError where none is whole.
+        """Returns the path and the content of the newest intact checkpoint, None if there is no
+        checkpoint at all.
+
+        A damaged checkpoint is skipped with a warning. If the folder is locked, it is also renamed,
+        so that it is not tried again. Raises InputError if all checkpoints are damaged.
+
+        regular: consider regular checkpoints only.
         """
         paths = [
             path
             for path in sorted(self.folder.glob(PATTERN), reverse=True)
             if not regular or self.regular(_step(path))
         ]
-        mend = "remove the damaged files to start anew, or choose another logging.folder"
+        fix = "remove the damaged files to start from scratch, or choose another logging.folder"
         for number, path in enumerate(paths):
             try:
                 state = read(path)
@@ -143,40 +142,45 @@ class Store:
                 warn(
                     f"{error}; "
                     + (
-                        "falling back to the one before"
+                        "falling back to the checkpoint before it"
                         if number + 1 < len(paths)
-                        else "none is left"
+                        else "no other checkpoint is left"
                     )
                 )
                 continue
             if not isinstance(state, dict) or not state.keys() >= KEYS:
-                raise InputError(f"{path}: not a checkpoint of this program; {mend}")
+                raise InputError(f"{path}: not a checkpoint of this program; {fix}")
             if self._lock is not None:
                 for damaged in paths[:number]:
                     damaged.rename(damaged.with_suffix(".damaged"))
             return path, state
         if paths:
             raise InputError(
-                f"{self.folder}: none of its {len(paths)} checkpoints can be read; {mend}"
+                f"{self.folder}: none of its {len(paths)} checkpoints can be read; {fix}"
             )
         return None
 
     def save(self, state: dict, best: bool) -> None:
-        """Begins to write a copy of `state`; `best`: under the second name as well. What could not
-        be written is a warning: the run goes on, and what was there before is intact."""
+        """Starts to write a copy of `state` in the background.
+
+        best: give it the second name `best.pt` as well.
+
+        A failed write is reported as a warning by `finish`. The run continues, and the earlier
+        checkpoints stay intact.
+        """
         self.finish()
         self._pending = self._writer.submit(self._write, on_host(state), best)
 
     def finish(self) -> bool:
-        """Waits for the newest `save`; whether it is on disk."""
+        """Waits for the last `save`. Returns False if it failed."""
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
                 pending.result()
         except InputError as error:
             warn(
-                f"no checkpoint was written: {error}; the ones before it are intact, the run goes "
-                f"on"
+                f"the checkpoint was not written: {error}; earlier checkpoints are intact, and the "
+                f"run continues"
             )
             return False
         return True
@@ -188,7 +192,7 @@ class Store:
             self._lock.close()
 
     def mark_best(self, path: Path) -> None:
-        """Gives the checkpoint at `path` its second name."""
+        """Gives the checkpoint at `path` the second name `best.pt`."""
         temporary, best = self.folder / f".{BEST}.part", self.folder / BEST
         try:
             if best.exists() and best.samefile(path):
@@ -204,15 +208,17 @@ class Store:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {MEND}") from error
 
     def give_up(self, step: int) -> bool:
-        """Removes the states of steps after `step`, the newest first, so that no later start finds
-        one of them. Returns whether the best was one. Raises InputError where one cannot be
-        removed."""
+        """Removes the checkpoints of steps after `step`, the newest first, so that no later start
+        resumes from one of them.
+
+        Returns whether `best.pt` was among them. Raises InputError if a file cannot be removed.
+        """
         self.finish()
         later = [
             path for path in sorted(self.folder.glob(PATTERN), reverse=True) if _step(path) > step
         ]
         best = self.folder / BEST
-        # None, or a damaged one, which nothing reads as a state of the run
+        # A missing or damaged best.pt is ignored: nothing resumes from it.
         with suppress(InputError):
             if read(best)["step"] > step:
                 later.append(best)
@@ -221,9 +227,8 @@ class Store:
                 path.unlink()
         except OSError as error:
             raise InputError(
-                f"{self.folder}: states of steps that the run has given up cannot be removed "
-                f"({error.strerror}); "
-                f"see to permissions, and start again"
+                f"{self.folder}: checkpoints after step {step}, from which the run went back, "
+                f"cannot be removed ({error.strerror}); correct the permissions and start again"
             ) from error
         flush_folder(self.folder)
         return best in later
@@ -233,13 +238,13 @@ class Store:
         write(state, path)
         if best:
             self.mark_best(path)
-        there = sorted(old for old in self.folder.glob(PATTERN) if old <= path)
+        existing = sorted(old for old in self.folder.glob(PATTERN) if old <= path)
         keep = {
             path,
-            *there[-self.keep :],
-            *[old for old in there if self.regular(_step(old))][-1:],
+            *existing[-self.keep :],
+            *[old for old in existing if self.regular(_step(old))][-1:],
         }
-        for old in there:
+        for old in existing:
             if old not in keep:
                 try:
                     old.unlink()
@@ -252,31 +257,35 @@ def _step(path: Path) -> int:
 
 
 def check_recipe(saved: dict, current: dict, folder: Path) -> None:
-    """Raises InputError naming the options that differ between the run in `folder` and this one."""
+    """Raises InputError if the run in `folder` has another recipe. The message names the options
+    that differ."""
     differing = sorted(
-        f"{section}.{key}: {saved.get(section, {}).get(key)} there, {value} now"
+        f"{section}.{key}: {saved.get(section, {}).get(key)} in the folder, {value} now"
         for section, options in current.items()
         for key, value in options.items()
         if saved.get(section, {}).get(key) != value
     )
     if differing:
         raise InputError(
-            f"{folder} holds a run of another recipe ({'; '.join(differing)}); use its options, "
-            f"another "
-            f"logging.folder, or checkpoint.warm_start to begin from its weights"
+            f"{folder} contains a run of another recipe ({'; '.join(differing)}); use its options, "
+            f"another logging.folder, or checkpoint.warm_start to start from its weights"
         )
 
 
 def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
-    """Puts weights into `model`: those of a checkpoint (`which`: "model", "ema" or "swa"), or a
-    file that is a state_dict. Raises InputError where they are not there or do not fit."""
+    """Loads weights into `model`, from a checkpoint or from a file that is a state_dict.
+
+    which: the weights of a checkpoint to use, "model", "ema" or "swa".
+
+    Raises InputError if the file has no such weights, or if they do not fit the model.
+    """
     state = read(path)
     if isinstance(state, dict) and state.keys() >= KEYS:
         average = state[which] or {}
         if which != "model" and not (average.get("updates") or average.get("finished")):
             raise InputError(
-                f"checkpoint.warm_start_from={which}: {path} has no such weights, or not yet; use "
-                f"model"
+                f"checkpoint.warm_start_from={which}: {path} does not contain such weights, or not "
+                f"yet; use model"
             )
         weights = average if which == "model" else average["module"]
     else:
@@ -286,8 +295,8 @@ def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
         isinstance(value, torch.Tensor) for value in weights.values()
     ):
         raise InputError(
-            f"checkpoint.warm_start={path}: holds no weights; give a checkpoint of this program or "
-            f"a state_dict"
+            f"checkpoint.warm_start={path}: contains no weights; give a checkpoint of this program "
+            f"or a state_dict"
         )
     differing = [
         f"{name} {tuple(weights[name].shape) if name in weights else 'missing'}"
@@ -297,7 +306,6 @@ def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
     if differing:
         raise InputError(
             f"checkpoint.warm_start={path}: is of another model ({len(differing)} tensors differ, "
-            f"the first: "
-            f"{differing[0]}); use its model.arch and number of classes"
+            f"the first: {differing[0]}); use its model.arch and number of classes"
         )
     model.load_state_dict(weights)

@@ -1,5 +1,5 @@
-"""Which device, precision, compiler and processes a run uses: decided once, said in the first lines
-of output."""
+"""Chooses the device, precision, compilation and processes of a run, once, at its start. The first
+lines of output report the choice."""
 
 import gc
 import math
@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 from rsb_ffcv import InputError, first_line, warn
 
-# of the process group: what processes can still tell each other when its collectives fail
+# The process group's store. Processes can still communicate through it when collectives fail.
 _stores: list[dist.Store] = []
-# of collectives on both sides, where no process is silent: one may read a large file meanwhile
+# Timeout of collectives while all processes are alive: one of them may be reading a large file.
 COLLECTIVE_SECONDS = 1800
-# Of errors that torch does not raise as OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN,
-# and the driver
+# Texts of out-of-memory errors that torch does not raise as OutOfMemoryError: from the CPU's
+# allocator, cuBLAS and cuDNN, and the driver.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -42,7 +42,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where and how this process computes. rank and world_size are those of the whole job."""
+    """Device, precision and processes that this process uses. rank and world_size are those of the
+    complete job."""
 
     device: torch.device
     precision: str
@@ -58,7 +59,7 @@ class Compute:
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Context in which the model's forward pass runs at the chosen precision."""
+        """A context in which the model's forward pass runs in the chosen precision."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
@@ -68,8 +69,8 @@ class Compute:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def loader_threads(self, asked: int | str) -> int:
-        """What data.num_workers asks for. More than there are cores: a warning with the right
-        number."""
+        """The number of loader threads for data.num_workers=`asked`. Warns, with a number that
+        fits, if the processes of this machine have more threads than cores."""
         cores = available_cores()
         fitting = max(1, cores // self.local_world_size)
         if isinstance(asked, str):  # "auto"
@@ -77,14 +78,14 @@ class Compute:
         if self.is_main and asked * self.local_world_size > cores:
             warn(
                 f"data.num_workers={asked}: with {self.local_world_size} "
-                f"process{'es' if self.local_world_size > 1 else ''} on this machine "
-                f"these are {asked * self.local_world_size} threads for {cores} cores; "
-                f"data.num_workers={fitting} (or auto) fits"
+                f"process{'es' if self.local_world_size > 1 else ''} on this machine, this starts "
+                f"{asked * self.local_world_size} threads on {cores} cores; "
+                f"use data.num_workers={fitting} or auto"
             )
         return asked
 
     def peak_memory_mb(self) -> float:
-        """Of the device on CUDA, else of this process."""
+        """Peak memory in MiB, of the device on CUDA, else of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return getrusage(RUSAGE_SELF).ru_maxrss / 2**10
@@ -96,10 +97,11 @@ class Compute:
             else f"CPU, {torch.get_num_threads()} threads"
         )
         return (
-            f"device {self.device.type} ({name}), precision {self.precision}, compile "
-            f"{'on' if self.compile else 'off'}, "
-            f"channels_last {'on' if self.channels_last else 'off'}, {self.world_size} process"
-            f"{'es' if self.world_size > 1 else ''}, torch {torch.__version__}"
+            f"device {self.device.type} ({name}), precision {self.precision}, "
+            f"compile {'on' if self.compile else 'off'}, "
+            f"channels_last {'on' if self.channels_last else 'off'}, "
+            f"{self.world_size} process{'es' if self.world_size > 1 else ''}, "
+            f"torch {torch.__version__}"
         )
 
 
@@ -112,24 +114,28 @@ def set_up(
     threads: int,
     timeout_s: float = 120.0,
 ) -> Compute:
-    """Chooses what is "auto" and joins the process group that torchrun's environment describes, if
-    there is one.
+    """Resolves "auto", and joins the process group that torchrun's environment describes, if any.
 
-    timeout_s: seconds after which a silent process is given up (see processes.Heartbeat). Raises
-    InputError where CUDA or a precision is asked for that this machine lacks, where it has a CUDA
-    device that torch cannot use, and where the environment describes a job only in part.
+    device: "auto", "cpu" or "cuda".
+    precision: "auto", "fp32", "fp16" or "bf16".
+    compile: "auto", "0" or "1".
+    channels_last: whether weights and images use this memory layout.
+    threads: CPU threads of torch; 0: OMP_NUM_THREADS, else an equal share of the cores.
+    timeout_s: seconds after which a silent process counts as lost (see processes.Heartbeat).
+
+    Raises InputError if this machine lacks the requested device or precision, if it has a CUDA
+    device that torch cannot use, if the environment describes a job incompletely, if the processes
+    cannot connect to each other, or if two of them have the same GPU.
     """
     rank, world_size, local_rank, local_world_size = _place_in_job()
     wrong = ""
     if device != "cpu" and not torch.cuda.is_available():
-        there = nvidia_devices()
-        if there:
+        found = nvidia_devices()
+        if found:
             wrong = (
-                f"compute.device={device}: this machine has {there}, and torch {torch.__version__} "
-                f"cannot use it ({_why_no_cuda()}); "
-                f"install a driver or a torch that fit each other "
-                f"(https://pytorch.org/get-started), or train on the CPU by "
-                f"compute.device=cpu"
+                f"compute.device={device}: this machine has {found}, but torch {torch.__version__} "
+                f"cannot use it ({_why_no_cuda()}); install a driver and a torch that match "
+                f"(https://pytorch.org/get-started), or train on the CPU with compute.device=cpu"
             )
         elif device == "cuda":
             wrong = (
@@ -143,9 +149,8 @@ def set_up(
         chosen = torch.device("cuda", own_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[
-        0
-    ]  # torchrun sets it to 1 unless the user did
+    # torchrun sets it to 1 unless the user has set it.
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     torch.set_num_threads(
         threads
         or (
@@ -173,7 +178,7 @@ def set_up(
                 dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))
             )
             store = _own_part(store, rank, world_size)
-            # a connection of its own: a collective that waits holds the other one
+            # A second connection: a collective that waits blocks the first one.
             _stores.append(store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -184,13 +189,11 @@ def set_up(
             )
         except (dist.DistError, OSError) as error:
             raise InputError(
-                f"process {rank} of {world_size} cannot meet the others at "
-                f"{os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); give an address and a "
-                f"free port that all "
-                f"of them reach"
+                f"process {rank} of {world_size} cannot connect to the others at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                f"({first_line(error)}); give an address and a free port that all of them can reach"
             ) from error
-    if wrong:  # told after the processes have met, so that one of them can speak for all
+    if wrong:  # raised after the processes have connected, so that one of them reports it for all
         raise InputError(wrong)
     here = socket.gethostname(), _device_id(chosen)
     places = gather([here])
@@ -208,8 +211,8 @@ def set_up(
 
 
 def _place_in_job() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises InputError where some of what
-    torchrun sets is there and some is not."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises InputError if they are invalid, or
+    if only some of the variables that torchrun sets are set."""
     found = {}
     for name, default in (
         ("RANK", 0),
@@ -227,22 +230,20 @@ def _place_in_job() -> tuple[int, int, int, int]:
     if rank >= world_size or not 0 < local_world_size <= world_size:
         raise InputError(
             f"RANK={rank} and LOCAL_WORLD_SIZE={local_world_size} do not fit "
-            f"WORLD_SIZE={world_size}; start the job with "
-            f"torchrun, or unset them"
+            f"WORLD_SIZE={world_size}; start the job with torchrun, or unset them"
         )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and missing:
         raise InputError(
-            f"WORLD_SIZE={world_size} is set and {' and '.join(missing)} "
-            f"{'are' if missing[1:] else 'is'} not; start the job "
-            f"with torchrun, or set them"
+            f"WORLD_SIZE={world_size} is set, but {' and '.join(missing)} "
+            f"{'are' if missing[1:] else 'is'} not; start the job with torchrun, or set them"
         )
     return rank, world_size, local_rank, local_world_size
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, and the container's share of processor time
-    (cgroup v2), rounded up."""
+    """The number of cores that this process may use: its affinity, limited by the container's CPU
+    quota (cgroup v2), rounded up."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -252,7 +253,8 @@ def available_cores() -> int:
 
 
 def nvidia_devices(root: str = "/dev") -> str:
-    """The NVIDIA devices that this process may see, for a message; empty for none."""
+    """The NVIDIA devices that this process may see, as text for a message; empty if there are
+    none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
         return ""
     return ", ".join(sorted(str(path) for path in Path(root).glob("nvidia[0-9]*")))
@@ -269,42 +271,46 @@ def _why_no_cuda() -> str:
 
 
 def own_device(local_rank: int, count: int) -> int:
-    """The number of this process's CUDA device among the `count` that it sees. One that sees a
-    single device has it to itself, as with `srun --gpus-per-task=1`; check_devices finds where that
-    is not so."""
+    """The index of this process's CUDA device among the `count` visible ones.
+
+    A process that sees one device uses it, as with `srun --gpus-per-task=1`; check_devices detects
+    two processes that share it. Raises InputError if there are fewer devices than local processes.
+    """
     if count == 1:
         return 0
     if local_rank >= count:
         raise InputError(
-            f"LOCAL_RANK={local_rank}: this process has no CUDA device of its own ({count} here); "
-            f"start one process a GPU"
+            f"LOCAL_RANK={local_rank}: no CUDA device is left for this process ({count} visible); "
+            f"start one process per GPU"
         )
     return local_rank
 
 
 def _device_id(device: torch.device) -> str:
-    """Names a GPU among those of its machine; empty for the CPU, and for a part of a GPU (MIG)."""
+    """The UUID of a GPU; empty for the CPU, and for a part of a GPU (MIG)."""
     if device.type != "cuda" or "MIG" in torch.cuda.get_device_name(device):
         return ""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def check_devices(places: list[tuple[str, str]]) -> None:
-    """Raises InputError where two processes have one GPU. places: host and device of each
+    """Raises InputError if two processes use the same GPU. places: (host, device UUID) of each
     process."""
     for rank, place in enumerate(places):
         first = places.index(place)
         if place[1] and first != rank:
             raise InputError(
                 f"processes {first} and {rank} have the same GPU ({place[0]}, {place[1]}); start "
-                f"one process a GPU"
+                f"one process per GPU"
             )
 
 
 @contextmanager
 def within_memory(what: str, mend: str) -> Iterator[None]:
-    """Raises InputError with `what` was being done and the mend where the memory of the device or
-    of the machine does not suffice."""
+    """Turns an out-of-memory error of the device or the machine into an InputError.
+
+    what: what needed the memory, for the message. mend: the fix.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -317,12 +323,15 @@ def within_memory(what: str, mend: str) -> Iterator[None]:
 
 
 def _own_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of `store` that only the processes now running know of. torchrun's store outlives a
-    restart, and what the processes before it left there would send these to ports that nobody
-    listens on (pytorch/pytorch#135712).
+    """A part of `store` with a prefix that only the running processes know.
 
-    Each process leaves a name of its own; the first one lists them until all have found themselves
-    in its list.
+    torchrun's store survives a restart. Entries that earlier processes left in it would direct the
+    new ones to closed ports (pytorch/pytorch#135712).
+
+    Each process writes a unique name. Rank 0 publishes the list of all names, again and again,
+    until every process has found its name in the list.
+
+    Raises InputError if that takes more than MEETING_SECONDS.
     """
     mine, waits_until = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
 
@@ -344,23 +353,24 @@ def _own_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:
                 return dist.PrefixStore(meeting, store)
         time.sleep(0.02)
     raise InputError(
-        f"process {rank} of {world_size}: not all processes have come within {MEETING_SECONDS} s; "
-        f"look for the message "
-        f"of one that ended"
+        f"process {rank} of {world_size}: not all processes have connected within "
+        f"{MEETING_SECONDS} s; look for the message of a process that ended"
     )
 
 
 def leave() -> None:
-    """Leaves the process group, if there is one. The caller holds no group, and nothing that does,
-    any more: their threads then end here. One that still gave back a tensor while the interpreter
-    ends would abort the process (pytorch/pytorch#179291)."""
+    """Destroys the process group, if there is one, and ends its threads.
+
+    The caller must have dropped every reference to a group before. A thread that still released a
+    tensor during the interpreter's shutdown would abort the process (pytorch/pytorch#179291).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of `values` over all processes."""
+    """Element-wise sum of `values` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -376,9 +386,11 @@ def gather(items: list[Answer]) -> list[Answer]:
 
 
 def mean_over_processes(tensors: list[torch.Tensor], present: int = 0) -> list[torch.Tensor]:
-    """Each of `tensors` (one dtype, one device) becomes its mean over all processes, in place, by
-    one collective. present: how many processes are counted, where those of the others are 0; 0:
-    all."""
+    """Replaces each of `tensors` by its mean over processes, in place, with one collective.
+
+    tensors: all of one dtype and on one device.
+    present: divide by this number of processes; the tensors of the others must be 0. 0: all.
+    """
     if dist.is_initialized() and tensors:
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(together)
@@ -391,8 +403,8 @@ def mean_over_processes(tensors: list[torch.Tensor], present: int = 0) -> list[t
 
 
 def on_first_process(action: Callable[[], Answer]) -> Answer:
-    """What `action()` gives on the first process (text, numbers, None), on every process; an
-    InputError too."""
+    """Runs `action()` on rank 0 only, and returns its result (text, numbers, None) on every
+    process. An InputError is raised on every process too."""
     if not dist.is_initialized():
         return action()
     result, wrong = None, ""
@@ -401,17 +413,19 @@ def on_first_process(action: Callable[[], Answer]) -> Answer:
             result = action()
         except InputError as error:
             wrong = str(error)
-    told: list[Any] = [result, wrong]
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
-    if told[1]:
-        raise InputError(told[1])
-    return told[0]
+    outcome: list[Any] = [result, wrong]
+    dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+    if outcome[1]:
+        raise InputError(outcome[1])
+    return outcome[0]
 
 
 def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answer:
-    """`question(store)`, of what the processes can still tell each other when the job's collectives
-    fail. Raises RuntimeError where the store is gone, TimeoutError where it does not answer within
-    `seconds`: a stopped machine keeps its connections."""
+    """Returns `question(store)`, which works even if the job's collectives fail.
+
+    Raises RuntimeError if the store is gone, TimeoutError if it does not answer within `seconds`: a
+    stopped machine keeps its connections open.
+    """
     answers: Queue[tuple[Any, RuntimeError | None]] = Queue()
 
     def ask() -> None:
@@ -431,17 +445,20 @@ def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answe
 
 
 def first_to_say(what: str) -> bool:
-    """True on one process only, the first that asks for `what`, also where the job's collectives no
-    longer work."""
+    """Returns True on exactly one process, the first that asks for `what`. Works even if the job's
+    collectives fail."""
     try:
         return not _stores or _stores[0].add(f"said/{what}", 1) == 1
-    except RuntimeError:  # the store died with the first process: the second speaks
+    except RuntimeError:  # the store died with rank 0: rank 1 reports
         return dist.get_rank() == 1
 
 
 def wait_for_others(seconds: float = 2.0) -> None:
-    """Before a process ends with an error: the others may be about to find the same, and need the
-    first one's store to know that it has been said."""
+    """Waits up to `seconds` before a process ends with an error.
+
+    The other processes may be about to meet the same error. They need the store, which rank 0
+    hosts, to know that it has been reported.
+    """
     if not _stores:
         return
     until = time.monotonic() + seconds
@@ -449,5 +466,5 @@ def wait_for_others(seconds: float = 2.0) -> None:
         _stores[0].add("ending", 1)
         while _stores[0].add("ending", 0) < dist.get_world_size() and time.monotonic() < until:
             time.sleep(0.02)
-    except RuntimeError:  # the store is gone, and with it whoever asks it
+    except RuntimeError:  # the store is gone
         return

@@ -1,4 +1,4 @@
-"""Accuracy on an evaluation file: exactly its images, each counted once, over any number of
+"""Accuracy on an evaluation file. Each image is counted exactly once, over any number of
 processes."""
 
 import json
@@ -17,16 +17,23 @@ from rsb_ffcv.training.compute import Compute, sum_over_processes
 
 
 def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
-    """The labels that each image may be given, from a JSON list with one entry an image: a label,
-    or a list of labels, empty where the image does not count (ImageNet-ReaL's form). names: the
-    evaluation file's. Where they are ImageNet's (ILSVRC2012_val_00000001.JPEG), entries go by these
-    numbers, as ImageNet-ReaL's do; else by the file's order. int64 (images, most labels), filled
-    with -1."""
-    mend = "give a JSON list of labels, or of lists of labels, one an image of data.val_dataset"
+    """Reads the accepted labels of each image: int64 (images, most labels of an image), padded with
+    -1.
+
+    path: a JSON list with one entry per image, a label or a list of labels. An empty list excludes
+        the image (ImageNet-ReaL's format).
+    names: the image names of the evaluation file. If all of them are ImageNet's
+        (ILSVRC2012_val_00000001.JPEG), these numbers index the entries, as in ImageNet-ReaL. Else
+        the entries are in the order of the file.
+    classes: labels are 0 .. classes - 1.
+
+    Raises InputError if the file cannot be read or does not fit the evaluation file.
+    """
+    fix = "give a JSON list of labels, or of lists of labels, one per image of data.val_dataset"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"validation.labels={path}: cannot be read ({error}); {mend}") from error
+        raise InputError(f"validation.labels={path}: cannot be read ({error}); {fix}") from error
     sets = (
         [entry if isinstance(entry, list) else [entry] for entry in content]
         if isinstance(content, list)
@@ -37,21 +44,20 @@ def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
         order = [int(found[1]) - 1 for found in numbered if found]
         if not 0 <= min(order) <= max(order) < len(sets):
             raise InputError(
-                f"validation.labels={path}: has {len(sets)} entries, and data.val_dataset the "
-                f"image {names[order.index(max(order))]}; "
-                f"{mend}"
+                f"validation.labels={path}: has {len(sets)} entries, but data.val_dataset has the "
+                f"image {names[order.index(max(order))]}; {fix}"
             )
         sets = [sets[place] for place in order]
     if len(sets) != len(names):
         raise InputError(
-            f"validation.labels={path}: has {len(sets)} entries, data.val_dataset {len(names)} "
-            f"images; {mend}"
+            f"validation.labels={path}: has {len(sets)} entries, but data.val_dataset has "
+            f"{len(names)} images; {fix}"
         )
     for number, labels in enumerate(sets):
         if not all(type(label) is int and 0 <= label < classes for label in labels):
             raise InputError(
-                f"validation.labels={path}: the entry of {names[number]} is {labels}, classes are "
-                f"0 .. {classes - 1}; {mend}"
+                f"validation.labels={path}: the entry of {names[number]} is {labels}, but classes "
+                f"are 0 .. {classes - 1}; {fix}"
             )
     table = torch.full((len(sets), max(map(len, sets), default=0) or 1), -1)
     for row, labels in zip(table, sets):
@@ -69,17 +75,22 @@ def evaluate(
     label_sets: torch.Tensor | None = None,
     after_batch: Callable[[int], None] = lambda number: None,
 ) -> dict:
-    """{"top1", "top5": per cent, "val_loss": cross-entropy, "images"} of `model` in eval mode over
-    all processes; with `label_sets` (see read_label_sets) also "relabelled_top1", over
-    "relabelled_images" that have a label there.
+    """Evaluates `model` in eval mode, over all processes.
 
-    flip_tta: the logits of the image and of its mirror image are averaged. after_batch: called with
-    each batch's number.
+    Returns "top1" and "top5" in per cent, "val_loss" (mean cross-entropy) and "images". With
+    `label_sets` it also returns "relabelled_images", the number of images with at least one
+    accepted label, and "relabelled_top1" over these, in per cent.
+
+    model: images (n, 3, H, W) -> logits (n, classes).
+    loader: this process's batches.
+    compute: device, precision and processes.
+    flip_tta: average the logits of each image and its mirror image.
+    label_sets: accepted labels of each image, see read_label_sets.
+    after_batch: called with each batch's number.
     """
     model.eval()
-    counts = torch.zeros(
-        5, device=compute.device, dtype=torch.float64
-    )  # correct, correct in 5, loss, relabelled: correct, all
+    # correct, correct in 5, loss; of the relabelled images: correct, all
+    counts = torch.zeros(5, device=compute.device, dtype=torch.float64)
     seen = 0
     with closing(iter(loader)) as batches:
         for number, (images, labels, samples) in enumerate(batches):

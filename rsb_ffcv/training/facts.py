@@ -1,5 +1,5 @@
-"""What a run is, as plain values: the recipe that its result depends on, and what all processes of
-a job must have in common."""
+"""The facts of a run, as plain values: the recipe, which determines its result, and the values that
+must be equal on all processes of a job."""
 
 import platform
 
@@ -14,8 +14,8 @@ from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.ops.native import checksum
 from rsb_ffcv.training.compute import Compute
 
-# What each process of a job may have its own way: where it finds its files, which are compared by
-# what they hold, and its threads
+# Options that may differ between the processes of a job: the paths of files, which are compared by
+# their content, the number of threads, and `auto` choices, which are compared by their results
 OWN = {
     "data.train_dataset",
     "data.val_dataset",
@@ -34,7 +34,7 @@ OWN = {
 
 
 def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
-    """What decides the run's result: a checkpoint belongs to one recipe."""
+    """Everything that determines the run's result. A checkpoint belongs to one recipe."""
     every = as_dict(c)
     kept = {
         name: dict(every[name])
@@ -62,8 +62,8 @@ def shared(
     val_loader: EvalLoader,
     label_sets: torch.Tensor | None,
 ) -> dict:
-    """What has to be the same on all processes: the recipe and its rhythm, what the files hold,
-    versions."""
+    """The facts that must be equal on all processes: options, the content of the files, device,
+    precision, and versions."""
     facts = {
         f"{section}.{name}": value
         for section, options in as_dict(c).items()

@@ -1,8 +1,6 @@
-"""What may go wrong with a run while it runs, and what is done about it: nothing, a word, or
-something.
+"""Health checks: they detect a run that goes wrong, and ignore it, warn, or act.
 
-Each check looks at numbers that are the same on every process, so that all come to the same
-decision.
+Each check uses numbers that are equal on every process, so that all processes decide alike.
 """
 
 import math
@@ -12,17 +10,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Readings of the loss: the median of the newest is compared with that of those before
+# Loss readings: the median of the newest RECENT is compared with that of the BEFORE earlier ones.
 RECENT, BEFORE = 5, 25
-# Of the weights that the EMA began from: before, it is behind the model by design
+# While the EMA's initial weights have a larger share, it lags behind the model by design.
 SMALL_SHARE = 0.01
-# A run that goes back more often than this has a fault that going back does not fix
+# Going back more often than this does not fix the run.
 MOST_RETURNS = 10
 
 
 class GoBack(Exception):
-    """Asks for the last regular checkpoint. skip: steps to leave out from then on. factor: of every
-    learning rate from then on."""
+    """Requests a return to the last regular checkpoint.
+
+    skip: steps to leave out from then on. factor: multiplies every learning rate from then on.
+    """
 
     def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0) -> None:
         super().__init__(reason)
@@ -30,22 +30,26 @@ class GoBack(Exception):
 
 
 class Stop(Exception):
-    """Asks for the end of the run."""
+    """Requests the end of the run."""
 
 
 @dataclass(kw_only=True)
 class Health:
-    """Policies, each "off", "warn" or "act" (non_finite: "stop" too), and what they remember.
+    """The policies of the checks and their state. A policy is "off", "warn" or "act"; non_finite
+    may also be "stop".
 
+    say: called with each message.
     non_finite: a loss or a weight is infinite or NaN. act: go back to the last regular checkpoint
         and leave out that step and the one before it, whose update may have been the cause.
     loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the
         learning rate.
-    chance: after epoch `chance_epoch`, or the next that is validated, top-1 is still at chance
+    rise: a share: 0.1 is 10 %.
+    chance: after epoch `chance_epoch`, or the next one that is validated, top-1 is still at chance
         level. act: end the run.
-    average: the average's top-1 is more than `gap` points below the model's, and the weights that
-        it began from have less than SMALL_SHARE of it. act: restart the average from the model.
-    say: takes each message.
+    chance_epoch: counted from 1.
+    average: the EMA's top-1 is more than `gap` points below the model's, and the EMA's initial
+        weights have a share of less than SMALL_SHARE in it. act: restart the EMA from the model.
+    gap: points of top-1.
     """
 
     say: Callable[[str], None]
@@ -60,8 +64,8 @@ class Health:
     risen: bool = False
     lr_factor: float = 1.0
     skipped_steps: list[int] = field(default_factory=list)
-    returns: int = 0  # without an epoch in between that went well
-    returned: bool = False  # in this epoch
+    returns: int = 0  # in a row, without an intact epoch in between
+    returned: bool = False  # the run went back in this epoch
     chance_checked: bool = False
 
     STATE = (
@@ -83,11 +87,11 @@ class Health:
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
     def forget(self) -> None:
-        """Begins the loss's history anew, where another loss or another resolution begins."""
+        """Clears the loss history. Call it when the loss function or the resolution changes."""
         self.history, self.risen = [], False
 
     def check_losses(self, steps: list[int], losses: list[float]) -> None:
-        """The losses of `steps`. Raises GoBack or Stop."""
+        """Checks the losses of `steps`. Raises GoBack or Stop."""
         for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss) and self.non_finite != "off":
                 self._diverged(f"the loss of step {step} is {loss}", (step - 1, step))
@@ -106,8 +110,7 @@ class Health:
         if self.risen and not was:
             reason = (
                 f"at step {steps[-1]} the loss, {now:.4g}, is {100 * (now / usual - 1):.0f} % "
-                f"above its "
-                f"recent median, {usual:.4g}"
+                f"above its recent median, {usual:.4g}"
             )
             if self.loss_rise == "act":
                 raise GoBack(reason, factor=0.5)
@@ -117,8 +120,8 @@ class Health:
         self.returns, self.returned = self.returns if self.returned else 0, False
 
     def check_weights(self, step: int, tensors: Iterable[torch.Tensor]) -> None:
-        """Weights and batch-norm statistics, before the state after `step` is saved: what is gone
-        back to has to be sound. Raises GoBack or Stop."""
+        """Checks weights and batch-norm statistics before the state after `step` is saved, because
+        the run may go back to this checkpoint. Raises GoBack or Stop."""
         if self.non_finite in ("stop", "act"):
             norms = torch._foreach_norm(
                 [tensor for tensor in tensors if tensor.is_floating_point()]
@@ -132,8 +135,7 @@ class Health:
         if self.non_finite == "stop":
             raise Stop(
                 f"{reason}; lower lr.lr, set training.grad_clip, use compute.precision=bf16, or "
-                f"health.non_finite=act to "
-                f"leave such steps out"
+                f"health.non_finite=act to leave such steps out"
             )
         self.say(reason)
 
@@ -146,8 +148,15 @@ class Health:
         initial_share: float = 0.0,
         ema_warmup: bool = False,
     ) -> bool:
-        """After an epoch's validation. initial_share: of the EMA, what the weights that it began
-        from still have. Returns whether the EMA is to start again. Raises Stop."""
+        """Call after an epoch's validation. Returns whether the caller must restart the EMA. Raises
+        Stop.
+
+        epoch: counted from 0.
+        row: the validation's results, with "top1" and, if there is an EMA, "ema_top1", in per cent.
+        classes: number of classes.
+        initial_share: share that the EMA's initial weights still have in it, 1 .. 0.
+        ema_warmup: whether ema.warmup is on.
+        """
         chance = 100 / classes
         looks = not self.chance_checked and epoch + 1 >= self.chance_epoch
         self.chance_checked |= looks
@@ -157,23 +166,21 @@ class Health:
             and row["top1"] < chance + min(0.5 * chance, 0.05 * (100 - chance))
         ):
             reason = (
-                f"after epoch {epoch + 1} top-1 is {row['top1']:.2f} %, what guessing gives "
-                f"({chance:.2f} %): likely the "
-                f"learning rate (too high, or the warm-up too short), labels of the two files that "
-                f"do not agree, or a "
-                f"loss that does not fit the mixing"
+                f"after epoch {epoch + 1} top-1 is {row['top1']:.2f} %, at chance level "
+                f"({chance:.2f} %); likely causes: a learning rate that is too high, a warm-up "
+                f"that is too short, labels that differ between the two files, or a loss that does "
+                f"not fit the mixing"
             )
             if self.chance == "act":
-                raise Stop(f"{reason}; correct it, or use health.chance=warn to go on")
+                raise Stop(f"{reason}; correct it, or use health.chance=warn to continue")
             self.say(reason)
         behind = row["top1"] - row.get("ema_top1", row["top1"])
         if self.average != "off" and behind > self.gap and initial_share < SMALL_SHARE:
-            mend = "a lower ema.decay" if ema_warmup else "ema.warmup=1 or a lower ema.decay"
+            fix = "a lower ema.decay" if ema_warmup else "ema.warmup=1 or a lower ema.decay"
             self.say(
                 f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} points below the "
-                f"model's: its decay is too high "
-                f"for this run; {mend} mends that"
-                + ("; it starts again from the model" if self.average == "act" else "")
+                f"model's: its decay is too high for this run; use {fix}"
+                + ("; the EMA restarts from the model" if self.average == "act" else "")
             )
             return self.average == "act"
         return False

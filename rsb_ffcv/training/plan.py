@@ -1,5 +1,5 @@
-"""What each epoch of a run is, as its recipe decides it: resolution, mixing, averaging, learning
-rate. The run asks here, once an epoch, and decides none of it anywhere else."""
+"""The plan of a run: resolution, mixing, averaging and learning rate of each epoch, from the
+recipe. The trainer asks once per epoch. No other module decides these."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ class Epoch:
     """One epoch.
 
     number: counted from 0.
-    steps: optimizer steps.
-    resolution: pixels a side of the training images.
-    mixing: whether mix groups are mixed.
-    averaging: whether the equal average (SWA) takes in the weights after the last step.
-    last: whether the run ends with it.
-    schedule: of the run.
+    steps: number of optimizer steps.
+    resolution: side of the training images in pixels.
+    mixing: whether mixup or cutmix is applied.
+    averaging: whether the weights after the last step are added to the equal average (SWA).
+    last: whether this is the run's last epoch.
+    schedule: the learning rates of the run.
     """
 
     number: int
@@ -32,14 +32,14 @@ class Epoch:
     schedule: Schedule
 
     def lr(self, step: int) -> float:
-        """The learning rate of the epoch's step `step`, counted from 0."""
+        """The learning rate of step `step` of this epoch, counted from 0."""
         return self.schedule.lr(self.number * self.steps + step)
 
 
 class Plan:
     """The epochs of a run, `plan[0]` to `plan[plan.epochs - 1]`.
 
-    Raises InputError where swa.lr would raise the learning rate.
+    Raises InputError if swa.lr would raise the learning rate.
     """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
@@ -66,13 +66,14 @@ class Plan:
         )
 
     def is_regular(self, step: int) -> bool:
-        """Whether every run of this recipe and cadence is saved after `step` steps."""
+        """Whether the checkpoint after `step` steps is a regular one: at the end of an epoch, or at
+        a multiple of checkpoint.every_steps. Every run of the recipe saves these."""
         every = self._config.checkpoint.every_steps
         return step % self.steps_per_epoch == 0 or bool(every) and step % every == 0
 
 
 def resolution(c: TrainConfig, epoch: int) -> int:
-    """Pixels a side in an epoch: ffcv-imagenet's progressive resizing."""
+    """The side of the training images in pixels: ffcv-imagenet's progressive resizing."""
     r = c.resolution
     if epoch <= r.start_ramp:
         return r.min_res
@@ -104,8 +105,7 @@ def _schedule(c: TrainConfig, steps_per_epoch: int) -> Schedule:
     )
     if c.swa.epochs and c.swa.lr > made.before_swa:
         raise InputError(
-            f"swa.lr={c.swa.lr:g}: would raise the learning rate, which the schedule has brought "
-            f"to "
-            f"{made.before_swa:.3g} by then; lower it"
+            f"swa.lr={c.swa.lr:g}: would raise the learning rate, which is {made.before_swa:.3g} "
+            f"when the average starts; lower it"
         )
     return made

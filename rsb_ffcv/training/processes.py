@@ -1,8 +1,8 @@
-"""What the processes of a job tell each other besides gradients: whether they agree, when to save,
-when to stop, that they live.
+"""Communication between the processes of a job, other than gradients: consistency checks, votes to
+save or stop, and the heartbeat.
 
-Everything here runs on the CPU (gloo and the job's store), so that no process waits for its GPU to
-hear of it.
+All of it runs on the CPU (gloo and the job's store), so that no process synchronizes with its GPU
+for it.
 """
 
 import os
@@ -19,35 +19,34 @@ import torch.distributed as dist
 from rsb_ffcv import InputError
 from rsb_ffcv.training.compute import ask_store, gather, on_first_process
 
-LOST = 3  # another process of the job has ended or is silent
+LOST = 3  # exit status: another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
-# in which the processes that are left report to each other: their beats fail at nearly the same
-# time
+# Time for the remaining processes to report to each other: their heartbeats fail at nearly the same
+# time.
 REPORT_SECONDS = 2.0
-FOLDER_SECONDS = 5.0  # in which a network file system has to show a new file to the other machines
+FOLDER_SECONDS = 5.0  # time for a network file system to show a new file to the other machines
 
 
 def check_same(facts: dict[str, str]) -> None:
-    """Raises InputError, the same on every process, where a process's facts (name: value) are not
-    those of the first."""
+    """Raises InputError, the same on every process, if the facts (name: value) of a process differ
+    from those of rank 0."""
     first, *others = gather([facts])
     for rank, theirs in enumerate(others, 1):
         differing = [
-            f"{name}: {theirs.get(name)} there, {first.get(name)} on process 0"
+            f"{name}: {theirs.get(name)}, and {first.get(name)} on process 0"
             for name in {**first, **theirs}
             if theirs.get(name) != first.get(name)
         ]
         if differing:
             raise InputError(
-                f"process {rank} is not like process 0 ({'; '.join(differing)}); start all "
-                f"processes with the same recipe, "
-                f"files and versions"
+                f"process {rank} differs from process 0 ({'; '.join(differing)}); start all "
+                f"processes with the same recipe, files and versions"
             )
 
 
 def check_shared(folder: Path) -> None:
-    """Raises InputError, the same on every process, where one does not see a file that the first
-    has just written to `folder`: it could neither resume nor be resumed."""
+    """Raises InputError, the same on every process, if a process does not see a file that rank 0
+    has just written to `folder`. Such a job could not resume."""
     path, content = folder / ".shared.part", f"{os.getpid()} {time.time_ns()}"
 
     def write() -> str:
@@ -75,19 +74,20 @@ def check_shared(folder: Path) -> None:
         if blind:
             raise InputError(
                 f"logging.folder={folder}: process{'es' if blind[1:] else ''} {', '.join(blind)} "
-                f"cannot see what process 0 "
-                f"writes there; use a folder that all machines of the job share"
+                f"cannot see what process 0 writes there; use a folder that all machines of the "
+                f"job share"
             )
 
     on_first_process(judge)
 
 
 class Votes:
-    """Agreement of all processes, once a step: what one of them wants, all do, at the same step.
+    """A vote of all processes, once per step: if one process requests something, all of them do it,
+    at the same step.
 
-    The vote of a step is counted during the next, so that nobody waits; with one process, at once.
-    What is granted in a step is not asked for again in it: the processes had not yet heard of it
-    when they voted.
+    The vote of a step is counted during the next step, so that no process waits for it. With one
+    process it is counted immediately. A request that is granted in a step is not cast again in that
+    step: the processes voted before they knew the result.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,8 @@ class Votes:
         self._counting: tuple[torch.Tensor, dist.Work] | None = None
 
     def cast(self, *wishes: bool) -> tuple[bool, ...]:
-        """The wishes of any process, of the step before this one."""
+        """Casts this step's vote. Returns the result of the previous step's vote: for each wish,
+        whether any process had it."""
         if self._group is None:
             return wishes
         granted = self.count() or tuple(False for _ in wishes)
@@ -109,7 +110,7 @@ class Votes:
         return granted
 
     def count(self) -> tuple[bool, ...] | None:
-        """Waits for the vote in progress; None where there is none."""
+        """Waits for the vote in progress and returns its result; None if there is none."""
         if self._counting is None:
             return None
         votes, work = self._counting
@@ -119,14 +120,15 @@ class Votes:
 
 
 class Heartbeat:
-    """Ends this process, with status LOST, when another process of the job has ended or has been
-    silent for `timeout_s` seconds; one of those that are left says which.
+    """Ends this process, with status LOST, if another process of the job has ended or has been
+    silent for `timeout_s` seconds. One of the remaining processes reports which one.
 
-    A process that ends closes its connections, which the others' beat notices within a second. One
-    that is stopped, or whose machine or link is gone, does not answer. The collectives of training
-    would wait for their own timeout, up to half an hour.
+    A process that ends closes its connections. The heartbeat of the others detects that within a
+    second. A process that is stopped, or whose machine or network is gone, does not answer. Without
+    the heartbeat, the collectives of training would block until their own timeout, up to half an
+    hour.
 
-    hosts: the name of each process's machine.
+    hosts: the host name of each process.
     """
 
     def __init__(self, timeout_s: float, hosts: Sequence[str]) -> None:
@@ -151,25 +153,24 @@ class Heartbeat:
                 if leaving:
                     return
                 self._leaving.wait(BEAT_SECONDS)
-        except RuntimeError as error:  # gloo's, of a connection that is gone or of its timeout
+        except RuntimeError as error:  # from gloo: a closed connection or a timeout
             if self._leaving.is_set():
                 return
             self._end_job(error)
 
     def _end_job(self, error: Exception) -> None:
-        """Ends this process because of a collective's `error`, which the beat or the run itself has
-        met."""
+        """Ends this process after the `error` of a collective, in the heartbeat or in the run."""
         self._failed.set()
-        self._ending.acquire()  # never released: whoever comes second waits here for the end
+        self._ending.acquire()  # never released: a second thread blocks here until os._exit
         self._report("silent" if "timed out" in str(error).lower() else "ended")
         os._exit(LOST)
 
     def _report(self, what: str) -> None:
-        """Says which processes are lost: those that do not report a failed beat to the store as
-        well.
+        """Prints which processes are lost: those that do not report a failed heartbeat to the
+        store.
 
-        The first process speaks, and where it is lost the first one left. It may have taken the
-        store with it: then one process a machine speaks, for they can no longer agree.
+        The lowest remaining rank prints the message. If rank 0 is lost, the store may be lost with
+        it. Then the processes cannot agree, and one process per machine prints the message.
         """
         try:
             ask_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
@@ -187,12 +188,13 @@ class Heartbeat:
             speaks = self._rank == min(reports)
         if speaks:
             lost = [rank for rank in range(self._size) if rank not in reports]
+            # The leading newline ends the line of a progress bar.
             print(
-                f"\nerror: {self._told(lost, 'silent' in reports.values())}; start the job again "
-                f"and it goes on from the last checkpoint",
+                f"\nerror: {self._told(lost, 'silent' in reports.values())}; start the job again, "
+                f"and it resumes from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
-            )  # a progress bar may stand on the line
+            )
 
     def _reports(self, store: dist.Store) -> dict[int, str]:
         return {
@@ -202,9 +204,8 @@ class Heartbeat:
         }
 
     def _told(self, lost: list[int], silent: bool) -> str:
-        if (
-            not lost
-        ):  # all are there: a link between two of them failed, or one was silent and woke up
+        # All of them reported: a connection between two failed, or one was stopped and continued.
+        if not lost:
             return (
                 f"the processes of this job lost contact for {self._timeout_s:g} s (dist.timeout_s)"
             )
@@ -212,11 +213,10 @@ class Heartbeat:
         who = f"process{'es' if len(lost) > 1 else ''} {names} of {self._size}"
         if silent:
             return (
-                f"{who} gave no sign of life for {self._timeout_s:g} s (dist.timeout_s): stopped, "
-                f"or the machine or its network is "
-                f"gone"
+                f"{who} did not respond for {self._timeout_s:g} s (dist.timeout_s): stopped, or "
+                f"the machine or its network is gone"
             )
-        return f"{who} ended (killed, or with a message above)"
+        return f"{who} ended (killed, or with the message above)"
 
     def end(self) -> None:
         """Waits until all processes have called this."""
@@ -225,13 +225,16 @@ class Heartbeat:
             self._thread.join()
 
     def say_no_more(self) -> None:
-        """This process ends with a message of its own: that another one ends first is no news."""
+        """Disables the report of lost processes. Call it before this process ends with its own
+        message: another one may end first."""
         self._leaving.set()
 
     def verdict(self, error: Exception) -> None:
-        """After an `error` of the run: ends this process where it comes from another one that is
-        lost. An error that does not say so may still have that cause: the beat gets time to find
-        it."""
+        """Call after an `error` of the run. Ends this process if the cause is a lost process.
+
+        An error that does not name this cause may still have it. The heartbeat therefore gets time
+        to detect the loss.
+        """
         if self._thread is None:
             return
         if isinstance(error, dist.DistError) or "gloo" in str(error):

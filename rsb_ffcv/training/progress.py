@@ -1,7 +1,7 @@
-"""Where a run stands, and what each process has counted of the epoch in progress.
+"""The progress of a run, and what each process has counted in the epoch in progress.
 
-A process counts its own images. A checkpoint holds the counts of all processes; where another
-number of processes resumes it, the first one takes over what all had counted.
+A process counts its own images. A checkpoint contains the counts of all processes. If another
+number of processes resumes it, rank 0 takes over the sum of all counts.
 """
 
 import statistics
@@ -13,12 +13,14 @@ from rsb_ffcv.training import compute
 from rsb_ffcv.training.compute import Compute
 
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
-SYNC_EVERY = 20  # steps between two readings of the loss: each one waits for the device
+SYNC_EVERY = 20  # steps between two loss readings: each one synchronizes with the device
 
 
 class Progress:
-    """step: optimizer steps done.
-    rows: the log, one dict for each epoch that is closed.
+    """The progress of a run and the counts of the epoch in progress.
+
+    step: number of optimizer steps done.
+    rows: the log, one dict per finished epoch.
     best: top-1 in per cent, epoch and step of the best epoch so far.
 
     weight: mix groups of a step that this process takes, as a multiple of the mean over processes.
@@ -32,13 +34,12 @@ class Progress:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Counts nothing yet."""
+        """Resets the counts of the epoch."""
         device = self._compute.device
-        self.totals = torch.zeros(
-            3, device=device, dtype=torch.float64
-        )  # loss x images, correct, images
+        # loss x images, correct, images
+        self.totals = torch.zeros(3, device=device, dtype=torch.float64)
         self.window = torch.zeros(SYNC_EVERY, device=device, dtype=torch.float64)
-        # the steps whose losses stand in `window`, since they were last read
+        # the steps whose losses are in `window` and not read yet
         self.unread: list[int] = []
         self.seconds = self.waited = 0.0
         self.skipped: list[tuple[int, str]] = []
@@ -47,15 +48,15 @@ class Progress:
     # ---------------------------------------------------------------- counting
 
     def add(self, sums: torch.Tensor, waited: float) -> None:
-        """The step in progress. sums: float64 (loss x images, correct, images). waited: seconds
-        for data."""
+        """Adds the step in progress. sums: float64 (loss x images, correct, images). waited:
+        seconds spent waiting for data."""
         self.totals += sums
         self.window[len(self.unread)] = sums[0] / sums[2] * self._weight
         self.unread.append(self.step)
         self.waited += waited
 
     def note(self, event: str) -> None:
-        """Something that the epoch's row is to say."""
+        """Adds a message to the epoch's row of the log."""
         self.events = self.events + [event]
 
     @property
@@ -63,7 +64,8 @@ class Progress:
         return len(self.unread) == SYNC_EVERY
 
     def read_losses(self) -> tuple[list[int], list[float]]:
-        """Waits for the device: the steps since the last reading, and their losses."""
+        """Returns the steps since the last reading and their losses, the mean over processes.
+        Synchronizes with the device."""
         if not self.unread:
             return [], []
         losses = compute.mean_over_processes([self.window])[0][: len(self.unread)].tolist()
@@ -71,15 +73,15 @@ class Progress:
         return steps, losses
 
     def losses_are_finite(self) -> bool:
-        """Of the steps since the last reading, on all processes."""
+        """Whether the losses since the last reading are finite on all processes."""
         if not self.unread:
             return True
         window = self.window[: len(self.unread)]
         return bool(compute.sum_over_processes(window.sum()).isfinite())
 
     def summary(self) -> dict[str, float]:
-        """Of this process's part of the epoch so far: for a progress bar. img_s: of all
-        processes."""
+        """Figures for a progress bar: loss and top-1 of this process's part of the epoch so far,
+        and img_s, images per second of all processes."""
         loss, correct, images = self.totals.tolist()
         return {
             "loss": loss / max(images, 1),
@@ -125,8 +127,8 @@ class Progress:
 
 
 def _shared_out(counted: list[dict], world_size: int) -> list[dict]:
-    """What each process had counted, for another number of processes: all of it for the first one,
-    but for the losses, whose mean every process has."""
+    """Distributes the counts of a checkpoint to `world_size` processes. If their number has
+    changed, rank 0 gets the sum of the counts, and every process the mean of the losses."""
     if len(counted) == world_size:
         return counted
     windows = [process["window"] for process in counted]

@@ -1,7 +1,8 @@
-"""A run's whole state: how it is saved, resumed, and gone back to.
+"""The complete state of a run: how it is saved, resumed, and returned to.
 
-What a step sees is a function of the recipe and of the step's number. What a run changes is in
-`State`; a run that is killed and started again ends with the bits of one that was not.
+The inputs of a step are a function of the recipe and of the step's number. `State` contains
+everything that a run changes. A run that is killed and resumed therefore ends with exactly the same
+bits as an uninterrupted one.
 """
 
 import time
@@ -21,14 +22,13 @@ from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
 from rsb_ffcv.training.processes import Votes
 from rsb_ffcv.training.progress import NO_BEST, Progress
 
-REQUEUE_MARK = (
-    "requeue"  # in the folder while a run that was asked to end waits to be started again
-)
+# This file is in the folder after a run was asked to end, until it is started again.
+REQUEUE_MARK = "requeue"
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything that a run changes. recipe: what it depends on, see `facts.recipe`."""
+    """Everything that a run changes. recipe: what its result depends on, see `facts.recipe`."""
 
     recipe: dict
     progress: Progress
@@ -54,7 +54,7 @@ class State:
     def load_state_dict(self, saved: dict, world_size: int) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty where the run so far needed no scaler
+        if saved["scaler"]:  # empty if the run has not used a scaler so far
             self.scaler.load_state_dict(saved["scaler"])
         for average, name in ((self.ema, "ema"), (self.swa, "swa")):
             if average is not None:
@@ -70,8 +70,8 @@ class State:
 
 
 def newest(store: checkpoint.Store, regular: bool = False) -> tuple[Path, dict] | None:
-    """The folder's newest whole checkpoint (see Store.newest), on every process the one that the
-    first has found."""
+    """The folder's newest intact checkpoint (see Store.newest). Every process returns the one that
+    rank 0 has found."""
     found: tuple[Path, dict] | None = None
 
     def look() -> str | None:
@@ -84,8 +84,8 @@ def newest(store: checkpoint.Store, regular: bool = False) -> tuple[Path, dict] 
 
 
 class Checkpointer:
-    """Saves a run's state where it is time, ends the run where a signal asks for it, resumes it and
-    goes back. Every process of a job makes one, and calls its methods at the same steps."""
+    """Saves a run's state when due, ends the run after a signal, resumes it, and goes back to an
+    earlier checkpoint. Every process of a job has one, and calls its methods at the same steps."""
 
     def __init__(
         self,
@@ -100,25 +100,32 @@ class Checkpointer:
         self.config, self.state, self.store = config, state, store
         self.compute, self.console, self.interrupt = where, console, interrupt
         self.health, self.progress = state.health, state.progress
-        self._beaten: dict | None = None  # the best before the one that is being written
+        self._beaten: dict | None = None  # the previous best, while a new best is being written
         self._saved_at = time.monotonic()
         self._votes = Votes()
 
     def begin(self) -> None:
-        """Before the first step."""
+        """Call before the first step."""
         if self.compute.is_main:
             (self.store.folder / REQUEUE_MARK).unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
     def close(self) -> None:
-        """After the last step: counts the vote in progress, so that no process waits for it."""
+        """Call after the last step. Completes the vote in progress, so that no process waits for
+        it."""
         self._votes.count()
 
     # ---------------------------------------------------------------- saving
 
     def after_step(self, regular: bool) -> None:
-        """Saves where it is time (regular: always), and ends where a signal asked for it, all
-        processes alike."""
+        """Saves if a checkpoint is due, and ends the run if a signal asked for it, on all processes
+        alike.
+
+        regular: a regular checkpoint is due now.
+
+        Raises SystemExit(REQUEUE) after a signal, InputError if the run could not be saved then,
+        and GoBack or Stop as `check` does.
+        """
         minutes = self.config.checkpoint.every_minutes
         due, stop = self._votes.cast(
             bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes,
@@ -131,25 +138,28 @@ class Checkpointer:
             folder = self.store.folder
             if not self.store.finish():
                 raise InputError(
-                    f"{folder}: the run was asked to end and could not be saved; {checkpoint.MEND}"
+                    f"{folder}: a signal asked the run to end, but it could not be saved; "
+                    f"{checkpoint.MEND}"
                 )
             if self.compute.is_main:
                 (folder / REQUEUE_MARK).touch()
             self.console.say(
-                f"saved after step {self.progress.step}; the same command goes on from here (exit "
+                f"saved after step {self.progress.step}; the same command resumes from here (exit "
                 f"status {REQUEUE})"
             )
             raise SystemExit(REQUEUE)
 
     def check(self) -> None:
-        """Before a save: what is saved may have to be gone back to. Raises GoBack or Stop."""
+        """Call before a save: the run may go back to this state. Raises GoBack or Stop if a loss or
+        a weight is not finite."""
         progress = self.progress
         if self.health.non_finite in ("stop", "act") and not progress.losses_are_finite():
             self.health.check_losses(*progress.read_losses())
         self.health.check_weights(progress.step - 1, self.state.model.state_dict().values())
 
     def save_epoch(self, beaten: dict | None) -> None:
-        """After an epoch's row. beaten: the best before, where this epoch is the best."""
+        """Saves after an epoch's row is complete. beaten: the previous best if this epoch is the
+        new best, else None."""
         self._save(beaten is not None)
         self._beaten = beaten
 
@@ -161,7 +171,7 @@ class Checkpointer:
         self._saved_at = time.monotonic()
 
     def settle(self) -> None:
-        """Waits for the save in progress. A best state that is not on disk is none."""
+        """Waits for the save in progress. If it failed, a new best in it does not count."""
         if not self.store.finish() and self._beaten is not None:
             self.progress.best = self._beaten
         self._beaten = None
@@ -169,13 +179,13 @@ class Checkpointer:
     # ---------------------------------------------------------------- resuming
 
     def resume(self, path: Path, saved: dict, total_steps: int) -> None:
-        """From the checkpoint `saved` at `path`. Raises InputError where it is of another recipe,
-        or the configuration forbids it."""
+        """Resumes from the checkpoint `saved` at `path`. Raises InputError if it is of another
+        recipe, or if checkpoint.resume=never."""
         folder = self.store.folder
         if self.config.checkpoint.resume == "never":
             raise InputError(
                 f"checkpoint.resume=never: {folder} has a checkpoint; use "
-                f"checkpoint.resume=auto to continue it or another logging.folder"
+                f"checkpoint.resume=auto to resume it, or another logging.folder"
             )
         self._load(saved)
         if (
@@ -183,7 +193,7 @@ class Checkpointer:
             and not self.config.training.eval_only
             and self.progress.best["step"] == self.progress.step
         ):
-            self.store.mark_best(path)  # a kill may have come between its two names
+            self.store.mark_best(path)  # the run may have been killed before it got this name
         self.console.say(f"resuming {folder} after step {self.progress.step} of {total_steps}")
 
     def _load(self, saved: dict) -> None:
@@ -191,7 +201,8 @@ class Checkpointer:
         self.state.load_state_dict(saved, self.compute.world_size)
 
     def go_back(self, request: GoBack) -> None:
-        """To the newest regular checkpoint, and on from there otherwise than before."""
+        """Returns to the newest regular checkpoint, and applies `request` from there on. Raises
+        InputError if there is none, or after MOST_RETURNS returns in a row."""
         self.store.finish()
         health, progress = self.health, self.progress
         returns = health.returns + 1
@@ -202,12 +213,12 @@ class Checkpointer:
                 + (
                     "there is no checkpoint to go back to; set checkpoint.every_steps"
                     if found is None
-                    else f"going back {MOST_RETURNS} times did not mend it; lower lr.lr"
+                    else f"going back {MOST_RETURNS} times did not fix it; lower lr.lr"
                 )
             )
         self._load(found[1])
-        # Before the state with the decision is saved: a kill in between repeats the steps and
-        # decides again
+        # Before the state with this decision is saved. A run that is killed in between repeats the
+        # steps and decides again.
         best_is_gone = compute.on_first_process(lambda: self.store.give_up(progress.step))
         if best_is_gone and progress.best["step"] != progress.step:
             progress.best = dict(NO_BEST)
@@ -216,7 +227,7 @@ class Checkpointer:
         health.skipped_steps.extend(request.skip)
         health.forget()
         health.say(
-            f"{request.reason}: back to step {progress.step}, "
+            f"{request.reason}: going back to step {progress.step}, "
             + (
                 f"leaving out step {' and '.join(map(str, request.skip))}"
                 if request.skip

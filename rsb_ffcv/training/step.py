@@ -1,8 +1,8 @@
-"""The training step: images to gradients to weights, without a word to the host.
+"""The training step: images to gradients to weights, without synchronizing with the host.
 
-An optimizer step takes some mix groups, one after another on each process. What it does to the
-model does not depend on how the groups are distributed to processes: gradients are averaged over
-all of them, and so are the batch-norm statistics.
+An optimizer step takes several mix groups, one after another on each process. Gradients and
+batch-norm statistics are averaged over all groups of the step. Its result does not depend on how
+the groups are distributed to processes.
 """
 
 import time
@@ -27,9 +27,16 @@ class TrainStep:
     """One optimizer step.
 
     model: the bare module.
-    wrapped: the same one, compiled and in DDP as the run has it.
+    wrapped: the same module, compiled and in DDP if the run uses these.
+    optimizer: of the model's parameters. Its learning rate is set in each step.
+    loss: of the logits.
+    transform: mixes and erases the images of a group.
+    compute: device, precision and processes.
     groups: mix groups of a step that this process takes, 1 or more.
-    mean_groups: how many a process takes on average: all groups of a step / processes.
+    mean_groups: mix groups of a step / number of processes.
+    seed: of the run, 0 or more.
+    grad_clip: largest norm of all gradients together; 0: no clip.
+    ema: updated after each step.
     """
 
     def __init__(
@@ -55,13 +62,13 @@ class TrainStep:
             transform,
         )
         self.compute, self.groups, self.seed, self.grad_clip = compute, groups, seed, grad_clip
-        # DDP averages gradients over processes: divided by this, their mean is that over groups
+        # DDP averages gradients over processes. Divided by this, the mean is that over groups.
         self.mean_groups = mean_groups
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.statistics = RunningStatistics(model, groups, mean_groups)
         if ema is not None:
-            # Where the scaler leaves a step out it does not call the optimizer, or tells it by
-            # `found_inf` on the device
+            # To skip a step, the scaler does not call the optimizer, or sets its `found_inf` on the
+            # device.
             optimizer.register_step_post_hook(
                 lambda opt, *_: ema.update(getattr(opt, "found_inf", None))
             )
@@ -74,8 +81,14 @@ class TrainStep:
         lr: float,
         mixing: bool,
     ) -> tuple[torch.Tensor, float]:
-        """batches: the step takes `groups` of them. Returns float64 (loss x images, correct,
-        images) on the device, and the seconds it waited for `batches`."""
+        """Takes one step. Returns float64 (loss x images, correct, images) on the device, and the
+        seconds spent waiting for `batches`.
+
+        epoch: counted from 0, for the random draws.
+        batches: the step takes `groups` of them.
+        lr: learning rate.
+        mixing: whether mixup or cutmix is applied.
+        """
         totals, waited = torch.zeros(3, device=self.compute.device, dtype=torch.float64), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -88,7 +101,7 @@ class TrainStep:
             torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
             self.statistics.begin_group(number)
             last = number == self.groups - 1
-            alone = last or self.compute.world_size == 1  # several processes: wrapped in DDP
+            alone = last or self.compute.world_size == 1  # else `wrapped` is a DDP module
             with nullcontext() if alone else cast(DistributedDataParallel, self.wrapped).no_sync():
                 with self.compute.autocast():
                     logits = self.wrapped(images)

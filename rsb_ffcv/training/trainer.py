@@ -1,8 +1,9 @@
 """One run: built from a configuration, trained step by step, validated and saved after each epoch.
 
-What a step sees is a function of the recipe and the step's number: the loader's slots, the mix's
-and the noise's addresses, the learning rate, and the seed that torch's own generator (stochastic
-depth) is set to before each group. What it changes is in `resume.State`, whole.
+The inputs of a step are a function of the recipe and the step's number: the loader's slots, the
+addresses of the mixing and noise draws, the learning rate, and the seed that torch's global
+generator (stochastic depth) is set to before each group. `resume.State` contains everything that a
+step changes.
 """
 
 import json
@@ -31,11 +32,11 @@ from rsb_ffcv.training.step import TrainStep
 
 
 class Trainer:
-    """Builds a run from `config`, resumes it where its folder has a checkpoint, and trains it to
-    the end.
+    """Builds a run from `config`, resumes it if its folder has a checkpoint, and trains it to the
+    end.
 
-    Raises InputError for whatever the user can mend. Use as a context manager: it ends the loaders'
-    threads.
+    Raises InputError for every error that the user can fix. Use it as a context manager, which ends
+    the loaders' threads.
     """
 
     def __init__(self, config: TrainConfig, interrupt: Interrupt) -> None:
@@ -78,7 +79,7 @@ class Trainer:
         found = newest(store)
         self.model = build.model(c, self.num_classes, self.compute, new=found is None)
         if found is None and c.checkpoint.warm_start:
-            self.console.say(f"beginning from the weights of {c.checkpoint.warm_start}")
+            self.console.say(f"starting from the weights of {c.checkpoint.warm_start}")
         self.ema, self.swa = build.averages(c, self.model, self.train_loader.global_batch)
         optimizer = build.optimizer(c, self.model, self.compute)
         mean_groups = self.train_loader.groups / self.compute.world_size
@@ -126,7 +127,7 @@ class Trainer:
                 raise InputError(f"data.in_memory=1: {error}; use data.in_memory=0") from error
 
     def _build_loaders(self) -> None:
-        """The loaders, and what their files decide."""
+        """Builds the loaders, and what depends on their files: classes, label sets, recipe."""
         c = self.config
         threads = self.compute.loader_threads(c.data.num_workers)
         self.train_loader = self._open.enter_context(
@@ -163,7 +164,7 @@ class Trainer:
             )
 
     def _note(self, text: str) -> None:
-        """A warning that the epoch's row keeps."""
+        """Prints a warning, and adds it to the epoch's row."""
         self.progress.note(text)
         self.console.warn(text)
 
@@ -175,16 +176,17 @@ class Trainer:
     ) -> None:
         self._open.close()
         if kind is None or kind is SystemExit:
-            assert self.heartbeat is not None  # since _build
+            assert self.heartbeat is not None  # set by _build
             self.checkpointer.close()
             self.heartbeat.end()
-            del self.checkpointer, self.heartbeat, self.train_step  # they hold process groups
+            # They reference process groups; see compute.leave.
+            del self.checkpointer, self.heartbeat, self.train_step
             compute.leave()
         else:
             self._end_beat(error)
 
     def _end_beat(self, error: BaseException | None) -> None:
-        """Before this process ends with `error`."""
+        """Call before this process ends with `error`."""
         if self.heartbeat is None:
             return
         if isinstance(error, InputError):
@@ -195,11 +197,11 @@ class Trainer:
     # ---------------------------------------------------------------- fit
 
     def fit(self) -> None:
-        """Trains from where the run stands to the end, and prints the closing table."""
+        """Trains from the current step to the end, and prints the closing table."""
         self.checkpointer.begin()
         rows = self.progress.rows
         if self.compute.is_main:
-            # A run killed after its log and before its checkpoint logs again
+            # The log may be ahead of the checkpoint if the run was killed between the two.
             log.write_metrics(self.folder, rows)
             log.write_json(self.folder / "config.json", as_dict(self.config))
         while len(self.progress.rows) < self.plan.epochs:
@@ -243,8 +245,9 @@ class Trainer:
         c, step = self.config, self.progress.step
         if step == 0 and not c.model.pretrained and not c.checkpoint.warm_start:
             raise InputError(
-                f"training.eval_only=1: {self.folder} has no checkpoint; train first, name its "
-                f"folder, or use model.pretrained=1 or checkpoint.warm_start"
+                f"training.eval_only=1: {self.folder} has no checkpoint; train first, set "
+                f"logging.folder to a run's folder, or use model.pretrained=1 or "
+                f"checkpoint.warm_start"
             )
         result = self._evaluate(len(self.progress.rows) == self.plan.epochs, heed=False)
         self.console.say(
@@ -254,7 +257,7 @@ class Trainer:
     # ---------------------------------------------------------------- one epoch
 
     def _train_epoch(self, epoch: Epoch) -> None:
-        """The steps of the epoch that are still to be done."""
+        """Runs the remaining steps of the epoch."""
         progress, loader = self.progress, self.train_loader
         done = progress.step - epoch.number * epoch.steps
         if done == epoch.steps:
@@ -299,9 +302,9 @@ class Trainer:
                 self.checkpointer.after_step(not last and self.plan.is_regular(progress.step))
 
     def _estimate_batch_norm(self, epoch: Epoch) -> None:
-        """The averaged model's batch-norm statistics, as `batch_norm.estimate` does it."""
+        """Estimates the averaged model's batch-norm statistics; see `batch_norm.estimate`."""
         c, swa, loader = self.config, self.swa, self.train_loader
-        assert swa is not None  # else there is nothing to estimate them for
+        assert swa is not None  # checked by the caller
         if swa.finished:
             return
         rounds = batch_norm.rounds_of(loader.groups, self.compute.world_size)
@@ -351,7 +354,7 @@ class Trainer:
                 initial_share=share,
                 ema_warmup=self.config.ema.warmup,
             ):
-                assert self.ema is not None  # it was compared
+                assert self.ema is not None  # check_accuracy has compared it with the model
                 self.ema.restart()
             top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
             if top1 > progress.best["top1"]:
@@ -371,12 +374,12 @@ class Trainer:
             try:
                 with option_names(build.TRAIN_OPTIONS):
                     log.write_metrics(self.folder, progress.rows)
-            except InputError as error:  # each epoch writes the whole log, and a restart does
-                warn(f"{error}; the run goes on")
+            except InputError as error:  # the next epoch, or a restart, writes the complete log
+                warn(f"{error}; the run continues")
         self.console.say(json.dumps(row))
 
     def _row(self, epoch: Epoch) -> dict[str, Any]:
-        """What the log says of the epoch's training."""
+        """The log's figures of the epoch's training."""
         progress = self.progress
         loss, correct, images = compute.sum_over_processes(progress.totals.clone()).tolist()
         found = sorted(set(compute.gather(progress.skipped)))
@@ -401,10 +404,11 @@ class Trainer:
         return row
 
     def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
-        """Raw and averaged weights on the validation file. heed: look for signals on the way."""
+        """Evaluates raw and averaged weights on the validation file. heed: check for signals
+        between batches."""
         row: dict[str, Any] = {}
         started, c, loader = time.perf_counter(), self.config.validation, self.val_loader
-        # batches of every process
+        # number of batches that every process has
         common = len(loader.beton) // (loader.batch_size * self.compute.world_size)
         models = {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
         if self.swa is not None and with_swa:
@@ -434,7 +438,8 @@ class Trainer:
         return row | {"val_seconds": time.perf_counter() - started}
 
     def _within_memory(self, section: str, resolution: int) -> AbstractContextManager[None]:
-        """Around work on batches of `section`.batch_size images."""
+        """A context for work on batches of `section`.batch_size images; see
+        compute.within_memory."""
         lower = (
             "lower training.batch_size (and keep training.global_batch: more groups are "
             "accumulated) or resolution.max_res"

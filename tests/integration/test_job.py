@@ -62,14 +62,14 @@ def test_processes_with_different_files_or_recipes_are_refused(
     run = train(options(betons, tmp_path / "run", **TWO), 2, own={1: [own.format(others=others)]})
     statuses, _, err = run.wait()
     assert statuses == [2, 2] and err.count("error:") == 1 and "Traceback" not in err, err
-    assert re.search(rf"error: process 1 is not like process 0 \({differs}", err), err
+    assert re.search(rf"error: process 1 differs from process 0 \({differs}", err), err
     assert not (tmp_path / "run").exists()
 
 
 def test_processes_with_different_versions_are_refused(betons, tmp_path, train):
     newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
-    assert statuses == [2, 2] and "process 1 is not like process 0 (timm: 99.0 there" in err, err
+    assert statuses == [2, 2] and "process 1 differs from process 0 (timm: 99.0, and " in err, err
 
 
 def test_same_file_under_another_path_is_accepted(betons, tmp_path, train):
@@ -121,7 +121,7 @@ def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, sil
     (status,), _, err = run.wait(rank=1 - silent)
     assert status == 3 and err.count("error:") == 1 and "Traceback" not in err, err
     assert re.search(
-        rf"error: process {silent} \(.+\) of 2 gave no sign of life for 10 s \(dist.timeout_s\)",
+        rf"error: process {silent} \(.+\) of 2 did not respond for 10 s \(dist.timeout_s\)",
         err,
     ), err
     run.signal(signal.SIGCONT, rank=silent)
@@ -137,12 +137,12 @@ def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, sil
     [
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            "WORLD_SIZE=2 is set and MASTER_ADDR and MASTER_PORT are not; start the job with "
+            "WORLD_SIZE=2 is set, but MASTER_ADDR and MASTER_PORT are not; start the job with "
             "torchrun",
         ),
         (
             {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-            "WORLD_SIZE=2 is set and RANK is not",
+            "WORLD_SIZE=2 is set, but RANK is not",
         ),
         ({"RANK": "1"}, "RANK=1 and LOCAL_WORLD_SIZE=1 do not fit WORLD_SIZE=1"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one: must be"),
@@ -163,7 +163,7 @@ def test_only_visible_gpu_is_used_and_not_shared():
     assert [compute.own_device(rank, 8) for rank in range(8)] == list(range(8))
     assert [compute.own_device(rank, 1) for rank in range(8)] == [0] * 8
     with pytest.raises(
-        InputError, match="LOCAL_RANK=2: this process has no CUDA device of its own \\(2 here\\)"
+        InputError, match="LOCAL_RANK=2: no CUDA device is left for this process \\(2 visible\\)"
     ):
         compute.own_device(2, 2)
     compute.check_devices([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("b", ""), ("b", "")])
@@ -195,8 +195,7 @@ def test_nvidia_device_that_torch_cannot_use_is_refused(
     assert status == 2 and "Traceback" not in err
     assert re.search(
         rf"compute.device={device}: this machine has /dev/nvidia0, .*driver on your system is too "
-        rf"old.*install a driver or a "
-        rf"torch .*compute.device=cpu",
+        rf"old.*install a driver and a torch .*compute.device=cpu",
         err.splitlines()[-1],
     ), err
     status, _, err = call_program(
@@ -237,8 +236,8 @@ def test_more_loader_threads_than_cores_is_a_warning(capsys, monkeypatch):
     )
     assert eight.loader_threads(12) == 12
     assert (
-        "data.num_workers=12: with 8 processes on this machine these are 96 threads for 64 cores; "
-        "data.num_workers=8 (or auto)" in capsys.readouterr().err
+        "data.num_workers=12: with 8 processes on this machine, this starts 96 threads on 64 "
+        "cores; use data.num_workers=8 or auto" in capsys.readouterr().err
     )
     assert (
         compute.Compute(

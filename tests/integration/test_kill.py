@@ -88,7 +88,7 @@ def test_signal_saves_after_the_step_and_the_run_resumes(betons, tmp_path, train
     run.go_on()
     statuses, out, err = run.wait()
     assert (
-        statuses == [75, 75] and "saved after step 2; the same command goes on from here" in out
+        statuses == [75, 75] and "saved after step 2; the same command resumes from here" in out
     ), err
     assert len(list((tmp_path / "run").glob("checkpoint_*.pt"))) == 1 and not rows(tmp_path / "run")
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()

@@ -309,7 +309,11 @@ def test_run_with_a_damaged_newest_checkpoint_ends_the_same(
     newest = max((tmp_path / "run").glob("checkpoint_*"))
     newest.write_bytes(newest.read_bytes()[:-20_000] + bytes(20_000))
     status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
-    assert status == 0 and f"{newest.name}: " in err and "falling back to the one before" in err
+    assert (
+        status == 0
+        and f"{newest.name}: " in err
+        and "falling back to the checkpoint before it" in err
+    )
     assert "after step 6 of 9" in out
     assert_same_run(tmp_path / "run", finished[0])
 
@@ -431,7 +435,7 @@ def test_full_disk_is_a_warning_in_training_and_an_error_at_its_end(betons, tmp_
     (status,), _, err = train(options(betons, folder, **more), largest_file=1_000_000).wait()
     assert (
         status == 2
-        and err.count("warning: no checkpoint was written") >= 2
+        and err.count("warning: the checkpoint was not written") >= 2
         and "could not be written" in err.splitlines()[-1]
     )
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before and not list(
@@ -455,7 +459,7 @@ def test_unwritable_log_is_a_warning(betons, finished, tmp_path, call_program, m
 
     monkeypatch.setattr(log, "write_metrics", full_once)
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
-    assert status == 0 and err.count("No space left on device); the run goes on") == 1
+    assert status == 0 and err.count("No space left on device); the run continues") == 1
     assert_same_run(tmp_path / "run", finished[0])
 
 
@@ -476,7 +480,7 @@ def test_non_finite_loss_is_an_error_or_its_step_is_skipped(betons, tmp_path, ca
     assert (
         status == 2
         and "leaving out step" in err
-        and "going back 10 times did not mend it" in err.splitlines()[-1]
+        and "going back 10 times did not fix it" in err.splitlines()[-1]
     )
     for path in (tmp_path / "acts").glob("checkpoint_*"):
         assert all(
@@ -574,7 +578,7 @@ def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path,
                 },
             ),
         )
-        assert status == 0 and "beginning from the weights of" in out, err
+        assert status == 0 and "starting from the weights of" in out, err
         source = torch.load(finished[0] / source, weights_only=True)
         source = (
             source
@@ -623,7 +627,7 @@ def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, mo
         lambda *given, **more: {**plain_evaluate(*given, **more), "top1": next(tops)},
     )
     status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
-    assert status == 0 and err.count("warning: no checkpoint was written") == 1, err
+    assert status == 0 and err.count("warning: the checkpoint was not written") == 1, err
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert (
         state(tmp_path / "run")["best"] == {"top1": 50.0, "epoch": 2, "step": 9}

@@ -202,7 +202,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys
         else:
             fallen += 1
             assert found["step"] == 1 and re.search(
-                "warning: .*000000002.pt: .*; falling back to the one before", err
+                "warning: .*000000002.pt: .*; falling back to the checkpoint before it", err
             ), err
     assert fallen > 60
     (tmp_path / "checkpoint_000000001.pt").write_bytes(b"")
@@ -248,7 +248,7 @@ def test_folder_is_locked_by_one_run(tmp_path):
     (tmp_path / ".checkpoint_000000001.pt.part").write_bytes(b"half")
     first.lock()
     assert not list(tmp_path.glob(".*.part"))
-    with pytest.raises(InputError, match="another process trains there"):
+    with pytest.raises(InputError, match="another process is training in this folder"):
         second.lock()
     first.close()
     second.lock()
@@ -268,7 +268,8 @@ def test_unwritable_checkpoint_is_a_warning_and_keeps_the_others(tmp_path, capsy
     store.save(state(2), True)
     assert not store.finish()
     assert (
-        "no checkpoint was written" in (err := capsys.readouterr().err) and "No space left" in err
+        "the checkpoint was not written" in (err := capsys.readouterr().err)
+        and "No space left" in err
     )
     monkeypatch.undo()
     assert store.newest()[1]["step"] == 1 and checkpoint.read(tmp_path / "best.pt")["step"] == 1
@@ -308,7 +309,7 @@ def test_label_sets_are_checked(tmp_path):
     assert read_label_sets(str(path), numbered, 3).tolist() == [[0, -1], [1, 2]]
     with pytest.raises(
         InputError,
-        match="has 3 entries, and data.val_dataset the image ILSVRC2012_val_00000004.JPEG",
+        match="has 3 entries, but data.val_dataset has the image ILSVRC2012_val_00000004.JPEG",
     ):
         read_label_sets(str(path), ["ILSVRC2012_val_00000004.JPEG"], 3)
     for content, message in (
@@ -362,11 +363,11 @@ def test_mismatched_files_are_refused_by_name(betons, tmp_path):
         ),
         (
             (config(), train, with_about(val, classes=["amber", "cyan", "blue"])),
-            "class 1 is 'cyan', and that of .*train.beton is 'blue'",
+            "class 1 is 'cyan', and in .*train.beton it is 'blue'",
         ),
         (
             (config(), train, with_about(val, classes=["amber", "blue", "cyan", "red"])),
-            "has 4 classes, the training file has 3",
+            "has 4 classes, and the training file has 3",
         ),
         (
             (config(), val, train),
