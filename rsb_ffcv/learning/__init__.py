@@ -1,2 +1,2 @@
-"""The model, its loss, optimizer, learning rate and average: pure parts that a trainer puts
-together."""
+"""The model, its loss, optimizer, learning rate and averages. They are independent of each other;
+the trainer combines them."""

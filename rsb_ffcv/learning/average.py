@@ -1,8 +1,8 @@
-"""Averages of a model's weights over a run: exponential (EMA) and equal (SWA). Batch-norm
-statistics included.
+"""Averages of a model's weights over a run, with batch-norm statistics: exponential (EMA) and equal
+(SWA).
 
-Build them from the bare module, before compile and DDP wrap it: both share the module's tensors,
-which neither the optimizer nor batch norm replaces.
+Build them from the bare module, before torch.compile and DDP wrap it. The wrappers share the
+module's tensors, and the optimizer and batch norm update these in place.
 
 Sources matched: `ModelEmaV3` of timm 1.0.31 (`timm/utils/model_ema.py`) and torch's
 `torch.optim.swa_utils` (`AveragedModel` with its equal average, `update_bn`).
@@ -17,14 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def decay_of_step(decay: float, per_images: int, batch: int) -> float:
-    """The decay of one update after `batch` images, where `decay` is what remains after
-    `per_images`; 0: after an update."""
+    """The decay of one update after `batch` images.
+
+    decay: share that remains after `per_images` images, or after one update if `per_images` is 0.
+    """
     return decay ** (batch / per_images) if per_images else decay
 
 
 class _Average:
-    """A copy of `model` (`module`, eval mode, no gradients) whose tensors are paired with the
-    model's."""
+    """An average in `module`, a copy of `model` in eval mode without gradients. Its tensors are
+    paired with the model's."""
 
     def __init__(self, model: nn.Module, buffers: str = "lerp") -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -41,20 +43,22 @@ class _Average:
         self._copied = [own[name] for name in copied], [followed[name] for name in copied]
 
     def _move(self, share: float | torch.Tensor) -> None:
-        """mine += share * (the model's - mine); what is not averaged is copied."""
-        # a 0-dim tensor is a number to torch, and not to its stub
+        """average += share * (model - average). Tensors that are not averaged are copied."""
+        # torch accepts a 0-dim tensor as a number; its type stub does not.
         torch._foreach_lerp_(*self._averaged, share)  # type: ignore[arg-type]  # see above
         if self._copied[0]:
             torch._foreach_copy_(*self._copied)
 
 
 class Ema(_Average):
-    """An exponential moving average that follows `model`.
+    """An exponential moving average of `model`.
 
-    decay: share kept at each update. warmup: the decay of update s (0, 1, ...) is at most 1 - (1 +
-    s) ** -power, so that the first updates copy the model instead of keeping its initial weights
-    for thousands of steps. buffers: "lerp" averages batch-norm statistics as well, "copy" takes the
-    model's; integers are always copied.
+    decay: share that the average keeps at each update.
+    warmup: limit the decay of update s (0, 1, ...) to 1 - (1 + s) ** -power. The first updates then
+        copy the model, instead of keeping its initial weights for thousands of steps.
+    power: see warmup.
+    buffers: "lerp" averages batch-norm statistics as well, "copy" copies the model's. Integers are
+        always copied.
     """
 
     def __init__(
@@ -68,19 +72,18 @@ class Ema(_Average):
     ) -> None:
         super().__init__(model, buffers)
         self.decay, self.warmup, self.power = decay, warmup, power
-        self.updates: int | torch.Tensor = (
-            0  # a tensor where only the device knows which updates were left out
-        )
+        # A tensor if only the device knows which updates were skipped.
+        self.updates: int | torch.Tensor = 0
 
     def current_decay(self) -> float | torch.Tensor:
-        """Of the next update."""
+        """The decay of the next update."""
         if self.updates == 0:
             return 0.0  # the first update copies the model, as timm's does
         return min(self.decay, 1 - (1 + self.updates) ** -self.power) if self.warmup else self.decay
 
     def initial_share(self) -> float:
-        """The share of the average that the weights it began from, those after the first update,
-        still have: 1 .. 0."""
+        """The share that the initial weights, those after the first update, still have in the
+        average: 1 .. 0."""
         updates = int(self.updates)
         if not self.warmup:
             return self.decay ** max(0, updates - 1)
@@ -90,11 +93,11 @@ class Ema(_Average):
 
     @torch.no_grad()
     def update(self, skipped: torch.Tensor | None = None) -> None:
-        """Moves the average towards the model as it is now.
+        """Moves the average towards the current model.
 
-        skipped: a float tensor on the device, 1 where the optimizer left its step out (fp16
-        overflow) and the average is to stay as it is, else 0: decided on the device, so that the
-        host need not wait.
+        skipped: a float tensor on the device. It is 1 if the optimizer skipped its step (fp16
+            overflow), and the average then does not change; else 0. The host does not read it, and
+            so does not synchronize with the device.
         """
         if skipped is None:
             self._move(1 - self.current_decay())
@@ -109,14 +112,13 @@ class Ema(_Average):
         difference = torch._foreach_sub(self._averaged[1], self._averaged[0])
         torch._foreach_mul_(difference, share)
         torch._foreach_add_(self._averaged[0], difference)
-        if self._copied[
-            0
-        ]:  # batch-norm counters and, with "copy", statistics: no overflow reaches them
+        # Batch-norm counters and, with "copy", statistics. An overflow does not affect them.
+        if self._copied[0]:
             torch._foreach_copy_(*self._copied)
         self.updates += 1 - skipped
 
     def restart(self) -> None:
-        """Forgets the past: the average becomes the model."""
+        """Restarts the average from the current model."""
         self._move(1.0)
         self.updates = 1
 
@@ -129,25 +131,27 @@ class Ema(_Average):
 
 
 class Swa(_Average):
-    """The equal average of the models that `update` has seen. Its batch-norm statistics fit none of
-    them: after the last update, `begin_batch_norm`, a forward pass over training batches,
-    `end_batch_norm`."""
+    """The equal average of the models at each `update`.
+
+    The averaged weights need new batch-norm statistics. After the last update, call
+    `begin_batch_norm`, run forward passes over training batches, then call `end_batch_norm`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "copy")
         self.models = 0
-        # of the re-estimation: batches of each process that are done; -1: not begun
+        # Batches per process done in the estimation of statistics; -1: not begun
         self.rounds = -1
-        self.finished = False  # with the re-estimation
+        self.finished = False  # whether the estimation is complete
 
     @torch.no_grad()
     def update(self) -> None:
-        """Adds the model as it is now."""
+        """Adds the current model."""
         self._move(1 / (self.models + 1))
         self.models += 1
 
     def begin_batch_norm(self) -> None:
-        """Forgets the statistics; forward passes then average theirs equally."""
+        """Resets the statistics. The following forward passes average theirs with equal weights."""
         for norm in self._norms():
             norm.reset_running_stats()
         self.rounds = 0
@@ -157,8 +161,7 @@ class Swa(_Average):
         self._momenta = [norm.momentum for norm in self._norms()]
         for norm in self._norms():
             norm.momentum = None  # torch's value for the equal average
-            # and nothing else: dropout and stochastic depth are off where these statistics will be
-            # used
+            # Only the norms: dropout and stochastic depth stay off, as in evaluation.
             norm.train()
 
     def end_batch_norm(self) -> None:

@@ -1,8 +1,8 @@
-"""LAMB over lists of tensors: few kernels a step, and none that the host waits for.
+"""LAMB over lists of tensors: few kernel launches per step, and no synchronization with the host.
 
-Source matched: `Lamb` of timm 1.0.31 (`timm/optim/lamb.py`, aa4b5850), itself after NVIDIA's
+Source matched: `Lamb` of timm 1.0.31 (`timm/optim/lamb.py`, aa4b5850), which follows NVIDIA's
 NvLamb: gradients clipped to a global norm of 1, bias correction, weight decay inside the update, a
-trust ratio where there is weight decay.
+trust ratio for groups with weight decay.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,31 @@ from torch.optim.optimizer import ParamsT
 
 from rsb_ffcv import InputError
 
-CACHED_NUMBERS = 1 << 21  # parameters; 32 MB with gradients and moments
+CACHED_NUMBERS = 1 << 21  # parameters: 32 MB with their gradients and moments
 
 
 class Lamb(Optimizer):
     """You et al., "Large Batch Optimization for Deep Learning" (ICLR 2020).
 
-    max_grad_norm: of all gradients together; None: no clip. trust_clip: trust ratios are at most 1
-    (LAMBC). always_adapt: trust ratios for groups without weight decay, too. decoupled_decay:
-    weights decay by lr x weight_decay beside the update, as in AdamW. grad_averaging: (1 - beta1)
-    before the gradient. compiled: one torch.compile'd step.
+    params: parameters or parameter groups.
+    lr: learning rate.
+    betas: decay of the two moments.
+    eps: added to the root of the second moment.
+    weight_decay: added to the update, x the weights.
+    bias_correction: divide the moments by 1 - beta ** step.
+    grad_averaging: multiply the gradient by 1 - beta1.
+    max_grad_norm: largest norm of all gradients together; None: no clip.
+    trust_clip: limit trust ratios to 1 (LAMBC).
+    always_adapt: use trust ratios for groups without weight decay too.
+    decoupled_decay: multiply the weights by 1 - lr x weight_decay instead, as in AdamW.
+    compiled: compile the step with torch.compile.
 
-    A state_dict goes into timm's Lamb and one of timm's comes in here, except where it uses
-    `caution` or `corrected_weight_decay`, which raises InputError. Gradients are overwritten by
-    `step`.
+    A state_dict can be loaded into timm's Lamb, and timm's into this one. A state that uses
+    `caution` or `corrected_weight_decay` raises InputError. `step` overwrites the gradients.
     """
 
-    # torch.amp.GradScaler then leaves found_inf and the scale to `step`, on the device, instead of
-    # waiting for them
+    # torch.amp.GradScaler then passes found_inf and the scale to `step`, on the device, instead of
+    # waiting for their values.
     _step_supports_amp_scaling = True
     _compiled = False
 
@@ -72,20 +79,20 @@ class Lamb(Optimizer):
             },
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of load_state_dict and of copying
+    def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict and copy call it
         super().__setstate__(state)
         for group in self.param_groups:
             for name in ("caution", "corrected_weight_decay"):
                 if group.get(name):
                     raise InputError(
-                        f"optimizer state: uses timm's {name}, which this Lamb does not have; use "
-                        f"timm's"
+                        f"optimizer state: uses timm's {name}, which this Lamb does not support; "
+                        f"use timm's Lamb"
                     )
             if "step" in group:
                 group["step"] = float(group["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """As timm's: the step is a tensor."""
+        """In timm's form: the step is a tensor."""
         state = super().state_dict()
         for group in state["param_groups"]:
             if "step" in group:
@@ -116,7 +123,7 @@ class Lamb(Optimizer):
         if not grads:
             return loss
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        kept = None  # 1 where the step counts, 0 where the gradients overflowed: on the device
+        kept = None  # on the device: 1 if the step counts, 0 if the gradients overflowed
         if found_inf is not None:
             kept = 1 - found_inf.to(grads[0].device)
             scale = None if scale is None else scale.to(grads[0].device)
@@ -140,9 +147,8 @@ class Lamb(Optimizer):
             return
         step, (beta1, beta2), lr = group["step"], group["betas"], group["lr"]
         one, two = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
-        if (
-            kept is not None or self._compiled
-        ):  # as tensors: the device's values, and nothing that a compiler would fix
+        # As tensors: `kept` is on the device, and a compiler would specialize on numbers.
+        if kept is not None or self._compiled:
             device = params[0].device
             one, two, lr = (
                 value.float()
@@ -175,8 +181,8 @@ class Lamb(Optimizer):
 
 
 def _portions(params: list[torch.Tensor]) -> list[slice]:
-    """All at once, but on the CPU as many as its cache holds with their moments, from one pass over
-    them to the next."""
+    """Splits `params` into the slices that are updated together: one slice, but on the CPU as many
+    parameters per slice as fit in the cache with their moments, from one pass to the next."""
     if params[0].device.type != "cpu":
         return [slice(None)]
     starts, numbers = [0], 0
@@ -195,8 +201,8 @@ def _prepare(
     *,
     limit: float | None,
 ) -> None:
-    """Gradients for the update, in place: zero where they overflowed, without the scaler's factor,
-    clipped to one norm."""
+    """Prepares the gradients for the update, in place: replaces non-finite values by 0, divides by
+    the scaler's `scale`, and clips their common norm to `limit`."""
     if kept is not None:
         for grad in grads:
             grad.nan_to_num_(0, 0, 0)
@@ -226,8 +232,16 @@ def _update(
     always_adapt: bool,
     decoupled_decay: bool,
 ) -> None:
-    """One group, in place. one, two: bias corrections. lr, one, two, kept are 0-dim tensors, or
-    numbers with kept None."""
+    """Updates the parameters and moments of one group, in place.
+
+    params, grads, exp_avgs, exp_avg_sqs: weights, gradients, first and second moments.
+    lr, one, two, kept: 0-dim tensors; or numbers, with kept None.
+    one, two: bias corrections of the two moments.
+    kept: 1 if the step counts, 0 if it is skipped.
+    beta1, beta2: decay of the two moments.
+    beta3: factor of the gradient.
+    eps, weight_decay, trust_clip, always_adapt, decoupled_decay: see Lamb.
+    """
     if kept is None:
         if beta3 == 1 - beta1:
             torch._foreach_lerp_(exp_avgs, grads, beta3)
@@ -236,7 +250,7 @@ def _update(
             torch._foreach_add_(exp_avgs, grads, alpha=beta3)
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    else:  # moments stay as they are where kept is 0
+    else:  # the moments do not change if kept is 0
         squares = torch._foreach_mul(grads, grads)
         torch._foreach_mul_(grads, beta3 * kept)
         torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * kept)
@@ -244,8 +258,8 @@ def _update(
         torch._foreach_mul_(squares, (1 - beta2) * kept)
         torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * kept)
         torch._foreach_add_(exp_avg_sqs, squares)
-    # m / one / (sqrt(v / two) + eps) = scale x m / (sqrt(v) + eps x sqrt(two)): two passes over the
-    # tensors less
+    # m / one / (sqrt(v / two) + eps) = scale x m / (sqrt(v) + eps x sqrt(two)), which saves two
+    # passes over the tensors.
     root = two**0.5
     updates = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(updates, eps * root)
@@ -256,7 +270,7 @@ def _update(
         torch._foreach_mul_(params, 1 - step_size * weight_decay)
     elif weight_decay:
         if kept is None:
-            alpha = weight_decay / scale  # a number, as `kept` is None
+            alpha = weight_decay / scale  # a number, because `kept` is None
             torch._foreach_add_(updates, params, alpha=alpha)  # type: ignore[arg-type]  # see above
         else:
             torch._foreach_add_(updates, torch._foreach_mul(params, weight_decay / scale))

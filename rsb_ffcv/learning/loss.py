@@ -1,4 +1,4 @@
-"""The two losses of the recipes, on labels or on the soft targets of a mixed batch.
+"""The two losses of the recipes, for labels or for the soft targets of a mixed batch.
 
 Source matched, timm 1.0.31: `timm/loss/binary_cross_entropy.py`,
 `timm/loss/cross_entropy.py`, and `mixup_target` of `timm/data/mixup.py`.
@@ -17,9 +17,12 @@ def soft_targets(
     *,
     smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """int64 (n,) -> float32 (n, num_classes). Smoothed one-hot (off = smoothing / K, on = 1 -
-    smoothing + off); with `lam` (a number, or a tensor of shape (n, 1)), that share of it and 1 -
-    lam of the partner's, image n - 1 - i."""
+    """Returns the targets of a batch: labels int64 (n,) -> float32 (n, num_classes).
+
+    lam: share of the image's own target, a number or a tensor of shape (n, 1). The partner, image
+        n - 1 - i, has the share 1 - lam. None: not mixed.
+    smoothing: a one-hot target has smoothing / K for every class, plus 1 - smoothing for its label.
+    """
     off = smoothing / num_classes
     own = torch.full((len(labels), num_classes), off, device=labels.device)
     own.scatter_(1, labels[:, None], 1 - smoothing + off)
@@ -30,10 +33,11 @@ def soft_targets(
 class Loss:
     """Scalar loss of logits (n, K), labels int64 (n,) and the mix's lam (None: not mixed).
 
-    kind: "bce" and "ce" smooth labels and mixed targets alike; "auto" is bce on unsmoothed targets
-    while mixing, and smoothed cross-entropy where nothing is mixed. threshold (bce): targets above
-    it become 1, the others 0; 0 leaves them soft. sum_classes (bce): sum over K and mean over n,
-    instead of the mean over both.
+    kind: "bce" and "ce" smooth labels and mixed targets alike. "auto" is bce on unsmoothed targets
+        for mixed batches, and smoothed cross-entropy for others.
+    smoothing: share of the target that is spread over all classes.
+    threshold: bce: targets above it become 1, the others 0; 0 leaves them soft.
+    sum_classes: bce: sum over K and mean over n, instead of the mean over both.
     """
 
     kind: str
@@ -42,7 +46,7 @@ class Loss:
     sum_classes: bool = False
 
     def name(self, mixed: bool) -> str:
-        """ "bce" or "ce": the loss of a batch that is, or is not, mixed."""
+        """Returns "bce" or "ce": the loss of a batch that is, or is not, mixed."""
         return self.kind if self.kind != "auto" else "bce" if mixed else "ce"
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The network: any of timm's, by name, with ffcv-imagenet's BlurPool on request."""
+"""The network: any model of timm, by name, optionally with ffcv-imagenet's BlurPool."""
 
 from typing import Any, cast
 
@@ -11,12 +11,16 @@ from rsb_ffcv import InputError, first_line
 
 
 def check_arch(arch: str) -> None:
-    """Raises InputError, with neighbours, for a name that timm does not have."""
+    """Raises InputError, with similar names, if timm has no model `arch`."""
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch[:4]}*")[:5]
         raise InputError(
             f"`arch`={arch} is not a model of timm {timm.__version__}"
-            + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() lists them")
+            + (
+                f"; similar names: {', '.join(near)}"
+                if near
+                else "; timm.list_models() lists all names"
+            )
         )
 
 
@@ -32,10 +36,17 @@ def build_model(
 ) -> nn.Module:
     """A float32 module (n, 3, H, W) -> (n, num_classes).
 
-    drop_path: stochastic depth rate. zero_init_last: gamma of each residual block's last batch norm
-    starts at 0 (ResNets; timm's own default for them). mean: what images are normalized with;
-    published weights must agree. Raises InputError for a name timm lacks, or weights that cannot be
-    had or were trained with another mean.
+    arch: a model name of timm.
+    num_classes: number of outputs.
+    pretrained: load timm's published weights, which are downloaded if they are not cached.
+    drop_path: stochastic depth rate.
+    zero_init_last: initialize gamma of each residual block's last batch norm to 0 (ResNets; timm's
+        default for them).
+    blurpool: apply `add_blurpool`.
+    mean: the mean that images are normalized with. Published weights must use the same one.
+
+    Raises InputError if timm has no such model, or if the weights cannot be downloaded or expect
+    another mean.
     """
     check_arch(arch)
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
@@ -48,17 +59,17 @@ def build_model(
             f"`arch`={arch} does not take {', '.join(options)}; remove that option"
         ) from error
     except (OSError, RuntimeError) as error:
-        what = "the weights could not be had" if pretrained else "cannot be built"
+        what = "the weights cannot be loaded" if pretrained else "the model cannot be built"
         raise InputError(
             f"`arch`={arch}, `pretrained`={int(pretrained)}: {what} ({first_line(error)}); "
             f"connect to the network, or choose another model"
         ) from error
-    expected: Any = cast(dict[str, Any], model.pretrained_cfg).get("mean", mean)  # as all of timm's
+    # All of timm's models have a pretrained_cfg.
+    expected: Any = cast(dict[str, Any], model.pretrained_cfg).get("mean", mean)
     if pretrained and mean is not None and tuple(expected) != tuple(mean):
         raise InputError(
             f"`arch`={arch}: its published weights expect images normalized with mean "
-            f"{expected}, and "
-            f"images here are with {mean}; choose another model or use `pretrained`=0"
+            f"{expected}, but this program uses {mean}; choose another model or use `pretrained`=0"
         )
     if blurpool:
         add_blurpool(model)
@@ -67,15 +78,14 @@ def build_model(
 
 @torch.no_grad()
 def check_input_size(model: nn.Module, arch: str, side: int) -> None:
-    """Raises InputError where `model` cannot take images of `side` pixels a side."""
+    """Raises InputError if `model` cannot take images of `side` x `side` pixels."""
     was_training = model.training
     try:
         model.eval()(torch.zeros(1, 3, side, side))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"`side`={side}: {arch} cannot take such images ({first_line(error)}); choose "
-            f"another "
-            f"resolution or model"
+            f"`side`={side}: {arch} cannot take images of this size ({first_line(error)}); choose "
+            f"another resolution or model"
         ) from error
     finally:
         model.train(was_training)
@@ -98,7 +108,7 @@ class BlurPoolConv2d(nn.Module):
 
 
 def add_blurpool(module: nn.Module) -> None:
-    """Wraps every strided convolution of 16 or more input channels below `module`, in place."""
+    """Wraps every strided convolution in `module` with 16 or more input channels, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
             setattr(module, name, BlurPoolConv2d(child))

@@ -11,8 +11,10 @@ from rsb_ffcv.learning.lamb import Lamb
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: decayed, and not. A tensor is spared for its shape (ndim <= 1) or for
-    being a `.bias`, never for a norm layer's name, which misses batch norms such as `downsample.1`.
+    """Returns two parameter groups, with and without weight decay.
+
+    A tensor is excluded from decay by its shape (ndim <= 1) or because it is a `.bias`. Names of
+    norm layers are not used: they miss batch norms such as `downsample.1`.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     spared = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
@@ -24,16 +26,15 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def check_optimizer(optimizer: str) -> None:
-    """Raises InputError for a name that `build_optimizer` does not take."""
-    # adahessian differentiates twice, which the training step does not prepare for
+    """Raises InputError for a name that `build_optimizer` does not support."""
+    # adahessian needs second derivatives, which the training step does not provide.
     known = sorted(
         {"sgd", "adamw", "lamb", *map(str, timm.optim.list_optimizers())} - {"adahessian"}
     )
     if optimizer not in known:
         raise InputError(
-            f"`optimizer`={optimizer} is not an optimizer of timm, or one that this program does "
-            f"not take; "
-            f"near it: {', '.join(difflib.get_close_matches(optimizer, known, 5, 0.3))}"
+            f"`optimizer`={optimizer} is not an optimizer of timm, or is not supported here; "
+            f"similar names: {', '.join(difflib.get_close_matches(optimizer, known, 5, 0.3))}"
         )
 
 
@@ -46,15 +47,27 @@ def build_optimizer(
     momentum: float,
     compiled: bool = False,
 ) -> torch.optim.Optimizer:
-    """lr: the peak. torch's SGD (no Nesterov) and AdamW, fused on CUDA; `lamb.Lamb`, compiled on
-    request; any other optimizer by timm's name for it. Under fp16 all but the last leave overflow
-    to the device; for those the host waits in each step."""
+    """Builds an optimizer by name.
+
+    "sgd" (without Nesterov) and "adamw" are torch's, fused on CUDA. "lamb" is `lamb.Lamb`. Other
+    names are timm's. In fp16, the first three handle overflow on the device. With the others, the
+    host synchronizes with the device in each step.
+
+    optimizer: its name.
+    model: the module whose parameters it updates.
+    lr: the peak learning rate.
+    weight_decay: for the tensors that `decay_groups` decays.
+    momentum: of "sgd" and of timm's optimizers with momentum.
+    compiled: compile the step of "lamb".
+
+    Raises InputError if timm has no such optimizer, or if it cannot be built.
+    """
     groups = decay_groups(model, weight_decay)
     fused = next(model.parameters()).is_cuda
     if optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
-        # torch's fused step allocates them and, where the first step overflows, leaves them as they
-        # came
+        # torch's fused step allocates these buffers, and leaves them uninitialized if the first
+        # step overflows.
         if momentum:
             for p in model.parameters():
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)

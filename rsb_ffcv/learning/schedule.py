@@ -1,5 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to
-step past the end."""
+"""The learning rate as a pure function of the step. It has no state to save or restore."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """lr(step) for step 0 .. total_steps - 1; beyond the end it stays at the last value.
+    """The learning rate, lr(step), of steps 0 .. total_steps - 1. Later steps have the last value.
 
     kind:
       cosine           linear warm-up from warmup_lr, then a cosine from peak to min_lr over the
                        remaining steps
-      cosine_spanning  timm's CosineLRScheduler: the cosine spans all steps and the warm-up hides
-                       its beginning
+      cosine_spanning  timm's CosineLRScheduler: the cosine spans all steps, and the warm-up
+                       replaces its beginning
       polynomial       linear warm-up, then
                        min_lr + (peak - min_lr) x (1 - share of the remaining steps) ** power
       constant         linear warm-up, then peak
@@ -21,9 +20,17 @@ class Schedule:
                        to 0
       step             ffcv-imagenet's: peak x step_ratio ** (epoch // step_length) at each epoch's
                        start, 0 at the end, and linear in between
-    warmup_epochs may be fractional; it is rounded to whole steps. In the last swa_epochs the
-    learning rate goes, by half a cosine over swa_anneal_epochs, from what the schedule has brought
-    it to down to swa_lr, and stays there.
+    peak: highest learning rate.
+    epochs: of the run.
+    steps_per_epoch: optimizer steps.
+    warmup_epochs: may be fractional; it is rounded to a whole number of steps.
+    warmup_lr: learning rate of the first step of the warm-up.
+    min_lr: learning rate at the end of the cosine or polynomial.
+    peak_epoch, step_ratio, step_length, power: see kind.
+    swa_epochs: number of last epochs that use swa_lr; 0: none. At their beginning, the learning
+        rate falls from the schedule's value to swa_lr, and then stays there.
+    swa_lr: see swa_epochs.
+    swa_anneal_epochs: duration of that fall, which follows half a cosine.
     """
 
     kind: str
@@ -47,7 +54,7 @@ class Schedule:
 
     @property
     def before_swa(self) -> float:
-        """What the schedule has brought the learning rate to where the last swa_epochs begin."""
+        """The schedule's learning rate at the beginning of the last swa_epochs."""
         return self._base((self.epochs - self.swa_epochs) * self.steps_per_epoch)
 
     def lr(self, step: int) -> float:
