@@ -51,7 +51,7 @@ setup(
                 "-Wextra",
             ],
             extra_link_args=["-pthread"],
-            py_limited_api=True,  # plain C behind ctypes: one build serves every Python
+            py_limited_api=True,  # plain C, called with ctypes: one build fits every Python
         )
     ]
 )

@@ -1,12 +1,13 @@
-"""rsb_ffcv: ImageNet-scale image classifiers from `.beton` files, with the ResNet-Strikes-Back
-recipes.
+"""rsb_ffcv: training of ImageNet-scale image classifiers from `.beton` files, with the
+ResNet-Strikes-Back recipes.
 
-Data runs one way: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning` ->
-`training` -> `reporting`. `beton` holds the file format, which `dataset` writes and `loading`
-reads; `config` declares the programs' options; `commands` has what the two programs do.
+Data flows in one direction: raw images -> `dataset` -> .beton -> `ops` -> `loading` -> `learning`
+-> `training` -> `reporting`. `beton` defines the file format, which `dataset` writes and `loading`
+reads. `config` declares the programs' options. `commands` implements the commands of the two
+programs.
 
-For code of your own, this module offers the names of `__all__`. Each is imported when it is first
-used: `import rsb_ffcv` alone imports nothing slow.
+The public API is `__all__`. Each name is imported on first use, so that `import rsb_ffcv` alone
+imports nothing slow.
 """
 
 import importlib
@@ -76,46 +77,48 @@ def __dir__() -> list[str]:
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: the thing, its value, and
-    the fix. A function names its own parameters, as `name`; see `option_names`.
+    """An input of the user cannot be used. The message is one line: the input, its value, and the
+    fix. A library function names its own parameters, as `name`; see `option_names`.
 
-    Programs print it without a traceback and exit with status 2; every other exception is a defect
-    and keeps its traceback.
+    Programs print the message without a traceback and exit with status 2. Every other exception is
+    a bug in the program and keeps its traceback.
     """
 
 
 @contextmanager
 def option_names(names: Mapping[str, str]) -> Iterator[None]:
-    """Around calls of functions that do not know the program's options: in the message of an
-    InputError each `parameter` becomes the option that its value came from.
+    """A context for calls of library functions, which do not know the program's options. In the
+    message of an InputError, it replaces each `parameter` by the option that its value came from.
 
     names: parameter -> option.
     """
     try:
         yield
     except InputError as error:
-        told = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(error))
-        raise InputError(told) from error.__cause__
+        message = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(error))
+        raise InputError(message) from error.__cause__
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's own words on one line, for a message that people read."""
+    """The first line of an exception's message, at most 160 characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def warn(text: str) -> None:
-    """One line on stderr about something that the run can do without."""
+    """Prints a one-line warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def exit_status(program: Callable[..., int | None], *arguments: object) -> int:
-    """Runs `program(*arguments)`: what it returns, 0 for nothing; 2 and one line on stderr where it
-    raises InputError, 130 where the user interrupts it, 141 where nobody reads its output any more
-    (`| head`)."""
-    from tqdm import tqdm  # here: a library user may not need it
+    """Runs `program(*arguments)` and returns the exit status.
 
-    # tqdm's own lock is for processes too. From Python 3.14 on that starts a process, which
-    # complains when this one is killed.
+    It is the program's return value, or 0 for None; 2 after an InputError, whose message goes to
+    stderr; 130 if the user interrupts it; 141 if the reader of its output has gone (`| head`).
+    """
+    from tqdm import tqdm  # here, because not every library user needs it
+
+    # tqdm's default lock also works across processes. From Python 3.14 on, creating it starts a
+    # process, which prints errors when this one is killed.
     tqdm.set_lock(threading.RLock())
     try:
         return program(*arguments) or 0
@@ -126,7 +129,6 @@ def exit_status(program: Callable[..., int | None], *arguments: object) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes it once more
+        # The interpreter flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1,1 +1,1 @@
-"""The options of both programs, and how they are read from flags and YAML files."""
+"""The options of both programs, and their parser for flags and YAML files."""

@@ -1,4 +1,4 @@
-"""What people see of a run: lines, progress bars, and the table at its end."""
+"""Console output of a run: messages, progress bars, and the closing table."""
 
 import statistics
 import sys
@@ -11,7 +11,7 @@ from rsb_ffcv.reporting.log import table
 
 
 class Console:
-    """speaks: whether this process does; of a job, one does."""
+    """Prints on one process of a job only. speaks: whether this process is that one."""
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
@@ -38,8 +38,13 @@ class Console:
     def closing_table(
         self, rows: list[dict], best: dict, weights: list[tuple[str, str]], *, folder: Path
     ) -> None:
-        """rows: of the log. best: top-1 in per cent and epoch. weights: name of each kind of
-        weights, and prefix of its results in the rows."""
+        """Prints the table at the end of a run.
+
+        rows: of the log.
+        best: top-1 in per cent, and epoch.
+        weights: (name, prefix of its results in the rows) of each set of weights.
+        folder: of the run.
+        """
         last = rows[-1]
         lines = [
             (

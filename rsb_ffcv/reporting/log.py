@@ -1,5 +1,5 @@
-"""What a run leaves behind for people and programs: one JSON line an epoch, curves, and a closing
-table."""
+"""Files and tables for people and programs: the log with one JSON line per epoch, curves, and the
+closing table."""
 
 import io
 import json
@@ -12,8 +12,8 @@ MEND = "free space or choose another `folder`"
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> None:
-    """Replaces the log by `rows`, one JSON line each. At most some hundred lines: rewriting them
-    keeps the file whole whenever a run is killed."""
+    """Replaces the log by `rows`, one JSON line each. It has at most a few hundred lines. Rewriting
+    all of them atomically keeps the file complete if the run is killed."""
     with atomic_file(folder / METRICS, MEND) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -24,14 +24,14 @@ def write_json(path: Path, content: object) -> None:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns."""
+    """Formats `rows` as two aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """A PNG with accuracy, loss and learning rate over epochs."""
-    import matplotlib  # a second to import; a run needs it once
+    """Writes a PNG with accuracy, loss and learning rate over epochs."""
+    import matplotlib  # here, because the import takes a second and a run needs it only once
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -45,9 +45,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
             accuracy.plot(*zip(*points), marker=".", label=label)
     accuracy.set(xlabel="epoch", ylabel="top-1, %", title="validation accuracy")
     accuracy.legend()
-    for kind in dict.fromkeys(
-        row["loss"] for row in rows
-    ):  # values of two losses do not belong on one line
+    # One line per loss function: their values are not comparable.
+    for kind in dict.fromkeys(row["loss"] for row in rows):
         loss.plot(
             *zip(*[(row["epoch"] + 1, row["train_loss"]) for row in rows if row["loss"] == kind]),
             marker=".",

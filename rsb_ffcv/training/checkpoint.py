@@ -125,7 +125,8 @@ class Store:
         checkpoint at all.
 
         A damaged checkpoint is skipped with a warning. If the folder is locked, it is also renamed,
-        so that it is not tried again. Raises InputError if all checkpoints are damaged.
+        so that it is not tried again. Raises InputError if all checkpoints are damaged, or if the
+        newest intact one is not of this program.
 
         regular: consider regular checkpoints only.
         """
@@ -227,8 +228,8 @@ class Store:
                 path.unlink()
         except OSError as error:
             raise InputError(
-                f"{self.folder}: checkpoints after step {step}, from which the run went back, "
-                f"cannot be removed ({error.strerror}); correct the permissions and start again"
+                f"{self.folder}: the checkpoints that the run has gone back from cannot be removed "
+                f"({error.strerror}); correct the permissions and start again"
             ) from error
         flush_folder(self.folder)
         return best in later

@@ -33,7 +33,7 @@ def check_same(facts: dict[str, str]) -> None:
     first, *others = gather([facts])
     for rank, theirs in enumerate(others, 1):
         differing = [
-            f"{name}: {theirs.get(name)}, and {first.get(name)} on process 0"
+            f"{name}: {theirs.get(name)}, but {first.get(name)} on process 0"
             for name in {**first, **theirs}
             if theirs.get(name) != first.get(name)
         ]

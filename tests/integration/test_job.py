@@ -45,15 +45,15 @@ def others(pictures, tmp_path_factory):
     [
         (
             "--data.train_dataset={others}/fewer.beton",
-            r"data.train_dataset: 84 images of 3 classes, .* there, 96 images of 3 classes",
+            r"data.train_dataset: 84 images of 3 classes, .*, but 96 images of 3 classes",
         ),
         (
             "--data.train_dataset={others}/exchanged.beton",
-            r"data.train_dataset: 96 images of 3 classes, .* there, 96 images of 3 classes",
+            r"data.train_dataset: 96 images of 3 classes, .*, but 96 images of 3 classes",
         ),
-        ("--lr.lr=0.004", r"lr.lr: 0.004 there, 0.005 on process 0"),
-        ("--checkpoint.every_steps=2", r"checkpoint.every_steps: 2 there, 0 on process 0"),
-        ("--compute.precision=bf16", r"precision: bf16 there, fp32 on process 0"),
+        ("--lr.lr=0.004", r"lr.lr: 0.004, but 0.005 on process 0"),
+        ("--checkpoint.every_steps=2", r"checkpoint.every_steps: 2, but 0 on process 0"),
+        ("--compute.precision=bf16", r"precision: bf16, but fp32 on process 0"),
     ],
 )
 def test_processes_with_different_files_or_recipes_are_refused(
@@ -69,7 +69,7 @@ def test_processes_with_different_files_or_recipes_are_refused(
 def test_processes_with_different_versions_are_refused(betons, tmp_path, train):
     newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
-    assert statuses == [2, 2] and "process 1 differs from process 0 (timm: 99.0, and " in err, err
+    assert statuses == [2, 2] and "process 1 differs from process 0 (timm: 99.0, but " in err, err
 
 
 def test_same_file_under_another_path_is_accepted(betons, tmp_path, train):

@@ -293,7 +293,7 @@ def test_compiled_run_saves_plain_weights_and_has_the_same_losses(
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"lr.lr": 0.004}, "lr.lr: 0.005 there, 0.004 now"),
+        ({"lr.lr": 0.004}, "lr.lr: 0.005 in the folder, 0.004 now"),
         ({"checkpoint.resume": "never"}, "checkpoint.resume=never"),
     ],
 )
@@ -345,7 +345,7 @@ def test_resume_with_another_global_batch_is_refused(betons, finished, call_prog
     status, _, err = call_program(
         "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
     )
-    assert status == 2 and "training.global_batch: 32 there, 16 now" in err.splitlines()[-1]
+    assert status == 2 and "training.global_batch: 32 in the folder, 16 now" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a .beton"])
