@@ -1,11 +1,11 @@
-"""How options are declared, and read from flags and YAML files.
+"""Declares options, and reads them from flags and YAML files.
 
-An option is a dataclass field that carries its meaning, unit and range; its annotation is its type.
-fastargs gets its sections,
-its `--help` and its flags from there. fastargs by itself ignores what it does not know and turns
-`bool("0")` into True; here every key and value of a file or a flag is checked before anything else
-happens, and the first wrong one ends the program with its name, value, place and the nearest valid
-name.
+An option is a dataclass field. Its annotation is its type, and its metadata contains the meaning,
+unit and range. The sections, flags and `--help` of fastargs are generated from these fields.
+
+fastargs ignores unknown names, and `bool("0")` is True in it. This module therefore checks every
+key and value of every file and flag first. The first error ends the program with the name, the
+value, where it was given, and the nearest valid name.
 """
 
 import difflib
@@ -33,7 +33,7 @@ REQUIRED = object()
 
 
 class _Value(Checker):
-    """A fastargs checker that reads one option: type, range and choices, or one of `words`."""
+    """A fastargs checker for one option: its type, range and choices, or one of `words`."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class _Value(Checker):
             value = text in ("1", "true")
         elif self.kind is str:
             if isinstance(value, bool):
-                value = int(value)  # YAML reads on and off as these
+                value = int(value)  # YAML reads on and off as bool
             if not isinstance(value, (str, int)) or self.needed and not str(value):
                 raise ValueError(self.help())
             value = str(value)
@@ -83,7 +83,7 @@ class _Value(Checker):
             try:
                 return int(value)
             except ValueError:
-                pass  # a text such as 1e3, read below
+                pass  # for example 1e3, which is read below
         try:
             number = float(value)
         except OverflowError:
@@ -127,14 +127,15 @@ def option(
     choices: Sequence[object] = (),
     words: Sequence[str] = (),
 ) -> Any:
-    """One option, whose type is the annotation of its field: str, bool, int, float, or `int | str`
-    where `words` are taken as well.
+    """Declares one option. The annotation of its field is its type: str, bool, int, float, or
+    `int | str` if `words` are accepted as well.
 
-    default: its value where nothing is given, or REQUIRED.
+    default: the default value, or REQUIRED.
     text: meaning and unit, shown by --help.
-    low, high: range of a number.
-    choices: the only values.
-    words: values that are taken as they are, whatever the type.
+    low: smallest value of a number.
+    high: largest value of a number.
+    choices: the only valid values; empty: all values.
+    words: words that are valid values in addition, whatever the type.
     """
     extra: dict[str, Any] = {} if default is REQUIRED else {"default": default}
     limits = {"low": low, "high": high, "choices": choices, "words": words}
@@ -157,16 +158,18 @@ def read_options(
     ignored: Collection[str] = (),
     unread: Collection[str] = (),
 ) -> dict[str, Any]:
-    """A value of each of `sections` (dataclasses of `option`s, by name), from the command line.
+    """Reads the options of the command line, and returns an instance of each section.
 
-    Flags are `--section.name=value`; `--config-file FILE` reads YAML, may be repeated, and later
-    files and flags win. A file that begins with `extends: OTHER` takes over what OTHER, beside it,
-    says and it does not.
+    Flags are `--section.name=value`. `--config-file FILE` reads a YAML file and may be repeated.
+    Later files override earlier ones, and flags override files. A file with the key
+    `extends: OTHER` inherits the values of OTHER, a path relative to the file's own folder, and may
+    override them.
 
+    sections: name -> dataclass of `option`s.
     description: shown by --help.
     arguments: the command line; None: this process's.
-    ignored: names that files may carry and nothing reads; those that do are named in one warning.
-    unread: required options that may be left out; they are then empty.
+    ignored: names that are valid in files but not used. One warning lists those that occur.
+    unread: required options that may be omitted; they are then empty.
 
     Raises InputError for anything unknown, mistyped, out of range or missing.
     """
@@ -186,8 +189,8 @@ def read_options(
         )
     parser = _Parser(description=description, allow_abbrev=False)
     _check_flags(arguments, sections)
-    # fastargs would read the files named in sys.argv and the variables of the environment, without
-    # a check
+    # Without these, fastargs would read the files named in sys.argv and environment variables,
+    # unchecked.
     saved, sys.argv = (sys.argv, dict(os.environ)), sys.argv[:1]
     os.environ.clear()
     try:
@@ -195,9 +198,8 @@ def read_options(
     finally:
         sys.argv = saved[0]
         os.environ.update(saved[1])
-    parser.epilog = _options_text(
-        sections, unread
-    )  # fastargs' own is drawn for a VT100 and speaks of environment variables
+    # fastargs' own epilog uses VT100 control codes and mentions environment variables.
+    parser.epilog = _options_text(sections, unread)
     given = parser.parse_args(arguments)
 
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
@@ -209,9 +211,7 @@ def read_options(
                 continue
             values[name][key] = _checked(sections, f"{name}.{key}", value, where=f"in {file}")
     if met:
-        warn(
-            f"{', '.join(met)}: known from other programs' files and without meaning here; ignored"
-        )
+        warn(f"{', '.join(met)}: an option of other programs, which has no effect here; ignored")
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
             name, key = flag_name.split(".", 1)
@@ -227,14 +227,13 @@ def read_options(
             else:
                 raise InputError(
                     f"{name}.{item.name} is missing ({item.metadata['text']}); give "
-                    f"--{name}.{item.name}=... "
-                    f"or set it in the file of --config-file"
+                    f"--{name}.{item.name}=... or set it in the file of --config-file"
                 )
     return {name: section(**values[name]) for name, section in sections.items()}
 
 
 def as_dict(config: "DataclassInstance") -> dict[str, dict[str, Any]]:
-    """{section: {option: value}} of a config: plain values, ready for JSON."""
+    """Returns {section: {option: value}} of a config, with plain values that JSON can hold."""
     return {
         section.name: {
             item.name: getattr(getattr(config, section.name), item.name)
@@ -250,22 +249,23 @@ class _Parser(ArgumentParser):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which by itself keeps the last of two equal keys without a word."""
+    """YAML's safe loader, except that a repeated key is an error. The safe loader silently keeps
+    the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         repeated = [key for key in keys if keys.count(key) > 1]
         if repeated:
             raise yaml.constructor.ConstructorError(
-                problem=f"'{repeated[0]}' stands there twice", problem_mark=node.start_mark
+                problem=f"the key '{repeated[0]}' occurs twice", problem_mark=node.start_mark
             )
         return super().construct_mapping(node, deep)
 
 
 def _options_text(sections: Mapping[str, type[Any]], unread: Collection[str]) -> str:
     lines = [
-        "Options, as --section.name=value or in the YAML file as 'section:' and below it '  name: "
-        "value':"
+        "Options, written as --section.name=value, or in a YAML file as 'section:' followed by "
+        "'  name: value':"
     ]
     for name, section in sections.items():
         lines += ["", f"{name}: {section.__doc__}"]
@@ -291,7 +291,8 @@ def _shown(default: object) -> object:
 
 
 def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) -> None:
-    """argparse would say "unrecognized arguments"; this names the nearest flag."""
+    """Raises InputError for an unknown flag, with the nearest valid one. argparse would only print
+    "unrecognized arguments"."""
     for argument in arguments:
         name, _, value = argument[2:].partition("=")
         if argument.startswith("--") and name not in ("config-file", "help"):
@@ -301,7 +302,8 @@ def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) ->
 def _read_yaml(
     path: str | Path, extended_by: tuple[Path, ...] = ()
 ) -> Iterator[tuple[str, str, Any, Path]]:
-    """(section, key, value, file) of each line of a recipe; first those of the file it extends.
+    """Yields (section, key, value, file) for each line of a recipe, first for those of the file
+    that it extends.
 
     extended_by: the files that led to this one.
     """
@@ -310,7 +312,7 @@ def _read_yaml(
     if extended_by:
         where = f"extends: {path.name} in {extended_by[-1]}"
     if path.resolve() in [other.resolve() for other in extended_by]:
-        raise InputError(f"{where}: the files extend each other in a circle; remove one `extends:`")
+        raise InputError(f"{where}: the files extend each other in a cycle; remove one `extends:`")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
@@ -319,28 +321,29 @@ def _read_yaml(
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{where}: not a recipe in YAML ({' '.join(str(error).split())[:160]}); correct it"
+            f"{where}: not valid YAML ({' '.join(str(error).split())[:160]}); correct the file"
         ) from error
     if not isinstance(content, dict):
         raise InputError(
-            f"{where}: holds no sections; write 'section:' and below it '  key: value'"
+            f"{where}: contains no sections; write 'section:' followed by '  key: value'"
         )
     extended = content.pop("extends", None)
     if extended is not None:
         if not isinstance(extended, str):
-            raise InputError(f"{where}: extends={extended!r} must be the name of one file")
+            raise InputError(f"{where}: extends={extended!r}: must be the name of one file")
         yield from _read_yaml(path.parent / extended, (*extended_by, path))
     for name, section in content.items():
         if not isinstance(section, dict):
             raise InputError(
-                f"{where}: section '{name}' must hold 'key: value' lines, holds {section!r}"
+                f"{where}: section '{name}' must contain 'key: value' lines, not {section!r}"
             )
         for key, value in section.items():
             yield str(name), str(key), value, path
 
 
 def _find(sections: Mapping[str, type[Any]], full_name: str, where: str) -> Field[Any]:
-    """The field behind `section.option`, or InputError with the nearest valid name."""
+    """Returns the field of `section.option`. Raises InputError, with the nearest valid name, if
+    there is none."""
     known = {
         f"{section_name}.{item.name}": item
         for section_name, section in sections.items()
@@ -359,7 +362,8 @@ def _find(sections: Mapping[str, type[Any]], full_name: str, where: str) -> Fiel
 def _checked(
     sections: Mapping[str, type[Any]], full_name: str, value: object, *, where: str
 ) -> Any:
-    """The value of `section.option`, of its type. Raises InputError."""
+    """Returns the value of `section.option`, converted to its type. Raises InputError if it is
+    invalid."""
     checker = _checker(_find(sections, full_name, f"(value {value!r}) {where}"))
     try:
         return checker.check(value)

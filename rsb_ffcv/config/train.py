@@ -1,7 +1,8 @@
-"""The options of train_imagenet.py: one frozen dataclass, one field a section.
+"""The options of train_imagenet.py: one frozen dataclass with one field per section.
 
-Sections and names of libffcv/ffcv-imagenet keep their names, meaning and defaults, but for
-model.arch (resnet18 there) and data.num_workers (required there).
+Sections and options that libffcv/ffcv-imagenet has keep their names, meanings and defaults.
+Exceptions: the default of model.arch is resnet18 in ffcv-imagenet, and data.num_workers is required
+in it.
 """
 
 import os
@@ -17,22 +18,30 @@ from rsb_ffcv.config.options import REQUIRED, option, read_options
 class Model:
     """the network"""
 
-    arch: str = option("resnet50", "a model of timm, by its name there")
+    arch: str = option("resnet50", "timm's name of the model")
     pretrained: bool = option(False, "start from timm's published weights (downloaded)")
-    num_classes: int = option(0, "outputs; 0: as many as the training file has classes", low=0)
+    num_classes: int = option(
+        0, "number of outputs; 0: the number of classes in the training file", low=0
+    )
     drop_path: float = option(
         0.0, "stochastic depth: probability of dropping the last block", low=0, high=0.99
     )
-    zero_init_last: bool = option(True, "gamma of each block's last batch norm starts at 0")
+    zero_init_last: bool = option(
+        True, "initialize gamma of each block's last batch norm to 0 (ResNets)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolution:
-    """resolution of the training images, in pixels a side"""
+    """side of the training images in pixels"""
 
-    min_res: int = option(160, "up to epoch start_ramp", low=8, high=4096)
+    min_res: int = option(160, "side in pixels up to epoch start_ramp", low=8, high=4096)
     max_res: int = option(
-        160, "from epoch end_ramp on; in between, interpolated to multiples of 32", low=8, high=4096
+        160,
+        "side in pixels from epoch end_ramp on; between the two epochs, it is interpolated and "
+        "rounded to multiples of 32",
+        low=8,
+        high=4096,
     )
     start_ramp: int = option(0, "last epoch (counted from 0) at min_res", low=0)
     end_ramp: int = option(0, "first epoch (counted from 0) at max_res", low=0)
@@ -40,13 +49,13 @@ class Resolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """files and how they are read"""
+    """data files and how they are read"""
 
     train_dataset: str = option(REQUIRED, ".beton file to train on")
     val_dataset: str = option(REQUIRED, ".beton file to evaluate on")
     num_workers: int | str = option(
         "auto",
-        "loader threads of each process; auto: the cores shared among the machine's processes",
+        "loader threads per process; auto: the machine's cores divided by its processes",
         low=1,
         high=1024,
         words=("auto",),
@@ -56,14 +65,14 @@ class Data:
     )
     order: str = option(
         "random",
-        "of training images; quasi_random: runs of 1 MiB, mixed 1 GiB at a time, for files "
-        "larger than memory",
+        "order of the training images; quasi_random: shuffles pieces of 1 MiB, 1 GiB at a time, "
+        "for files larger than memory",
         choices=("random", "sequential", "quasi_random"),
     )
     on_bad_sample: str = option(
         "raise",
-        "a training image that cannot be read: end the run, or skip: take the next "
-        "slot's, and name it in the log",
+        "if a training image cannot be read: raise: end the run; skip: use the next slot's image "
+        "instead, and list the sample in the log",
         choices=("raise", "skip"),
     )
 
@@ -73,20 +82,22 @@ class Augment:
     """augmentation of each training image"""
 
     scale_min: float = option(
-        0.08, "random-resized-crop: smallest share of the area", low=0.001, high=1
+        0.08, "random resized crop: smallest share of the image's area", low=0.001, high=1
     )
     scale_max: float = option(
-        1.0, "random-resized-crop: largest share of the area", low=0.001, high=1
+        1.0, "random resized crop: largest share of the image's area", low=0.001, high=1
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     repeats: int = option(
         1,
-        "repeated augmentation: copies of an image in an epoch, in different groups",
+        "repeated augmentation: copies of an image in an epoch, in different mix groups",
         low=1,
         high=64,
     )
     rand_augment: str = option(
-        "", "timm's spec, such as rand-m7-mstd0.5-inc1; 3a; torchvision's ta_wide; empty: none"
+        "",
+        "timm's RandAugment spec, for example rand-m7-mstd0.5-inc1; or 3a; or torchvision's "
+        "ta_wide; empty: none",
     )
     color_jitter: float = option(
         0.0,
@@ -96,17 +107,22 @@ class Augment:
     )
     interpolation: str = option(
         "random",
-        "of the crop and of geometric ops; random: one of both each time, as timm",
+        "interpolation of the crop and of geometric ops; random: bilinear or bicubic for each "
+        "draw, as in timm",
         choices=("random", "bilinear", "bicubic"),
     )
-    erase_prob: float = option(0.0, "random erasing: probability for an image", low=0, high=1)
+    erase_prob: float = option(0.0, "random erasing: probability per image", low=0, high=1)
     erase_mode: str = option(
         "const",
-        "random erasing: fill with 0, one random colour, or random pixels",
+        "random erasing: fill with 0 (const), one random colour (rand), or random pixels (pixel)",
         choices=("const", "rand", "pixel"),
     )
-    erase_min: float = option(0.02, "random erasing: smallest share of the area", low=0, high=1)
-    erase_max: float = option(1 / 3, "random erasing: largest share of the area", low=0, high=1)
+    erase_min: float = option(
+        0.02, "random erasing: smallest share of the image's area", low=0, high=1
+    )
+    erase_max: float = option(
+        1 / 3, "random erasing: largest share of the image's area", low=0, high=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,108 +131,127 @@ class MixOptions:
 
     mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", low=0, high=100)
     cutmix: float = option(0.0, "alpha of cutmix's Beta(alpha, alpha); 0: off", low=0, high=100)
-    prob: float = option(1.0, "probability of mixing at all", low=0, high=1)
-    switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1)
+    prob: float = option(1.0, "probability that mixup or cutmix is applied", low=0, high=1)
+    switch_prob: float = option(0.5, "probability of cutmix if both are on", low=0, high=1)
     mode: str = option(
         "batch",
-        "what shares a draw: batch (training.batch_size images), pair (an image and its partner) "
-        "or "
-        "elem (each its own)",
+        "images that share a draw: batch (training.batch_size images), pair (an image and its "
+        "partner) or elem (none: one draw per image)",
         choices=("batch", "pair", "elem"),
     )
-    off_epochs: int = option(0, "the last epochs that train without mixing", low=0)
+    off_epochs: int = option(0, "number of last epochs without mixing", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lr:
-    """learning rate, set for each step"""
+    """learning rate, updated in each step"""
 
     lr: float = option(0.5, "peak learning rate", low=0)
     lr_schedule_type: str = option(
         "cyclic",
-        "cosine: after the warm-up; cosine_spanning: timm's, over all epochs; "
-        "polynomial and constant: after the warm-up; cyclic and step: ffcv-imagenet's",
+        "cosine, polynomial and constant: after the warm-up; cosine_spanning: timm's cosine over "
+        "all epochs, whose beginning the warm-up replaces; cyclic and step: ffcv-imagenet's",
         choices=("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"),
     )
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up (not of cyclic and step)", low=0)
+    warmup_epochs: float = option(
+        0.0, "epochs of linear warm-up (not used by cyclic and step)", low=0
+    )
     warmup_lr: float = option(0.0, "learning rate of the first step of the warm-up", low=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine or polynomial", low=0)
     power: float = option(1.0, "polynomial: exponent", low=0.01, high=10)
-    lr_peak_epoch: int = option(2, "cyclic: epoch of the peak", low=0)
-    step_ratio: float = option(0.1, "step: factor", low=0)
-    step_length: int = option(30, "step: epochs between two factors", low=1)
+    lr_peak_epoch: int = option(2, "cyclic: epoch (counted from 0) of the peak", low=0)
+    step_ratio: float = option(0.1, "step: factor of the learning rate at each step", low=0)
+    step_length: int = option(30, "step: epochs between two steps", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """the optimizer's side of training"""
+    """optimizer, loss and general settings"""
 
-    epochs: int = option(30, "epochs in all", low=1)
+    epochs: int = option(30, "number of epochs", low=1)
     batch_size: int = option(
-        512, "images a process takes at once: also the mix and batch-norm group", low=2
+        512,
+        "images that a process takes at once; also the mix group, which shares mixup and cutmix "
+        "draws and batch-norm statistics",
+        low=2,
     )
     global_batch: int = option(
         0,
-        "images an optimizer step takes, by accumulation where the processes take fewer; "
-        "0: batch_size x processes",
+        "images of an optimizer step over all processes; gradients are accumulated if the "
+        "processes take fewer at once; 0: batch_size x processes",
         low=0,
     )
-    optimizer: str = option("sgd", "sgd, lamb, adamw or any optimizer of timm, by its name there")
-    momentum: float = option(0.9, "of sgd and other momentum optimizers", low=0, high=1)
-    weight_decay: float = option(4e-5, "on weights of two or more dimensions only", low=0)
+    optimizer: str = option("sgd", "sgd, lamb, adamw, or timm's name of any other optimizer")
+    momentum: float = option(0.9, "momentum of sgd and other momentum optimizers", low=0, high=1)
+    weight_decay: float = option(
+        4e-5, "weight decay, of weights with two or more dimensions only", low=0
+    )
     loss: str = option(
         "auto",
         "auto: bce on unsmoothed soft targets while mixing, else cross-entropy with "
-        "label_smoothing; bce and ce: always, smoothed",
+        "label_smoothing; bce, ce: always this loss, with label_smoothing",
         choices=("auto", "bce", "ce"),
     )
     label_smoothing: float = option(
-        0.1, "share of the target spread over all classes", low=0, high=0.999
+        0.1, "share of the target that is spread over all classes", low=0, high=0.999
     )
     bce_threshold: float = option(
-        0.0, "bce: targets above it become 1, others 0; 0: soft targets", low=0, high=1
+        0.0,
+        "bce: targets above this value become 1, the others 0; 0: soft targets",
+        low=0,
+        high=1,
     )
     bce_sum: bool = option(False, "bce: sum over classes instead of mean")
     grad_clip: float = option(
-        0.0, "largest norm of all gradients together; 0: no clip (lamb clips at 1 itself)", low=0
+        0.0, "largest norm of all gradients together; 0: no clip (lamb always clips to 1)", low=0
     )
-    use_blurpool: bool = option(False, "blur before strided convolutions, as ffcv-imagenet")
-    seed: int = option(0, "of every random number", low=0, high=2**63 - 1)
-    eval_only: bool = option(False, "evaluate the newest checkpoint of logging.folder and end")
+    use_blurpool: bool = option(False, "blur before strided convolutions, as in ffcv-imagenet")
+    seed: int = option(0, "seed of all random numbers", low=0, high=2**63 - 1)
+    eval_only: bool = option(False, "evaluate the newest checkpoint of logging.folder, then exit")
     distributed: bool = option(
-        False, "start dist.world_size processes here (torchrun needs no flag)"
+        False, "start dist.world_size processes on this machine (not needed with torchrun)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
-    """exponential moving average of weights and batch-norm statistics, evaluated beside the raw
-    weights"""
+    """exponential moving average of weights and batch-norm statistics, evaluated in addition to the
+    raw weights"""
 
-    decay: float = option(0.0, "share the average keeps at each step; 0: no average", low=0, high=1)
-    warmup: bool = option(False, "decay of step s at most 1 - (1 + s) ** -power")
-    warmup_power: float = option(2 / 3, "power of the warm-up", low=0.01, high=1)
+    decay: float = option(
+        0.0, "share that the average keeps at each step; 0: no average", low=0, high=1
+    )
+    warmup: bool = option(
+        False, "limit the decay of step s to 1 - (1 + s) ** -warmup_power at the beginning"
+    )
+    warmup_power: float = option(2 / 3, "exponent of the warm-up", low=0.01, high=1)
     per_images: int = option(
-        0, "decay is for so many images, whatever the batch; 0: for a step", low=0
+        0, "decay is per this number of images, for any global batch; 0: per step", low=0
     )
     buffers: str = option(
-        "lerp", "batch-norm statistics: averaged too, or copied", choices=("lerp", "copy")
+        "lerp",
+        "batch-norm statistics: lerp: averaged; copy: copied from the raw model",
+        choices=("lerp", "copy"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swa:
-    """equal average of the weights after each of the last epochs, its batch-norm statistics
-    estimated anew at the end"""
+    """equal average of the weights after each of the last epochs; its batch-norm statistics are
+    estimated again at the end"""
 
-    epochs: int = option(0, "last epochs that are averaged; 0: no average", low=0)
+    epochs: int = option(0, "number of last epochs to average; 0: no average", low=0)
     lr: float = option(
-        0.0, "learning rate of these epochs; not above what the schedule has reached", low=0
+        0.0,
+        "learning rate in these epochs; must not be above the schedule's value at their beginning",
+        low=0,
     )
-    anneal_epochs: float = option(1.0, "epochs in which the learning rate goes down to it", low=0)
+    anneal_epochs: float = option(
+        1.0, "number of epochs in which the learning rate falls to swa.lr", low=0
+    )
     bn_steps: int = option(
         0,
-        "steps' worth of training images that the statistics are estimated from; 0: an epoch",
+        "number of steps whose images are used to estimate the batch-norm statistics; 0: one epoch",
         low=0,
     )
 
@@ -225,21 +260,22 @@ class Swa:
 class Validation:
     """evaluation after each epoch"""
 
-    batch_size: int = option(512, "images a process takes at once", low=1)
-    resolution: int = option(224, "pixels a side", low=8, high=4096)
+    batch_size: int = option(512, "images that a process takes at once", low=1)
+    resolution: int = option(224, "side of the images in pixels", low=8, high=4096)
     crop_ratio: float = option(
-        224 / 256, "side of the central crop over the shorter side", low=0.01, high=1
+        224 / 256, "side of the central crop / shorter side of the image", low=0.01, high=1
     )
     interpolation: str = option(
-        "bicubic", "of resizing, as timm evaluates", choices=("bilinear", "bicubic")
+        "bicubic",
+        "interpolation of resizing; timm evaluates with bicubic",
+        choices=("bilinear", "bicubic"),
     )
-    lr_tta: bool = option(True, "add the outputs for the mirrored image")
+    lr_tta: bool = option(True, "average the outputs for the image and its mirror image")
     labels: str = option(
         "",
-        "JSON list of the labels (or lists of labels, as ImageNet-ReaL's) that each image may be "
-        "given, in "
-        "the order of ImageNet's numbers in the images' names, else of the file: top-1 by these is "
-        "reported beside",
+        "JSON list of labels (or lists of labels, as in ImageNet-ReaL) that count as correct for "
+        "each image, in the order of the ImageNet numbers in the images' names, or else in the "
+        "order of the file; top-1 with these labels is reported in addition",
     )
 
 
@@ -249,36 +285,41 @@ class Checkpoint:
 
     resume: str = option(
         "auto",
-        "auto: continue the newest checkpoint of logging.folder where there is one; "
-        "never: refuse a folder that has one",
+        "auto: resume from the newest checkpoint of logging.folder, if there is one; "
+        "never: refuse a folder that has a checkpoint",
         choices=("auto", "never"),
     )
     keep: int = option(
-        2, "how many of the newest stay; the best one stays besides", low=1, high=1000
+        2,
+        "number of newest checkpoints to keep, in addition to the best one and the newest regular "
+        "one (epoch's end or every_steps)",
+        low=1,
+        high=1000,
     )
     every_steps: int = option(
         0,
-        "after each step that is a multiple of it, besides the one at each epoch's end; 0: none",
+        "steps between checkpoints, in addition to the one at each epoch's end; 0: none",
         low=0,
     )
-    every_minutes: float = option(10.0, "minutes after the last one, besides; 0: none", low=0)
+    every_minutes: float = option(
+        10.0, "save if the last checkpoint is older than this number of minutes; 0: off", low=0
+    )
     warm_start: str = option(
-        "", "checkpoint or state_dict that a new run takes its weights from, and nothing else"
+        "", "checkpoint or state_dict from which a new run takes its initial weights only"
     )
     warm_start_from: str = option(
-        "model", "which weights of that checkpoint", choices=("model", "ema", "swa")
+        "model", "which weights of that checkpoint to use", choices=("model", "ema", "swa")
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """what is done when a run goes wrong: off, warn (a line, kept in the log), or act"""
+    """health checks: off, warn (a message, also in the log), or act"""
 
     non_finite: str = option(
         "stop",
-        "a loss or weight that is infinite or no number: stop the run; act: go back to the "
-        "last regular checkpoint (epoch's end or every_steps) and leave out that step and the one "
-        "before",
+        "a loss or weight is infinite or NaN; stop: end the run; act: go back to the last regular "
+        "checkpoint (epoch's end or every_steps) and leave out that step and the one before it",
         choices=("off", "warn", "stop", "act"),
     )
     loss_rise: str = option(
@@ -287,18 +328,17 @@ class Health:
         "regular checkpoint and halve the learning rate",
         choices=("off", "warn", "act"),
     )
-    rise: float = option(0.1, "loss_rise: share", low=0.001, high=100)
+    rise: float = option(0.1, "loss_rise: share; 0.1 is 10 %", low=0.001, high=100)
     chance: str = option(
         "warn",
-        "top-1 after epoch chance_epoch is what guessing gives; act: stop the run",
+        "top-1 after epoch chance_epoch is at chance level; act: end the run",
         choices=("off", "warn", "act"),
     )
     chance_epoch: int = option(5, "chance: the epoch, counted from 1", low=1)
     average: str = option(
         "warn",
-        "the EMA's top-1 is more than `gap` below the model's, and what it began from has less "
-        "than "
-        "1 % of it; act: the EMA starts again from the model",
+        "the EMA's top-1 is more than `gap` below the model's, and its initial weights have a "
+        "share of less than 1 % in it; act: restart the EMA from the model",
         choices=("off", "warn", "act"),
     )
     gap: float = option(10.0, "average: points of top-1", low=0, high=100)
@@ -306,25 +346,25 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """what a run leaves behind"""
+    """output of a run"""
 
-    folder: str = option(REQUIRED, "where checkpoints, metrics.jsonl, config.json and curves go")
+    folder: str = option(REQUIRED, "folder of checkpoints, metrics.jsonl, config.json and curves")
     log_level: int = option(
-        1, "0: evaluate after the last epoch only; 1: after each", low=0, high=1
+        1, "0: evaluate after the last epoch only; 1: evaluate after each epoch", low=0, high=1
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dist:
-    """the processes of a job; world_size, address and port are for those that
-    training.distributed=1 starts"""
+    """the processes of a job; world_size, address and port are used with training.distributed=1
+    only"""
 
-    world_size: int = option(1, "number of processes, one a GPU", low=1, high=4096)
-    address: str = option("localhost", "of the process group")
-    port: int = option(12355, "of the process group", low=1, high=65535)
+    world_size: int = option(1, "number of processes, one per GPU", low=1, high=4096)
+    address: str = option("localhost", "address of the process group")
+    port: int = option(12355, "port of the process group", low=1, high=65535)
     timeout_s: float = option(
         120.0,
-        "seconds without a sign of life of a process after which the others end with status 3",
+        "if a process does not respond for this number of seconds, the others end with status 3",
         low=1,
         high=86400,
     )
@@ -336,20 +376,21 @@ class Compute:
 
     device: str = option(
         "auto",
-        "auto: cuda where there is one; an NVIDIA device that torch cannot use is an error",
+        "auto: cuda if there is a device, else cpu; an NVIDIA device that torch cannot use is an "
+        "error",
         choices=("auto", "cpu", "cuda"),
     )
     precision: str = option(
         "auto",
-        "auto: fp16 on cuda; on the CPU bf16 where it is native, else fp32",
+        "auto: fp16 on cuda; on the CPU bf16 if the processor supports it natively, else fp32",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     compile: str = option("auto", "torch.compile; auto: on cuda only", choices=("auto", "0", "1"))
-    channels_last: bool = option(True, "memory layout of weights and images")
+    channels_last: bool = option(True, "use the channels_last memory layout for weights and images")
     threads: int = option(
         0,
-        "CPU threads of the model in each process; 0: OMP_NUM_THREADS, else the cores shared "
-        "among processes",
+        "CPU threads of torch per process; 0: OMP_NUM_THREADS, else the machine's cores divided "
+        "by its processes",
         low=0,
         high=1024,
     )
@@ -357,7 +398,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One field a section."""
+    """The configuration of a run, one field per section."""
 
     data: Data
     model: Model
@@ -377,7 +418,8 @@ class TrainConfig:
 
 
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
-IGNORED = {"training.bn_wd"}  # in ffcv-imagenet's published files, read by nothing there either
+# In ffcv-imagenet's published files. Its trainer does not use it either.
+IGNORED = {"training.bn_wd"}
 
 
 def read_config(
@@ -385,12 +427,12 @@ def read_config(
     arguments: Sequence[str] | None = None,
     unread: Collection[str] = (),
 ) -> TrainConfig:
-    """The configuration from the command line; see `options.read_options`.
+    """Reads the configuration from the command line; see `options.read_options`.
 
-    unread: required options that the caller does not read; they may be left out and are not
-        checked.
-    Raises InputError for an option that is unknown, mistyped, out of range, missing, or at odds
-    with another.
+    unread: required options that the caller does not read. They may be omitted and are not checked.
+
+    Raises InputError for an option that is unknown, mistyped, out of range or missing, or that
+    conflicts with another one.
     """
     config = TrainConfig(
         **read_options(SECTIONS, description, arguments, ignored=IGNORED, unread=unread)
@@ -400,7 +442,7 @@ def read_config(
 
 
 def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
-    """What no option can be checked for by itself."""
+    """Raises InputError for a data file that does not exist, and for options that conflict."""
     for name in ("train_dataset", "val_dataset"):
         path = getattr(c.data, name)
         if f"data.{name}" not in unread and not os.path.isfile(path):
@@ -424,6 +466,6 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
             raise InputError(f"{low}={below} is larger than {high}={above}; change one of them")
     if (c.mix.mixup or c.mix.cutmix) and c.training.batch_size % 2:
         raise InputError(
-            f"training.batch_size={c.training.batch_size} is odd, and mixup pairs images; make it "
-            f"even"
+            f"training.batch_size={c.training.batch_size} is odd, but mixup and cutmix pair "
+            f"images; make it even"
         )

@@ -86,7 +86,7 @@ def test_resolved_config_json_is_a_recipe(given, tmp_path):
         ("extends: nowhere.yaml\n", "extends: nowhere.yaml in .*top.yaml: cannot be read"),
         ("extends: top.yaml\n", "extends: top.yaml in .*top.yaml: the files extend each other"),
         ("extends: base.yaml\n", "extends: top.yaml in .*base.yaml: the files extend each other"),
-        ("extends: [a, b]\n", r"top.yaml: extends=\['a', 'b'\] must be the name of one file"),
+        ("extends: [a, b]\n", r"top.yaml: extends=\['a', 'b'\]: must be the name of one file"),
         ("extends: wrong.yaml\n", "training.epocs .*in .*wrong.yaml is not an option"),
     ],
 )
@@ -118,14 +118,14 @@ def test_invalid_extends_is_named(given, tmp_path, text, message):
             ["data.num_workers='many'", "whole number from 1 to 1024 or auto"],
         ),
         ("training: 3\n", ["section 'training'"]),
-        ("just text\n", ["holds no sections"]),
-        ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["'lr' stands there twice"]),
-        ("lr:\n  lr: 0.1\n  lr: 0.2\n", ["'lr' stands there twice"]),
+        ("just text\n", ["contains no sections"]),
+        ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["the key 'lr' occurs twice"]),
+        ("lr:\n  lr: 0.1\n  lr: 0.2\n", ["the key 'lr' occurs twice"]),
         ("logging:\n  folder: ''\n", ["logging.folder=''", "not empty"]),
         ("training:\n  seed: " + "9" * 400 + "\n", ["training.seed="]),
         ("data:\n  num_workers:\n", ["data.num_workers=None"]),
-        ("a: [\n", ["not a recipe in YAML"]),
-        ("x: !!python/object/apply:os.system [ls]\n", ["not a recipe in YAML"]),
+        ("a: [\n", ["not valid YAML"]),
+        ("x: !!python/object/apply:os.system [ls]\n", ["not valid YAML"]),
     ],
 )
 def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts):
