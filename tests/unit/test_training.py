@@ -111,9 +111,9 @@ def test_average_with_a_share_of_initial_weights_is_not_judged():
     checks, messages = health(average="act")
     assert not checks.check_accuracy(20, row, classes=1000, initial_share=0.011) and not messages
     assert checks.check_accuracy(20, row, classes=1000, initial_share=0.009)
-    assert "ema.warmup=1 or a lower ema.decay mends that" in messages[0]
+    assert "use ema.warmup=1 or a lower ema.decay" in messages[0]
     assert checks.check_accuracy(20, row, classes=1000, initial_share=0.0, ema_warmup=True)
-    assert "; a lower ema.decay mends that" in messages[1] and "warmup" not in messages[1]
+    assert "; use a lower ema.decay" in messages[1] and "warmup" not in messages[1]
 
 
 def test_health_state_is_saved_and_restored():
