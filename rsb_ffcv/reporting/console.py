@@ -36,22 +36,22 @@ class Console:
         )
 
     def closing_table(
-        self, rows: list[dict], best: dict, weights: list[tuple[str, str]], *, folder: Path
+        self, rows: list[dict], best: dict, prefixes: list[str], *, folder: Path
     ) -> None:
         """Prints the table at the end of a run.
 
         rows: of the log.
         best: top-1 in per cent, and epoch.
-        weights: (name, prefix of its results in the rows) of each set of weights.
+        prefixes: of the results of each set of weights in the rows; "" for the raw weights.
         folder: of the run.
         """
         last = rows[-1]
         lines = [
             (
-                f"top-1 (top-5), {name} weights",
+                f"top-1 (top-5), {prefix.removesuffix('_').upper() or 'raw'} weights",
                 f"{last[prefix + 'top1']:.2f} % ({last[prefix + 'top5']:.2f} %)",
             )
-            for name, prefix in weights
+            for prefix in prefixes
         ]
         wait = 100 * sum(row["data_wait_s"] for row in rows) / sum(row["seconds"] for row in rows)
         lines += [

@@ -86,6 +86,18 @@ def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader
     )
 
 
+def left_out(c: TrainConfig, loader: TrainLoader) -> str:
+    """How many training images an epoch leaves out, as a line for the console; empty for none."""
+    count = len(loader.beton) - loader.steps_per_epoch * loader.global_batch
+    if not count or c.augment.repeats > 1 or c.training.eval_only:
+        return ""
+    return (
+        f"{count} of {len(loader.beton)} training images do not fill a step of "
+        f"{loader.global_batch} and are left out of each epoch"
+        f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}"
+    )
+
+
 def batch_transform(c: TrainConfig) -> BatchTransform:
     return BatchTransform(
         seed=c.training.seed,

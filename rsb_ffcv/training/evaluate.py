@@ -3,9 +3,11 @@ processes."""
 
 import json
 import re
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from rsb_ffcv import InputError
 from rsb_ffcv.loading import EvalLoader
 from rsb_ffcv.loading.batch import normalize
+from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training.compute import Compute, sum_over_processes
 
 
@@ -133,3 +136,38 @@ def evaluate(
             "relabelled_images": int(relabelled),
         }
     return result
+
+
+def evaluate_all(
+    models: dict[str, torch.nn.Module],
+    loader: EvalLoader,
+    *,
+    compute: Compute,
+    console: Console,
+    flip_tta: bool,
+    label_sets: torch.Tensor | None,
+    after_batch: Callable[[int], None],
+) -> dict:
+    """The results of `evaluate` for each of `models`, under its key as prefix ("" for the raw
+    weights, "ema_", "swa_"), with "val_images" and "val_seconds". after_batch: called with each
+    batch's number."""
+    row: dict[str, Any] = {}
+    started = time.perf_counter()
+    for prefix, model in models.items():
+        with console.bar(f"validation {prefix[:-1].upper()}".strip(), len(loader)) as bar:
+
+            def advance(number: int) -> None:
+                bar.update()
+                after_batch(number)
+
+            result = evaluate(
+                model,
+                loader,
+                compute=compute,
+                flip_tta=flip_tta,
+                label_sets=label_sets,
+                after_batch=advance,
+            )
+        row |= {prefix + name: number for name, number in result.items() if name != "images"}
+        row["val_images"] = result["images"]
+    return row | {"val_seconds": time.perf_counter() - started}

@@ -11,6 +11,7 @@ import torch
 
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.compute import Compute
+from rsb_ffcv.training.plan import Epoch
 
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
 SYNC_EVERY = 20  # steps between two loss readings: each one synchronizes with the device
@@ -88,6 +89,34 @@ class Progress:
             "top1": 100 * correct / max(images, 1),
             "img_s": images * self._compute.world_size / self._weight / max(self.seconds, 1e-9),
         }
+
+    def row(self, epoch: Epoch, *, loss: str, lr: float) -> dict[str, Any]:
+        """The log's figures of an epoch's training, over all processes.
+
+        loss: "bce" or "ce".
+        lr: learning rate of the last step.
+        """
+        total, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
+        found = sorted(set(compute.gather(self.skipped)))
+        row: dict[str, Any] = {
+            "epoch": epoch.number,
+            "steps": epoch.steps,
+            "loss": loss,
+            "train_loss": total / images if images else None,
+            "train_top1": 100 * correct / images if images else None,
+            "lr": lr,
+            "resolution": epoch.resolution,
+            "images_per_s": images / self.seconds,
+            "seconds": self.seconds,
+            "data_wait_s": self.waited,
+            "peak_memory_mb": self._compute.peak_memory_mb(),
+        }
+        if found:
+            row |= {
+                "skipped": len(found),
+                "skipped_samples": [f"sample {index} {reason}" for index, reason in found],
+            }
+        return row
 
     # ---------------------------------------------------------------- state
 

@@ -11,7 +11,8 @@ import time
 from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+import torch
 
 from rsb_ffcv import InputError, option_names, warn
 from rsb_ffcv.config.options import as_dict
@@ -21,7 +22,7 @@ from rsb_ffcv.learning.optimizer import check_optimizer
 from rsb_ffcv.reporting import log
 from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training import batch_norm, build, checkpoint, compute, facts
-from rsb_ffcv.training.evaluate import evaluate, read_label_sets
+from rsb_ffcv.training.evaluate import evaluate_all, read_label_sets
 from rsb_ffcv.training.health import GoBack, Stop
 from rsb_ffcv.training.interrupt import Interrupt
 from rsb_ffcv.training.plan import Epoch, Plan
@@ -86,7 +87,8 @@ class Trainer:
         own_groups = self.train_loader.batches_per_step
         self.progress = Progress(self.compute, own_groups / mean_groups)
         self.health = build.health(c, self._note)
-        self._say_what_is_left_out()
+        if left_out := build.left_out(c, self.train_loader):
+            self.console.say(left_out)
         self.train_step = TrainStep(
             self.model,
             build.wrapped(self.model, self.compute),
@@ -153,16 +155,6 @@ class Trainer:
             )
         )
 
-    def _say_what_is_left_out(self) -> None:
-        c, loader = self.config, self.train_loader
-        left_out = len(loader.beton) - loader.steps_per_epoch * loader.global_batch
-        if left_out and c.augment.repeats == 1 and not c.training.eval_only:
-            self.console.say(
-                f"{left_out} of {len(loader.beton)} training images do not fill a step of "
-                f"{loader.global_batch} and are left out of each epoch"
-                f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}"
-            )
-
     def _note(self, text: str) -> None:
         """Prints a warning, and adds it to the epoch's row."""
         self.progress.note(text)
@@ -225,19 +217,23 @@ class Trainer:
 
     def _finish(self) -> None:
         log.draw_curves(self.progress.rows, self.folder / "training_curves.png")
-        weights = []
-        for name, module, prefix, suffix in (
-            ("raw", self.model, "", ""),
-            ("EMA", self.ema and self.ema.module, "ema_", "_ema"),
-            ("SWA", self.swa and self.swa.module, "swa_", "_swa"),
-        ):
-            if module is not None:
-                state = checkpoint.on_host(module.state_dict())
-                checkpoint.write(state, self.folder / f"final_weights{suffix}.pt")
-                weights.append((name, prefix))
+        models = self._models(with_swa=True)
+        for prefix, model in models.items():
+            state = checkpoint.on_host(model.state_dict())
+            suffix = f"_{prefix.removesuffix('_')}" if prefix else ""
+            checkpoint.write(state, self.folder / f"final_weights{suffix}.pt")
         self.console.closing_table(
-            self.progress.rows, self.progress.best, weights, folder=self.folder
+            self.progress.rows, self.progress.best, list(models), folder=self.folder
         )
+
+    def _models(self, with_swa: bool) -> dict[str, torch.nn.Module]:
+        """The weights to evaluate, by the prefix of their results: raw, EMA and SWA."""
+        models = {"": self.model}
+        if self.ema is not None:
+            models["ema_"] = self.ema.module
+        if self.swa is not None and with_swa:
+            models["swa_"] = self.swa.module
+        return models
 
     def evaluate_only(self) -> None:
         """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON
@@ -342,7 +338,11 @@ class Trainer:
         progress, health = self.progress, self.health
         self.checkpointer.check()
         self.checkpointer.settle()
-        row = self._row(epoch)
+        row = progress.row(
+            epoch,
+            loss=self.train_step.loss.name(epoch.mixing),
+            lr=epoch.lr(epoch.steps - 1) * health.lr_factor,
+        )
         beaten = None
         if self.config.logging.log_level or epoch.last:
             row |= self._evaluate(epoch.last)
@@ -378,64 +378,27 @@ class Trainer:
                 warn(f"{error}; the run continues")
         self.console.say(json.dumps(row))
 
-    def _row(self, epoch: Epoch) -> dict[str, Any]:
-        """The log's figures of the epoch's training."""
-        progress = self.progress
-        loss, correct, images = compute.sum_over_processes(progress.totals.clone()).tolist()
-        found = sorted(set(compute.gather(progress.skipped)))
-        row: dict[str, Any] = {
-            "epoch": epoch.number,
-            "steps": epoch.steps,
-            "loss": self.train_step.loss.name(epoch.mixing),
-            "train_loss": loss / images if images else None,
-            "train_top1": 100 * correct / images if images else None,
-            "lr": epoch.lr(epoch.steps - 1) * self.health.lr_factor,
-            "resolution": epoch.resolution,
-            "images_per_s": images / progress.seconds,
-            "seconds": progress.seconds,
-            "data_wait_s": progress.waited,
-            "peak_memory_mb": self.compute.peak_memory_mb(),
-        }
-        if found:
-            row |= {
-                "skipped": len(found),
-                "skipped_samples": [f"sample {index} {reason}" for index, reason in found],
-            }
-        return row
-
     def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
         """Evaluates raw and averaged weights on the validation file. heed: check for signals
         between batches."""
-        row: dict[str, Any] = {}
-        started, c, loader = time.perf_counter(), self.config.validation, self.val_loader
         # number of batches that every process has
+        loader = self.val_loader
         common = len(loader.beton) // (loader.batch_size * self.compute.world_size)
-        models = {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
-        if self.swa is not None and with_swa:
-            models["swa_"] = self.swa.module
-        for prefix, model in models.items():
-            title = f"validation {prefix[:-1].upper()}".strip()
-            with (
-                self._within_memory("validation", c.resolution),
-                self.console.bar(title, len(loader)) as bar,
-            ):
 
-                def after_batch(number: int) -> None:
-                    bar.update()
-                    if heed and number < common:
-                        self.checkpointer.after_step(False)
+        def after_batch(number: int) -> None:
+            if heed and number < common:
+                self.checkpointer.after_step(False)
 
-                result = evaluate(
-                    model,
-                    loader,
-                    compute=self.compute,
-                    flip_tta=c.lr_tta,
-                    label_sets=self.label_sets,
-                    after_batch=after_batch,
-                )
-            row |= {prefix + name: number for name, number in result.items() if name != "images"}
-            row["val_images"] = result["images"]
-        return row | {"val_seconds": time.perf_counter() - started}
+        with self._within_memory("validation", self.config.validation.resolution):
+            return evaluate_all(
+                self._models(with_swa),
+                loader,
+                compute=self.compute,
+                console=self.console,
+                flip_tta=self.config.validation.lr_tta,
+                label_sets=self.label_sets,
+                after_batch=after_batch,
+            )
 
     def _within_memory(self, section: str, resolution: int) -> AbstractContextManager[None]:
         """A context for work on batches of `section`.batch_size images; see

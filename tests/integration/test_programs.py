@@ -610,9 +610,9 @@ def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path,
 
 def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, monkeypatch):
     """The disk is full at the end of the second epoch, whose accuracy is made the highest."""
-    from rsb_ffcv.training import checkpoint, trainer
+    from rsb_ffcv.training import checkpoint, evaluate
 
-    plain_write, plain_evaluate = checkpoint.write, trainer.evaluate
+    plain_write, plain_evaluate = checkpoint.write, evaluate.evaluate
     tops = iter([10.0, 10.0, 90.0, 90.0, 50.0, 50.0])
 
     def full_once(state, path):
@@ -622,7 +622,7 @@ def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, mo
 
     monkeypatch.setattr(checkpoint, "write", full_once)
     monkeypatch.setattr(
-        trainer,
+        evaluate,
         "evaluate",
         lambda *given, **more: {**plain_evaluate(*given, **more), "top1": next(tops)},
     )
@@ -851,14 +851,14 @@ def test_bad_images_are_an_error_or_skipped_and_named(betons, tmp_path, train, c
 def test_out_of_memory_error_names_what_to_lower(
     betons, tmp_path, call_program, monkeypatch, kind, text, where, message
 ):
-    from rsb_ffcv.training import build, trainer
+    from rsb_ffcv.training import build, evaluate, trainer
 
     def fail(*_, **__):
         raise kind(text)
 
     target, name = {
         "train": (trainer.TrainStep, "__call__"),
-        "evaluate": (trainer, "evaluate"),
+        "evaluate": (evaluate, "evaluate"),
         "build": (build, "model"),
     }[where]
     monkeypatch.setattr(target, name, fail)
