@@ -1,5 +1,5 @@
-"""Offline: where raw images come from, how they become a `.beton` file, and what can be asked of
-and done with such files."""
+"""Offline work: reading raw images from their sources, writing them to `.beton` files, and commands
+on such files."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ __all__ = [
     "verify",
     "write_splits",
 ]
-SAMPLED = 100  # pictures that an estimate encodes
+SAMPLED = 100  # number of pictures that an estimate encodes
 
 
 def write_splits(
@@ -50,20 +50,29 @@ def write_splits(
     max_skipped: float = 0.01,
     report: str = "",
 ) -> None:
-    """Writes `split`, or where it is empty train and val, and prints what they will take, and then
-    what they hold.
+    """Writes one split, or train and val. Prints the estimated size and time before, and the
+    content of the files after.
 
-    write_path: with `split` the file, else a folder for train.beton and val.beton (with `split`
-    too, where it is a folder or ends in "/"). subset: first images of each split; -1: all. skip:
-    leave out pictures that cannot be used, at most the share max_skipped; report: the CSV file that
-    names them (default: <file>.skipped.csv; of two splits, <name>.train.csv and <name>.val.csv).
-    All sources are opened, and the estimate held against the free space, before the first file is
-    begun.
+    All sources are opened, and the estimate is compared with the free space, before the first file
+    is started. Raises InputError if a source or a file cannot be used.
+
+    place: the dataset
+    write_path: the file if `split` is given, otherwise a folder for train.beton and val.beton. With
+        `split`, an existing folder or a path that ends in "/" is also a folder
+    split: "train", "val", or empty for both
+    subset: use only the first images of each split; -1: all
+    num_workers: threads
+    chunk_size: images that may be encoded ahead of the writing
+    encoding: how images are stored
+    skip: leave out pictures that cannot be used, instead of raising
+    max_skipped: largest share of pictures that may be left out, 0 .. 1
+    report: CSV file that lists them. Default: <file>.skipped.csv. With two splits: <name>.train.csv
+        and <name>.val.csv
     """
     target = Path(write_path)
     try:
-        # Not target.is_dir(): from Python 3.14 on it is False also where the system refuses the
-        # name.
+        # Not target.is_dir(): from Python 3.14 on it also returns False if the system rejects the
+        # name
         mode = os.stat(target).st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = 0
@@ -73,7 +82,7 @@ def write_splits(
         ) from error
     if not split and (target.suffix in (".beton", ".ffcv", ".dat") or stat.S_ISREG(mode)):
         raise InputError(
-            f"`write_path`={target}: names one file for two splits; give a folder, or `split`"
+            f"`write_path`={target}: is one file for two splits; give a folder, or `split`"
         )
     one_file = bool(split) and not (stat.S_ISDIR(mode) or write_path.endswith("/"))
     sources = _sources(place, split, subset)
@@ -92,13 +101,12 @@ def write_splits(
         free = shutil.disk_usage(folder).free + sum(part.stat().st_size for part in begun)
     except OSError as error:
         raise InputError(
-            f"`write_path`={target}: cannot be made ({error.strerror}); choose another"
+            f"`write_path`={target}: cannot be created ({error.strerror}); choose another"
         ) from error
     if needed > free:
         raise InputError(
             f"`write_path`={target}: about {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} "
-            f"GB are free; free "
-            f"space, choose another, or lower `max_resolution` or `jpeg_quality`"
+            f"GB are free; free space, choose another, or lower `max_resolution` or `jpeg_quality`"
         )
     for name, source in sources.items():
         began = time.monotonic()
@@ -119,21 +127,21 @@ def write_splits(
         )
         assert written.about is not None  # this program wrote it
         if not report and not written.about.counts["left out"]:
-            named.unlink(missing_ok=True)  # an earlier call's
+            named.unlink(missing_ok=True)  # of an earlier call
         _summary(written, source, time.monotonic() - began, report=on_error.report)
 
 
 def estimate_splits(
     place: Place, split: str, *, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
 ) -> None:
-    """Prints what write_splits would take."""
+    """Prints the size and time that write_splits would need. The parameters are the same."""
     for name, source in _sources(place, split, subset).items():
         _estimate(name, source, encoding=encoding, num_workers=num_workers, chunk_size=chunk_size)
 
 
 def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
     if subset == 0:
-        raise InputError("`subset`=0: no image would be written; use -1 for all")
+        raise InputError("`subset`=0: no image would be written; give -1 for all")
     sources = open_sources(place, [split] if split else ["train", "val"])
     return {
         name: source.first(subset) if subset > 0 else source for name, source in sources.items()
@@ -141,13 +149,14 @@ def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
 
 
 def storing(source: Source, encoding: Encoding) -> Callable[[int], Stored]:
-    """What write_beton stores of each picture of a source."""
+    """The function that gives write_beton the stored form of each picture of a source."""
     return lambda index: encoding.store(index, source.picture(index), source.place(index))
 
 
 def settings_of(encoding: Encoding) -> dict:
-    """What the bytes of a stored image depend on: for the file to keep."""
-    names = {"mode": "write_mode", "max_pixels": None}  # this one decides only what is refused
+    """The settings that the bytes of a stored image depend on. They are kept in the file."""
+    # None: left out. max_pixels only decides which pictures are refused
+    names = {"mode": "write_mode", "max_pixels": None}
     return {
         names.get(name, name): value
         for name, value in asdict(encoding).items()
@@ -158,14 +167,14 @@ def settings_of(encoding: Encoding) -> dict:
 def _estimate(
     title: str | Path, source: Source, *, encoding: Encoding, num_workers: int, chunk_size: int
 ) -> float:
-    """Bytes that a file will take, judged by some pictures all over the source; prints them with
+    """Estimates the bytes of a file from pictures spread evenly over the source. Prints them and
     the time."""
     store, began = storing(source, encoding), time.monotonic()
 
     def size(index: int) -> int | None:
         try:
             return store(index).data.nbytes
-        except BadPicture:  # its turn will come, and be told
+        except BadPicture:  # reported when the picture is written
             return None
 
     chosen = evenly(len(source), SAMPLED).tolist()
@@ -179,16 +188,15 @@ def _estimate(
     names = sum(map(len, source.names)) + 64 * len(source)
     needed = each * len(source) * (1 + each / 2 / beton.PAGE_BYTES) + names + beton.PAGE_BYTES
     print(
-        f"{title}: about {needed / 1e9:.2f} GB and {duration(seconds)} with {num_workers} workers, "
-        f"judged by {len(chosen)} of "
-        f"{len(source)} images",
+        f"{title}: about {needed / 1e9:.2f} GB and {duration(seconds)} with {num_workers} "
+        f"workers, estimated from {len(chosen)} of {len(source)} images",
         flush=True,
     )
     return needed
 
 
 def duration(seconds: float) -> str:
-    """For people: 12 s, 3 min 20 s, 2 h 5 min."""
+    """A readable duration: 12 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
     return (
         f"{rest} s"
@@ -200,14 +208,14 @@ def duration(seconds: float) -> str:
 
 
 def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Path) -> None:
-    """Prints what a file holds, and its images of each class beside the source's."""
+    """Prints the content of a file, and the images per class compared with the source."""
     assert written.about is not None and written.extras is not None  # this program wrote it
     counts = written.about.counts
     there = np.bincount(written.labels, minlength=len(source.classes))
     wanted = np.bincount(source.labels, minlength=len(source.classes))
     if wanted.sum() - there.sum() != counts["left out"] or (there > wanted).any():
         raise AssertionError(
-            f"{written.path}: {there.sum()} images of {wanted.sum()}, {counts['left out']} left out"
+            f"{written.path}: {there.sum()} of {wanted.sum()} images, {counts['left out']} left out"
         )
     print(
         f"{written.path}: {len(written)} images, {len(source.classes)} classes, "
@@ -215,7 +223,7 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
         f"({', '.join(f'{count} {how}' for how, count in counts.items() if count)})"
     )
     print(
-        "images of each class: "
+        "images per class: "
         + ", ".join(
             f"{name} {has}" + (f" of {had}" if has < had else "")
             for name, has, had in zip(source.classes, there.tolist(), wanted.tolist())
@@ -230,10 +238,9 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
             kind.reduceat(written.labels[order], firsts) for kind in (np.minimum, np.maximum)
         )
         print(
-            f"{len(order) - len(firsts)} images are byte for byte another's copy; "
-            f"{int((lowest < highest).sum())} pictures stand in "
-            f"two classes or more"
+            f"{len(order) - len(firsts)} images are byte-identical copies of others; "
+            f"{int((lowest < highest).sum())} pictures are in two or more classes"
         )
     if counts["left out"]:
-        print(f"{counts['left out']} pictures were left out: {report}")
+        print(f"{counts['left out']} pictures were left out; {report} lists them")
     print(end="", flush=True)

@@ -1,4 +1,4 @@
-"""Samples behind those of a file, in place: what is there is not written again."""
+"""Appends samples to a file in place, without writing its existing samples again."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from rsb_ffcv.dataset.writer import Pages, read_back
 
 
 class _Append:
-    """The names under which an append stands while it is under way: the file itself, hidden; a note
-    with its length before; and the new front, once all behind it is on the disk."""
+    """The files of an append in progress: the file itself under a hidden name; a note with its
+    previous length; and the new front, which exists as soon as everything else is on the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,25 +36,30 @@ class _Append:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One append at a time in a folder."""
+        """Locks the folder: one append at a time. Raises InputError if another process has the
+        lock."""
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             lock(folder, self.path.parent)
             yield
         except BlockingIOError as error:
             raise InputError(
-                f"{self.path.parent}: another process is appending to a file in it; wait for it"
+                f"{self.path.parent}: another process is appending to a file in this folder; wait "
+                f"until it has finished"
             ) from error
         finally:
             os.close(folder)
 
     def recover(self, num_workers: int) -> dict:
-        """Ends what an interrupted append began: forward where its front is there, else back. The
-        note of one that is now complete, or nothing."""
+        """Completes an interrupted append if its front exists, and undoes it otherwise.
+
+        Returns the note of an append that is now complete, or {}. Raises InputError if the file
+        exists under both names, or an appended image cannot be read back.
+        """
         if not self.note.exists():
             return {}
         note = json.loads(self.note.read_text())
-        if not self.hidden.exists():  # stopped before or after all of it
+        if not self.hidden.exists():  # interrupted before or after all of the work
             self.finish()
             return (
                 note if self.path.exists() and os.stat(self.path).st_size != note["bytes"] else {}
@@ -62,8 +67,8 @@ class _Append:
         complete = self.front.exists()
         if self.path.exists():
             raise InputError(
-                f"{self.path}: stands beside {self.hidden}, of an interrupted append; move one of "
-                f"them away"
+                f"{self.path}: exists, and so does {self.hidden} of an interrupted append; move "
+                f"one of them away"
             )
         with open(self.hidden, "r+b") as file:
             if complete:
@@ -91,27 +96,27 @@ class _Append:
 
 
 def concat(path: str, paths: list[str], num_workers: int) -> Beton:
-    """Appends the samples of files to `path`, in place: its images stay where they are, but for
-    those in the way of the longer table at the file's start, which are copied behind. Its classes
-    keep their numbers; new ones follow.
+    """Appends the samples of the files `paths` to `path`, in place.
 
-    While it works the file is hidden; whatever stops it, the next call brings it back, as it was or
-    with all that was to be appended. Raises InputError, also for samples that are there already, by
-    name.
+    The images of `path` are not moved, except for those at the start that must make room for the
+    longer table; these are copied to the end. Its classes keep their numbers; new classes follow.
+
+    The file is hidden while this function works. After any interruption, the next call restores it,
+    either unchanged or with all new samples. Raises InputError if a file cannot be read or written,
+    or a sample has the name and the class of one that `path` already contains.
     """
-    append = _Append(Path(path).resolve())  # the file itself, where `path` is a link
+    append = _Append(Path(path).resolve())  # the file itself if `path` is a link
     try:
         with append.locked():
             wanted = [str(Path(part).resolve()) for part in paths]
             if append.recover(num_workers).get("paths") == wanted:
-                print(f"{path}: the interrupted append is complete now")
+                print(f"{path}: the interrupted append is now complete")
                 return read_beton(path)
             return _append(append, read_all([path, *paths]), wanted, num_workers=num_workers)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); free space or see to permissions, and "
-            f"give the same command "
-            f"again"
+            f"{path}: cannot be written ({error.strerror}); free space or correct the "
+            f"permissions, and run the same command again"
         ) from error
 
 
@@ -119,8 +124,8 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
     target, others = files[0], files[1:]
     if target.about is None:
         raise InputError(
-            f"{append.path}: another program wrote it, without checksums; make a new file of all "
-            f"with merge"
+            f"{append.path}: another program wrote it, without checksums; write all samples to a "
+            f"new file with merge"
         )
     classes, titles, numbers = common_classes(files, target, fixed=True)
     choice = np.concatenate([all_samples(files, which) for which in range(1, len(files))])
@@ -143,9 +148,8 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
         ]
         if twice:
             raise InputError(
-                f"{append.path}: holds '{twice[0]}' already, as {len(twice)} of the {len(samples)} "
-                f"samples to append; "
-                f"leave them out"
+                f"{append.path}: already contains '{twice[0]}'; {len(twice)} of the "
+                f"{len(samples)} samples to append are duplicates; leave them out"
             )
         count = len(target) + len(samples)
         about = replace(
@@ -200,8 +204,7 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
     append.finish()
     print(
         f"{append.path}: {len(samples)} images appended, {len(moved)} moved; {count} images, "
-        f"{len(classes)} classes, "
-        f"{file.num_bytes / 1e6:.1f} MB",
+        f"{len(classes)} classes, {file.num_bytes / 1e6:.1f} MB",
         flush=True,
     )
     return read_beton(append.path)
@@ -217,8 +220,16 @@ def _append_images(
     names: list[str],
     about: About,
 ) -> None:
-    """Copies the images of `itself`, samples of the target that must move, and of `samples` behind
-    the target's end, and writes the tables anew."""
+    """Copies images to the end of the target and writes its tables again.
+
+    append: the names of the append
+    target: the file to append to
+    itself: samples of the target that must move
+    samples: the samples to append
+    num_workers: threads
+    names: names of all samples, those of the target first
+    about: the new description of the file
+    """
     old, count = len(target), len(target) + len(samples)
     metadata, table, extras = (
         np.zeros(count, kind) for kind in (beton.SAMPLE_METADATA, beton.ALLOCATION, beton.EXTRA)

@@ -1,4 +1,4 @@
-"""New files from files: merge, subset and shard. Images are taken over as they are stored."""
+"""New files from existing ones: merge, subset and shard. Images are copied as they are stored."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,15 @@ from rsb_ffcv.ops import native
 
 
 class Samples:
-    """Chosen samples of files, as what write_beton takes. files: to take them from; choice: int64
-    (n, 2), file and sample; classes, titles: of the new file; numbers: for each file, the new label
-    of each of its labels."""
+    """Chosen samples of files, in the form that write_beton takes (writer.Pictures).
+
+    files: the files to read
+    choice: int64 (n, 2), number of the file and of the sample in it
+    classes, titles: those of the new file
+    numbers: for each file, the new label of each of its labels
+
+    Raises InputError if a file cannot be opened.
+    """
 
     def __init__(
         self,
@@ -37,14 +43,13 @@ class Samples:
         self._opened = []
         try:
             for file in files:
-                # Open until close()
+                # SIM115: the files stay open until close()
                 self._opened.append(open(file.path, "rb", buffering=0))  # noqa: SIM115
         except OSError as error:
             self.close()
             raise InputError(
-                f"{file.path}: cannot be opened as number {len(self._opened) + 1} "
-                f"({error.strerror}); merge fewer at a time, "
-                f"or raise `ulimit -n`"
+                f"{file.path}: cannot be opened as file number {len(self._opened) + 1} "
+                f"({error.strerror}); merge fewer files at a time, or raise `ulimit -n`"
             ) from error
 
     def __len__(self) -> int:
@@ -59,7 +64,7 @@ class Samples:
         return f"{self.files[which].path}: sample {sample}"
 
     def identity(self, index: int) -> int:
-        """XXH64 of what tells this sample from others."""
+        """XXH64 of label, pointer, size and checksum, which identify a sample."""
         which, sample = self.choice[index].tolist()
         file = self.files[which]
         known = [
@@ -80,8 +85,8 @@ class Samples:
         return f"{native.checksum(np.frombuffer(parts, np.uint8)):016x}"
 
     def store(self, index: int) -> Stored:
-        """The sample as it is stored, with entry points where its file has none. Raises BadPicture
-        for a damaged one."""
+        """The sample as it is stored. If its file has no entry points, they are added. Raises
+        BadPicture if the sample is damaged."""
         which, sample = self.choice[index].tolist()
         file, opened = self.files[which], self._opened[which].fileno()
         try:
@@ -111,8 +116,8 @@ class Samples:
 
 
 def merge(paths: list[str], write_path: str, num_workers: int) -> Beton:
-    """One new file of all samples of some files, in their order. Classes are brought together by
-    their names."""
+    """Writes all samples of the files `paths`, in their order, to one new file. Classes are matched
+    by name. Raises InputError if a file cannot be read or written, or a sample is damaged."""
     files = read_all(paths)
     classes, titles, numbers = common_classes(files, files[0])
     choice = np.concatenate([all_samples(files, which) for which in range(len(files))])
@@ -132,9 +137,18 @@ def subset(
     samples: str = "",
     per_class: int = 0,
 ) -> Beton:
-    """A new file of some samples. classes: names or numbers, separated by commas; they are numbered
-    anew, in their old order. samples: numbers and ranges, such as 0-99,200. per_class: the first so
-    many of each class; 0: all. Together: those that fit all of them."""
+    """Writes some samples of a file to a new one: those that meet all conditions.
+
+    path: the file to read
+    write_path: the new file
+    num_workers: threads
+    classes: names or numbers, separated by commas. They are renumbered in their old order
+    samples: numbers and ranges, such as 0-99,200
+    per_class: only the first samples of each class, this many; 0: all
+
+    Raises InputError if no sample meets the conditions, a file cannot be read or written, or a
+    sample is damaged.
+    """
     file = read_beton(path)
     names = [file.class_name(label) for label in range(file.num_classes)]
     kept = np.ones(len(file), bool)
@@ -154,9 +168,8 @@ def subset(
         kept &= rank < per_class
     if not kept.any():
         raise InputError(
-            f"{path}: no sample fits `classes`={classes}, `samples`={samples} and "
-            f"`per_class`={per_class}; widen "
-            f"them"
+            f"{path}: no sample matches `classes`={classes}, `samples`={samples} and "
+            f"`per_class`={per_class}; choose more"
         )
     numbers = np.full(len(names), -1, np.int64)
     numbers[wanted] = np.arange(len(wanted))
@@ -178,11 +191,11 @@ def subset(
 
 
 def shard(path: str, write_path: str, shards: int, *, num_workers: int) -> list[Beton]:
-    """`shards` new files of consecutive samples in the folder write_path, as equal as they can be:
-    each with all classes."""
+    """Writes `shards` new files of consecutive samples to the folder write_path. Their sizes differ
+    by one sample at most, and each lists all classes. Raises InputError as merge does."""
     file = read_beton(path)
     if shards > len(file):
-        raise InputError(f"`shards`={shards}: {path} has {len(file)} samples only; give fewer")
+        raise InputError(f"`shards`={shards}: {path} has only {len(file)} samples; lower it")
     _make_folder(Path(write_path))
     classes, titles, numbers = common_classes([file], file)
     parts = np.array_split(all_samples([file], 0), shards)
@@ -197,7 +210,8 @@ def shard(path: str, write_path: str, shards: int, *, num_workers: int) -> list[
 
 
 def sample_numbers(text: str, count: int) -> list[int]:
-    """Of "0-99,200": all numbers, each below `count`. Raises InputError."""
+    """The numbers in a text such as "0-99,200". Raises InputError for a text of another form or a
+    number that is not below `count`."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -208,41 +222,47 @@ def sample_numbers(text: str, count: int) -> list[int]:
             or not int(first) <= int(last) < count
         ):
             raise InputError(
-                f"`samples`={text}: '{part}' is no number or range below {count}; give such as "
-                f"0-99,200"
+                f"`samples`={text}: '{part}' is not a number or range below {count}; give numbers "
+                f"and ranges, such as 0-99,200"
             )
         found += range(int(first), int(last) + 1)
     return found
 
 
 def class_number(file: Beton, wanted: str) -> int:
-    """The label of a class by its name or number. Raises InputError."""
+    """The label of a class, given by name or number. Raises InputError if the class is missing."""
     names = [file.class_name(label) for label in range(file.num_classes)]
     if wanted in names:
         return names.index(wanted)
     if re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < len(names):
         return int(wanted)
-    raise InputError(f"`classes`: {file.path} has no class '{wanted}'; info lists its {len(names)}")
+    raise InputError(
+        f"`classes`: {file.path} has no class '{wanted}'; info lists its {len(names)} classes"
+    )
 
 
 def read_all(paths: list[str]) -> list[Beton]:
-    """Raises InputError where there is none, or one cannot be read."""
+    """Opens the files. Raises InputError if the list is empty or a file cannot be read."""
     if not paths:
-        raise InputError("`paths` names no file; give .beton files, separated by commas")
+        raise InputError("`paths` is empty; give .beton files, separated by commas")
     return [read_beton(path) for path in paths]
 
 
 def all_samples(files: list[Beton], which: int) -> np.ndarray:
-    """A choice, as Samples takes it, of all of one file's."""
+    """All samples of one file, as a `choice` for Samples. which: number of the file."""
     return np.stack([np.full(len(files[which]), which, np.int64), np.arange(len(files[which]))], 1)
 
 
 def common_classes(
     files: list[Beton], first: Beton, fixed: bool = False
 ) -> tuple[list[str], list[str], list[np.ndarray]]:
-    """Classes and titles of several files together, and each file's labels in them. Where their
-    lists differ, they are sorted anew, or, `fixed`, the first file's stay and others follow. A file
-    without names has the first's numbers."""
+    """Combines the classes of several files. Returns (classes, titles, for each file the new label
+    of each of its labels).
+
+    If the lists of classes differ, the result is sorted; with `fixed`, the classes of the first
+    list keep their numbers and others follow. A file without class names has the numbers of the
+    first list. Raises InputError if its numbers cannot be matched.
+    """
     lists = [
         [file.class_name(label) for label in range(file.num_classes)] if file.about else None
         for file in files
@@ -268,9 +288,8 @@ def common_classes(
         if names is None:
             if file.num_classes > len(classes) or named and classes != named[0]:
                 raise InputError(
-                    f"{file.path}: has no class names, and its numbers cannot be matched with "
-                    f"classes that others bring; "
-                    f"merge it with files of its own classes"
+                    f"{file.path}: has no class names, and its numbers cannot be matched with the "
+                    f"classes of the other files; merge it with files of the same classes"
                 )
             names = classes[: file.num_classes]
         places = {name: number for number, name in enumerate(classes)}
@@ -287,7 +306,8 @@ def common_classes(
 
 
 def common_settings(files: list[Beton]) -> dict:
-    """What the images were stored with: one answer, or the files' different ones."""
+    """The settings that the images were stored with: one dict, or a list of the different ones
+    under "of_parts"."""
     known = []
     for file in files:
         settings = file.about.settings if file.about else {"write_mode": "of another program"}
@@ -328,5 +348,5 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"`write_path`={path}: cannot be made ({error.strerror}); choose another"
+            f"`write_path`={path}: cannot be created ({error.strerror}); choose another"
         ) from error

@@ -1,8 +1,9 @@
-"""Where a source's bytes are: a local folder or anything that fsspec reaches, read by name and
-range; and what lies in tar files.
+"""Access to the bytes of a source: a local folder or anything that fsspec reaches, read by name and
+range; and the members of tar files.
 
-Names are relative to the root that the user named, and nothing outside of it is read: no name with
-`..`, no absolute one, and no symbolic link that leaves the root, unless links are to be followed.
+Names are relative to the root that the user gave. Nothing outside the root is read: names that are
+absolute or contain `..` are refused, and so are symbolic links that leave the root, unless
+follow_links is set.
 """
 
 import errno
@@ -21,12 +22,10 @@ from rsb_ffcv.dataset.picture import BadPicture
 
 Answer = TypeVar("Answer")
 
-MOST_BYTES = 1 << 30  # of one picture file
-TRIES, PAUSE = (
-    4,
-    1.0,
-)  # of a remote read: how often, and the first pause in seconds, doubled each time
-# What says nothing of the one file that was asked for
+MOST_BYTES = 1 << 30  # upper limit for one picture file
+# A remote read is tried TRIES times; the first pause is PAUSE seconds, and it doubles each time
+TRIES, PAUSE = 4, 1.0
+# Errors of the file system, not of the requested file
 _ELSEWHERE = {
     errno.EIO,
     errno.EMFILE,
@@ -47,8 +46,8 @@ def is_url(path: str) -> bool:
 
 
 def open_root(data_dir: str, follow_links: bool = False) -> tuple["Local | Remote", str]:
-    """(where to read, name): `data_dir` is a folder, and name empty; or a file in one, or a pattern
-    of files."""
+    """Returns (root, name). If `data_dir` is a folder, it is the root, and name is empty. Otherwise
+    name is a file in the root, or a pattern of files."""
     data_dir = data_dir.removeprefix("file://")
     root = Remote(data_dir) if is_url(data_dir) else Local(data_dir, follow_links)
     if root.is_folder(""):
@@ -65,20 +64,21 @@ def open_root(data_dir: str, follow_links: bool = False) -> tuple["Local | Remot
 
 
 def inside(name: str) -> str:
-    """A relative path without `.` parts. Raises ValueError for one that could leave its folder."""
+    """The relative path `name` without `.` parts. Raises ValueError if it could leave its
+    folder."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or is_url(name) or not parts:
-        raise ValueError(f"'{name[:200]}' is not a path inside of its folder")
+        raise ValueError(f"'{name[:200]}' is not a path inside its folder")
     return "/".join(parts)
 
 
 class Local:
-    """A folder of this machine."""
+    """A folder of this machine. follow_links: read symbolic links that leave it."""
 
     def __init__(self, root: str, follow_links: bool) -> None:
         self.root, self.follow_links = os.path.abspath(root), follow_links
         self._real = os.path.realpath(root)
-        # folder -> whether it lies below the root, links resolved
+        # folder -> whether it is below the root after links are resolved
         self._within: dict[str, bool] = {}
 
     def path(self, name: str) -> str:
@@ -94,11 +94,12 @@ class Local:
         return sorted(entry.name for entry in os.scandir(self.path(name)) if entry.is_dir())
 
     def list(self, name: str = "") -> list[str]:
-        """All files below, sorted; links to folders are entered, each once."""
+        """All files below a folder, sorted. Links to folders are followed, each folder once. Raises
+        InputError if a folder cannot be listed."""
 
         def refuse(error: OSError) -> NoReturn:
             raise InputError(
-                f"{error.filename}: cannot be listed ({error.strerror}); see to its permissions"
+                f"{error.filename}: cannot be listed ({error.strerror}); correct its permissions"
             )
 
         found: list[str] = []
@@ -114,16 +115,19 @@ class Local:
         return sorted(found)
 
     def stamp(self, name: str) -> tuple:
-        """Changes where the file does: its size and time."""
+        """Size and modification time of the file. It changes when the file changes."""
         try:
             known = os.stat(self.path(name))
-        except OSError:  # reading it will say why
+        except OSError:  # read() reports the reason
             return ()
         return known.st_size, known.st_mtime_ns
 
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
-        """Bytes of a file, all of them where length is -1. Raises BadPicture where it cannot be
-        read or leaves the root, InputError where a network file system has gone."""
+        """`length` bytes of a file from byte `start` on; length -1: all.
+
+        Raises BadPicture if the file cannot be read or is outside the root, InputError if the file
+        system cannot be reached.
+        """
         try:
             file = self._open(self.path(name))
             try:
@@ -139,14 +143,14 @@ class Local:
             finally:
                 os.close(file)
         except OSError as error:
+            # The whole folder is missing
             gone = error.errno == errno.ENOENT and not os.path.isdir(
                 os.path.dirname(self.path(name))
-            )  # with its whole folder
+            )
             if gone or error.errno in _ELSEWHERE:
                 raise InputError(
-                    f"{self.path(name)}: cannot be reached ({error.strerror}); give the same "
-                    f"command again when it "
-                    f"can: it goes on from there"
+                    f"{self.path(name)}: cannot be reached ({error.strerror}); when it can, run "
+                    f"the same command again to continue"
                 ) from error
             raise BadPicture(
                 f"{self.path(name)}: cannot be read ({error.strerror}); replace or remove it"
@@ -162,62 +166,64 @@ class Local:
                 self._within[folder] = self._is_below(folder)
             if not self._within[folder] or os.path.islink(path) and not self._is_below(path):
                 raise BadPicture(
-                    f"{path}: a link that leaves {self.root}; copy what it points to, or give "
+                    f"{path}: a link that leaves {self.root}; copy its target, or give "
                     f"`follow_links`=1"
                 )
-        return os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # a named pipe must not hold us up
+        # O_NONBLOCK: opening a named pipe must not block
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _is_below(self, path: str) -> bool:
         return os.path.commonpath([self._real, os.path.realpath(path)]) == self._real
 
     def open(self, name: str) -> IO[bytes]:
-        """A binary file that can seek."""
+        """Opens a seekable binary file."""
         return os.fdopen(self._open(self.path(name)), "rb")
 
 
 class Remote:
-    """A folder that fsspec reaches: s3://, gs://, http://, memory://, zip://...::..., as its URL
-    says."""
+    """A folder that fsspec reaches by its URL: s3://, gs://, http://, memory://, zip://...::..."""
 
     def __init__(self, url: str) -> None:
         import fsspec
 
         try:
             self.fs, root = fsspec.core.url_to_fs(url)
-        except Exception as error:  # every file system behind fsspec has its own kinds
+        except Exception as error:  # each file system of fsspec raises its own types
             raise InputError(
-                f"`data_dir`={url}: {first_line(error)}; install what it names, or correct the URL"
+                f"`data_dir`={url}: {first_line(error)}; install the package that the message "
+                f"names, or correct the URL"
             ) from error
         self.url, self.root = url.rstrip("/"), root.rstrip("/")
 
     def path(self, name: str) -> str:
-        """For people."""
+        """The name to show in messages."""
         return f"{self.url}/{name}" if name else self.url
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
     def _ask(self, name: str, request: Callable[[], Answer]) -> Answer:
-        """request(), again after a pause where the network fails."""
+        """Returns request(). If the network fails, it is retried after a pause.
+
+        Raises BadPicture if the file is missing, InputError if permission is denied or the last try
+        fails.
+        """
         for attempt in range(TRIES):
             try:
                 return request()
             except FileNotFoundError as error:
-                raise BadPicture(f"{self.path(name)}: not there; replace or remove it") from error
+                raise BadPicture(f"{self.path(name)}: is missing; replace or remove it") from error
             except PermissionError as error:
                 raise InputError(
-                    f"{self.path(name)}: may not be read ({first_line(error)}); see to its "
-                    f"permissions or your "
-                    f"credentials, and give the same command again: it goes on from there"
+                    f"{self.path(name)}: permission denied ({first_line(error)}); correct its "
+                    f"permissions or your credentials, and run the same command again to continue"
                 ) from error
-            except Exception as error:  # every file system behind fsspec has its own kinds
+            except Exception as error:  # each file system of fsspec raises its own types
                 if attempt == TRIES - 1:
                     raise InputError(
                         f"{self.path(name)}: cannot be reached ({type(error).__name__}: "
-                        f"{first_line(error)}); give "
-                        f"the same command again when it can: it goes on from there"
+                        f"{first_line(error)}); when it can, run the same command again to "
+                        f"continue"
                     ) from error
                 time.sleep(PAUSE * 2**attempt)
         raise AssertionError("the last try returns or raises")
@@ -239,16 +245,15 @@ class Remote:
     def list(self, name: str = "") -> list[str]:
         found = self._ask(name, lambda: self.fs.find(self._at(name)))
         below = f"{self.root}/"
-        return sorted(
-            path[len(below) :] for path in found if path.startswith(below)
-        )  # a web page may link anywhere
+        # startswith: a web page may link to other sites
+        return sorted(path[len(below) :] for path in found if path.startswith(below))
 
     def stamp(self, name: str) -> tuple:
-        """Nothing: asking for a million files' times takes longer than it is worth."""
+        """Empty: requesting the times of a million files would take too long."""
         return ()
 
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
-        """As Local.read. Raises InputError where the network fails."""
+        """As Local.read. Raises InputError if the network fails."""
         if length < 0:
             return self._ask(name, lambda: self.fs.cat_file(self._at(name)))
         _check_length(self.path(name), length)
@@ -257,7 +262,7 @@ class Remote:
         )
         if len(part) > length:
             raise InputError(
-                f"{self.path(name)}: its server sends whole files where a part is asked for; "
+                f"{self.path(name)}: its server sends whole files when a range is requested; "
                 f"download it first"
             )
         if len(part) < length:
@@ -276,8 +281,8 @@ Files = Local | Remote
 def _check_length(path: str, length: int) -> None:
     if length > MOST_BYTES:
         raise BadPicture(
-            f"{path}: {length} bytes are more than a picture has ({MOST_BYTES}); replace or remove "
-            f"it"
+            f"{path}: {length} bytes are more than the limit for a picture ({MOST_BYTES}); "
+            f"replace or remove it"
         )
 
 
@@ -291,7 +296,7 @@ def read_text(files: Files, name: str) -> str:
 
 
 class _Window(io.RawIOBase):
-    """`length` bytes of a seekable file from `start` on, as a file."""
+    """A file object over `length` bytes of a seekable file, from byte `start` on."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self.file, self.start, self.length, self.at = file, start, length, 0
@@ -319,26 +324,28 @@ class _Window(io.RawIOBase):
 
 @contextmanager
 def opened(files: Files, name: str) -> Iterator[IO[bytes]]:
-    """A binary file that can seek; InputError where it cannot be read."""
+    """Opens a seekable binary file. Raises InputError if it cannot be read."""
     try:
         with files.open(name) as file:
             yield file
     except OSError as error:
         raise InputError(
-            f"{files.path(name)}: cannot be read ({first_line(error)}); replace it, or give the "
-            f"same command again "
-            f"when it can be"
+            f"{files.path(name)}: cannot be read ({first_line(error)}); replace it, or run the "
+            f"same command again when it can be read"
         ) from error
 
 
 def tar_members(
     file: IO[bytes], path: str, *, start: int = 0, length: int = -1
 ) -> Iterator[tuple[str, int, int]]:
-    """Yields (name, first byte, bytes) of each member of a tar file, which may lie within another;
-    bytes -1: not a regular file (a link, a device). Folders are left out. Only headers are read.
+    """Yields (name, first byte, bytes) of each member of a tar file. bytes is -1 if the member is
+    not a regular file (a link, a device). Folders are left out. Only headers are read.
 
-    Raises InputError where the archive is damaged, ends early or is compressed, or a member's name
-    leaves its folder.
+    file: the file that contains the archive, from byte `start` on, `length` bytes (-1: to the end)
+    path: the archive's name in messages
+
+    Raises InputError if the archive is damaged, truncated or compressed, or a member's name leaves
+    its folder.
     """
     if length < 0:
         length = file.seek(0, os.SEEK_END)
@@ -347,8 +354,8 @@ def tar_members(
             fileobj=io.BufferedReader(_Window(file, start, length), 4096), mode="r:"
         ) as archive:
             while (member := archive.next()) is not None:
-                # tarfile keeps them all
-                archive.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
+                # tarfile keeps all members in memory
+                archive.members.clear()  # type: ignore[attr-defined]  # missing in typeshed
                 if member.size < 0 or archive.offset <= member.offset:
                     raise InputError(
                         f"{path}: damaged at byte {start + member.offset}; download it again"
@@ -356,7 +363,7 @@ def tar_members(
                 if member.isdir():
                     continue
                 if member.isreg() and member.offset_data + member.size > length:
-                    raise InputError(f"{path}: ends inside of {member.name}; download it again")
+                    raise InputError(f"{path}: ends inside {member.name}; download it again")
                 yield (
                     inside(member.name),
                     start + member.offset_data,
@@ -367,12 +374,11 @@ def tar_members(
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{path}: not a tar archive that can be used ({first_line(error)}); give it as "
+            f"{path}: not a usable tar archive ({first_line(error)}); give the file as "
             f"downloaded, not compressed"
         ) from error
     file.seek(start + rest)
     end = file.read(max(0, min(512, length - rest)))
-    if len(end) < 512 or end.strip(
-        b"\0"
-    ):  # tarfile takes a damaged header, and the file's end anywhere, for the archive's
-        raise InputError(f"{path}: damaged or cut at byte {start + rest}; download it again")
+    # tarfile treats a damaged header, and the end of the file at any point, as the archive's end
+    if len(end) < 512 or end.strip(b"\0"):
+        raise InputError(f"{path}: damaged or truncated at byte {start + rest}; download it again")

@@ -1,4 +1,4 @@
-"""What a `.beton` file holds, whether it is sound, and its images as files again."""
+"""Commands on a `.beton` file: print its content, verify it, export its images."""
 
 import io
 import json
@@ -18,14 +18,14 @@ from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
 
-REMEMBER_SECONDS = 5.0  # how much work an interrupted verification loses
-SHOWN = 20  # damaged images that are printed
-WIDEST = 40  # characters of a histogram's bar
+REMEMBER_SECONDS = 5.0  # an interrupted verification repeats at most this much work
+SHOWN = 20  # number of damaged images that are printed
+WIDEST = 40  # longest bar of a histogram, in characters
 
 
 def info(path: str | Path) -> str:
-    """Several lines for people: samples, classes, sizes, modes, settings, bytes. Raises InputError
-    as read_beton does."""
+    """A readable description of a file, several lines: samples, classes, sizes, modes, settings,
+    bytes. Raises InputError as read_beton does."""
     file = read_beton(path)
     pixels, longer = file.heights.astype(int) * file.widths, np.maximum(file.heights, file.widths)
     counts = np.bincount(file.labels, minlength=file.num_classes)
@@ -38,7 +38,7 @@ def info(path: str | Path) -> str:
             lines.append(
                 f"{name}: {int(chosen.sum())} images, {int(file.sizes[chosen].sum())} bytes, mean "
                 f"{file.sizes[chosen].mean() / 1e3:.1f} kB, "
-                f"{8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits a pixel"
+                f"{8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits per pixel"
             )
     for name, values in (("width", file.widths), ("height", file.heights), ("longer side", longer)):
         low, five, half, most, high = np.percentile(values, (0, 5, 50, 95, 100)).round().astype(int)
@@ -54,10 +54,10 @@ def info(path: str | Path) -> str:
             )
     if file.about is None:
         lines.append(
-            "written by another program: no checksums, names, settings or entry points in it"
+            "written by another program: it has no checksums, names, settings or entry points"
         )
     else:
-        assert file.extras is not None  # what has the one has the other
+        assert file.extras is not None  # a file has both or neither
         about = file.about
         entered = int((file.extras["entry_bytes"] > 0).sum())
         lines.append(
@@ -71,7 +71,7 @@ def info(path: str | Path) -> str:
             ("pictures", about.counts),
         ):
             lines.append(f"{title}: " + ", ".join(f"{key}={value}" for key, value in table.items()))
-    lines.append(f"images of each class ({counts.min()} .. {counts.max()}):")
+    lines.append(f"images per class ({counts.min()} .. {counts.max()}):")
     for label, count in enumerate(counts.tolist()):
         title = file.about.titles[label] if file.about and file.about.titles else ""
         lines.append(f"  {label:5} {file.class_name(label):12} {count:7}  {title}".rstrip())
@@ -79,12 +79,16 @@ def info(path: str | Path) -> str:
 
 
 def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "") -> bool:
-    """Whether a file is sound: its structure, every image's checksum and entry points, and that
-    images decode, to the sides the metadata says: the share `decode` of them, spread evenly. Prints
-    what is not, and names it in the CSV file `report`.
+    """Checks a file and returns whether it is valid: its structure, the checksum of every image and
+    its entry points, and whether images decode to the size in the metadata. Prints the damaged
+    images.
 
-    Interrupted, the next call with the same file and share goes on where it was: beside the file
-    stands a hidden note, where the folder can be written. Raises InputError where the file's
+    decode: share of the images that are decoded, 0 .. 1, spread evenly
+    num_workers: threads
+    report: CSV file that lists the damaged images, or empty
+
+    After an interruption, the next call with the same file and share continues. For that, a hidden
+    note is kept beside the file if the folder is writable. Raises InputError if the file's
     structure is damaged.
     """
     file = read_beton(path)
@@ -100,7 +104,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     }
     done, bad = _remembered(note, mark)
     if done:
-        print(f"{file.path}: going on after {done} of {len(file)} images", flush=True)
+        print(f"{file.path}: continuing after {done} of {len(file)} images", flush=True)
     remember_at = time.monotonic() + REMEMBER_SECONDS
     can_remember = True
     with (
@@ -151,9 +155,9 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
             mend="choose another `report`",
         )
     decoded = int(len(file) * decode)
-    checked = "checksums not in the file" if file.extras is None else "all checksums compared"
+    checked = "no checksums in the file" if file.extras is None else "all checksums compared"
     print(
-        f"{file.path}: {len(bad)} of {len(file)} images damaged; structure sound, {checked}, "
+        f"{file.path}: {len(bad)} of {len(file)} images damaged; structure valid, {checked}, "
         f"{decoded} images decoded",
         flush=True,
     )
@@ -161,8 +165,9 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
 
 
 def read_sound(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
-    """Beton.read, and where `decode`, only of what decodes to the sides that the file says. Raises
-    ValueError and OSError."""
+    """Beton.read; with `decode`, a JPEG is also decoded, and its size and entry points are compared
+    with those in the file. Raises ValueError if the image is damaged, OSError if it cannot be
+    read."""
     data = file.read(opened, index)
     height, width, size = int(file.heights[index]), int(file.widths[index]), int(file.sizes[index])
     if decode and file.modes[index] == JPG:
@@ -170,7 +175,7 @@ def read_sound(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndar
         if data.nbytes > size and not np.array_equal(
             data[size:], native.entry_points(data[:size], height, width)
         ):
-            raise ValueError("has entry points that are not its own")
+            raise ValueError("has entry points that do not match it")
     return data
 
 
@@ -182,7 +187,7 @@ def _remembered(note: Path, mark: dict) -> tuple[int, list]:
             if {name: known[name] for name in mark} == mark
             else (0, [])
         )
-    except (OSError, ValueError, KeyError, TypeError):  # none, or of no use: begin anew
+    except (OSError, ValueError, KeyError, TypeError):  # missing or unusable: start over
         return 0, []
 
 
@@ -191,15 +196,17 @@ def _remember(note: Path, content: dict) -> bool:
         with atomic_file(note, "") as file:
             file.write(json.dumps(content).encode())
     except InputError as error:
-        warn(f"{first_line(error)} an interrupted verification would begin anew")
+        warn(f"{first_line(error)} an interrupted verification would start over")
         return False
     return True
 
 
 def export(path: str | Path, write_path: str, num_workers: int) -> None:
-    """Writes each image to <write_path>/<class>/<name>: a JPEG as its bytes are, a raw one as PNG.
-    An image that is damaged ends it. The folder takes its name at the end; what an interrupted call
-    has written is kept and not written again."""
+    """Writes each image to <write_path>/<class>/<name>: a JPEG byte for byte, a raw image as PNG.
+
+    The folder gets its name at the end. Files that an interrupted call wrote are not written again.
+    Raises InputError if an image is damaged, or the folder exists or cannot be written.
+    """
     file = read_beton(path)
     target = Path(write_path)
     unfinished, mark = (
@@ -210,11 +217,11 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
     try:
         if target.exists():
             raise InputError(
-                f"`write_path`={target}: exists; give a folder that does not, or remove it"
+                f"`write_path`={target}: exists; give a folder that does not exist, or remove it"
             )
         if unfinished.exists() and (not mark.exists() or mark.read_text() != file.fingerprint()):
             raise InputError(
-                f"`write_path`={target}: an export of another file was begun; remove "
+                f"`write_path`={target}: contains an unfinished export of another file; remove "
                 f"{unfinished}, or choose another"
             )
         mark.write_text(file.fingerprint())
@@ -228,8 +235,7 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}; write the file again, or leave the "
-                        f"sample out with "
-                        f"subset"
+                        f"sample out with subset"
                     ) from error
                 place = unfinished / places[index]
                 image = stored[: int(file.sizes[index])]
@@ -252,9 +258,8 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
         mark.unlink()
     except OSError as error:
         raise InputError(
-            f"`write_path`={target}: cannot be written ({error.strerror}); free space or choose "
-            f"another, and give the "
-            f"same command again"
+            f"`write_path`={target}: cannot be written ({error.strerror}); free space and run the "
+            f"same command again, or choose another"
         ) from error
     print(
         f"{target}: {len(file)} images in {len({place.parent for place in places})} classes",
@@ -269,8 +274,8 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _places(file: Beton) -> list[Path]:
-    """<class>/<name> of each image, each another, none outside: names are what somebody wrote into
-    a file."""
+    """<class>/<name> of each image. The paths are unique and stay inside the folder, whatever names
+    the file contains."""
     classes = [_plain(file.class_name(label)) for label in range(file.num_classes)]
     if len(set(classes)) < len(classes):
         classes = [f"{label:05d}_{name}" for label, name in enumerate(classes)]
@@ -292,7 +297,7 @@ def _places(file: Beton) -> list[Path]:
 
 
 def _plain(name: str) -> str:
-    """A name of one file: no folder, not hidden, not too long for a file system."""
+    """The name as a plain file name: no folders, not hidden, not too long for a file system."""
     name = re.sub(r"[/\\\0]", "_", name).lstrip(".") or "_"
     stem, suffix = os.path.splitext(name)
     while len(os.fsencode(stem + suffix)) > 240:

@@ -1,4 +1,4 @@
-"""Sources whose pictures lie in folders, lists and archives: ImageNet as downloaded, unpacked or
+"""Sources whose pictures are in folders, lists and archives: ImageNet as downloaded, unpacked or
 from Kaggle, Tiny-ImageNet, CSV."""
 
 import csv
@@ -24,14 +24,13 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 
 
 def demo(place: Place, split: str) -> Source:
-    """The demo pictures, drawn into data_dir where they are not there yet."""
+    """The demo pictures. They are drawn into data_dir if they are missing."""
     try:
         synthetic.make_demo_images(Path(place.data_dir))
     except OSError as error:
         raise InputError(
-            f"`data_dir`={place.data_dir}: the demo pictures cannot be put there "
-            f"({error.strerror}); "
-            f"choose another"
+            f"`data_dir`={place.data_dir}: the demo pictures cannot be written to it "
+            f"({error.strerror}); choose another"
         ) from error
     return image_folder(place, split)
 
@@ -42,17 +41,17 @@ def _root(place: Place) -> Files:
         return files
     if files.is_file(name):
         raise InputError(
-            f"`data_dir`={place.data_dir}: is a file; `dataset`={place.dataset} needs the "
-            f"folder above it"
+            f"`data_dir`={place.data_dir}: is a file; `dataset`={place.dataset} needs the folder "
+            f"that contains it"
         )
     raise InputError(
-        f"`data_dir`: {place.data_dir} is not a folder; give the folder that holds the images"
+        f"`data_dir`: {place.data_dir} is not a folder; give the folder that contains the images"
     )
 
 
 def image_folder(place: Place, split: str) -> Source:
-    """<split>/<class>/.../<image> of a folder, or of a tar file (there also <class>/<image>, which
-    is every split)."""
+    """<split>/<class>/.../<image> in a folder or in a tar file. A tar file may also contain
+    <class>/<image>, which is used for every split."""
     files, name = open_root(place.data_dir, place.follow_links)
     if name.endswith(".tar"):
         return _image_tar(files, name, split)
@@ -61,17 +60,16 @@ def image_folder(place: Place, split: str) -> Source:
         found = files.folders("")[:5]
         raise InputError(
             f"`split`: {place.data_dir} has no folder '{split}' (it has "
-            f"{', '.join(found) or 'no folder'}); "
-            f"give the folder above train/<class>/ and val/<class>/"
+            f"{', '.join(found) or 'no folder'}); give the folder that contains train/<class>/ "
+            f"and val/<class>/"
         )
     classes = _subfolders(files, split)
     other = "val" if split == "train" else "train"
     if files.is_folder(other) and (differing := set(classes) ^ set(_subfolders(files, other))):
-        # A class more or less in one split would shift the numbers of all that follow
+        # An additional class in one split would shift the numbers of all classes after it
         raise InputError(
-            f"{place.data_dir}: train and val do not have the same classes "
-            f"({', '.join(sorted(differing)[:5])} "
-            f"in one only); add or remove class folders"
+            f"{place.data_dir}: train and val do not have the same classes (only in one: "
+            f"{', '.join(sorted(differing)[:5])}); add or remove class folders"
         )
     index = Index(files)
     _class_folders(index, split, classes)
@@ -82,21 +80,21 @@ def _subfolders(files: Files, name: str) -> list[str]:
     classes = files.folders(name)
     if not classes:
         raise InputError(
-            f"{files.path(name)} has no class folder; images belong in {files.path(name)}/<class>/"
+            f"{files.path(name)} has no class folder; move the images to "
+            f"{files.path(name)}/<class>/"
         )
     return classes
 
 
 def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str = "") -> None:
-    """Adds the images below folder/<class>/inner; other files are counted and said."""
+    """Adds the images below folder/<class>/inner, and prints the number of other files."""
     left_out = 0
     for label, name in enumerate(classes):
         where = f"{folder}/{name}/{inner}".rstrip("/")
         if not index.files.is_folder(where):
             raise InputError(
-                f"class '{name}' has no folder {index.files.path(where)}; add its images or take "
-                f"the class out "
-                f"of the list"
+                f"class '{name}' has no folder {index.files.path(where)}; add its images or "
+                f"remove the class from the list"
             )
         found = index.files.list(where)
         images = [path for path in found if is_image(path)]
@@ -104,8 +102,7 @@ def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str 
         if not images:
             raise InputError(
                 f"class '{name}' has no image in {index.files.path(where)} "
-                f"({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                f"add images or remove the folder"
+                f"({', '.join(sorted(IMAGE_SUFFIXES))}); add images or remove the folder"
             )
         for path in images:
             index.add_file(path, label, path[len(folder) + 1 :])
@@ -115,7 +112,7 @@ def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str 
 def _say_left_out(where: str, count: int) -> None:
     if count:
         print(
-            f"{where}: {count} files left out, whose names do not end in "
+            f"{where}: {count} files left out; their names do not end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}",
             file=sys.stderr,
         )
@@ -128,9 +125,11 @@ def _image_tar(files: Files, name: str, split: str) -> Source:
     members = sorted(member for member in everything if is_image(member[0]))
     _say_left_out(path, len(everything) - len(members))
     if not members:
-        raise InputError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(
+            f"{path}: contains no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give another archive"
+        )
     prefix, wanted = "", []
-    while True:  # folders around all of it come off, but for the class's own
+    while True:  # removes the folders that contain everything, except for the class folder
         wanted = [member for member in members if member[0].startswith(f"{prefix}{split}/")]
         tops = {member[0][len(prefix) :].split("/")[0] for member in members}
         if (
@@ -149,9 +148,9 @@ def _image_tar(files: Files, name: str, split: str) -> Source:
         or tops & {"train", "val"}
         and not wanted
     ):
-        wrong = f"{outside} lies in no class folder" if outside else f"has no folder {split}"
+        wrong = f"{outside} is not in a class folder" if outside else f"has no folder {split}"
         raise InputError(
-            f"{path}: {wrong}; it should hold {split}/<class>/<image>, or <class>/<image>"
+            f"{path}: {wrong}; give an archive of {split}/<class>/<image>, or of <class>/<image>"
         )
     classes = sorted({member[0][len(prefix) :].split("/")[0] for member in members})
     numbers = {wnid: number for number, wnid in enumerate(classes)}
@@ -164,7 +163,7 @@ def _image_tar(files: Files, name: str, split: str) -> Source:
 
 
 def archives(place: Place, split: str) -> Source:
-    """ILSVRC2012_img_train.tar (a tar a class) or ILSVRC2012_img_val.tar with the devkit, as
+    """ILSVRC2012_img_train.tar (one tar per class) or ILSVRC2012_img_val.tar with the devkit, as
     downloaded."""
     files = _root(place)
     kit = _devkit(files)
@@ -172,7 +171,8 @@ def archives(place: Place, split: str) -> Source:
     name = f"ILSVRC2012_img_{split}.tar"
     if not files.is_file(name):
         raise InputError(
-            f"{files.path(name)} is missing; `data_dir` must hold ImageNet's archives as downloaded"
+            f"{files.path(name)} is missing; `data_dir` must contain ImageNet's archives as "
+            f"downloaded"
         )
     index.paths.append(name)
     with opened(files, name) as file:
@@ -186,15 +186,15 @@ def archives(place: Place, split: str) -> Source:
             classes = sorted(wnid for wnid, *_ in inner)
             if not classes:
                 raise InputError(
-                    f"{path}: holds no tar of a class; `data_dir` must hold ImageNet's archives "
-                    f"as downloaded"
+                    f"{path}: contains no class archive; `data_dir` must contain ImageNet's "
+                    f"archives as downloaded"
                 )
             if kit and classes != kit.classes:
                 raise InputError(
-                    f"{path}: its classes are not the devkit's ({len(classes)} here, "
-                    f"{len(kit.classes)} there; "
-                    f"{', '.join(sorted(set(classes) ^ set(kit.classes))[:5])} in one only); use "
-                    f"the devkit of these images"
+                    f"{path}: its classes differ from the devkit's ({len(classes)} in the "
+                    f"archive, {len(kit.classes)} in the devkit; only in one: "
+                    f"{', '.join(sorted(set(classes) ^ set(kit.classes))[:5])}); use the devkit "
+                    f"of these images"
                 )
             for wnid, start, length in sorted(inner):
                 for member, at, size in tar_members(
@@ -204,9 +204,8 @@ def archives(place: Place, split: str) -> Source:
         else:
             if not kit or not kit.truth:
                 raise InputError(
-                    f"{files.path('')}: {DEVKIT}.tar.gz is missing or holds no ground truth; the "
-                    f"labels of "
-                    f"{name} are in it"
+                    f"{files.path('')}: {DEVKIT}.tar.gz is missing or contains no ground truth; "
+                    f"download it: it contains the labels of {name}"
                 )
             classes = kit.classes
             for member, at, size in sorted(tar_members(file, path)):
@@ -214,14 +213,13 @@ def archives(place: Place, split: str) -> Source:
                     number[1]
                 ) <= len(kit.truth):
                     raise InputError(
-                        f"{path}: {member} has no line among the ground truth's {len(kit.truth)}; "
-                        f"use the devkit of "
-                        f"these images"
+                        f"{path}: {member} is not among the {len(kit.truth)} images of the ground "
+                        f"truth; use the devkit of these images"
                     )
                 index.add_member(member, kit.truth[int(number[1]) - 1], start=at, length=size)
             if len(index.names) != len(kit.truth):
                 raise InputError(
-                    f"{path}: holds {len(index.names)} images, and the ground truth "
+                    f"{path}: contains {len(index.names)} images, and the ground truth "
                     f"{len(kit.truth)}; download it again"
                 )
     return index.source(classes, kit.titles if kit else ())
@@ -229,7 +227,8 @@ def archives(place: Place, split: str) -> Source:
 
 @dataclass
 class _Devkit:
-    """truth: labels of the validation images, by their numbers."""
+    """classes: wnids, sorted; titles: their words, or empty; truth: labels of the validation
+    images, in the order of their numbers."""
 
     classes: list[str]
     titles: list[str]
@@ -237,9 +236,12 @@ class _Devkit:
 
 
 def _devkit(files: Files) -> _Devkit | None:
-    """From the archive, its folder, or its files lying beside the images: the ground truth (a
-    number or wnid a line, or .mat), and the synset table, which gives the numbers' wnids: meta.mat,
-    or text, `wnid number word...` a line."""
+    """Reads the devkit from its archive, its folder, or its files beside the images.
+
+    It has the ground truth (one number or wnid per line, or .mat) and the synset table, which maps
+    numbers to wnids (meta.mat, or text with `wnid number word...` per line). Returns None if there
+    is no devkit. Raises InputError if its files cannot be read.
+    """
     texts = {}
     if files.is_file(f"{DEVKIT}.tar.gz"):
         try:
@@ -250,12 +252,12 @@ def _devkit(files: Files) -> _Devkit | None:
                 for member in archive:
                     if member.isreg() and "/data/" in member.name and member.size < 1 << 26:
                         content = archive.extractfile(member)
-                        assert content is not None  # a regular file has some
+                        assert content is not None  # a regular file has content
                         texts[PurePosixPath(member.name).name] = content.read()
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(
-                f"{files.path(f'{DEVKIT}.tar.gz')}: cannot be read ({first_line(error)}); download "
-                f"it again"
+                f"{files.path(f'{DEVKIT}.tar.gz')}: cannot be read ({first_line(error)}); "
+                f"download it again"
             ) from error
     else:
         for folder in (f"{DEVKIT}/data/", "data/", ""):
@@ -270,17 +272,11 @@ def _devkit(files: Files) -> _Devkit | None:
                     texts[name] = files.read(folder + name)
     try:
         return _read_devkit(texts) if texts else None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        NotImplementedError,
-    ) as error:  # what a table of another shape gives
+    # What a table with another layout raises
+    except (ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
         raise InputError(
             f"{files.path('')}: the devkit's tables cannot be used ({type(error).__name__}: "
-            f"{first_line(error)}); "
-            f"download it again"
+            f"{first_line(error)}); download it again"
         ) from error
 
 
@@ -291,9 +287,8 @@ def _read_devkit(texts: dict[str, bytes]) -> _Devkit:
 
         table = np.atleast_1d(loadmat(io.BytesIO(texts["meta.mat"]), squeeze_me=True)["synsets"])
         if "num_children" in (table.dtype.names or ()):
-            table = table[
-                table["num_children"].astype(int) == 0
-            ]  # the others are groups of classes
+            # The rows with children are groups of classes
+            table = table[table["num_children"].astype(int) == 0]
         for number, wnid, word in zip(table["ILSVRC2012_ID"], table["WNID"], table["words"]):
             wnids[int(number)], words[str(wnid)] = str(wnid), str(word)
     for name in ("map_clsloc.txt", "synsets.txt"):
@@ -333,8 +328,7 @@ def kaggle(place: Place, split: str) -> Source:
     if base is None or not files.is_file(mapping):
         raise InputError(
             f"{files.path(mapping if base else 'ILSVRC/Data/CLS-LOC')} is missing; `data_dir` "
-            f"must be Kaggle's "
-            f"download, unpacked"
+            f"must be Kaggle's download, unpacked"
         )
     titles = dict(
         (line.split(" ", 1) + [""])[:2]
@@ -350,31 +344,32 @@ def kaggle(place: Place, split: str) -> Source:
     solution = "LOC_val_solution.csv"
     if not files.is_file(solution):
         raise InputError(
-            f"{files.path(solution)} is missing; the labels of the validation images are in it"
+            f"{files.path(solution)} is missing; download it: it contains the labels of the "
+            f"validation images"
         )
     answers = {}
     for row in _rows(files, solution, csv.DictReader):
         wnid = (row.get("PredictionString") or "").split(" ")[0]
         if wnid not in numbers or not row.get("ImageId"):
             raise InputError(
-                f"{files.path(solution)}: '{row.get('ImageId')}' has no class of {mapping}; "
-                f"download it again"
+                f"{files.path(solution)}: the class of '{row.get('ImageId')}' is not in "
+                f"{mapping}; download it again"
             )
         answers[row["ImageId"]] = numbers[wnid]
     found = {PurePosixPath(path).stem: path for path in files.list(f"{base}/val") if is_image(path)}
     if without := sorted(set(found) - set(answers)):
         raise InputError(
-            f"{files.path(found[without[0]])}: has no line in {solution}; download that again or "
-            f"remove the image"
+            f"{files.path(found[without[0]])}: has no line in {solution}; download that file "
+            f"again or remove the image"
         )
-    for stem in sorted(answers):  # one that is not there is a bad picture, found when it is read
+    for stem in sorted(answers):  # a missing one is a bad picture, reported when it is read
         path = found.get(stem, f"{base}/val/{stem}.JPEG")
         index.add_file(path, answers[stem], PurePosixPath(path).name)
     return index.source(classes, [titles[wnid] for wnid in classes])
 
 
 def tiny_imagenet(place: Place, split: str) -> Source:
-    """The archive's own layout: train/<wnid>/images/*.JPEG; val/images with val_annotations.txt;
+    """The archive's layout: train/<wnid>/images/*.JPEG; val/images with val_annotations.txt;
     wnids.txt, words.txt."""
     files = _root(place)
     if not files.is_file("wnids.txt"):
@@ -407,21 +402,21 @@ def tiny_imagenet(place: Place, split: str) -> Source:
         if wnid not in numbers or not name or PurePosixPath(name).name != name:
             raise InputError(
                 f"{files.path(annotations)}:{line_number}: '{line[:60]}' is not an image of a "
-                f"class in wnids.txt"
+                f"class in wnids.txt; correct the line"
             )
         index.add_file(f"val/images/{name}", numbers[wnid], name)
     return index.source(wnids, titles)
 
 
 def csv_list(place: Place, split: str) -> Source:
-    """<split>.csv in a folder, or one file: `path,label` a line, with or without a head; paths
-    relative to the file's folder."""
+    """<split>.csv in a folder, or one file. Each line is `path,label`; a header line is optional.
+    Paths are relative to the file's folder."""
     files, name = open_root(place.data_dir, place.follow_links)
     name = name or f"{split}.csv"
     if not files.is_file(name):
         raise InputError(
-            f"{files.path(name)} is missing; give the folder of train.csv and val.csv, or one file "
-            f"with `split`"
+            f"{files.path(name)} is missing; give the folder that contains train.csv and val.csv, "
+            f"or one file with `split`"
         )
     pairs = _csv_pairs(files, name)
     other = f"{'val' if split == 'train' else 'train'}.csv"
@@ -434,8 +429,7 @@ def _rows(files: Files, name: str, reader: Callable[..., Iterable[Row]]) -> list
         return list(reader(io.StringIO(read_text(files, name)), strict=True))
     except csv.Error as error:
         raise InputError(
-            f"{files.path(name)}: not a table of comma-separated values ({first_line(error)}); "
-            f"correct it"
+            f"{files.path(name)}: not a CSV file ({first_line(error)}); correct it"
         ) from error
 
 
@@ -458,21 +452,22 @@ def _csv_pairs(files: Files, name: str) -> list[tuple[str, str]]:
         if len(row) <= max(path, label) or not row[label].strip() or not row[path]:
             raise InputError(
                 f"{files.path(name)}: image {number} ('{','.join(row)[:60]}') has no path or no "
-                f"label; correct the line"
+                f"label; correct its line"
             )
     return [(row[path], row[label].strip()) for row in rows]
 
 
 def python_callable(place: Place, split: str) -> Source:
-    """What module:function(split) gives: (path, label) pairs, paths relative to data_dir."""
+    """The (path, label) pairs that module:function(split) returns. Paths are relative to
+    data_dir."""
     from importlib import import_module
 
     files = _root(place)
     module, _, function = place.callable.partition(":")
     if not module or not function:
         raise InputError(
-            f"`callable`={place.callable!r}: give module:function, which takes a split and gives "
-            f"(path, label) pairs"
+            f"`callable`={place.callable!r}: not of the form module:function; give a function "
+            f"that takes a split and returns (path, label) pairs"
         )
     sys.path.insert(0, "")  # modules of the current folder, as `python -m` finds them
     try:
@@ -480,11 +475,10 @@ def python_callable(place: Place, split: str) -> Source:
             (str(path), str(label))
             for path, label in getattr(import_module(module), function)(split)
         ]
-    except Exception as error:  # the user's own code
+    except Exception as error:  # raised by the user's code
         raise InputError(
-            f"`callable`={place.callable}: {type(error).__name__}: {first_line(error)}; it has "
-            f"to give (path, label) "
-            f"pairs"
+            f"`callable`={place.callable}: {type(error).__name__}: {first_line(error)}; it must "
+            f"return (path, label) pairs"
         ) from error
     finally:
         sys.path.remove("")
@@ -494,7 +488,8 @@ def python_callable(place: Place, split: str) -> Source:
 def _listed(
     files: Files, pairs: list[tuple[str, str]], other_labels: set[str], *, where: str
 ) -> Source:
-    """Labels that are all numbers are kept; others are class names."""
+    """A source of listed pictures. If all labels are numbers, they are kept; otherwise they are
+    class names. where: the list's name in messages."""
     classes, numbers = label_numbers(where, {label for _, label in pairs} | other_labels)
     index = Index(files)
     root = f"{getattr(files, 'root', '')}/"
@@ -503,8 +498,8 @@ def _listed(
             shown = inside(path.removeprefix(root))
         except ValueError as error:
             raise InputError(
-                f"{where}: {first_line(error)}; paths are relative to {files.path('')} and stay "
-                f"below it"
+                f"{where}: {first_line(error)}; give paths relative to {files.path('')} that stay "
+                f"inside it"
             ) from error
         index.add_file(shown, numbers[label], shown)
     return index.source(classes)

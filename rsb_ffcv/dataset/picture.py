@@ -1,5 +1,5 @@
-"""Any picture file as upright 8-bit RGB, or as the JPEG that it is; what neither can be made of is
-refused by name."""
+"""Converts a picture file to upright 8-bit RGB, or keeps the bytes of its JPEG. A picture for which
+neither is possible is refused with an error that names it."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,23 +12,16 @@ from PIL import Image, UnidentifiedImageError
 from rsb_ffcv import InputError, beton, first_line
 from rsb_ffcv.ops import native
 
-MAX_SIDE = 65535  # what a .beton's metadata can say
-FORMATS = [
-    "JPEG",
-    "PNG",
-    "PPM",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "WEBP",
-]  # Pillow knows others, some of which start programs
+MAX_SIDE = 65535  # largest width and height in a .beton's metadata
+# Pillow reads other formats, too; for some of them it starts programs
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
 
-# load_rgb holds every picture against a limit of its own before it decodes it
+# load_rgb compares every picture with max_pixels before it decodes it
 Image.MAX_IMAGE_PIXELS = None
-cv2.setNumThreads(1)  # one thread a picture: the writer's threads are the parallelism
+cv2.setNumThreads(1)  # one thread per picture: the writer's threads work in parallel
 
-# EXIF orientation -> how to turn the stored pixels upright. Pillow's own exif_transpose also writes
-# the EXIF block anew, which fails for odd but harmless blocks that cameras and editors leave.
+# EXIF orientation -> the operation that makes the stored pixels upright. Pillow's exif_transpose
+# also rewrites the EXIF block, which fails for unusual but harmless blocks of cameras and editors.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,12 +34,19 @@ _UPRIGHT = {
 
 
 class BadPicture(InputError):
-    """One picture cannot be used; the others may."""
+    """One picture cannot be used. Others may be usable."""
 
 
 class Stored(NamedTuple):
-    """An image as it stands in a file. data: uint8, its bytes and then its entry points; size: of
-    the former; checksum: XXH64 of both. how: "kept", "encoded" or "raw"."""
+    """An image as it is stored in a file.
+
+    data: uint8, the bytes of the image, followed by its entry points
+    size: bytes of the image
+    checksum: XXH64 of `data`
+    mode: beton.JPG or beton.RAW
+    height, width: pixels
+    how: "kept", "encoded" or "raw"
+    """
 
     data: np.ndarray
     size: int
@@ -58,7 +58,14 @@ class Stored(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What a JPEG's headers say. kind: marker of its SOF (0xC0 baseline, 0xC2 progressive)."""
+    """Values from a JPEG's headers.
+
+    kind: marker of its SOF (0xC0 baseline, 0xC2 progressive)
+    bits: bits per component
+    height, width: pixels, before the orientation is applied
+    components: number of color components
+    orientation: EXIF orientation
+    """
 
     kind: int
     bits: int
@@ -70,13 +77,19 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How images are stored. mode: "jpg", "raw", "smart" (JPEG where raw pixels exceed
-    smart_threshold bytes) or "proportion" (JPEG with compress_probability, drawn from the image's
-    position). max_resolution: the longer side is shrunk to it, in pixels, by Pillow's antialiased
-    bicubic filter; 0 keeps every size. jpeg_quality: 1 .. 100, chroma 4:2:0. pass_through: a JPEG
-    that needs no change keeps its bytes: within max_resolution, 8-bit baseline or progressive, grey
-    or RGB, upright, and decodable to its end without a warning. max_pixels: a picture with more is
-    refused before it is decoded."""
+    """How images are stored.
+
+    mode: "jpg", "raw", "smart" (JPEG if the raw pixels exceed smart_threshold bytes) or
+        "proportion" (JPEG with compress_probability, drawn from the image's position)
+    max_resolution: upper limit of the longer side, in pixels. Larger images are shrunk with
+        Pillow's antialiased bicubic filter; 0 keeps every size
+    jpeg_quality: 1 .. 100; chroma is 4:2:0
+    smart_threshold: bytes; see mode
+    compress_probability: 0 .. 1; see mode
+    pass_through: a JPEG that needs no change keeps its bytes: within max_resolution, 8-bit baseline
+        or progressive, grey or RGB, upright, and decodable to its end without a warning
+    max_pixels: pictures with more pixels are refused before they are decoded
+    """
 
     mode: str = "jpg"
     max_resolution: int = 0
@@ -87,9 +100,12 @@ class Encoding:
     max_pixels: int = 100_000_000
 
     def store(self, index: int, picture: bytes | np.ndarray, name: str) -> Stored:
-        """A picture file's bytes, or uint8 pixels (height, width, 3), as they go into the file.
-        index: position in the source. Raises BadPicture naming the picture where it cannot be read
-        or stored."""
+        """Converts a picture to its stored form.
+
+        index: position in the source. picture: a picture file's bytes, or uint8 pixels (height,
+        width, 3). name: the picture's name in messages. Raises BadPicture if the picture cannot be
+        read or stored.
+        """
         frame = jpeg_frame(picture) if isinstance(picture, bytes) else None
         if frame:
             self._sides(frame.height, frame.width, name)
@@ -105,9 +121,8 @@ class Encoding:
                 and data.nbytes <= beton.PAGE_BYTES
             ):
                 entries = native.entry_points(data, height, width)
-                if not len(
-                    entries
-                ):  # of a kind without entry points, or damaged: decoding it tells
+                # A kind of JPEG without entry points, or a damaged one: decode it to find out
+                if not len(entries):
                     _decode(data, name, size=(height, width), to=(height, width))
                 return stored(
                     data, entries, mode=beton.JPG, height=height, width=width, how="kept", name=name
@@ -155,22 +170,21 @@ class Encoding:
         )
 
     def _sides(self, height: int, width: int, name: str) -> tuple[int, int]:
-        """The stored sides: rounded to the nearest pixel. FFCV truncates a float product there and
-        misses the stated maximum by one for many sizes."""
+        """The stored (height, width), rounded to the nearest pixel. FFCV truncates a float product
+        instead, so many sizes are one pixel below the maximum. Raises BadPicture if the picture is
+        too large."""
         if height * width > self.max_pixels:
             raise BadPicture(
-                f"{name}: {width} x {height} pixels are more than "
-                f"`max_pixels`={self.max_pixels}; shrink or "
-                f"remove it, or raise the limit"
+                f"{name}: {width} x {height} pixels are more than `max_pixels`={self.max_pixels}; "
+                f"shrink or remove it, or raise the limit"
             )
         ratio = self.max_resolution / max(height, width)
         if 0 < ratio < 1:
             height, width = max(1, round(height * ratio)), max(1, round(width * ratio))
         if max(height, width) > MAX_SIDE:
             raise BadPicture(
-                f"{name}: {width} x {height} pixels are more than a .beton holds ({MAX_SIDE} a "
-                f"side); give "
-                f"`max_resolution`, or shrink or remove it"
+                f"{name}: {width} x {height} pixels are more than a .beton can store (at most "
+                f"{MAX_SIDE} per side); give `max_resolution`, or shrink or remove it"
             )
         return height, width
 
@@ -178,7 +192,7 @@ class Encoding:
         if self.mode == "smart":
             return beton.JPG if 3 * height * width > self.smart_threshold else beton.RAW
         if self.mode == "proportion":
-            from rsb_ffcv.ops import draws  # compiles, and nothing else here needs it
+            from rsb_ffcv.ops import draws  # compiles functions; only this mode needs it
 
             return (
                 beton.JPG
@@ -198,13 +212,18 @@ def stored(
     how: str,
     name: str,
 ) -> Stored:
-    """Without its entry points where both do not fit a page. Raises BadPicture where the image
-    itself does not."""
+    """Makes a Stored. If image and entry points together do not fit in a page, the entry points are
+    left out. Raises BadPicture if the image alone does not fit.
+
+    data: uint8, the bytes of the image
+    entries: uint8, its entry points, or empty
+    mode, height, width, how: as in Stored
+    name: the picture's name in messages
+    """
     if len(data) > beton.PAGE_BYTES:
         raise BadPicture(
-            f"{name}: {len(data)} bytes do not fit a page of {beton.PAGE_BYTES}; lower "
-            f"`max_resolution` or use "
-            f"`mode`=jpg"
+            f"{name}: {len(data)} bytes do not fit in a page of {beton.PAGE_BYTES} bytes; lower "
+            f"`max_resolution` or use `mode`=jpg"
         )
     if len(data) + len(entries) > beton.PAGE_BYTES:
         entries = entries[:0]
@@ -228,14 +247,14 @@ def _decode(
 
 def out_of_memory(name: str) -> InputError:
     return InputError(
-        f"{name}: there is not enough memory for it; lower `num_workers` or `max_pixels`, and "
-        f"give the same command "
-        f"again: it goes on from there"
+        f"{name}: not enough memory to decode it; lower `num_workers` or `max_pixels`, and run "
+        f"the command again to continue"
     )
 
 
 def jpeg_frame(data: bytes) -> Frame | None:
-    """The headers of a JPEG up to its first scan; None where it is none, or has no frame there."""
+    """Reads the headers of a JPEG up to its first scan. Returns None if `data` is not a JPEG or has
+    no frame before the scan."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     at, frame, orientation = 2, None, 1
@@ -259,8 +278,7 @@ def jpeg_frame(data: bytes) -> Frame | None:
             try:
                 exif.load(body)
                 orientation = exif.get(0x0112, 1)
-            # a damaged EXIF block says nothing of the pixels: Pillow raises whatever its parser
-            # trips over
+            # A damaged EXIF block does not matter for the pixels. Pillow raises any type of error
             except Exception:
                 pass
         at += 2 + length
@@ -270,16 +288,16 @@ def jpeg_frame(data: bytes) -> Frame | None:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Mode RGB, EXIF orientation applied (TIFF's, by Pillow as it loads). Greyscale is replicated;
-    CMYK, YCbCr, LAB and palettes are converted; alpha is laid on white, as a browser's page would
-    show it; 16-bit and float grey is scaled to 0 .. 255."""
+    """Converts a picture to mode RGB with the EXIF orientation applied (Pillow applies TIFF's when
+    it loads the file). Greyscale is replicated. CMYK, YCbCr, LAB and palettes are converted. Alpha
+    is blended onto white, as on a web page. 16-bit and float grey are scaled to 0 .. 255."""
     picture.load()
     turn = _UPRIGHT.get(_orientation(picture))
     if turn is not None:
         picture = picture.transpose(turn)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         values = np.asarray(picture).astype(np.float64)
-        if picture.mode != "F":  # integers: 16-bit range, whatever the picture's own extremes
+        if picture.mode != "F":  # integers: the 16-bit range, not the range of this picture
             values = values / 257.0
         elif values.max(initial=0.0) <= 1.0:
             values = values * 255.0
@@ -294,40 +312,36 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _orientation(picture: Image.Image) -> Any:
     try:
         return picture.getexif().get(0x0112)
-    except Exception:  # as above
+    except Exception:  # as in jpeg_frame
         return None
 
 
 def load_rgb(data: bytes, name: str, max_pixels: int = Encoding.max_pixels) -> np.ndarray:
-    """uint8 (H, W, 3) of a picture file's bytes. Raises BadPicture naming the picture where it
-    cannot be read."""
+    """Decodes a picture file's bytes to uint8 (H, W, 3). name: the picture's name in messages.
+    Raises BadPicture if it cannot be read, InputError if there is not enough memory."""
     try:
         if data[:2] == b"\xff\xd8":
-            native.check_jpeg(
-                np.frombuffer(data, np.uint8)
-            )  # Pillow passes over libjpeg's warnings
+            native.check_jpeg(np.frombuffer(data, np.uint8))  # Pillow ignores libjpeg's warnings
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
             if opened.format == "PNG":
-                opened.verify()  # the chunks' checksums, which loading passes over
+                opened.verify()  # checks the checksums of the chunks; loading does not
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > max_pixels:
                 raise BadPicture(
                     f"{name}: {opened.width} x {opened.height} pixels are more than "
-                    f"`max_pixels`={max_pixels}; "
-                    f"shrink or remove it, or raise the limit"
+                    f"`max_pixels`={max_pixels}; shrink or remove it, or raise the limit"
                 )
             return np.asarray(to_rgb(opened))
     except InputError:
         raise
     except MemoryError as error:
         raise out_of_memory(name) from error
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise many kinds for damaged files: each means this picture
+    # Pillow's decoders raise many types for damaged files; each means that this picture is bad
+    except Exception as error:
         why = (
             "it is empty"
             if not data
-            else "of no kind that is read here"
+            else "unknown format"
             if isinstance(error, UnidentifiedImageError)
             else first_line(error)
         )

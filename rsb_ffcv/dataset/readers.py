@@ -1,4 +1,4 @@
-"""The reader of each kind of dataset, and what all splits of a dataset have in common."""
+"""The reader of each kind of dataset, and checks of what the splits of a dataset have in common."""
 
 import re
 from collections import Counter
@@ -27,12 +27,12 @@ READERS = {
 
 
 def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
-    """The splits ("train", "val") of a dataset, with one list of classes. Raises InputError naming
-    what is missing and how to mend it."""
+    """Opens the splits ("train", "val") of a dataset, with one list of classes. Raises InputError,
+    which names what is missing and the fix."""
     reader = READERS.get(place.dataset, shards.torchvision)
     try:
         sources = {split: reader(place, split) for split in splits}
-    except BadPicture as error:  # a list or archive, not a picture
+    except BadPicture as error:  # for a list or an archive, not a picture
         raise InputError(str(error)) from error
     if place.class_names:
         sources = {split: _renamed(source, place.class_names) for split, source in sources.items()}
@@ -40,17 +40,17 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
         twice = [name for name, count in Counter(source.classes).items() if count > 1]
         if twice:
             raise InputError(
-                f"`data_dir`={place.data_dir}: two classes are called '{twice[0]}'; give other "
-                f"names with `class_names`"
+                f"`data_dir`={place.data_dir}: two classes have the name '{twice[0]}'; give "
+                f"different names with `class_names`"
             )
     longest = max((source.classes for source in sources.values()), key=len)
     for source in sources.values():
         if source.classes != longest[: len(source.classes)]:
-            differing = sorted(set(longest) ^ set(source.classes)) or ["in another order"]
+            differing = sorted(set(longest) ^ set(source.classes)) or ["the order"]
             raise InputError(
                 f"`data_dir`={place.data_dir}: train and val do not have the same classes "
-                f"({', '.join(differing[:5])} in one only); correct one, or write them apart with "
-                f"`split`"
+                f"(difference: {', '.join(differing[:5])}); correct one of them, or write each "
+                f"with `split`"
             )
         source.classes = longest
         source.titles = (
@@ -62,9 +62,8 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
         and source.origin
     ):
         raise InputError(
-            f"`data_dir`={place.data_dir}: train and val would hold the same images; give "
-            f"`split`, or {{split}} in a "
-            f"pattern"
+            f"`data_dir`={place.data_dir}: train and val would contain the same images; give "
+            f"`split`, or {{split}} in a pattern"
         )
     return sources
 
@@ -75,17 +74,16 @@ def _renamed(source: Source, listing: str) -> Source:
     if len(names) < len(source.classes) or len(set(names)) < len(names):
         raise InputError(
             f"`class_names`={listing}: {len(names)} lines ({len(set(names))} different) for "
-            f"{len(source.classes)} "
-            f"classes; give a name a line, in the order of the labels"
+            f"{len(source.classes)} classes; give one name per line, in the order of the labels"
         )
     return replace(source, classes=names, titles=[])
 
 
 def _known_titles(classes: list[str]) -> list[str]:
-    """What timm's table of synsets calls wnids; nothing where one is not in it."""
+    """The titles of wnids in timm's table of synsets; empty if one is not in it."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return []
-    spec = find_spec("timm")  # found without importing it, which takes seconds
+    spec = find_spec("timm")  # importing timm would take seconds
     assert spec is not None and spec.origin is not None  # this package depends on it
     timm = PurePosixPath(spec.origin).parent
     with open(timm / "data/_info/imagenet_synset_to_lemma.txt", encoding="utf-8") as table:

@@ -1,5 +1,5 @@
-"""Sources whose pictures lie in shards: WebDataset's tar files, Hugging Face's parquet files and
-datasets, torchvision's own."""
+"""Sources whose pictures are in shards: WebDataset's tar files, Hugging Face's parquet files and
+datasets; and torchvision's datasets."""
 
 import fnmatch
 import json
@@ -30,13 +30,16 @@ from rsb_ffcv.dataset.sources import (
     label_numbers,
 )
 
-GROUPS_KEPT = 4  # row groups of parquet in memory at once
+GROUPS_KEPT = 4  # parquet row groups in memory at once
 
 
 def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]]:
-    """(where to read, names of the split's shards). data_dir: a folder, of whose shards those are
-    taken that lie in a folder of the split's name or have it in theirs; or a pattern (`{split}`,
-    `{000..147}`, `{a,b}`, `*`)."""
+    """Returns (root, names of the split's shards).
+
+    place.data_dir is a folder or a pattern (`{split}`, `{000..147}`, `{a,b}`, `*`). In a folder,
+    the shards are used whose file or folder name contains the split's name. suffix: end of the
+    shards' names. Raises InputError if there are none.
+    """
     import bracex
 
     pattern = place.data_dir.replace("{split}", split)
@@ -50,9 +53,9 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
         ]
         if not found:
             raise InputError(
-                f"`data_dir`={place.data_dir}: holds no {suffix} file with "
-                f"{words.replace('|', ' or ')} in its name; "
-                f"give a pattern, such as {place.data_dir}/{{split}}-{{000..147}}{suffix}"
+                f"`data_dir`={place.data_dir}: contains no {suffix} file with "
+                f"{words.replace('|', ' or ')} in its name; give a pattern, such as "
+                f"{place.data_dir}/{{split}}-{{000..147}}{suffix}"
             )
         return files, found
     found, listed = [], None
@@ -60,7 +63,7 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
         patterns = bracex.expand(name, limit=100000)
     except bracex.ExpansionLimitException as error:
         raise InputError(
-            f"`data_dir`={place.data_dir}: names more than 100000 shards; correct the pattern"
+            f"`data_dir`={place.data_dir}: matches more than 100000 shards; correct the pattern"
         ) from error
     for wanted in patterns:
         if any(mark in wanted for mark in "*?["):
@@ -77,8 +80,8 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
 
 
 def webdataset(place: Place, split: str) -> Source:
-    """Samples are members of one key (the name up to its first dot): an image, and `.cls` or
-    `.json` with its label."""
+    """Tar files in WebDataset's layout. A sample is the members with one key (the name up to its
+    first dot): an image, and `.cls` or `.json` with its label."""
     files, shards = shard_names(place, split, ".tar")
     index = Index(files)
     labels: list[str | None] = []
@@ -99,7 +102,7 @@ def webdataset(place: Place, split: str) -> Source:
                 extension = extension.lower()
                 if extension in parts:
                     raise InputError(
-                        f"{files.path(shard)}: holds {name} twice; write the shard again"
+                        f"{files.path(shard)}: contains {name} twice; write the shard again"
                     )
                 parts[extension] = start, length
             _add_sample(
@@ -107,9 +110,8 @@ def webdataset(place: Place, split: str) -> Source:
             )
     if without:
         print(
-            f"{place.data_dir}: {len(without)} members left out, without an image of their key or "
-            f"beside another one: "
-            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
+            f"{place.data_dir}: {len(without)} members left out, because their key has no image "
+            f"or a second one: {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
             file=sys.stderr,
         )
     classes, numbers = label_numbers(
@@ -162,12 +164,8 @@ def _sample_label(file: IO[bytes], parts: dict[str, tuple[int, int]]) -> str | N
                         if key in json.loads(text)
                     )
                 )
-            except (
-                ValueError,
-                TypeError,
-                StopIteration,
-                RecursionError,
-            ):  # not text, not JSON, no such key
+            # not text, not JSON, no such key
+            except (ValueError, TypeError, StopIteration, RecursionError):
                 continue
             if (
                 isinstance(label, (int, str))
@@ -181,7 +179,7 @@ def _sample_label(file: IO[bytes], parts: dict[str, tuple[int, int]]) -> str | N
 
 def parquet(place: Place, split: str) -> Source:
     """Rows of parquet files: a column of image bytes (Hugging Face's {bytes, path}, or binary) and
-    one of labels."""
+    a column of labels."""
     import pyarrow
     from pyarrow import parquet as pq
 
@@ -199,9 +197,8 @@ def parquet(place: Place, split: str) -> Source:
                 known = _class_names(table.schema_arrow, label)
                 if groups and known != classes:
                     raise InputError(
-                        f"{files.path(shard)}: its list of classes is not the one of the shards "
-                        f"before it; give "
-                        f"shards of one dataset"
+                        f"{files.path(shard)}: its list of classes differs from that of the "
+                        f"previous shards; give shards of one dataset"
                     )
                 classes = known
                 paths = (
@@ -231,12 +228,14 @@ def parquet(place: Place, split: str) -> Source:
                     at += rows
         except (pyarrow.ArrowException, KeyError) as error:
             raise InputError(
-                f"{files.path(shard)}: not parquet of images ({first_line(error)}); download it "
-                f"again"
+                f"{files.path(shard)}: not a parquet file of images ({first_line(error)}); "
+                f"download it again"
             ) from error
     if not names:
-        raise InputError(f"`data_dir`={place.data_dir}: its parquet files hold no row; give others")
-    assert image is not None  # the first file decided it
+        raise InputError(
+            f"`data_dir`={place.data_dir}: its parquet files contain no rows; give others"
+        )
+    assert image is not None  # set by the first file
     return _labelled(
         place,
         classes,
@@ -256,10 +255,18 @@ def _labelled(
     read: Callable[[int], bytes],
     origin: str = "",
 ) -> Source:
-    """labels: numbers, or texts; None and numbers outside of a given list of classes are faults."""
+    """Makes a Source of labels and a function that reads.
+
+    place: the dataset
+    classes: names in the order of the labels, or empty: the labels are the class names
+    names: names of the pictures
+    labels: numbers or texts; None, and numbers outside a given list of classes, are faults
+    read: returns a picture file's bytes by its number
+    origin: place of the first picture
+    """
     if classes:
         faults = {
-            row: f"has label {label!r}, of {len(classes)} classes"
+            row: f"has label {label!r}, but there are {len(classes)} classes"
             for row, label in enumerate(labels)
             if not isinstance(label, int) or not 0 <= label < len(classes)
         }
@@ -295,7 +302,9 @@ def _labelled(
 
 
 def _columns(place: Place, schema: Any, path: str) -> tuple[str, str]:
-    """Names of the image column and the label column: given, or the only ones of their kind."""
+    """Names of the image column and the label column: those that `place` gives, otherwise "image"
+    and "label", otherwise the only columns with a matching type. Raises InputError if there is no
+    such column."""
     import pyarrow
 
     def is_image(kind: Any) -> bool:
@@ -334,15 +343,16 @@ def _column(
     )
     if choice not in fitting:
         raise InputError(
-            f"{path}: `{option}`={given!r} is none of its columns that could be "
-            f"({', '.join(fitting) or 'none'}; all: "
+            f"{path}: `{option}`={given!r} is not one of its columns with a matching type "
+            f"({', '.join(fitting) or 'none'}; all columns: "
             f"{', '.join(name for name, _ in columns)}); name one"
         )
     return choice
 
 
 def _class_names(schema: Any, label: str) -> list[str]:
-    """As Hugging Face keeps them in a parquet file's metadata."""
+    """The class names that Hugging Face stores in a parquet file's metadata; empty if there are
+    none."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
         names = feature["names"]
@@ -357,8 +367,11 @@ def _class_names(schema: Any, label: str) -> list[str]:
 
 
 class _RowGroups:
-    """Images of parquet files by row; the last few row groups stay in memory, and no two threads
-    read the same one."""
+    """Images of parquet files by row. The last GROUPS_KEPT row groups stay in memory. No two
+    threads load the same row group at once.
+
+    groups: (shard, row group in it, first row) of each row group. column: that of the images.
+    """
 
     def __init__(self, files: Files, groups: list[tuple[str, int, int]], column: str) -> None:
         self.files, self.groups, self.column = files, groups, column
@@ -403,7 +416,7 @@ class _RowGroups:
 
 
 def hugging_face(place: Place, split: str) -> Source:
-    """A dataset of the `datasets` library by its name, or by the folder of its files."""
+    """A dataset of the `datasets` library, given by its name or by the folder of its files."""
     import datasets
 
     names = "|".join(SPLIT_NAMES[split])
@@ -412,20 +425,18 @@ def hugging_face(place: Place, split: str) -> Source:
         theirs = next((name for name in known if name in SPLIT_NAMES[split]), None)
         if theirs is None:
             raise InputError(
-                f"`data_dir`={place.data_dir}: has the splits {', '.join(known)}, none of "
-                f"{names.replace('|', ', ')}; "
-                f"give another, or `split`"
+                f"`data_dir`={place.data_dir}: has the splits {', '.join(known)}, but none of "
+                f"{names.replace('|', ', ')}; give another dataset, or `split`"
             )
         table = datasets.load_dataset(place.data_dir, split=theirs)
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # the library has no kind of its own for what it cannot find, reach or read
+    # The library has no common type for errors of what it cannot find, reach or read
+    except Exception as error:
         raise InputError(
             f"`data_dir`={place.data_dir}: the datasets library cannot load it "
-            f"({type(error).__name__}: "
-            f"{first_line(error)}); correct the name, log in, or connect to the network"
+            f"({type(error).__name__}: {first_line(error)}); correct the name, log in, or connect "
+            f"to the network"
         ) from error
     columns = [(name, isinstance(kind, datasets.Image)) for name, kind in table.features.items()]
     image = _column(
@@ -454,14 +465,14 @@ def hugging_face(place: Place, split: str) -> Source:
             return cell["bytes"]
         if not cell or not cell["path"]:
             raise BadPicture(f"{place.data_dir}: row {row} has no image; replace or remove it")
-        # A row may name any file: only the library's cache and the dataset's own folder are meant
+        # A row may name any file. Only the library's cache and the dataset's folder are allowed
         path = os.path.realpath(cell["path"])
         if not any(
             path.startswith(os.path.realpath(root) + os.sep)
             for root in (datasets.config.HF_CACHE_HOME, place.data_dir)
         ):
             raise BadPicture(
-                f"{place.data_dir}: row {row} names {cell['path']}, outside of the dataset; "
+                f"{place.data_dir}: row {row} names {cell['path']}, which is outside the dataset; "
                 f"replace or remove it"
             )
         files, name = open_root(path)
@@ -473,9 +484,8 @@ def hugging_face(place: Place, split: str) -> Source:
 
 
 def torchvision(place: Place, split: str) -> Source:
-    """CIFAR-10/100 and Imagenette, downloaded into data_dir by torchvision unless they are there
-    already."""
-    from torchvision import datasets  # seconds to import, needed by these three only
+    """CIFAR-10/100 and Imagenette. torchvision downloads them to data_dir if they are missing."""
+    from torchvision import datasets  # takes seconds to import; only these three need it
 
     dataset, root = place.dataset, Path(place.data_dir)
     try:
@@ -492,8 +502,8 @@ def torchvision(place: Place, split: str) -> Source:
         data = kind(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error) as error:
         raise InputError(
-            f"`dataset`: {dataset} is neither in {root} nor could it be downloaded "
-            f"({first_line(error)}); connect to the network or put the archive there"
+            f"`dataset`: {dataset} is not in {root} and cannot be downloaded "
+            f"({first_line(error)}); connect to the network, or copy the archive to that folder"
         ) from error
     return Source(
         classes=list(data.classes),

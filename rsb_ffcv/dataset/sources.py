@@ -1,8 +1,7 @@
-"""Labelled raw images as people own them: each source is a list of names and labels, and a way to
-read any of them.
+"""Sources of labelled raw images: a list of names and labels, and a function that reads each image.
 
 Class numbers are positions in the sorted list of class names (wnids for ImageNet), the order that
-torchvision, timm and every published checkpoint use; sources that carry numbers keep theirs.
+torchvision, timm and every published checkpoint use. If a source has numeric labels, they are kept.
 """
 
 import re
@@ -38,12 +37,19 @@ SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "val
 
 @dataclass(kw_only=True)
 class Source:
-    """Labelled pictures. classes: names in the order of the labels; names: a picture's path within
-    the source; labels: int64, 0 .. len(classes) - 1. read(index): a picture file's bytes, or uint8
-    pixels (height, width, 3); raises BadPicture naming it. titles: what people call the classes, or
-    empty. faults: what is wrong with a picture before it is read. origin: where the first picture
-    lies. place(index): where a picture is, for people. stamp(index): changes where the picture's
-    file does."""
+    """Labelled pictures.
+
+    classes: names in the order of the labels
+    names: the pictures' paths within the source
+    labels: int64, 0 .. len(classes) - 1
+    read(index): a picture file's bytes, or uint8 pixels (height, width, 3); raises BadPicture,
+        which names the picture
+    titles: readable names of the classes, or empty
+    faults: for a picture that is known to be bad before it is read, what is wrong with it
+    origin: place of the first picture
+    place(index): the place of a picture, for messages
+    stamp(index): changes when the picture's file changes
+    """
 
     classes: list[str]
     names: list[str]
@@ -73,7 +79,7 @@ class Source:
         return len(self.names)
 
     def first(self, count: int) -> "Source":
-        """The first `count` pictures, or all where there are fewer."""
+        """The first `count` pictures, or all if there are fewer."""
         return replace(
             self,
             names=self.names[:count],
@@ -82,7 +88,7 @@ class Source:
         )
 
     def picture(self, index: int) -> bytes | np.ndarray:
-        """What `read` gives. Raises BadPicture for one that has a fault."""
+        """read(index). Raises BadPicture if the picture has a fault."""
         if index in self.faults:
             raise BadPicture(f"{self.place(index)}: {self.faults[index]}; correct or remove it")
         return self.read(index)
@@ -93,15 +99,15 @@ class Source:
         return zlib.crc32(known.encode("utf-8", "surrogateescape"))
 
     def fingerprint(self) -> str:
-        """Tells apart sources with other names, labels, order or classes."""
+        """Differs between sources with different names, labels, order or classes."""
         text = "\0".join([*self.names, "", *self.classes, "", *self.titles])
         known = text.encode("utf-8", "surrogateescape") + self.labels.tobytes()
         return f"{checksum(np.frombuffer(known, np.uint8)):016x}"
 
 
 def _storable(name: str) -> str:
-    """As UTF-8 and without a zero byte, which ends a name in the file. Bytes of a file system that
-    are no UTF-8 stay."""
+    """The name as it can be stored: valid UTF-8, and without zero bytes, which end a name in the
+    file. Bytes from a file system that are not UTF-8 are kept."""
     try:
         name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -110,7 +116,7 @@ def _storable(name: str) -> str:
 
 
 class Index:
-    """Pictures as ranges of files, in compact form: a million take tens of megabytes."""
+    """Pictures as ranges of files, in a compact form: a million pictures take tens of megabytes."""
 
     def __init__(self, files: Files) -> None:
         self.files, self.labels = files, array("q")
@@ -118,18 +124,17 @@ class Index:
         self.names: list[str] = []
         self.faults: dict[int, str] = {}
         self._stamps: dict[int, tuple] = {}
-        self._ranges = array(
-            "q"
-        )  # of each picture: number of its file, first byte, bytes (-1: all)
+        # For each picture: number of its file, first byte, bytes (-1: all)
+        self._ranges = array("q")
 
     def add_file(self, name: str, label: int, shown: str) -> None:
         self.paths.append(name)
         self._add(shown, label, start=0, length=-1)
 
     def add_member(self, shown: str, label: int, *, start: int, length: int) -> None:
-        """A part of the file that was last put into `paths`."""
+        """Adds a part of the last file in `paths`. length -1: not a regular file."""
         if length < 0:
-            self.faults[len(self.names)] = "a link or device in its archive, not a file"
+            self.faults[len(self.names)] = "is a link or device in its archive, not a file"
         self._add(shown, label, start=start, length=max(length, 0))
 
     def _add(self, shown: str, label: int, *, start: int, length: int) -> None:
@@ -145,7 +150,7 @@ class Index:
         path, start, length = self._ranges[3 * index : 3 * index + 3]
         if length < 0:
             return self.files.stamp(self.paths[path])
-        if path not in self._stamps:  # of a file that holds many
+        if path not in self._stamps:  # a file with many pictures: ask for its stamp once
             self._stamps[path] = self.files.stamp(self.paths[path])
         return start, *self._stamps[path]
 
@@ -156,7 +161,7 @@ class Index:
     def source(self, classes: list[str], titles: Sequence[str] = ()) -> Source:
         if not self.names:
             raise InputError(
-                f"{self.files.path('')} holds no image; give a folder with labelled images"
+                f"{self.files.path('')} contains no image; give a folder with labelled images"
             )
         return Source(
             classes=classes,
@@ -173,8 +178,15 @@ class Index:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a dataset is and how to read it: the options of the command line that bear on it.
-    class_names: a text file of them, one a line. callable: module:function."""
+    """Where a dataset is and how to read it.
+
+    dataset: kind of dataset, as in the option --cfg.dataset
+    data_dir: folder, file, pattern of shards or fsspec URL
+    follow_links: read symbolic links that leave data_dir
+    class_names: text file of class names, one per line, or empty
+    callable: module:function that takes a split and returns (path, label) pairs, or empty
+    image_column, label_column: columns of a table; empty: found by name and type
+    """
 
     dataset: str
     data_dir: str
@@ -186,21 +198,22 @@ class Place:
 
 
 def is_image(path: str) -> bool:
-    """By its name."""
+    """Whether the path has the suffix of an image file."""
     return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 def label_numbers(where: str, labels: set[str]) -> tuple[list[str], dict[str, int]]:
-    """Class names, and the number of each label: itself where all are numbers, else its place among
-    the sorted ones."""
+    """Returns (class names, number of each label). If all labels are numbers, they are kept;
+    otherwise the number is the position in the sorted labels. Raises InputError for a negative or
+    empty label, and for a number that is too large."""
     if labels and all(re.fullmatch(r"\d{1,9}", label) for label in labels):
         count = max(map(int, labels)) + 1
         if count > MAX_CLASSES:
             raise InputError(
-                f"{where}: label {count - 1} is more than {MAX_CLASSES - 1}; correct it"
+                f"{where}: label {count - 1} is larger than {MAX_CLASSES - 1}; correct it"
             )
         return [str(number) for number in range(count)], {label: int(label) for label in labels}
     if wrong := sorted(label for label in labels if re.fullmatch(r"-\d+", label) or not label):
-        raise InputError(f"{where}: '{wrong[0]}' is no label; correct it")
+        raise InputError(f"{where}: '{wrong[0]}' is not a valid label; correct it")
     classes = sorted(labels)
     return classes, {label: number for number, label in enumerate(classes)}

@@ -1,9 +1,9 @@
-"""The demo set: ten classes of shapes in photo-like JPEGs, made from a seed.
+"""The demo set: ten classes of shapes in photo-like JPEGs, generated from a seed.
 
-What tells the classes apart is the outline alone. Colour, size, place, rotation, background,
-lighting, clutter, noise, blur, picture size and JPEG quality vary independently of the class, so a
-network has to learn the shape, and augmentations such as crops and mixing behave as they do on
-photographs.
+The classes differ only in the outline of the shape. Colour, size, position, rotation, background,
+lighting, clutter, noise, blur, picture size and JPEG quality vary independently of the class. A
+network therefore has to learn the shape, and augmentations such as crops and mixing behave as they
+do on photographs.
 """
 
 import math
@@ -36,11 +36,11 @@ IMAGES_PER_CLASS = {"train": 320, "val": 50}
 def make_demo_images(
     root: Path, images_per_class: Mapping[str, int] = IMAGES_PER_CLASS, seed: int = 0
 ) -> None:
-    """Fills root/train/<class>/ and root/val/<class>/ with JPEGs of about 128 px, unless both are
-    there already.
+    """Writes JPEGs of about 128 px to root/train/<class>/ and root/val/<class>/. A split that
+    exists is skipped.
 
-    A split appears under its name once it is complete. The pictures are a function of `seed`,
-    split, class and number.
+    A split gets its name when it is complete. The pictures are a function of `seed`, split, class
+    and number.
     """
     for split_number, (split, count) in enumerate(images_per_class.items()):
         target = root / split
@@ -72,7 +72,7 @@ def _draw_class(folder: Path, name: str, *, count: int, seed: int, split_number:
 
 
 def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
-    """One picture of class `name`: about 128 px a side, RGB."""
+    """Draws one picture of class `name`: RGB, each side about 128 px."""
     width, height = (int(side) for side in rng.integers(112, 145, 2))
     canvas = _texture(rng, width, height, contrast=rng.uniform(10, 40))
     for _ in range(rng.integers(0, 4)):
@@ -128,7 +128,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, canvas: Image.Image, mask: Image.Image) -> Image.Image:
-    """A texture whose colour differs visibly from what the shape will cover."""
+    """A texture whose colour differs visibly from the background that the shape will cover."""
     under = np.asarray(canvas)[np.asarray(mask) > 0].mean(0)
     while abs((base := _colour(rng)).mean() - under.mean()) < 50:
         pass
@@ -136,7 +136,7 @@ def _contrasting(rng: np.random.Generator, canvas: Image.Image, mask: Image.Imag
 
 
 def _clutter(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A thin line or a small blot: never the size of a shape."""
+    """A mask of a thin line or a small blot, always smaller than a shape."""
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     points = [(rng.uniform(0, width), rng.uniform(0, height)) for _ in range(2)]
@@ -149,7 +149,7 @@ def _clutter(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def _polar(radii: list[float]) -> list[tuple[float, float]]:
-    """Corner points at equal angles with the given radii, first one up."""
+    """Corner points at equal angles with the given radii; the first one is at the top."""
     return [
         (r * math.sin(2 * math.pi * i / len(radii)), -r * math.cos(2 * math.pi * i / len(radii)))
         for i, r in enumerate(radii)
@@ -162,7 +162,7 @@ def _rectangle(
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-# Each class as polygons in the unit disc: those to fill, then those to cut out again.
+# Each class as polygons in the unit disc: those to fill, then those to cut out
 _CIRCLE = _polar([1.0] * 72)
 _OUTLINES = {
     "arrow": (
@@ -196,7 +196,14 @@ _OUTLINES = {
 def _shape_mask(
     name: str, width: int, height: int, *, centre: list[float], radius: float, angle: float
 ) -> Image.Image:
-    """Antialiased coverage of the rotated shape, mode L."""
+    """Antialiased coverage of the rotated shape, mode L.
+
+    name: the class
+    width, height: size of the mask in pixels
+    centre: (x, y) of the shape, pixels
+    radius: pixels
+    angle: radians
+    """
     over = 3
     mask = Image.new("L", (width * over, height * over))
     draw = ImageDraw.Draw(mask)

@@ -1,8 +1,8 @@
-"""The same work for many items on some threads, its results in order.
+"""Maps a function over many items with several threads and yields the results in order.
 
-Threads, not processes: files are read, and pictures decoded, resized, encoded and checked, without
-the interpreter lock. An exception reaches the caller with its item's turn; a thread that comes back
-no more ends the work with a line that says where it hangs.
+Threads instead of processes: files are read, and pictures decoded, resized, encoded and checked,
+without the interpreter lock. An exception is raised in the caller at its item's position. If a
+thread hangs, the stacks of all threads are printed and InputError is raised.
 """
 
 import faulthandler
@@ -19,7 +19,7 @@ from rsb_ffcv import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PATIENCE = 300.0  # seconds without a result, after which a thread counts as stuck
+PATIENCE = 300.0  # seconds without a result after which a thread is considered stuck
 
 
 def ordered(
@@ -31,9 +31,19 @@ def ordered(
     name: Callable[[Item], str] = str,
     patience: float = PATIENCE,
 ) -> Generator[Result, None, None]:
-    """Yields function(item) for each of `items`, in their order, at most `ahead` (two a thread at
-    least) of them begun before their turn. Raises what `function` raises, and InputError with
-    name(item) where nothing comes for `patience` seconds."""
+    """Yields function(item) for each item, in order.
+
+    function: the work; it is called in the threads
+    items: its arguments
+    threads: number of threads
+    ahead: at most this many items are started before their results are taken (but at least two per
+        thread)
+    name: the name of an item in messages
+    patience: seconds to wait for a result
+
+    Raises what `function` raises, and InputError with name(item) if there is no result for
+    `patience` seconds.
+    """
     tasks: SimpleQueue[tuple[Future[Result], Item] | None] = SimpleQueue()
     pending: deque[tuple[Future[Result], Item]] = deque()
 
@@ -43,10 +53,10 @@ def ordered(
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(item))
-                except BaseException as error:  # handed on: the caller raises it
+                except BaseException as error:  # raised again in the caller
                     future.set_exception(error)
 
-    # daemons: a thread that hangs in a read must not keep the program from ending
+    # Daemons: a thread that hangs in a read must not prevent the program from exiting
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
@@ -66,13 +76,13 @@ def ordered(
                 result = future.result(patience)
             except TimeoutError as error:
                 if future.done():
-                    raise  # the work's own
+                    raise  # `function` raised it
                 stuck = True
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 raise InputError(
-                    f"{name(item)}: a worker has not come back from it for {patience:.0f} s (where "
-                    f"it is stands "
-                    f"above); see to the disk or network it is read from, and start again"
+                    f"{name(item)}: a worker has hung on it for {patience:.0f} s (its stack is "
+                    f"printed above); check the disk or network that it reads from, and run the "
+                    f"same command again"
                 ) from error
             yield result
     finally:

@@ -1,15 +1,14 @@
-"""Labelled pictures into one `.beton` file that stock FFCV reads, whatever stops the work in
-between.
+"""Writes labelled pictures to one `.beton` file that stock FFCV reads, and survives interruptions.
 
-FFCV's own writer hands pages to processes and waits for a counter: one unreadable picture hangs it
-for ever, and the file's bytes depend on which worker was faster. Here threads read and encode, and
-one thread lays the results into pages in the source's order. While it works, the file stands under
-`.<name>.part`, and beside it a journal: the settings, and a record for each picture whose bytes
-have reached the disk. The same command again goes on after the last such record. At the end every
-image is read back and held against its checksum; then the file takes its name.
+FFCV's writer distributes pages to processes and waits for a counter: one unreadable picture makes
+it hang forever, and the file's bytes depend on which worker was faster. Here threads read and
+encode, and one thread writes the results to pages in the source's order. The unfinished file is
+`.<name>.part`. Beside it is a journal: the settings, and a record for each picture whose bytes are
+on the disk. The same command continues after the last record. At the end every image is read back
+and compared with its checksum. Then the file is renamed to its final name.
 
-The bytes are a function of the pictures and the settings alone: not of threads, machine, place,
-time or interruptions.
+The bytes are a function of the pictures and the settings. They do not depend on threads, machine,
+place, time or interruptions.
 """
 
 import errno
@@ -37,15 +36,14 @@ from rsb_ffcv.dataset.picture import BadPicture, Stored
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
 
-SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # how much work an interruption may cost
-SAMPLED = (
-    20  # pictures that are looked at again before a begun or finished file is taken for theirs
-)
-READ_AT_ONCE = 64  # pictures that are read back at a time
+SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # an interruption loses at most this much work
+# Before a file is continued or accepted as finished, this many pictures are compared again
+SAMPLED = 20
+READ_AT_ONCE = 64  # pictures per read-back task
 HOW = ("kept", "encoded", "raw", "left out")
 _LEFT_OUT = HOW.index("left out")
-# What became of picture `index`. source: its Source.identity; how: place in HOW; check: XXH64 of
-# the record up to here
+# The result for picture `index`. source: its Source.identity; how: index in HOW; check: XXH64 of
+# the fields before it
 RECORD = np.dtype(
     [
         ("index", "<u8"),
@@ -66,7 +64,8 @@ RECORD = np.dtype(
 
 
 class Pictures(Protocol):
-    """What a file is written from: a Source, or Samples of other files (see there)."""
+    """The pictures to write: sources.Source, or assemble.Samples, which are samples of other
+    files. Their docstrings describe the members."""
 
     classes: list[str]
     titles: list[str]
@@ -84,8 +83,11 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class OnError:
-    """skip: leave out a picture that cannot be used, instead of ending; at most `most` of all
-    (share, 0 .. 1). report: CSV file that names them."""
+    """What to do with a picture that cannot be used.
+
+    skip: leave it out instead of raising. most: largest share that may be left out, 0 .. 1.
+    report: CSV file that lists the pictures left out.
+    """
 
     skip: bool = False
     most: float = 0.0
@@ -103,16 +105,20 @@ def write_beton(
     on_error: OnError = OnError(),
     described: dict | None = None,
 ) -> Beton:
-    """Writes the pictures of `source` (a Source, or what has its classes, titles, labels, names,
-    place, identity and fingerprint) to `path`, and returns the file as read back.
+    """Writes the pictures of `source` to `path`, and returns the file as read back.
 
-    store(index): a Stored, or BadPicture raised. settings: what the images' bytes depend on;
-    described: kind of dataset and split; both are kept in the file. num_workers: threads, 1 or
-    more. chunk_size: how many pictures may be encoded ahead of the writing.
+    path: the file
+    source: a Source, or another object that has the members of Pictures
+    store(index): returns the Stored of a picture, or raises BadPicture
+    settings: what the images' bytes depend on; kept in the file
+    num_workers: threads, 1 or more
+    chunk_size: number of pictures that may be encoded ahead of the writing
+    on_error: what to do with pictures that cannot be used
+    described: kind of dataset and split; kept in the file
 
-    Raises InputError where a picture cannot be read or stored, the file cannot be written, another
-    process is writing it, or what stands there was begun or written with other settings. What is
-    done by then stays, under a hidden name, and the next call goes on from there.
+    Raises InputError if a picture cannot be read or stored, the file cannot be written, another
+    process is writing it, or an unfinished or finished file has other settings. The completed work
+    is kept under a hidden name, and the next call continues it.
     """
     path = Path(path)
     about = About(
@@ -155,22 +161,23 @@ def write_beton(
             os.unlink(journal.name)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); free space, see to permissions or "
-            f"choose another "
-            f"`write_path`, and give the same command again: it goes on from there"
+            f"{path}: cannot be written ({error.strerror}); free space or correct the "
+            f"permissions, and run the same command again to continue, or choose another "
+            f"`write_path`"
         ) from error
     return beton.read_beton(path)
 
 
 def evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of the numbers below `count`, from the first to the last."""
+    """At most `most` of the numbers 0 .. count - 1, spread evenly from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
 def _finished(
     path: Path, about: About, source: Pictures, *, store: Callable[[int], Stored]
 ) -> Beton:
-    """The file that stands there, where it is the one that would be written."""
+    """The existing file, if it has the settings and pictures of the file that would be written.
+    Raises InputError otherwise."""
     there = beton.read_beton(path)
     mend = "remove it or choose another `write_path`"
     if there.about is None:
@@ -188,15 +195,14 @@ def _finished(
         for index in evenly(len(there), SAMPLED).tolist():
             if store(index).checksum != there.extras["checksum"][index]:
                 raise InputError(
-                    f"{path}: exists, and {source.place(index)} is another picture than when it "
-                    f"was written; {mend}"
+                    f"{path}: exists, and {source.place(index)} has changed since it was written; "
+                    f"{mend}"
                 )
-    _journal_path(path).unlink(
-        missing_ok=True
-    )  # left where the program was stopped between its last two steps
+    # The journal is left if the program was interrupted between its last two steps
+    _journal_path(path).unlink(missing_ok=True)
     print(
-        f"{path}: is there already, from pictures of these names with these settings; remove it to "
-        f"write it again",
+        f"{path}: exists already, with pictures of these names and with these settings; remove it "
+        f"to write it again",
         flush=True,
     )
     return there
@@ -211,7 +217,7 @@ def _differing(old: dict, new: dict) -> str:
 
 
 def part_path(path: Path) -> Path:
-    """Where a file stands while it is being written."""
+    """The path of an unfinished file."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -221,7 +227,8 @@ def _journal_path(path: Path) -> Path:
 
 @contextmanager
 def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
-    """The journal, locked, at its first record. Its first line holds the settings."""
+    """Opens and locks the journal and positions it at its first record. Its first line contains the
+    settings. Raises InputError if they differ, or another process has the lock."""
     name = _journal_path(path)
     head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
     with open(name, "ab+", buffering=0) as file:
@@ -229,8 +236,8 @@ def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
             lock(file, path)
         except BlockingIOError as error:
             raise InputError(
-                f"{path}: another process is writing it; wait for it, or choose another "
-                f"`write_path`"
+                f"{path}: another process is writing it; wait until it has finished, or choose "
+                f"another `write_path`"
             ) from error
         file.seek(0)
         known, line_end, _ = file.read(1 << 20).partition(b"\n")
@@ -238,10 +245,10 @@ def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
             try:
                 why = _differing(json.loads(known), json.loads(head))
             except ValueError:
-                why = "which cannot be read any more"
+                why = "they cannot be read"
             raise InputError(
-                f"{path}: was begun with other settings ({why}); give those, or remove {name} to "
-                f"begin anew"
+                f"{path}: the unfinished file has other settings ({why}); give the same settings, "
+                f"or remove {name} to start over"
             )
         if not line_end:
             file.truncate(0)
@@ -252,13 +259,13 @@ def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
 
 
 def _write_all(file: io.FileIO, data: bytes | np.ndarray) -> None:
-    """Raises OSError where an unbuffered file takes a part only."""
+    """Writes `data` to an unbuffered file. Raises OSError if only a part is written."""
     if file.write(data) != memoryview(data).nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Pages:
-    """Where images go in an open unbuffered file: one behind the other from `end` on."""
+    """Writes images to an open unbuffered file, one after the other, from byte `end` on."""
 
     def __init__(self, file: io.FileIO, end: int) -> None:
         self.file, self.end = file, end
@@ -266,7 +273,7 @@ class Pages:
         file.seek(end)
 
     def add(self, data: np.ndarray) -> int:
-        """The byte at which `data` (uint8, at most a page) now begins."""
+        """Writes `data` (uint8, at most a page) and returns its first byte in the file."""
         room = -self.end % PAGE_BYTES or PAGE_BYTES
         if data.nbytes > room:  # FFCV reads page by page: no image may cross a boundary
             _write_all(self.file, bytes(room))
@@ -277,8 +284,8 @@ class Pages:
 
 
 class _Part:
-    """The unfinished file. records: of the pictures so far, `count` of them; pages: where the next
-    image goes."""
+    """The unfinished file. records: RECORD of the first `count` pictures, those that are written;
+    pages: writes the next image; synced: number of records passed to the journal."""
 
     def __init__(
         self, path: Path, file: io.FileIO, *, journal: io.FileIO, source: Pictures
@@ -298,8 +305,9 @@ class _Part:
         self._syncing: Future[None] | None = None
 
     def _take_up(self, path: Path, source: Pictures, start: int) -> tuple[int, int]:
-        """How many pictures of an earlier call are whole and still the source's, and where they
-        end: those stay."""
+        """Keeps the pictures of an earlier call that are complete and unchanged in the source.
+        Returns their number and the byte at which they end. Raises InputError if the first picture
+        is not the same."""
         head = self.journal.tell()
         known = self.journal.read()
         known = np.frombuffer(known[: len(known) // RECORD.itemsize * RECORD.itemsize], RECORD)[
@@ -309,9 +317,10 @@ class _Part:
         for index in range(len(known)):
             record = known[index : index + 1]
             end = int(record["pointer"][0]) + int(record["size"][0]) + int(record["entry_bytes"][0])
+            # The first image is elsewhere: the table had another length
             misplaced = (
                 record["how"][0] != _LEFT_OUT and last == start and record["pointer"][0] != start
-            )  # of a longer or shorter table
+            )
             if (
                 misplaced
                 or record["index"][0] != index
@@ -322,9 +331,9 @@ class _Part:
             if record["source"][0] != source.identity(index):
                 if index == 0:
                     raise InputError(
-                        f"{path}: was begun from other pictures ('{source.names[0]}' is the first "
-                        f"now); give those, or "
-                        f"remove {_journal_path(path)} to begin anew"
+                        f"{path}: the unfinished file has other pictures (the first one is now "
+                        f"'{source.names[0]}'); give the same pictures, or remove "
+                        f"{_journal_path(path)} to start over"
                     )
                 break
             count, last = index + 1, max(last, end)
@@ -333,7 +342,7 @@ class _Part:
         return count, last
 
     def add(self, index: int, source: Pictures, stored: Stored | None) -> None:
-        """A picture in its turn; None: left out."""
+        """Writes the next picture and its record. stored None: the picture is left out."""
         record = self.records[index : index + 1]
         record["index"], record["source"], record["label"] = (
             index,
@@ -356,7 +365,7 @@ class _Part:
             self.sync(wait=False)
 
     def keep(self, count: int) -> None:
-        """Forgets the pictures from number `count` on."""
+        """Removes the pictures from number `count` on."""
         self.sync()
         kept = self.records[:count][self.records["how"][:count] != _LEFT_OUT]
         end = (
@@ -369,9 +378,12 @@ class _Part:
         self.synced, self._synced_end = count, end
 
     def sync(self, wait: bool = True) -> None:
-        """Brings the images to the disk and then their records to the journal, which so never
-        speaks of what is not there. Unless it is to `wait`, another thread does it, and where that
-        is not done yet, this is left for later."""
+        """Flushes the images to disk and then writes their records to the journal. The journal
+        therefore lists only images that are on the disk.
+
+        Another thread does the work; with `wait`, this returns when it is done. Without `wait`, a
+        call does nothing while the previous one is in progress.
+        """
         if self._syncing is not None:
             if not wait and not self._syncing.done():
                 return
@@ -426,29 +438,26 @@ def _write(
             _report(on_error.report, source, left_out)
             raise InputError(
                 f"{len(left_out)} of {len(source)} pictures cannot be used, more than "
-                f"`max_skipped`="
-                f"{on_error.most:g} allows (the last: {error}); see {on_error.report}, and mend "
-                f"them or raise the limit"
+                f"`max_skipped`={on_error.most:g} allows (the last: {error}); see "
+                f"{on_error.report}, and correct them or raise the limit"
             )
 
-    for index in np.flatnonzero(
-        part.records["how"][: part.count] == _LEFT_OUT
-    ).tolist():  # by an earlier call: say why again
+    # Left out by an earlier call: report the reasons again
+    for index in np.flatnonzero(part.records["how"][: part.count] == _LEFT_OUT).tolist():
         result = try_to_store(index)
         if not isinstance(result, BadPicture):
-            part.keep(index)  # it can be read by now: from there on, again
+            part.keep(index)  # it is readable now: write it and all pictures after it
             break
         leave_out(index, result)
     stored = np.flatnonzero(part.records["how"][: part.count] != _LEFT_OUT)
     for index in stored[evenly(len(stored), SAMPLED)].tolist():
         if store(index).checksum != part.records["checksum"][index]:
             raise InputError(
-                f"{source.place(index)}: is another picture than when {title} was begun; give the "
-                f"same pictures, or remove "
-                f"{part.journal.name} to begin anew"
+                f"{source.place(index)}: has changed since it was written to the unfinished "
+                f"{title}; give the same pictures, or remove {part.journal.name} to start over"
             )
     if part.count:
-        print(f"{title}: going on after {part.count} of {len(source)} pictures", flush=True)
+        print(f"{title}: continuing after {part.count} of {len(source)} pictures", flush=True)
     began, end_then = time.monotonic(), part.pages.end
     with (
         tqdm(total=len(source), initial=part.count, desc=title, unit="img", smoothing=0.05) as bar,
@@ -483,11 +492,12 @@ def _report(path: Path, source: Pictures, left_out: list[tuple[int, str]]) -> No
 
 
 def _finish(part: _Part, source: Pictures, about: About, *, unfinished: Path) -> None:
-    """Everything around the images."""
+    """Writes everything around the images. Raises InputError if there is no image."""
     known = part.records[part.records["how"] != _LEFT_OUT]
     if not len(known):
         raise InputError(
-            f"{unfinished}: none of the {len(source)} pictures can be used; see their reasons"
+            f"{unfinished}: none of the {len(source)} pictures can be used; see the report for "
+            f"the reasons, and correct them"
         )
     counts = Counter(HOW[how] for how in part.records["how"].tolist())
     metadata, table, extras = (
@@ -518,8 +528,8 @@ def _finish(part: _Part, source: Pictures, about: About, *, unfinished: Path) ->
 def read_back(
     file: Beton, num_workers: int, title: str, *, samples: np.ndarray | None = None
 ) -> None:
-    """Holds a file's images (default: all) against their checksums. Raises InputError naming one
-    that is not as it was written."""
+    """Reads a file's images and compares them with their checksums. samples: numbers of the images,
+    default all. Raises InputError, which names the first damaged image."""
     samples = np.arange(len(file)) if samples is None else samples
     with open(file.path, "rb", buffering=0) as opened:
 
@@ -529,9 +539,8 @@ def read_back(
                     file.read(opened.fileno(), index)
                 except ValueError as error:
                     raise InputError(
-                        f"{file.path}: sample {index} {error}, just after it was written; see to "
-                        f"the disk, remove the "
-                        f"file and write it again"
+                        f"{file.path}: sample {index} {error}, just after it was written; check "
+                        f"the disk, remove the file and write it again"
                     ) from error
 
         parts = np.array_split(samples, range(READ_AT_ONCE, len(samples), READ_AT_ONCE))

@@ -769,10 +769,10 @@ def test_writer_shows_progress_and_a_line_per_file(pictures, tmp_path, call_prog
         "img/s" in err
         and "MB/s" in err
         and "100%" in err
-        and "images of each class: amber 32, blue 32, cyan 32" in out
+        and "images per class: amber 32, blue 32, cyan 32" in out
     )
     assert re.search(
-        r"train.beton: about 0.01 GB and .+ with 2 workers, judged by 96 of 96 images", out
+        r"train.beton: about 0.01 GB and .+ with 2 workers, estimated from 96 of 96 images", out
     )
     status, out, err = call_program(
         "write_ffcv.py",

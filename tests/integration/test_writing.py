@@ -145,7 +145,7 @@ def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_p
                 time.sleep(rng.uniform(0, 0.05 if moves else 1.0))
                 process.kill()
             status, rest, errors = end(process)
-            resumed += "going on after" in out + rest
+            resumed += "continuing after" in out + rest
             if status != 0:
                 assert status == -signal.SIGKILL, errors
                 kills += 1
@@ -169,7 +169,7 @@ def test_interrupted_conversion_keeps_finished_work(folder, tmp_path):
     status, _, errors = end(process, "")
     assert status == 130, errors
     status, out, errors = end(begin(options(folder, tmp_path, 2)))
-    assert status == 0 and "train.beton: going on after 200 of 401 pictures" in out, errors
+    assert status == 0 and "train.beton: continuing after 200 of 401 pictures" in out, errors
 
 
 def test_second_writer_of_a_file_is_refused(folder, tmp_path):
@@ -197,7 +197,7 @@ def test_rerun_with_other_settings_is_refused(folder, tmp_path):
     status, out, _ = end(begin(options(folder, tmp_path, 2)))
     assert (
         status == 0
-        and "is there already" in out
+        and "exists already" in out
         and (tmp_path / "train.beton").stat().st_mtime_ns == finished
     )
     status, _, errors = end(begin([*options(folder, tmp_path, 2), "--cfg.jpeg_quality=80"]))

@@ -61,7 +61,7 @@ def test_info_describes_the_file(written):
         "kept=12",
         "rsb_ffcv=",
         "entry points for partial decoding: 12 images",
-        "images of each class (4 .. 4)",
+        "images per class (4 .. 4)",
         "n01440764          4  tench",
     ):
         assert part in text, (part, text)
@@ -100,7 +100,7 @@ def stock(path, target):
 def test_intact_file_verifies(written, decode, capsys):
     assert dataset.verify(written / "train.beton", decode, 2)
     assert (
-        f"0 of 12 images damaged; structure sound, all checksums compared, {int(12 * decode)} "
+        f"0 of 12 images damaged; structure valid, all checksums compared, {int(12 * decode)} "
         f"images decoded" in capsys.readouterr().out
     )
 
@@ -163,7 +163,7 @@ def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
     assert not dataset.verify(copy, 1.0, 1)
     shown = capsys.readouterr().out
     assert (
-        "going on after 8 of 12" in shown
+        "continuing after 8 of 12" in shown
         and "1 of 12 images damaged" in shown
         and seen == [8, 8, 9, 10, 11]
     )
@@ -257,7 +257,7 @@ def test_subset_by_samples_and_classes(written, tmp_path):
         ({"samples": "12"}, "`samples`=12"),
         ({"samples": "x"}, "`samples`=x"),
         ({"classes": "shark"}, "no class 'shark'"),
-        ({"classes": "0", "samples": "11"}, "no sample fits"),
+        ({"classes": "0", "samples": "11"}, "no sample matches"),
     ):
         with pytest.raises(InputError, match=message):
             take(**wrong)
@@ -295,7 +295,7 @@ def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
     gap = slice(beton.front_bytes(18), first)
     assert not any(copy.read_bytes()[gap])
-    with pytest.raises(InputError, match="already, as 6 of the 6"):
+    with pytest.raises(InputError, match="already contains .*; 6 of the 6"):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
 
@@ -509,7 +509,7 @@ def test_estimate_is_within_half_of_the_size(pictures, tmp_path, call_program):
         "--cfg.write_mode=raw",
         "--cfg.split=train",
     )
-    assert status == 0 and "judged by 96 of 96 images" in shown
+    assert status == 0 and "estimated from 96 of 96 images" in shown
     status, shown, _ = call_program(
         "write_ffcv.py",
         f"--cfg.data_dir={pictures}",
@@ -692,7 +692,7 @@ def test_export_refuses_the_partial_export_of_another_file(written, tmp_path, mo
         patched.setattr(inspect, "read_sound", stop)
         with pytest.raises(KeyboardInterrupt):
             dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
-    with pytest.raises(InputError, match="an export of another file was begun"):
+    with pytest.raises(InputError, match="an unfinished export of another file"):
         dataset.export(str(written / "val.beton"), str(tmp_path / "out"), 1)
     dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
     assert list(tmp_path.glob(".*")) == []
@@ -778,5 +778,5 @@ def test_description_in_a_forged_file_is_checked(written, tmp_path):
             with_part("classes", ["a"]),
         )
     ):
-        with pytest.raises(InputError, match="what it says of itself|damaged: sample"):
+        with pytest.raises(InputError, match="its description cannot be read|damaged: sample"):
             read_beton(hostile(path, tmp_path / f"{number}.beton", change))
