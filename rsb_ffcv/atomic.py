@@ -1,5 +1,8 @@
-"""Files that appear under their name whole or not at all, and locks on them; on file systems
-without locks or without directories that can be flushed, too."""
+"""Atomic files and file locks.
+
+A file appears under its name when it is complete, or not at all. Both also work on file systems
+that have no locks or cannot flush a directory: there, a warning is printed once.
+"""
 
 import csv
 import errno
@@ -13,19 +16,19 @@ from typing import IO, Any
 
 from rsb_ffcv import InputError, first_line, warn
 
-# What flock says where the file system does not have it: Lustre mounted without, NFS without its
-# lock service and of folders (which are open for reading only), some of FUSE
+# Errors of flock on file systems without locks: Lustre mounted without them, NFS without its lock
+# service or for folders (which are open for reading only), some FUSE file systems
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 @contextmanager
 def atomic_file(path: str | Path, mend: str) -> Iterator[io.BufferedWriter]:
-    """A binary file to write that takes the name `path` when the block ends: flushed to disk,
-    renamed, and the folder flushed as well.
+    """Yields a binary file for writing. When the block ends, the file is flushed to disk and
+    renamed to `path`, and the folder is flushed.
 
-    Where the block raises, what stood under `path` before stays and the unfinished file is removed.
-    Raises InputError naming `path` and `mend` where the system refuses to write (no such folder, no
-    permission, full disk).
+    If the block raises, the previous file at `path` is kept and the unfinished file is removed.
+    If the file cannot be written (no such folder, no permission, full disk), InputError is raised.
+    Its message contains `path` and `mend`, the fix.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
@@ -46,18 +49,21 @@ def atomic_file(path: str | Path, mend: str) -> Iterator[io.BufferedWriter]:
 def write_table(
     path: str | Path, head: list[str], rows: Iterable[Iterable[object]], *, mend: str
 ) -> None:
-    """A CSV file, whole or not at all. Raises InputError as atomic_file does."""
+    """Writes a CSV file atomically. Raises InputError as atomic_file does."""
     with atomic_file(path, mend) as file:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
         table = csv.writer(text)
         table.writerow(head)
         table.writerows(rows)
-        text.detach()  # flushed, and not closed
+        text.detach()  # flushes and does not close
 
 
 def flush_folder(path: str | Path) -> None:
-    """The names in a folder outlive a power failure from now on. Some file systems (SMB, some of
-    FUSE) cannot flush a folder: a warning, once a folder, since the names are in place."""
+    """Flushes a folder to disk, so that its names survive a power failure.
+
+    Some file systems (SMB, some FUSE file systems) cannot flush a folder. This is only a warning,
+    printed once per folder, because the names are in place.
+    """
     try:
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -72,16 +78,19 @@ def flush_folder(path: str | Path) -> None:
 
 
 def lock(file: int | IO[Any], path: str | Path) -> None:
-    """Takes the exclusive lock of an open file, which ends with it. Raises BlockingIOError where
-    another process has it. Where the file system of `path` has no locks: a warning, once."""
+    """Takes the exclusive lock of an open file. Closing the file releases it.
+
+    Raises BlockingIOError if another process has the lock. If the file system of `path` has no
+    locks, a warning is printed once.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         _warn_once(
-            f"{path}: its file system has no locks ({error.strerror}); take care that only one "
-            f"process writes there"
+            f"{path}: its file system has no locks ({error.strerror}); make sure that only one "
+            f"process writes to it"
         )
 
 

@@ -1,19 +1,19 @@
-"""The `.beton` file: its layout, and a reader that checks every number before anything follows it.
+"""The `.beton` file: its layout, and a reader that checks every number before using it.
 
-The layout is FFCV's, version 2 (libffcv/ffcv `ffcv/types.py`): a header, one descriptor a field,
-one metadata row a sample, pages of sample data, and at the end a table of (sample, pointer, size).
-FFCV reads such a file without a check, so a truncated one surfaces as "negative dimensions are not
-allowed" or as a read past the mapping. Here the header, the descriptors, the table and each image's
-pointer and size are held against the file's length first, and a raw image's size against its shape;
-whoever holds a `Beton` may hand its pointers to native code.
+The layout is FFCV's, version 2 (libffcv/ffcv `ffcv/types.py`): a header, one descriptor per field,
+one metadata row per sample, pages of sample data, and at the end a table of (sample, pointer,
+size). FFCV reads such a file without checks, so a truncated file causes "negative dimensions are
+not allowed" or a read past the end of the mapping. Here the header, the descriptors, the table and
+each image's pointer and size are first compared with the length of the file, and a raw image's size
+with its shape. The pointers of a `Beton` can therefore be passed to native code.
 
-Files that this project writes carry more, in places that FFCV does not look at. After a JPEG's
-bytes stand its entry points (`ops/csrc/jpeg.c`), by which the decoder reaches a crop without
-reading what lies above it. Between the last page and the table stand, in this order: an `EXTRA` for
-each sample, in dataset order (checksum of image and entry points, how long the latter are); the
-samples' names, UTF-8, each ended by a zero byte; what is known of the file as a whole, JSON
-(`About`); and a `TRAILER`. FFCV's own files have none of this; theirs end pages and begin tables at
-a multiple of the page size, so that a trailer that is gone is noticed.
+Files that this project writes contain more, in places that FFCV does not read. A JPEG is followed
+by its entry points (`ops/csrc/jpeg.c`), with which the decoder reaches a crop without reading the
+image above it. Between the last page and the table are, in this order: an `EXTRA` for each sample,
+in dataset order (checksum of image and entry points, size of the entry points); the samples' names,
+UTF-8, zero-terminated; a description of the file, JSON (`About`); and a `TRAILER`. FFCV's own files
+have none of these. In them, the pages end and the table begins at a multiple of the page size. A
+missing trailer is therefore detected.
 """
 
 import json
@@ -29,8 +29,8 @@ import numpy as np
 from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import checksum
 
-# Declared here rather than imported: ffcv.types pulls in torch, numba and every field, and a check
-# of a file's header must not cost seconds. tests/unit/test_beton.py holds them equal to ffcv's own.
+# Declared here instead of imported: ffcv.types imports torch, numba and every field, and a check of
+# a file's header must not take seconds. tests/unit/test_beton.py compares them with ffcv's.
 VERSION = 2
 HEADER = np.dtype(
     [
@@ -52,8 +52,8 @@ IMAGE_METADATA = np.dtype(
 LABEL_METADATA = np.dtype("<i8")
 SAMPLE_METADATA = np.dtype([("f0", IMAGE_METADATA), ("f1", LABEL_METADATA)], align=True)
 EXTRA = np.dtype([("checksum", "<u8"), ("entry_bytes", "<u4")])
-# Lengths in bytes, and XXH64 throughout. samples: of the EXTRAs; structure: of header, descriptors,
-# metadata and table; trailer: of the bytes before it
+# names_bytes, about_bytes: lengths in bytes. The other values are XXH64 checksums. samples: of the
+# EXTRAs; structure: of header, descriptors, metadata and table; trailer: of the bytes before it
 TRAILER = np.dtype(
     [
         ("magic", "S8"),
@@ -68,23 +68,25 @@ TRAILER = np.dtype(
     ]
 )
 MAGIC, TRAILER_VERSION = b"rsb_ffcv", 3
-PAGE_BYTES = 1 << 23  # of the files written here; FFCV's default: 8 MiB
+PAGE_BYTES = 1 << 23  # page size of the files written here: FFCV's default, 8 MiB
 INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
 JPG, RAW = 0, 1
-MAX_CLASSES = (
-    1 << 20
-)  # beyond any labelled set: a larger label is damage, and would size the model's last layer
+# More than any labelled set has. A larger label is damage; it would determine the size of the
+# model's last layer
+MAX_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a file says of itself; the same for the same pictures and settings, wherever and
-    whenever it was written.
+    """The description in a file. It is a function of the pictures and settings, not of place or
+    time.
 
-    tool: versions of what wrote it. settings: how images are stored. source: kind of dataset,
-    split, number of pictures, fingerprint of their names and labels. classes: in the order of the
-    labels (wnids for ImageNet). titles: what people call them, or empty. counts: pictures kept as
-    they were, encoded, stored raw, left out.
+    tool: versions of the software that wrote the file
+    settings: how images are stored
+    source: kind of dataset, split, number of pictures, fingerprint of their names and labels
+    classes: names in the order of the labels (wnids for ImageNet)
+    titles: readable names of the classes, or empty
+    counts: numbers of pictures kept unchanged, encoded, stored raw, left out
     """
 
     tool: dict
@@ -95,7 +97,8 @@ class About:
     counts: dict
 
     def check(self) -> None:
-        """Raises ValueError where a part is not of its kind: the file's text may be anybody's."""
+        """Raises ValueError if a part has the wrong type. The text comes from a file, which may
+        contain anything."""
         lists, tables = (
             (self.classes, self.titles),
             (self.tool, self.settings, self.source, self.counts),
@@ -120,13 +123,20 @@ class About:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Beton:
-    """An image file whose every pointer has been checked. Arrays have one entry a sample, in
+    """An image file whose pointers have all been checked. Arrays have one entry per sample, in
     dataset order.
 
-    pointers, sizes: uint64, bytes from the file's start / bytes of the stored image. modes: uint8,
-    `JPG` or `RAW`. heights, widths: uint16, pixels. labels: int64, 0 or more. extras: EXTRA
-    records; about: what the file says of itself; names_at: where its names stand (first byte, how
-    many, XXH64). All three are None in a file of FFCV's.
+    path: the file
+    num_bytes: its length
+    pointers: uint64, position of the stored image, in bytes from the start of the file
+    sizes: uint64, bytes of the stored image
+    modes: uint8, `JPG` or `RAW`
+    heights, widths: uint16, pixels
+    labels: int64, 0 or more
+    extras: EXTRA records; None in a file that FFCV wrote
+    about: the file's description; None in a file that FFCV wrote
+    names_at: position of the names (first byte, length in bytes, XXH64); None in a file that FFCV
+        wrote
     """
 
     path: Path
@@ -146,32 +156,34 @@ class Beton:
 
     @property
     def num_classes(self) -> int:
-        """As many as the file lists, or where it lists none, the largest label + 1."""
+        """The number of classes that the file lists. If it lists none: the largest label + 1."""
         return len(self.about.classes) if self.about else int(self.labels.max()) + 1
 
     def class_name(self, label: int) -> str:
-        """As the file lists it, or the number."""
+        """The name that the file lists. If it lists none: the number."""
         return self.about.classes[label] if self.about else str(label)
 
     @cached_property
     def stored_bytes(self) -> np.ndarray:
-        """uint64: of each image and its entry points."""
+        """uint64: bytes of each image with its entry points."""
         return self.sizes if self.extras is None else self.sizes + self.extras["entry_bytes"]
 
     def read(self, opened: int, index: int) -> np.ndarray:
-        """uint8: an image and its entry points as they are stored, from the open file's descriptor.
-        Raises ValueError where they are not as they were written, OSError where they cannot be
-        read."""
+        """Reads an image and its entry points, uint8, as they are stored.
+
+        opened: descriptor of the open file. Raises ValueError if the bytes changed after they were
+        written, OSError if they cannot be read.
+        """
         data = np.empty(int(self.stored_bytes[index]), np.uint8)
         if os.preadv(opened, [data], int(self.pointers[index])) != data.nbytes:
-            raise ValueError("cannot be read: the file ends there")
+            raise ValueError("cannot be read: the file ends inside it")
         if self.extras is not None and checksum(data) != self.extras["checksum"][index]:
             raise ValueError("is damaged: its bytes do not match their checksum")
         return data
 
     def names(self) -> list[str]:
-        """The samples' names: their paths within the source. Where the file has none,
-        `sample_<number>`."""
+        """The samples' names: their paths within the source, or `sample_<number>` if the file has
+        no names. Raises InputError if they are damaged."""
         if self.names_at is None:
             return [f"sample_{number:08d}" for number in range(len(self))]
         start, length, expected = self.names_at
@@ -181,14 +193,14 @@ class Beton:
         names = text.tobytes().split(b"\0")[:-1]
         if checksum(text) != expected or len(names) != len(self):
             raise InputError(
-                f"{self.path}: damaged: the samples' names are not as they were written; write it "
+                f"{self.path}: damaged: the samples' names do not match their checksum; write it "
                 f"again with write_ffcv.py"
             )
         return [name.decode("utf-8", "surrogateescape") for name in names]
 
     def fingerprint(self) -> str:
-        """Tells apart files with other images, labels or order; the same for a copy under another
-        name."""
+        """Differs between files with different images, labels or order. A copy under another name
+        has the same fingerprint."""
         parts = [self.pointers, self.sizes, self.labels.astype(np.uint64)]
         if self.extras is not None:
             parts.append(self.extras["checksum"])
@@ -196,12 +208,11 @@ class Beton:
 
 
 def read_beton(path: str | Path) -> Beton:
-    """Opens `path` and checks it whole: header, fields, table, and each image's pointer, size and
-    shape.
+    """Opens `path` and checks all of its structure: header, fields, table, and each image's
+    pointer, size and shape.
 
-    Raises InputError naming the file and what is wrong with it: missing, not a .beton, truncated,
-    without an image and an int field named `image` and `label`, or with a sample that points
-    outside the file.
+    Raises InputError, which names the file and the fault: missing, not a .beton, truncated, without
+    an image field `image` and an int field `label`, or with a sample that points outside the file.
     """
     path = Path(path)
 
@@ -221,7 +232,7 @@ def read_beton(path: str | Path) -> Beton:
                     f"{num_fields} fields)"
                 )
             if num_samples == 0:
-                refuse("holds no sample")
+                refuse("contains no samples")
             table_start = int(header["alloc_table_ptr"])
             if table_start == 0:
                 refuse("incomplete: its writer was stopped before the end")
@@ -242,8 +253,8 @@ def read_beton(path: str | Path) -> Beton:
                 or (num_bytes - table_start) % ALLOCATION.itemsize
             ):
                 refuse(
-                    f"truncated: {num_bytes} bytes do not hold the allocation table that starts at "
-                    f"{table_start}"
+                    f"truncated: {num_bytes} bytes do not contain the allocation table that "
+                    f"starts at {table_start}"
                 )
             file.seek(table_start)
             table = np.fromfile(file, ALLOCATION)
@@ -261,7 +272,7 @@ def read_beton(path: str | Path) -> Beton:
         if path.with_name(f".{path.name}.appending").exists():
             refuse(
                 "an append to it was interrupted",
-                "give the same concat command again: it brings the file back",
+                "run the same concat command again, which restores the file",
             )
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); give the path of a .beton file"
@@ -275,8 +286,8 @@ def read_beton(path: str | Path) -> Beton:
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
 
-    # Compared as `size > room` with room >= 0, so that no sum of two file-supplied 64-bit numbers
-    # can wrap around.
+    # Compared as `size > room` with room >= 0: a sum of two 64-bit numbers from the file could
+    # overflow
     outside = (
         (pointers < metadata_end)
         | (pointers > num_bytes)
@@ -321,10 +332,16 @@ def put_around(
     about: About,
     keep_front: Callable[[bytes], object] = lambda front: None,
 ) -> None:
-    """Writes into a file everything around its images, which end at byte `end`: first what stands
-    behind them, and once that is on the disk, header, descriptors and `metadata`, which keep_front
-    is given before. metadata, table, extras: SAMPLE_METADATA, ALLOCATION and EXTRA, one a sample.
-    Raises OSError."""
+    """Writes everything around the images of a file: first what follows them, and after that is
+    flushed to disk, the front (header, descriptors, metadata). Raises OSError.
+
+    path: the file
+    end: the byte at which its images end
+    metadata, table, extras: SAMPLE_METADATA, ALLOCATION and EXTRA records, one per sample
+    names: the samples' names
+    about: the file's description
+    keep_front: called with the front before it is written
+    """
     head = np.zeros(1, HEADER)
     head["version"], head["num_fields"], head["page_size"], head["num_samples"] = (
         VERSION,
@@ -343,9 +360,8 @@ def put_around(
     end += -end % PAGE_BYTES
     head["alloc_table_ptr"] = end + extras.nbytes + len(text) + len(known) + TRAILER.itemsize
     front = b"".join(part.tobytes() for part in (head, fields, metadata))
-    gap = bytes(
-        max(0, int(metadata["f0"]["data_ptr"].min()) - len(front))
-    )  # what once stood there is no part of the file
+    # Overwrites with zeros what was there before: it is no part of the file
+    gap = bytes(max(0, int(metadata["f0"]["data_ptr"].min()) - len(front)))
     text_part, known_part = np.frombuffer(text, np.uint8), np.frombuffer(known, np.uint8)
     trailer = make_trailer(
         extras,
@@ -369,19 +385,19 @@ def put_around(
 
 
 def front_bytes(count: int) -> int:
-    """Of header, descriptors and metadata of a file written here."""
+    """Bytes of header, descriptors and metadata of a file with `count` samples written here."""
     return HEADER.itemsize + 2 * FIELD.itemsize + count * SAMPLE_METADATA.itemsize
 
 
 def structure_checksum(front: bytes, table: np.ndarray) -> int:
-    """Of everything that is not image data. front: header, descriptors and metadata."""
+    """The checksum of the file's structure. front: header, descriptors and metadata."""
     return checksum(np.frombuffer(front + table.tobytes(), np.uint8))
 
 
 def make_trailer(
     extras: np.ndarray, names_bytes: int, *, names_checksum: int, about: np.ndarray, structure: int
 ) -> np.ndarray:
-    """The TRAILER. about: uint8, its JSON; structure: structure_checksum's."""
+    """The TRAILER. about: uint8, the JSON of `About`; structure: result of structure_checksum."""
     trailer = np.array(
         [
             (
@@ -411,8 +427,16 @@ def _read_extras(
     structure: int,
     refuse: Callable[..., NoReturn],
 ) -> tuple[np.ndarray | None, About | None, tuple[int, int, int] | None]:
-    """(the samples' EXTRAs, About, where the names are), or Nones where the file is one of
-    FFCV's."""
+    """Returns (the samples' EXTRAs, About, position of the names), all None if FFCV wrote the
+    file.
+
+    file: the open file
+    header: its HEADER
+    table_start: first byte of the allocation table
+    metadata_end: the byte after the metadata
+    structure: result of structure_checksum
+    refuse: raises InputError with a reason and, optionally, a fix
+    """
     count = int(header["num_samples"])
     at, trailer = table_start - TRAILER.itemsize, np.zeros(1, TRAILER)
     if at >= metadata_end:
@@ -421,19 +445,19 @@ def _read_extras(
     if trailer["magic"][0] != MAGIC:
         if header["page_size"] == 0 or table_start % int(header["page_size"]):
             refuse(
-                "damaged, or written before version 3 of this program's checksums: they are not "
-                "where they should be"
+                "damaged, or written before version 3 of this program's checksums: the checksums "
+                "are not at the expected position"
             )
         return None, None, None
     if trailer["version"][0] != TRAILER_VERSION:
         refuse(
-            f"has checksums of version {trailer['version'][0]}, and this program knows "
+            f"has checksums of version {trailer['version'][0]}, and this program reads version "
             f"{TRAILER_VERSION}",
-            "write it again with write_ffcv.py, or read it with the rsb_ffcv that wrote it",
+            "write it again with write_ffcv.py, or read it with the rsb_ffcv version that wrote it",
         )
     names_bytes, about_bytes = int(trailer["names_bytes"][0]), int(trailer["about_bytes"][0])
     start = at - EXTRA.itemsize * count - names_bytes - about_bytes
-    damaged = "damaged: header, metadata, table or checksums are not as they were written"
+    damaged = "damaged: header, metadata, table or checksums changed after they were written"
     if start < metadata_end:
         refuse(damaged)
     file.seek(start)
@@ -456,13 +480,13 @@ def _read_extras(
         about.check()
         "".join(about.classes + about.titles).encode("utf-8", "surrogateescape")
     except (ValueError, TypeError, RecursionError):
-        refuse("what it says of itself cannot be read", "read it with the rsb_ffcv that wrote it")
+        refuse("its description cannot be read", "read it with the rsb_ffcv version that wrote it")
     return extras, about, (start + extras.nbytes, names_bytes, int(trailer["names"][0]))
 
 
 def _metadata_type(fields: np.ndarray, refuse: Callable[..., NoReturn]) -> np.dtype:
-    """The dtype of a metadata row. Only fields of known width are accepted: any other would shift
-    what follows."""
+    """The dtype of a metadata row. Only fields of known width are accepted, because any other
+    would shift the fields after it."""
     widths = {
         0: np.dtype("<f8"),
         INT_TYPE_ID: LABEL_METADATA,
@@ -474,7 +498,7 @@ def _metadata_type(fields: np.ndarray, refuse: Callable[..., NoReturn]) -> np.dt
     }
     found = {bytes(field["name"]).split(b"\0")[0]: int(field["type_id"]) for field in fields}
     if len(found) < len(fields):
-        refuse(f"has two fields of one name ({len(fields)} fields, {len(found)} names)")
+        refuse(f"has two fields with one name ({len(fields)} fields, {len(found)} names)")
     if found.get(b"image") != IMAGE_TYPE_ID or found.get(b"label") != INT_TYPE_ID:
         refuse(
             f"needs an image field 'image' and an int field 'label', has "
@@ -489,7 +513,7 @@ def _metadata_type(fields: np.ndarray, refuse: Callable[..., NoReturn]) -> np.dt
 def _image_sizes(
     pointers: np.ndarray, table: np.ndarray, refuse: Callable[..., NoReturn]
 ) -> np.ndarray:
-    """Stored bytes of each image: its pointer looked up in the allocation table."""
+    """Stored bytes of each image, looked up by its pointer in the allocation table."""
     table = table[np.argsort(table["ptr"], kind="stable")]
     rows = np.minimum(np.searchsorted(table["ptr"], pointers), len(table) - 1)
     missing = table["ptr"][rows] != pointers

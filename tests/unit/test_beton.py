@@ -171,7 +171,7 @@ def test_duplicate_field_names_are_refused(betons, tmp_path):
     fields = np.frombuffer(whole, beton.FIELD, 2, 24)
     fields["name"][1] = fields["name"][0]
     (tmp_path / "twice.beton").write_bytes(whole)
-    with pytest.raises(InputError, match="twice.beton: has two fields of one name"):
+    with pytest.raises(InputError, match="twice.beton: has two fields with one name"):
         beton.read_beton(tmp_path / "twice.beton")
 
 
