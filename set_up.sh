@@ -1,19 +1,20 @@
 #!/bin/sh
-# Makes .venv with the tested versions of constraints.txt; called by make, which calls it again only where
-# constraints.txt or this file has changed. Installs system packages with apt when root, else names what is missing.
+# Makes .venv with the tested versions in constraints.txt. make calls this script, and calls it again only if
+# constraints.txt or this file has changed. As root it installs system packages with apt; otherwise it prints what is
+# missing.
 set -eu
 cd "$(dirname "$0")"
 supported="3.14 3.13 3.12 3.11"
 venv=.venv
 
-# A name on PATH is no interpreter yet: pyenv leaves commands there that only print an error.
+# A command on PATH need not be an interpreter: pyenv installs commands that only print an error.
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 is_supported() { case " $supported " in *" $(version_of "$1") "*) return 0 ;; *) return 1 ;; esac }
 
 has_venv() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
 python=${PYTHON:-python3}
-if [ -z "${PYTHON:-}" ]; then  # that of the .venv that is there, else python3, else the newest
+if [ -z "${PYTHON:-}" ]; then  # the interpreter of an existing .venv, else python3, else the newest
     ! has_venv || python=$venv/bin/python
     for candidate in python3 $(printf 'python%s ' $supported); do
         is_supported "$python" || python=$candidate
@@ -26,8 +27,8 @@ if ! is_supported "$python"; then
 fi
 echo "setting up with $python ($("$python" --version))"
 
-# ffcv builds against libturbojpeg and OpenCV. Of OpenCV it calls cv::resize alone: two small packages hold that,
-# where libopencv-dev would bring 249 packages and 841 MB.
+# ffcv builds against libturbojpeg and OpenCV. It only calls cv::resize of OpenCV, which two small packages contain;
+# libopencv-dev would install 249 packages and 841 MB.
 packages="build-essential pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev"
 debian=python$(version_of "$python")
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages $debian-venv"
@@ -50,13 +51,13 @@ fi
 
 has_venv && [ "$(version_of "$venv/bin/python")" = "$(version_of "$python")" ] || { rm -rf "$venv"; "$python" -m venv "$venv"; }
 pip="$venv/bin/python -m pip --disable-pip-version-check"
-# ffcv comes last and without its dependencies: it asks for opencv-python, which needs display libraries;
-# constraints.txt has the headless build of the same module, and the rest of what ffcv imports.
+# ffcv is installed last and without its dependencies: it requires opencv-python, which needs display libraries.
+# constraints.txt has the headless build of the same module, and everything else that ffcv imports.
 grep -v '^ffcv==' constraints.txt > "$venv/requirements.txt"
 $pip install -q -r "$venv/requirements.txt"
 
-# What pkg-config says of OpenCV on Debian is in libopencv-dev, and names every module. This says what ffcv uses.
-shim=$(mktemp -d)  # outside the checkout: ffcv's set-up splits paths at spaces
+# Debian's pkg-config file of OpenCV is in libopencv-dev and lists every module. This one lists what ffcv uses.
+shim=$(mktemp -d)  # outside the checkout, because ffcv's set-up splits paths at spaces
 trap 'rm -rf "$shim"' EXIT
 mkdir -p "$shim/opencv2"
 printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' > "$shim/opencv2/opencv.hpp"

@@ -1,4 +1,4 @@
-"""Writes labelled images into .beton files; see rsb_ffcv/commands/write.py."""
+"""Writes labelled images to .beton files; see rsb_ffcv/commands/write.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What each epoch of a recipe is, as a table."""
+"""Prints the epochs of a recipe as a table."""
 
 from itertools import groupby
 
@@ -9,18 +9,18 @@ from rsb_ffcv.training.plan import Epoch, Plan
 
 
 def print_plan(config: TrainConfig) -> None:
-    """One line for each range of epochs with the same resolution, mixing and averaging.
+    """Prints one line for each range of epochs with the same resolution, mixing and averaging.
 
-    A step takes training.global_batch images; where that is 0, training.batch_size x
-    dist.world_size.
+    A step takes training.global_batch images. If that is 0: training.batch_size x dist.world_size.
+    Raises InputError if the data file has fewer images than a step.
     """
     images = len(read_beton(config.data.train_dataset))
     c = config.training
     batch = c.global_batch or c.batch_size * config.dist.world_size
     if batch > images:
         raise InputError(
-            f"training.global_batch={batch}: data.train_dataset={config.data.train_dataset} holds "
-            f"{images} images; lower it"
+            f"training.global_batch={batch}: data.train_dataset={config.data.train_dataset} has "
+            f"only {images} images; lower it"
         )
     plan = Plan(config, images // batch)
     print(

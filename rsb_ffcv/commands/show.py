@@ -1,5 +1,4 @@
-"""A contact sheet: images of a file as they are stored, and as a recipe's augmentation makes
-them."""
+"""Draws a contact sheet: images of a file as they are stored, and as a recipe augments them."""
 
 import math
 import os
@@ -21,21 +20,28 @@ from rsb_ffcv.ops import native
 from rsb_ffcv.training import build, plan
 from rsb_ffcv.training.compute import Compute
 
-CELL, LABEL, GAP = (
-    192,
-    32,
-    4,
-)  # pixels: an image's side at most, the room for its label, and between cells
+# Pixels: longer side of an image, height of its label, space between cells
+CELL, LABEL, GAP = 192, 32, 4
 MOST_CELLS = 4000
 
 
 def show(
     path: str, write_path: str, *, samples: str, classes: str, count: int, recipe: str, epochs: int
 ) -> None:
-    """Writes a PNG. samples: numbers and ranges; classes: names or numbers, of each the first
-    `count`; neither: `count` of the file, evenly. recipe: YAML file; its crops, flips, RandAugment,
-    jitter and erasing as they will be in each of the first `epochs` epochs stand beside the stored
-    image (without mixup and cutmix, which need a batch)."""
+    """Writes a contact sheet to a PNG file.
+
+    path: the .beton file
+    write_path: the PNG file
+    samples: numbers and ranges of samples, or empty
+    classes: names or numbers of classes, or empty; the first `count` samples of each are shown
+    count: number of images; without samples and classes, they are spread evenly over the file
+    recipe: YAML file, or empty. Beside each stored image are its crop, flip, RandAugment, jitter
+        and erasing in the recipe's first epochs (without mixup and cutmix, which need a batch)
+    epochs: number of these epochs
+
+    Raises InputError if a sample is damaged, an option does not fit the file, or a file cannot be
+    read or written.
+    """
     file = read_beton(path)
     if os.path.realpath(path) == os.path.realpath(write_path):
         raise InputError(f"cfg.write_path={write_path}: is the file itself; choose another")
@@ -43,8 +49,7 @@ def show(
     if len(chosen) * (1 + epochs * bool(recipe)) > MOST_CELLS:
         raise InputError(
             f"{len(chosen)} images with {epochs} epochs each are more than {MOST_CELLS} pictures; "
-            f"choose fewer by "
-            f"cfg.samples, cfg.count or cfg.epochs"
+            f"choose fewer with cfg.samples, cfg.count or cfg.epochs"
         )
     stored = [Image.fromarray(picture) for picture in _stored(file, chosen)]
     names = file.names()
@@ -84,8 +89,8 @@ def _chosen(file: Beton, samples: str, classes: str, *, count: int) -> np.ndarra
         ]
         if not all(map(len, chosen)):
             raise InputError(
-                f"cfg.classes={classes}: {file.path} has a class there without samples; info lists "
-                f"them"
+                f"cfg.classes={classes}: one of these classes has no samples in {file.path}; info "
+                f"lists the classes"
             )
         return np.concatenate(chosen)
     return evenly(len(file), count)
@@ -104,13 +109,13 @@ def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
                 )
             except ValueError as error:
                 raise InputError(
-                    f"{file.path}: sample {index} {first_line(error)}; verify tells of all that "
-                    f"are damaged"
+                    f"{file.path}: sample {index} {first_line(error)}; verify lists all damaged "
+                    f"samples"
                 ) from error
 
 
 def _augmented(path: str, chosen: np.ndarray, recipe: str, *, epochs: int) -> Iterator[np.ndarray]:
-    """Of each epoch, the images (n, side, side, 3) uint8."""
+    """Yields the images of each epoch: uint8 (n, side, side, 3)."""
     c = read_config(
         None,
         [

@@ -24,16 +24,17 @@ def _plan(arguments: list[str], description: str) -> None:
 
 
 COMMANDS = {
-    "train": Command("train, or continue, the run of logging.folder", SECTIONS, _train),
-    "plan": Command("print what each epoch of a recipe is, without training", SECTIONS, _plan),
+    "train": Command("start or resume the run in logging.folder", SECTIONS, _train),
+    "plan": Command("print the epochs of a recipe, without training", SECTIONS, _plan),
 }
 
 
 def main() -> int:
-    """Raises InputError for what the user can correct."""
+    """Runs the command and returns its exit status. Raises InputError for errors
+    that the user can correct."""
     return dispatch(COMMANDS, "train", ABOUT)
 
 
 def program() -> int:
-    """The console script: the exit status."""
+    """The console script. Returns the exit status."""
     return exit_status(main)

@@ -11,13 +11,13 @@ from rsb_ffcv.commands import Command, dispatch
 from rsb_ffcv.config import write as options
 from rsb_ffcv.config.options import read_options
 
-ABOUT = """Writes labelled images into .beton files, and reports what they hold:
+ABOUT = """Writes labelled images to .beton files, and prints, checks and changes such files:
   python write_ffcv.py --cfg.data_dir=/data/imagenet --cfg.write_path=/data/beton
   python write_ffcv.py info --cfg.path=/data/beton/train.beton"""
 
 
 def _parts(c: options.Source) -> tuple[Any, Any]:
-    """Where the images come from, and how they are stored."""
+    """The Place (where the images are) and the Encoding (how they are stored)."""
     from rsb_ffcv import dataset
 
     place = dataset.Place(
@@ -137,7 +137,8 @@ def _export(c: options.Export) -> None:
 
 
 def _command(text: str, section: type[Any], action: Callable[[Any], int | None]) -> Command:
-    """section: the options, as --cfg.<name>."""
+    """A Command. section: its options, given as --cfg.<name>; action: takes them, returns the exit
+    status."""
 
     def run(arguments: list[str], description: str) -> int | None:
         options = read_options({"cfg": section}, description, arguments)["cfg"]
@@ -149,38 +150,40 @@ def _command(text: str, section: type[Any], action: Callable[[Any], int | None])
 
 
 COMMANDS = {
-    "write": _command("labelled images into .beton files", options.Write, _write),
+    "write": _command("write labelled images to .beton files", options.Write, _write),
     "estimate": _command(
-        "what write would take, in bytes and time, from a sample of the images",
+        "estimate the size and time of write, from a sample of the images",
         options.Source,
         _estimate,
     ),
     "info": _command(
-        "samples, classes, sizes, modes, settings and bytes of a file", options.Info, _info
+        "print samples, classes, sizes, modes, settings and bytes of a file", options.Info, _info
     ),
     "verify": _command(
-        "structure, every checksum, decoding; exit status 1 where something is damaged",
+        "check structure, checksums and decoding; exit status 1 if something is damaged",
         options.Verify,
         _verify,
     ),
     "show": _command(
-        "a contact sheet of images, as stored and as a recipe augments them", options.Show, _show
+        "draw a contact sheet of images, as stored and as a recipe augments them",
+        options.Show,
+        _show,
     ),
     "merge": _command(
-        "all samples of some files into a new one, classes brought together by name (and stock "
-        "FFCV's files into sound ones)",
+        "write all samples of some files to a new one; classes are matched by name. Adds "
+        "checksums and entry points to files of stock FFCV",
         options.Merge,
         _merge,
     ),
-    "subset": _command("chosen classes or samples into a new file", options.Subset, _subset),
-    "shard": _command("a file into several of consecutive samples", options.Shard, _shard),
+    "subset": _command("write chosen classes or samples to a new file", options.Subset, _subset),
+    "shard": _command("split a file into several with consecutive samples", options.Shard, _shard),
     "concat": _command(
-        "append files to a file, in place, without writing again what is there",
+        "append files to a file in place, without writing its samples again",
         options.Concat,
         _concat,
     ),
     "export": _command(
-        "a file's images into class folders, byte for byte as they are stored",
+        "write a file's images to class folders, byte for byte as they are stored",
         options.Export,
         _export,
     ),
@@ -188,13 +191,14 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Raises InputError for what the user can correct."""
+    """Runs the command and returns its exit status. Raises InputError for errors that the user can
+    correct."""
     for stream in (sys.stdout, sys.stderr):
-        # names of files may be no text at all
+        # File names need not be valid text
         cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     return dispatch(COMMANDS, "write", ABOUT)
 
 
 def program() -> int:
-    """The console script: the exit status."""
+    """The console script. Returns the exit status."""
     return exit_status(main)

@@ -1,6 +1,6 @@
-"""The options of write_ffcv.py: one frozen dataclass a command, all in the section `cfg`.
+"""The options of write_ffcv.py: one frozen dataclass per command, all in the section `cfg`.
 
-Names of libffcv/ffcv-imagenet's writer keep their names and meaning.
+Options that the writer of libffcv/ffcv-imagenet has keep their names and meaning.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,10 @@ class Source:
 
     dataset: str = option(
         "imagenet",
-        "what data_dir holds. imagenet: <split>/<class>/<image>, as folders or in a tar; "
+        "content of data_dir. imagenet: <split>/<class>/<image>, in folders or in a tar; "
         "imagenet_archives: the official tars and devkit; kaggle: the CLS-LOC layout; webdataset, "
-        "parquet: shards; "
-        "datasets: a name on the Hugging Face hub; csv, callable: path,label lists; cifar: "
-        "cifar10; the others by "
-        "their layout",
+        "parquet: shards; datasets: a name on the Hugging Face hub; csv, callable: path,label "
+        "lists; cifar: same as cifar10; the others: the layout of the data set of that name",
         choices=(
             "imagenet",
             "imagenet_archives",
@@ -40,30 +38,37 @@ class Source:
     split: str = option("", "train or val; empty: both", choices=("", "train", "val"))
     data_dir: str = option(
         REQUIRED,
-        "folder of the images, a file or pattern of shards ({split}, {000..147}, {a,b}, *), or any "
-        "fsspec URL (cifar, imagenette and demo are put there)",
+        "folder of the images, a file or pattern of shards ({split}, {000..147}, {a,b}, *), or "
+        "any fsspec URL (missing files of cifar, imagenette and demo are written to the folder)",
     )
     write_mode: str = option(
         "jpg",
-        "jpg, raw, smart (jpg where raw exceeds smart_threshold) or proportion",
+        "jpg, raw, smart (jpg if raw exceeds smart_threshold) or proportion",
         choices=("jpg", "raw", "smart", "proportion"),
     )
     max_resolution: int = option(
-        0, "longer side in pixels that larger images are shrunk to; 0: keep", low=0, high=65535
+        0,
+        "longer side in pixels that larger images are shrunk to; 0: keep sizes",
+        low=0,
+        high=65535,
     )
     pass_through: bool = option(
-        True, "JPEGs that need no change keep their bytes; 0: encode all anew"
+        True, "JPEGs that need no change keep their bytes; 0: encode all images"
     )
     num_workers: int = option(16, "threads that read and encode", low=1, high=1024)
     chunk_size: int = option(
         100, "images that may be encoded ahead of the writing", low=1, high=100000
     )
-    jpeg_quality: int = option(90, "of images that are encoded (chroma 4:2:0)", low=1, high=100)
-    subset: int = option(-1, "first images of each split to use; -1: all", low=-1)
+    jpeg_quality: int = option(
+        90, "quality of images that are encoded (chroma 4:2:0)", low=1, high=100
+    )
+    subset: int = option(-1, "use only the first images of each split, this many; -1: all", low=-1)
     compress_probability: float = option(
         0.5, "proportion: share of images stored as JPEG", low=0, high=1
     )
-    smart_threshold: int = option(3 * 256 * 256, "smart: largest image stored raw, in bytes", low=0)
+    smart_threshold: int = option(
+        3 * 256 * 256, "smart: size of the largest image stored raw, in bytes", low=0
+    )
     max_pixels: int = option(
         100_000_000,
         "pictures with more pixels are refused before they are decoded",
@@ -72,17 +77,17 @@ class Source:
     )
     follow_links: bool = option(False, "read symbolic links that leave data_dir")
     class_names: str = option(
-        "", "text file of the classes' names, one a line, where the source has numbers only"
+        "", "text file of class names, one per line, if the source has only numbers"
     )
     callable: str = option(
         "",
-        "dataset=callable: module:function, which takes a split and gives (path, label) pairs",
+        "dataset=callable: module:function that takes a split and returns (path, label) pairs",
     )
     image_column: str = option(
-        "", "parquet, datasets: column of the images; empty: image, or the only one that fits"
+        "", "parquet, datasets: column of the images; empty: image, or the only matching column"
     )
     label_column: str = option(
-        "", "parquet, datasets: column of the labels; empty: label, or the only one that fits"
+        "", "parquet, datasets: column of the labels; empty: label, or the only matching column"
     )
 
 
@@ -93,38 +98,38 @@ class Write(Source):
     write_path: str = option(REQUIRED, "the .beton file, or a folder for train.beton and val.beton")
     on_error: str = option(
         "fail",
-        "a picture that cannot be used: end, or skip: leave it out, and name it in the report",
+        "if a picture cannot be used: end with an error (fail), or leave it out and list it in "
+        "the report (skip)",
         choices=("fail", "skip"),
     )
     max_skipped: float = option(
-        0.01, "skip: end where more than this share is left out", low=0, high=1
+        0.01, "skip: end with an error if more than this share is left out", low=0, high=1
     )
     report: str = option(
         "",
-        "skip: CSV file of path, class and reason (of two splits: with .train and .val before its "
-        "suffix); "
-        "empty: <file>.skipped.csv",
+        "skip: CSV file of path, class and reason (for two splits, .train and .val are inserted "
+        "before its suffix); empty: <file>.skipped.csv",
     )
 
 
 _PATH = "the .beton file"
-_WORKERS = option(16, "threads", low=1, high=1024)
+_WORKERS = option(16, "number of threads", low=1, high=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """what a file holds"""
+    """printing the content of a file"""
 
     path: str = option(REQUIRED, _PATH)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """whether a file is sound"""
+    """checking a file"""
 
     path: str = option(REQUIRED, _PATH)
     decode: float = option(
-        1.0, "share of the images that are decoded; checksums are compared of all", low=0, high=1
+        1.0, "share of the images to decode; all checksums are compared", low=0, high=1
     )
     num_workers: int = _WORKERS
     report: str = option("", "CSV file of sample, path and reason; empty: none")
@@ -132,27 +137,29 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
-    """a contact sheet"""
+    """drawing a contact sheet"""
 
     path: str = option(REQUIRED, _PATH)
     write_path: str = option(REQUIRED, "the PNG file")
     samples: str = option(
-        "", "numbers and ranges of samples, such as 0-7,200; empty: some, spread evenly"
+        "", "numbers and ranges of samples, such as 0-7,200; empty: spread evenly over the file"
     )
-    classes: str = option("", "classes by name or number, separated by commas: their first samples")
+    classes: str = option(
+        "", "classes by name or number, separated by commas: show their first samples"
+    )
     count: int = option(
-        16, "how many are shown, of each class where classes are given", low=1, high=1000
+        16, "number of images to show; with classes, of each class", low=1, high=1000
     )
     recipe: str = option(
         "",
-        "YAML file of a training recipe: beside each image, what its augmentation makes of it",
+        "YAML file of a training recipe: show each image also as the recipe augments it",
     )
-    epochs: int = option(5, "recipe: in so many epochs", low=1, high=100)
+    epochs: int = option(5, "recipe: number of epochs to show", low=1, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """one file of several"""
+    """merging files into a new one"""
 
     paths: str = option(REQUIRED, ".beton files, separated by commas")
     write_path: str = option(REQUIRED, "the new .beton file")
@@ -161,32 +168,32 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Subset:
-    """some samples of a file"""
+    """writing some samples of a file to a new one"""
 
     path: str = option(REQUIRED, _PATH)
     write_path: str = option(REQUIRED, "the new .beton file")
     classes: str = option(
         "",
-        "classes by name or number, separated by commas; they are numbered anew. Empty: all",
+        "classes by name or number, separated by commas; they are renumbered. Empty: all",
     )
     samples: str = option("", "numbers and ranges of samples, such as 0-99,200; empty: all")
-    per_class: int = option(0, "the first so many of each class; 0: all", low=0)
+    per_class: int = option(0, "only the first samples of each class, this many; 0: all", low=0)
     num_workers: int = _WORKERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """a file in parts"""
+    """splitting a file into parts"""
 
     path: str = option(REQUIRED, _PATH)
     write_path: str = option(REQUIRED, "folder for the parts, <name>-00000-of-00008.beton")
-    shards: int = option(REQUIRED, "how many", low=1, high=100000)
+    shards: int = option(REQUIRED, "number of parts", low=1, high=100000)
     num_workers: int = _WORKERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concat:
-    """files behind a file"""
+    """appending files to a file"""
 
     path: str = option(REQUIRED, "the .beton file to append to")
     paths: str = option(REQUIRED, ".beton files, separated by commas")
@@ -195,8 +202,8 @@ class Concat:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """images as files again"""
+    """exporting images to files"""
 
     path: str = option(REQUIRED, _PATH)
-    write_path: str = option(REQUIRED, "new folder, for <class>/<image>")
+    write_path: str = option(REQUIRED, "new folder for <class>/<image>")
     num_workers: int = _WORKERS

@@ -222,7 +222,7 @@ def test_command_requires_only_the_options_it_reads(given, call_program, tmp_pat
     status, out, err = call_program("train_imagenet.py", *options)
     assert status == 2 and "data.val_dataset is missing" in err
     status, out, err = call_program("train_imagenet.py", "plam", *options)
-    assert status == 2 and "plam: no such command; did you mean plan? train, plan" in err
+    assert status == 2 and "plam: no such command; did you mean plan? All: train, plan" in err
 
 
 @pytest.mark.parametrize(
