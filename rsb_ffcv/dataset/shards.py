@@ -110,8 +110,8 @@ def webdataset(place: Place, split: str) -> Source:
             )
     if without:
         print(
-            f"{place.data_dir}: {len(without)} members left out, because their key has no image "
-            f"or a second one: {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
+            f"{place.data_dir}: {len(without)} members left out (no image with their key, or a "
+            f"second one): {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
             file=sys.stderr,
         )
     classes, numbers = label_numbers(

@@ -957,7 +957,7 @@ def test_ignored_members_of_a_shard_are_reported(tmp_path, capsys):
     out = write(tmp_path, Place(dataset="webdataset", data_dir=str(tmp_path / "in")), "train")
     assert len(read_beton(out / "train.beton")) == 3
     assert (
-        "2 members left out, without an image of their key or beside another one: b.cls, "
+        "2 members left out (no image with their key, or a second one): b.cls, "
         "c.right.jpg" in capsys.readouterr().err
     )
 
@@ -972,7 +972,7 @@ def test_archive_cut_between_members_and_missing_images_are_detected(tmp_path):
         write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "a")), "val")
     with open(path, "ab") as file:
         file.write(bytes(1024))
-    with pytest.raises(InputError, match="holds 4 images, and the ground truth 6"):
+    with pytest.raises(InputError, match="contains 4 images, and the ground truth 6"):
         write(tmp_path, Place(dataset="imagenet_archives", data_dir=str(tmp_path / "a")), "val")
     sources.kaggle(tmp_path / "k")
     (tmp_path / "k/ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000003.JPEG").unlink()
@@ -1046,7 +1046,7 @@ def test_invalid_names_are_replaced_and_duplicate_classes_refused(tmp_path):
             "more than 100000 shards",
         ),
         (Place(dataset="imagenet", data_dir="zip://*::{tmp}/no.zip"), "no.zip"),
-        (Place(dataset="csv", data_dir="{tmp}/quote.csv"), "not a table"),
+        (Place(dataset="csv", data_dir="{tmp}/quote.csv"), "not a CSV file"),
     ],
 )
 def test_invalid_data_dirs_are_one_error_line(place, message, tmp_path):

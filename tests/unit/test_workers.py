@@ -62,7 +62,8 @@ def test_hanging_thread_ends_the_program_with_a_reason():
             hanging.wait()
             yield 4
         name = lambda item: f"picture {{item}}"
-        sys.exit(exit_status(lambda: list(ordered(hangs, items(), 2, name=name, patience=0.5))))
+        results = ordered(hangs, items(), threads=2, name=name, patience=0.5)
+        sys.exit(exit_status(lambda: list(results)))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
