@@ -216,8 +216,8 @@ def read_beton(path: str | Path) -> Beton:
     """
     path = Path(path)
 
-    def refuse(why: str, mend: str = "write it again with write_ffcv.py") -> NoReturn:
-        raise InputError(f"{path}: {why}; {mend}")
+    def refuse(why: str, fix: str = "write it again with write_ffcv.py") -> NoReturn:
+        raise InputError(f"{path}: {why}; {fix}")
 
     try:
         num_bytes = os.stat(path).st_size

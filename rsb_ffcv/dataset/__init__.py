@@ -211,11 +211,11 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
     """Prints the content of a file, and the images per class compared with the source."""
     assert written.about is not None and written.extras is not None  # this program wrote it
     counts = written.about.counts
-    there = np.bincount(written.labels, minlength=len(source.classes))
-    wanted = np.bincount(source.labels, minlength=len(source.classes))
-    if wanted.sum() - there.sum() != counts["left out"] or (there > wanted).any():
+    found = np.bincount(written.labels, minlength=len(source.classes))
+    total = np.bincount(source.labels, minlength=len(source.classes))
+    if total.sum() - found.sum() != counts["left out"] or (found > total).any():
         raise AssertionError(
-            f"{written.path}: {there.sum()} of {wanted.sum()} images, {counts['left out']} left out"
+            f"{written.path}: {found.sum()} of {total.sum()} images, {counts['left out']} left out"
         )
     print(
         f"{written.path}: {len(written)} images, {len(source.classes)} classes, "
@@ -225,8 +225,8 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
     print(
         "images per class: "
         + ", ".join(
-            f"{name} {has}" + (f" of {had}" if has < had else "")
-            for name, has, had in zip(source.classes, there.tolist(), wanted.tolist())
+            f"{name} {count}" + (f" of {expected}" if count < expected else "")
+            for name, count, expected in zip(source.classes, found.tolist(), total.tolist())
         )
     )
     order = np.argsort(written.extras["checksum"], kind="stable")

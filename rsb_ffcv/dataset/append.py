@@ -140,15 +140,15 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
         numbers=[numbers[0]],
     )
     try:
-        there = set(zip(names, target.labels.tolist()))
-        twice = [
+        existing = set(zip(names, target.labels.tolist()))
+        duplicates = [
             name
             for name, label in zip(samples.names, samples.labels.tolist())
-            if (name, label) in there
+            if (name, label) in existing
         ]
-        if twice:
+        if duplicates:
             raise InputError(
-                f"{append.path}: already contains '{twice[0]}'; {len(twice)} of the "
+                f"{append.path}: already contains '{duplicates[0]}'; {len(duplicates)} of the "
                 f"{len(samples)} samples to append are duplicates; leave them out"
             )
         count = len(target) + len(samples)

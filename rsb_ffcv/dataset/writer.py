@@ -178,25 +178,25 @@ def _finished(
 ) -> Beton:
     """The existing file, if it has the settings and pictures of the file that would be written.
     Raises InputError otherwise."""
-    there = beton.read_beton(path)
-    mend = "remove it or choose another `write_path`"
-    if there.about is None:
-        raise InputError(f"{path}: exists, and this program did not write it; {mend}")
+    existing = beton.read_beton(path)
+    fix = "remove it or choose another `write_path`"
+    if existing.about is None:
+        raise InputError(f"{path}: exists, and this program did not write it; {fix}")
     for what, old, new in (
-        ("settings", there.about.settings, about.settings),
-        ("pictures", there.about.source, about.source),
+        ("settings", existing.about.settings, about.settings),
+        ("pictures", existing.about.source, about.source),
     ):
         if old != new:
             raise InputError(
-                f"{path}: exists, written with other {what} ({_differing(old, new)}); {mend}"
+                f"{path}: exists, written with other {what} ({_differing(old, new)}); {fix}"
             )
-    assert there.extras is not None  # as `about`: this program wrote it
-    if len(there) == len(source):  # samples are pictures, one for one
-        for index in evenly(len(there), SAMPLED).tolist():
-            if store(index).checksum != there.extras["checksum"][index]:
+    assert existing.extras is not None  # as `about`: this program wrote it
+    if len(existing) == len(source):  # samples are pictures, one for one
+        for index in evenly(len(existing), SAMPLED).tolist():
+            if store(index).checksum != existing.extras["checksum"][index]:
                 raise InputError(
                     f"{path}: exists, and {source.place(index)} has changed since it was written; "
-                    f"{mend}"
+                    f"{fix}"
                 )
     # The journal is left if the program was interrupted between its last two steps
     _journal_path(path).unlink(missing_ok=True)
@@ -205,7 +205,7 @@ def _finished(
         f"to write it again",
         flush=True,
     )
-    return there
+    return existing
 
 
 def _differing(old: dict, new: dict) -> str:
