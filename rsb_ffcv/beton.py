@@ -235,7 +235,7 @@ def read_beton(path: str | Path) -> Beton:
                 refuse("contains no samples")
             table_start = int(header["alloc_table_ptr"])
             if table_start == 0:
-                refuse("incomplete: its writer was stopped before the end")
+                refuse("incomplete: its writer was interrupted")
             metadata_start = HEADER.itemsize + num_fields * FIELD.itemsize
             if metadata_start > num_bytes:
                 refuse(f"truncated: {num_bytes} bytes end inside the field descriptors")

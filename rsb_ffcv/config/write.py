@@ -17,7 +17,7 @@ class Source:
         "content of data_dir. imagenet: <split>/<class>/<image>, in folders or in a tar; "
         "imagenet_archives: the official tars and devkit; kaggle: the CLS-LOC layout; webdataset, "
         "parquet: shards; datasets: a name on the Hugging Face hub; csv, callable: path,label "
-        "lists; cifar: same as cifar10; the others: the layout of the data set of that name",
+        "lists; cifar: same as cifar10; the others: the layout of the dataset of that name",
         choices=(
             "imagenet",
             "imagenet_archives",

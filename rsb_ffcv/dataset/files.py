@@ -291,7 +291,7 @@ def read_text(files: Files, name: str) -> str:
         return files.read(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{files.path(name)}: not text in UTF-8 ({first_line(error)}); correct it"
+            f"{files.path(name)}: not UTF-8 text ({first_line(error)}); convert it"
         ) from error
 
 

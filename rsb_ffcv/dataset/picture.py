@@ -262,7 +262,7 @@ def jpeg_frame(data: bytes) -> Frame | None:
         if data[at] != 0xFF:
             return None
         marker = data[at + 1]
-        if marker == 0xFF:  # fill
+        if marker == 0xFF:  # fill byte
             at += 1
             continue
         if marker in (0xDA, 0xD9):

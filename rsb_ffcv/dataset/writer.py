@@ -191,7 +191,7 @@ def _finished(
                 f"{path}: exists, written with other {what} ({_differing(old, new)}); {fix}"
             )
     assert existing.extras is not None  # as `about`: this program wrote it
-    if len(existing) == len(source):  # samples are pictures, one for one
+    if len(existing) == len(source):  # none left out: sample numbers are picture numbers
         for index in evenly(len(existing), SAMPLED).tolist():
             if store(index).checksum != existing.extras["checksum"][index]:
                 raise InputError(
