@@ -22,13 +22,13 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EB
 
 
 @contextmanager
-def atomic_file(path: str | Path, mend: str) -> Iterator[io.BufferedWriter]:
+def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     """Yields a binary file for writing. When the block ends, the file is flushed to disk and
     renamed to `path`, and the folder is flushed.
 
     If the block raises, the previous file at `path` is kept and the unfinished file is removed.
     If the file cannot be written (no such folder, no permission, full disk), InputError is raised.
-    Its message contains `path` and `mend`, the fix.
+    Its message contains `path`, and `fix`: what the user can do.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
@@ -40,17 +40,17 @@ def atomic_file(path: str | Path, mend: str) -> Iterator[io.BufferedWriter]:
         os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); {mend}") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 def write_table(
-    path: str | Path, head: list[str], rows: Iterable[Iterable[object]], *, mend: str
+    path: str | Path, head: list[str], rows: Iterable[Iterable[object]], *, fix: str
 ) -> None:
     """Writes a CSV file atomically. Raises InputError as atomic_file does."""
-    with atomic_file(path, mend) as file:
+    with atomic_file(path, fix) as file:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
         table = csv.writer(text)
         table.writerow(head)

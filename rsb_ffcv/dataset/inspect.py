@@ -152,7 +152,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
             report,
             ["sample", "path", "reason"],
             [(index, names[index], why) for index, why in bad],
-            mend="choose another `report`",
+            fix="choose another `report`",
         )
     decoded = int(len(file) * decode)
     checked = "no checksums in the file" if file.extras is None else "all checksums compared"

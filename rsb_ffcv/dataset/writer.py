@@ -488,7 +488,7 @@ def _report(path: Path, source: Pictures, left_out: list[tuple[int, str]]) -> No
         [source.names[index], source.classes[source.labels[index]], reason]
         for index, reason in left_out
     ]
-    write_table(path, ["path", "class", "reason"], rows, mend="choose another `report`")
+    write_table(path, ["path", "class", "reason"], rows, fix="choose another `report`")
 
 
 def _finish(part: _Part, source: Pictures, about: About, *, unfinished: Path) -> None:

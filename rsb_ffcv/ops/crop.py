@@ -1,7 +1,7 @@
 """Decode, crop, resize and flip: from a stored image to a uint8 H x W x 3 image.
 
 The pixels are those of Pillow's `resize(box=..., reducing_gap=None)` of the fully decoded image,
-within one grey level except for single values (`csrc/jpeg.c`, `csrc/resample.c`). This module
+within one grey level except for single values (`csrc/jpeg.h`, `csrc/resample.c`). This module
 computes the boxes: which part of the image, with which filter, mirrored or not.
 """
 

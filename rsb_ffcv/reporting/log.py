@@ -8,18 +8,18 @@ from pathlib import Path
 from rsb_ffcv.atomic import atomic_file
 
 METRICS = "metrics.jsonl"
-MEND = "free space or choose another `folder`"
+FIX = "free space or choose another `folder`"
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> None:
     """Replaces the log by `rows`, one JSON line each. It has at most a few hundred lines. Rewriting
     all of them atomically keeps the file complete if the run is killed."""
-    with atomic_file(folder / METRICS, MEND) as file:
+    with atomic_file(folder / METRICS, FIX) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_json(path: Path, content: object) -> None:
-    with atomic_file(path, MEND) as file:
+    with atomic_file(path, FIX) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
@@ -61,5 +61,5 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
     plt.close(figure)
-    with atomic_file(path, MEND) as file:
+    with atomic_file(path, FIX) as file:
         file.write(picture.getbuffer())

@@ -22,7 +22,7 @@ import torch
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
 
-MEND = "free space or choose another logging.folder"
+FIX = "free space or choose another logging.folder"
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 KEYS = {
     "recipe",
@@ -56,7 +56,7 @@ def write(state: object, path: Path) -> None:
     # torch.save reports a full disk as a RuntimeError; a plain write raises the precise OSError.
     serialized = io.BytesIO()
     torch.save(state, serialized)
-    with atomic_file(path, MEND) as file:
+    with atomic_file(path, FIX) as file:
         file.write(serialized.getbuffer())
 
 
@@ -206,7 +206,7 @@ class Store:
                 shutil.copyfile(path, temporary)
             os.replace(temporary, best)
         except OSError as error:
-            raise InputError(f"{best}: cannot be written ({error.strerror}); {MEND}") from error
+            raise InputError(f"{best}: cannot be written ({error.strerror}); {FIX}") from error
 
     def give_up(self, step: int) -> bool:
         """Removes the checkpoints of steps after `step`, the newest first, so that no later start

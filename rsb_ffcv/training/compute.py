@@ -306,10 +306,10 @@ def check_devices(places: list[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def within_memory(what: str, mend: str) -> Iterator[None]:
+def within_memory(what: str, fix: str) -> Iterator[None]:
     """Turns an out-of-memory error of the device or the machine into an InputError.
 
-    what: what needed the memory, for the message. mend: the fix.
+    what: what needed the memory, for the message. fix: what the user can do.
     """
     try:
         yield
@@ -319,7 +319,7 @@ def within_memory(what: str, mend: str) -> Iterator[None]:
             sign in text for sign in OUT_OF_MEMORY
         ):
             raise
-        raise InputError(f"out of memory with {what} ({first_line(error)}); {mend}") from error
+        raise InputError(f"out of memory with {what} ({first_line(error)}); {fix}") from error
 
 
 def _own_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:

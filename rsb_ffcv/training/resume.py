@@ -139,7 +139,7 @@ class Checkpointer:
             if not self.store.finish():
                 raise InputError(
                     f"{folder}: a signal asked the run to end, but it could not be saved; "
-                    f"{checkpoint.MEND}"
+                    f"{checkpoint.FIX}"
                 )
             if self.compute.is_main:
                 (folder / REQUEUE_MARK).touch()

@@ -209,7 +209,7 @@ class Trainer:
                 raise InputError(str(request)) from request
         if not self.checkpointer.store.finish() and self.compute.is_main:
             raise InputError(
-                f"{self.folder}: the last checkpoint could not be written; {checkpoint.MEND}, and "
+                f"{self.folder}: the last checkpoint could not be written; {checkpoint.FIX}, and "
                 f"start again"
             )
         if self.compute.is_main:
@@ -245,7 +245,7 @@ class Trainer:
                 f"logging.folder to a run's folder, or use model.pretrained=1 or "
                 f"checkpoint.warm_start"
             )
-        result = self._evaluate(len(self.progress.rows) == self.plan.epochs, heed=False)
+        result = self._evaluate(len(self.progress.rows) == self.plan.epochs, check_signals=False)
         self.console.say(
             json.dumps({"epoch": step // self.plan.steps_per_epoch - 1, "step": step, **result})
         )
@@ -378,15 +378,15 @@ class Trainer:
                 warn(f"{error}; the run continues")
         self.console.say(json.dumps(row))
 
-    def _evaluate(self, with_swa: bool, heed: bool = True) -> dict:
-        """Evaluates raw and averaged weights on the validation file. heed: check for signals
-        between batches."""
+    def _evaluate(self, with_swa: bool, check_signals: bool = True) -> dict:
+        """Evaluates raw and averaged weights on the validation file. check_signals: look for
+        signals between batches."""
         # number of batches that every process has
         loader = self.val_loader
         common = len(loader.beton) // (loader.batch_size * self.compute.world_size)
 
         def after_batch(number: int) -> None:
-            if heed and number < common:
+            if check_signals and number < common:
                 self.checkpointer.after_step(False)
 
         with self._within_memory("validation", self.config.validation.resolution):

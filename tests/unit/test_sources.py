@@ -853,10 +853,9 @@ def test_changed_images_under_the_same_names_are_detected(tmp_path, capsys):
         with pytest.raises(InputError, match="stopped"):
             write(tmp_path / "x", one, "train")
     finally:
-        writer._Part.add = real  # type: ignore[method-assign]  # what was there before
-    with pytest.raises(
-        InputError, match="the unfinished file has other pictures"
-    ):  # another size and time of the first
+        writer._Part.add = real  # type: ignore[method-assign]
+    # The first image has another size and time
+    with pytest.raises(InputError, match="the unfinished file has other pictures"):
         write(tmp_path / "x", two, "train")
     replaced = tmp_path / "one" / "train" / WNIDS[0] / "10.jpg"
     replaced.write_bytes(sources.jpeg(0, 11, 50))
