@@ -10,10 +10,10 @@ with its shape. The pointers of a `Beton` can therefore be passed to native code
 Files that this project writes contain more, in places that FFCV does not read. A JPEG is followed
 by its entry points (`ops/csrc/jpeg_planes.c`), with which the decoder reaches a crop without
 reading the image above it. Between the last page and the table are, in this order: an `EXTRA` for
-each sample, in dataset order (checksum of image and entry points, size of the entry points); the samples' names,
-UTF-8, zero-terminated; a description of the file, JSON (`About`); and a `TRAILER`. FFCV's own files
-have none of these. In them, the pages end and the table begins at a multiple of the page size. A
-missing trailer is therefore detected.
+each sample, in dataset order (checksum of image and entry points, size of the entry points); the
+samples' names, UTF-8, zero-terminated; a description of the file, JSON (`About`); and a `TRAILER`.
+FFCV's own files have none of these. In them, the pages end and the table begins at a multiple of
+the page size. A missing trailer is therefore detected.
 """
 
 import json
