@@ -104,7 +104,7 @@ def main() -> None:
                 capture_output=True,
                 text=True,
             )
-            if done.returncode or "back to step" not in done.stderr and prepare:
+            if done.returncode or "going back to step" not in done.stderr and prepare:
                 raise SystemExit(f"{name}: exit status {done.returncode}\n{done.stderr}")
             print(f"{name:40s} {digest(folder)}", flush=True)
 

@@ -50,7 +50,8 @@ def whole(betons, tmp_path_factory, train):
     (status,), _, err = train(options(betons, folder, **MORE), prepare=OVERFLOW).wait()
     assert (
         status == 0
-        and "the weights after step 20 are not finite: back to step 12, leaving out step 20" in err
+        and "the weights after step 20 are not finite: going back to step 12, leaving out step 20"
+        in err
     ), err
     assert state(folder)["health"]["skipped_steps"] == [20]
     return folder
@@ -107,7 +108,7 @@ Store.give_up = watched
         (status,), _, err = train(options(betons, folder, **MORE), prepare=stop).wait()
         assert status == -signal.SIGKILL, err
         (status,), out, err = train(options(betons, folder, **MORE), prepare=OVERFLOW).wait()
-        assert status == 0 and "back to step 12, leaving out step 20" in err, err
+        assert status == 0 and "going back to step 12, leaving out step 20" in err, err
         assert_same_run(folder, whole)
 
 

@@ -234,7 +234,7 @@ def test_every_recipe_is_valid(recipe, given):
 
 
 def test_num_workers_defaults_to_auto(given):
-    others = [flag for flag in given if "num_workers" not in flag]
+    others = [flag for flag in given if not flag.startswith("--data.num_workers")]
     assert (
         read(others).data.num_workers
         == "auto"
