@@ -550,7 +550,7 @@ def test_loss_rise_goes_back_at_half_the_learning_rate(betons, tmp_path, call_pr
     (line,) = [line for line in err.splitlines() if line.startswith("warning: at step")]
     back = int(
         re.search(
-            r"above its recent median, .*: going back to step (\d+), learning rate x 0.5 from here on",
+            r"above its recent median, .*: going back to step (\d+), learning rate x 0.5 from",
             line,
         )[1]
     )
