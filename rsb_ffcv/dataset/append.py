@@ -127,7 +127,7 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
             f"{append.path}: another program wrote it, without checksums; write all samples to a "
             f"new file with merge"
         )
-    classes, titles, numbers = common_classes(files, target, fixed=True)
+    classes, titles, numbers = common_classes(files, fixed=True)
     choice = np.concatenate([all_samples(files, which) for which in range(1, len(files))])
     names = target.names()
     samples = Samples(others, choice - [1, 0], classes=classes, titles=titles, numbers=numbers[1:])

@@ -119,7 +119,7 @@ def merge(paths: list[str], write_path: str, num_workers: int) -> Beton:
     """Writes all samples of the files `paths`, in their order, to one new file. Classes are matched
     by name. Raises InputError if a file cannot be read or written, or a sample is damaged."""
     files = read_all(paths)
-    classes, titles, numbers = common_classes(files, files[0])
+    classes, titles, numbers = common_classes(files)
     choice = np.concatenate([all_samples(files, which) for which in range(len(files))])
     return _write(
         write_path,
@@ -197,7 +197,7 @@ def shard(path: str, write_path: str, shards: int, *, num_workers: int) -> list[
     if shards > len(file):
         raise InputError(f"`shards`={shards}: {path} has only {len(file)} samples; lower it")
     _make_folder(Path(write_path))
-    classes, titles, numbers = common_classes([file], file)
+    classes, titles, numbers = common_classes([file])
     parts = np.array_split(all_samples([file], 0), shards)
     return [
         _write(
@@ -254,7 +254,7 @@ def all_samples(files: list[Beton], which: int) -> np.ndarray:
 
 
 def common_classes(
-    files: list[Beton], first: Beton, fixed: bool = False
+    files: list[Beton], *, fixed: bool = False
 ) -> tuple[list[str], list[str], list[np.ndarray]]:
     """Combines the classes of several files. Returns (classes, titles, for each file the new label
     of each of its labels).

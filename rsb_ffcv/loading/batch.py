@@ -69,8 +69,14 @@ def draw_mix(
     prob: float = 1.0,
     switch_prob: float = 0.5,
 ) -> Mix:
-    """timm's draw at one address. An alpha of 0 disables that kind. If both are enabled, cutmix is
-    chosen with probability `switch_prob`."""
+    """timm's draw at one address.
+
+    seed, epoch, slot: the address.
+    height, width: of the images, in pixels.
+    mixup_alpha, cutmix_alpha: of Beta(alpha, alpha); 0 disables that kind.
+    prob: probability of mixing at all, 0 .. 1.
+    switch_prob: probability of cutmix if both kinds are enabled, 0 .. 1.
+    """
 
     def uniform(k: int) -> float:
         return d.uniform(seed, epoch, slot, d.MIX, k)
@@ -141,10 +147,14 @@ def erase_boxes(
     max_aspect: float,
 ) -> np.ndarray:
     """Returns int64 (n, 4): the box to erase in each image, (top, bottom, left, right) in pixels;
-    zeros for no box.
+    zeros for no box. If 10 tries do not fit, nothing is erased.
 
-    The area is uniform in [min_area, max_area] of the image's area. The aspect (height / width) is
-    log-uniform in [min_aspect, max_aspect]. If 10 tries do not fit, nothing is erased.
+    seed, epoch: of the address.
+    slots: int64 (n,), of the images.
+    height, width: of the images, in pixels.
+    prob: probability of erasing, per image.
+    min_area, max_area: the area is uniform between these shares of the image's area.
+    min_aspect, max_aspect: the aspect (height / width) is log-uniform between these.
     """
     boxes = np.zeros((len(slots), 4), np.int64)
     log_lo, log_hi = math.log(min_aspect), math.log(max_aspect)
@@ -206,7 +216,19 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, *, noise_seed: int
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTransform:
-    """All transforms between the loader's uint8 images and the model, with a recipe's settings."""
+    """All transforms between the loader's uint8 images and the model, with a recipe's settings.
+
+    seed: of the draws.
+    mixup_alpha, cutmix_alpha: of Beta(alpha, alpha); 0 disables that kind.
+    mix_prob: probability of mixing at all, 0 .. 1.
+    switch_prob: probability of cutmix if both kinds are enabled, 0 .. 1.
+    erase_prob: probability of erasing, per image, 0 .. 1.
+    erase_mode: fill with 0 ("const"), one random colour ("rand") or random pixels ("pixel").
+    erase_area: smallest and largest area, as shares of the image's area.
+    erase_aspect: smallest and largest height / width.
+    mode: what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or
+        "elem" (each image has its own).
+    """
 
     seed: int
     mixup_alpha: float = 0.0
@@ -217,8 +239,6 @@ class BatchTransform:
     erase_mode: str = "const"
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
-    # what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or
-    # "elem" (each image has its own)
     mode: str = "batch"
 
     @property

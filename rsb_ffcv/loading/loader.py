@@ -430,8 +430,14 @@ class EvalLoader(_Loader):
     r-th, in file order. The batches are those of TrainLoader; the last one may be smaller. An image
     that cannot be read is an error, because an accuracy over fewer images is not comparable.
 
+    path: a .beton file.
+    batch_size: images per batch.
+    resolution: pixels per side.
+    num_workers: threads.
     crop_ratio: side of the crop divided by the shorter side of the resized image, 0 .. 1.
     interpolation: "bilinear" or "bicubic".
+    rank, world_size: this process, and the number of processes.
+    device: where batches are placed.
     """
 
     def __init__(

@@ -36,13 +36,17 @@ class Order:
 def epoch_order(
     kind: str, seed: int, epoch: int, *, pointers: np.ndarray, sizes: np.ndarray, window_bytes: int
 ) -> Order:
-    """The order of an epoch over samples at the file offsets `pointers` with `sizes` bytes.
+    """The order of an epoch.
 
-    kind "sequential": the order of the file.
-    kind "random": a permutation (64-bit draws sorted, ties by index).
-    kind "quasi_random": runs of neighbouring samples, RUN_BYTES long, in random order. A window is
-    a number of runs with `window_bytes` in total; the samples within a window are permuted. A
-    process needs at most its current window and the next one of the file in memory.
+    kind: "sequential": the order of the file.
+        "random": a permutation (64-bit draws sorted, ties by index).
+        "quasi_random": runs of neighbouring samples, RUN_BYTES long, in random order. A window is a
+        number of runs with `window_bytes` in total; the samples within a window are permuted. A
+        process needs at most its current window and the next one of the file in memory.
+    seed, epoch: of the draws.
+    pointers: uint64 (n,), offset of each sample in the file.
+    sizes: uint64 (n,), bytes of each sample.
+    window_bytes: see "quasi_random".
     """
     count = len(pointers)
     if kind == "sequential":

@@ -55,11 +55,13 @@ def random_resized_crop_box(
     ratio_hi: float,
 ) -> tuple[int, int, int, int]:
     """Returns (top, left, height, width) in pixels, drawn as in torchvision's
-    RandomResizedCrop.get_params.
+    RandomResizedCrop.get_params. If 10 tries do not fit, it is the largest central crop with an
+    aspect in range.
 
-    The area is uniform in [scale_lo, scale_hi] of the image's area. The aspect (width / height) is
-    log-uniform in [ratio_lo, ratio_hi]. If 10 tries do not fit, it is the largest central crop with
-    an aspect in range.
+    seed, epoch, slot: the address.
+    height, width: of the image, in pixels.
+    scale_lo, scale_hi: the area is uniform between these shares of the image's area.
+    ratio_lo, ratio_hi: the aspect (width / height) is log-uniform between these.
     """
     area = height * width
     log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)

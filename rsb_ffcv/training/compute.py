@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ OUT_OF_MEMORY = (
     "alloc_failed",
     "cuda error: out of memory",
 )
+STORE_SECONDS = 5.0  # until a store that does not answer is regarded as lost
 MEETING_SECONDS = 600  # between the first and the last process of a job to be ready
 Answer = TypeVar("Answer")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,8 +43,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Device, precision and processes that this process uses. rank and world_size are those of the
-    complete job."""
+    """Device, precision and processes that this process uses.
+
+    device: where the model and the batches are.
+    precision: "fp32", "fp16" or "bf16", of the forward pass.
+    compile: whether the model is compiled.
+    channels_last: memory layout of weights and images.
+    rank, world_size: this process, and the number of processes, in the complete job.
+    local_world_size: processes of the job on this machine.
+    hosts: the name of each process's machine.
+    """
 
     device: torch.device
     precision: str
@@ -51,8 +60,8 @@ class Compute:
     channels_last: bool
     rank: int = 0
     world_size: int = 1
-    local_world_size: int = 1  # processes of the job on this machine
-    hosts: tuple[str, ...] = ()  # the name of each process's machine
+    local_world_size: int = 1
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -447,9 +456,11 @@ def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answe
 def first_to_say(what: str) -> bool:
     """Returns True on exactly one process, the first that asks for `what`. Works even if the job's
     collectives fail."""
+    if not _stores:
+        return True
     try:
-        return not _stores or _stores[0].add(f"said/{what}", 1) == 1
-    except RuntimeError:  # the store died with rank 0: rank 1 reports
+        return ask_store(lambda store: store.add(f"said/{what}", 1), STORE_SECONDS) == 1
+    except (RuntimeError, TimeoutError):  # rank 0, which hosts the store, is lost: rank 1 reports
         return dist.get_rank() == 1
 
 
@@ -462,9 +473,11 @@ def wait_for_others(seconds: float = 2.0) -> None:
     if not _stores:
         return
     until = time.monotonic() + seconds
-    try:
-        _stores[0].add("ending", 1)
-        while _stores[0].add("ending", 0) < dist.get_world_size() and time.monotonic() < until:
+
+    def all_end(store: dist.Store) -> None:
+        store.add("ending", 1)
+        while store.add("ending", 0) < dist.get_world_size() and time.monotonic() < until:
             time.sleep(0.02)
-    except RuntimeError:  # the store is gone
-        return
+
+    with suppress(RuntimeError, TimeoutError):  # the store is lost
+        ask_store(all_end, seconds + STORE_SECONDS)

@@ -28,7 +28,17 @@ REQUEUE_MARK = "requeue"
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything that a run changes. recipe: what its result depends on, see `facts.recipe`."""
+    """Everything that a run changes.
+
+    recipe: what the result depends on, see `facts.recipe`.
+    progress: position, log and counts.
+    model: the bare module.
+    optimizer: with its moments.
+    scaler: of the gradients; disabled unless the precision is fp16.
+    health: the health checks.
+    ema: exponential moving average, or None.
+    swa: equal average, or None.
+    """
 
     recipe: dict
     progress: Progress
@@ -85,7 +95,15 @@ def newest(store: checkpoint.Store, regular: bool = False) -> tuple[Path, dict] 
 
 class Checkpointer:
     """Saves a run's state when due, ends the run after a signal, resumes it, and goes back to an
-    earlier checkpoint. Every process of a job has one, and calls its methods at the same steps."""
+    earlier checkpoint. Every process of a job has one, and calls its methods at the same steps.
+
+    config: for the sections checkpoint and training.
+    state: what is saved.
+    store: the run's folder.
+    where: device and processes.
+    console: for messages.
+    interrupt: the signals that were received.
+    """
 
     def __init__(
         self,

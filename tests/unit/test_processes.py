@@ -56,3 +56,25 @@ votes.count()
 print(json.dumps(saves))
 """)
     assert granted == [[3, 8], [3, 8]]
+
+
+def test_a_store_that_does_not_answer_delays_an_error_and_does_not_block_it(monkeypatch):
+    import threading
+    import time
+
+    from rsb_ffcv.training import compute
+
+    class Frozen:
+        def add(self, key, amount):
+            threading.Event().wait()
+
+    monkeypatch.setattr(compute, "_stores", [Frozen()])
+    monkeypatch.setattr(compute, "STORE_SECONDS", 0.2)
+    monkeypatch.setattr(compute.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(compute.dist, "get_world_size", lambda: 2)
+    assert compute.first_to_say("an error")
+    monkeypatch.setattr(compute.dist, "get_rank", lambda: 2)
+    assert not compute.first_to_say("an error")
+    began = time.monotonic()
+    compute.wait_for_others(0.1)
+    assert time.monotonic() - began < 60
