@@ -16,7 +16,6 @@ from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
 from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored
-from rsb_ffcv.dataset.readers import open_sources
 from rsb_ffcv.dataset.sources import Place, Source
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
@@ -142,6 +141,8 @@ def estimate_splits(
 def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
     if subset == 0:
         raise InputError("`subset`=0: no image would be written; give -1 for all")
+    from rsb_ffcv.dataset.readers import open_sources  # the commands on finished files need none
+
     sources = open_sources(place, [split] if split else ["train", "val"])
     return {
         name: source.first(subset) if subset > 0 else source for name, source in sources.items()

@@ -13,6 +13,7 @@ from PIL import Image
 from rsb_ffcv import InputError, beton, dataset
 from rsb_ffcv.beton import read_beton
 from rsb_ffcv.dataset import Encoding, Place, append, inspect, write_splits
+from rsb_ffcv.dataset.readers import open_sources
 from rsb_ffcv.loading import TrainLoader
 from tests import sources
 from tests.sources import WNIDS, contents, expected, pictures, put
@@ -519,9 +520,7 @@ def test_estimate_is_within_half_of_the_size(pictures, tmp_path, call_program):
         "--cfg.split=train",
     )
     assert status == 0
-    source = dataset.open_sources(Place(dataset="imagenet", data_dir=str(pictures)), ["train"])[
-        "train"
-    ]
+    source = open_sources(Place(dataset="imagenet", data_dir=str(pictures)), ["train"])["train"]
     needed = dataset._estimate(
         "train", source, encoding=Encoding(mode="raw"), num_workers=2, chunk_size=100
     )
