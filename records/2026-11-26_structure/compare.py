@@ -1,7 +1,12 @@
 """Images/s of the loaders, and conversions/s of the writer, of two checkouts, in turn, each in a
 process of its own: python compare.py <before> <after> <file.beton> <repeats> <folder of images>"""
 
-import json, statistics, subprocess, sys, time, shutil, os
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
 
 CODE = """
 import sys, time, json
