@@ -105,7 +105,8 @@ def install():
         bar.update = update  # type: ignore[method-assign]  # patched for the tests
         return bar
 
-    Console.say, Console.bar = stopping_say, stopping_bar  # type: ignore[method-assign]  # patched too
+    Console.say = stopping_say  # type: ignore[method-assign]  # patched too
+    Console.bar = stopping_bar  # type: ignore[method-assign]  # patched too
 
 
 def be_patient():

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.beton import RAW, Beton, read_beton
-from rsb_ffcv.config.train import read_config
+from rsb_ffcv.config.train import ONLY_FOR_RUNS, read_config
 from rsb_ffcv.dataset.assemble import class_number, sample_numbers
 from rsb_ffcv.dataset.writer import evenly
 from rsb_ffcv.loading.batch import MEAN, STD
@@ -125,7 +125,7 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, *, epochs: int) -> It
             "--training.batch_size=2",
             "--training.global_batch=2",
         ],
-        unread={"data.val_dataset", "data.in_memory", "logging.folder"},
+        unread=ONLY_FOR_RUNS,
     )
     here = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=False)
     transform = build.batch_transform(c)

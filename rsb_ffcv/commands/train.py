@@ -2,7 +2,7 @@
 
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
-from rsb_ffcv.config.train import SECTIONS, read_config
+from rsb_ffcv.config.train import ONLY_FOR_RUNS, SECTIONS, read_config
 
 ABOUT = """Trains an image classifier on .beton files:
   python train_imagenet.py --config-file rsb_configs/a2_300.yaml"""
@@ -16,8 +16,7 @@ def _train(arguments: list[str], description: str) -> None:
 
 
 def _plan(arguments: list[str], description: str) -> None:
-    unread = {"data.val_dataset", "data.in_memory", "logging.folder"}
-    config = read_config(description, arguments, unread=unread)
+    config = read_config(description, arguments, unread=ONLY_FOR_RUNS)
     from rsb_ffcv.commands.plan import print_plan
 
     print_plan(config)

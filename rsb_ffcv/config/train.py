@@ -419,6 +419,8 @@ class TrainConfig:
 
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
 # In ffcv-imagenet's published files. Its trainer does not use it either.
+# Required options that only a run reads, and other uses of a recipe do not
+ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
 IGNORED = {"training.bn_wd"}
 
 

@@ -24,6 +24,11 @@ def decay_of_step(decay: float, per_images: int, batch: int) -> float:
     return decay ** (batch / per_images) if per_images else decay
 
 
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The batch-norm layers of `module` that have running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 class _Average:
     """An average in `module`, a copy of `model` in eval mode without gradients. Its tensors are
     paired with the model's."""
@@ -152,28 +157,23 @@ class Swa(_Average):
 
     def begin_batch_norm(self) -> None:
         """Resets the statistics. The following forward passes average theirs with equal weights."""
-        for norm in self._norms():
+        for norm in batch_norms(self.module):
             norm.reset_running_stats()
         self.rounds = 0
         self.resume_batch_norm()
 
     def resume_batch_norm(self) -> None:
-        self._momenta = [norm.momentum for norm in self._norms()]
-        for norm in self._norms():
+        self._momenta = [norm.momentum for norm in batch_norms(self.module)]
+        for norm in batch_norms(self.module):
             norm.momentum = None  # torch's value for the equal average
             # Only the norms: dropout and stochastic depth stay off, as in evaluation.
             norm.train()
 
     def end_batch_norm(self) -> None:
-        for norm, momentum in zip(self._norms(), self._momenta):
+        for norm, momentum in zip(batch_norms(self.module), self._momenta):
             norm.momentum = momentum
         self.module.eval()
         self.finished = True
-
-    def _norms(self) -> list:
-        return [
-            m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
-        ]
 
     def state_dict(self) -> dict:
         return {

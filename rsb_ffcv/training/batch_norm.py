@@ -11,14 +11,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rsb_ffcv.learning.average import Swa
+from rsb_ffcv.learning.average import Swa, batch_norms
 from rsb_ffcv.loading import Batch
 from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.training.compute import Compute, mean_over_processes
-
-
-def _norms(module: nn.Module) -> list[_BatchNorm]:
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def _statistics(norms: list[_BatchNorm]) -> list[torch.Tensor]:
@@ -43,7 +39,7 @@ class RunningStatistics:
     """
 
     def __init__(self, module: nn.Module, groups: int, mean_groups: float) -> None:
-        norms = _norms(module)
+        norms = batch_norms(module)
         self._buffers, self._counters = _statistics(norms), _counters(norms)
         self._mean_groups = mean_groups
         self._alone = groups == 1 and mean_groups == 1  # every process takes one group
@@ -105,7 +101,7 @@ def estimate(
     needed: total number of rounds.
     after_round: called after each round.
     """
-    norms = _norms(swa.module)
+    norms = batch_norms(swa.module)
     buffers, counters = _statistics(norms), _counters(norms)
     rounds = rounds_of(groups, where.world_size)
     while swa.rounds < needed:

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from rsb_ffcv import InputError, option_names, warn
+from rsb_ffcv import InputError, option_names
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.model import check_arch
@@ -375,7 +375,7 @@ class Trainer:
                 with option_names(build.TRAIN_OPTIONS):
                     log.write_metrics(self.folder, progress.rows)
             except InputError as error:  # the next epoch, or a restart, writes the complete log
-                warn(f"{error}; the run continues")
+                self.console.warn(f"{error}; the run continues")
         self.console.say(json.dumps(row))
 
     def _evaluate(self, with_swa: bool, check_signals: bool = True) -> dict:
