@@ -29,6 +29,7 @@ HEADERS = (
     "augment",
     "affine_hot",
     "augment_hot",
+    "dispatch",
 )
 
 setup(

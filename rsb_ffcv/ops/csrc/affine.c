@@ -24,30 +24,8 @@ typedef struct {
 
 #define KERNELS() {HOT(spread), HOT(walk), HOT(cubic_weights), HOT(bilinear_row), HOT(bicubic_row)}
 
-#define HOT(name) name##_plain
-#define HOT_VECTORS 0
-#include "affine_hot.h"
-static const kernels PLAIN = KERNELS();
-#undef HOT
-#undef HOT_VECTORS
-
-#if RSB_AVX2
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2")
-#define HOT(name) name##_avx2
-#define HOT_VECTORS 1
-#include "affine_hot.h"
-static const kernels AVX2 = KERNELS();
-#undef HOT
-#pragma GCC pop_options
-#endif
-
-static const kernels *pick_kernels(void) {
-#if RSB_AVX2
-    if (rsb_has_avx2()) return &AVX2;
-#endif
-    return &PLAIN;
-}
+#define HOT_FILE "affine_hot.h"
+#include "dispatch.h"
 
 enum {
     BORDER = 2,       /* pixels around the copy of the image, for interpolation */

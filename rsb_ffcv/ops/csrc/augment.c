@@ -30,32 +30,8 @@ typedef struct {
     {HOT(invert), HOT(mask), HOT(solarize), HOT(solarize_add), HOT(blend_constant), \
      HOT(blend),  HOT(grey), HOT(grey_sum), HOT(smooth_row),   HOT(blur_step)}
 
-#define HOT(name) name##_plain
-#define HOT_VECTORS 0
-#include "augment_hot.h"
-static const kernels PLAIN = KERNELS();
-#undef HOT
-#undef HOT_VECTORS
-
-#if RSB_AVX2
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2")
-#define HOT(name) name##_avx2
-#define HOT_VECTORS 1
-#include "augment_hot.h"
-static const kernels AVX2 = KERNELS();
-#undef HOT
-#pragma GCC pop_options
-#endif
-
-static const kernels *pick_kernels(void) {
-#if RSB_AVX2
-    if (rsb_has_avx2()) return &AVX2;
-#endif
-    return &PLAIN;
-}
-
-RSB_INLINE int clamp(int value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
+#define HOT_FILE "augment_hot.h"
+#include "dispatch.h"
 
 /* ---- histograms ---- */
 

@@ -6,8 +6,6 @@
 #include <immintrin.h>
 #endif
 
-RSB_INLINE int clamp(int value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
-
 typedef uint16_t v8u __attribute__((vector_size(16)));
 
 typedef struct {
@@ -20,30 +18,8 @@ typedef struct {
 
 #define KERNELS() {HOT(grey_row), HOT(colour_row), HOT(blend_rows), HOT(copy_row), HOT(widen_row)}
 
-#define HOT(name) name##_plain
-#define HOT_VECTORS 0
-#include "jpeg_pixels_hot.h"
-static const kernels PLAIN = KERNELS();
-#undef HOT
-#undef HOT_VECTORS
-
-#if RSB_AVX2
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt")
-#define HOT(name) name##_avx2
-#define HOT_VECTORS 1
-#include "jpeg_pixels_hot.h"
-static const kernels AVX2 = KERNELS();
-#undef HOT
-#pragma GCC pop_options
-#endif
-
-static const kernels *pick_kernels(void) {
-#if RSB_AVX2
-    if (rsb_has_avx2()) return &AVX2;
-#endif
-    return &PLAIN;
-}
+#define HOT_FILE "jpeg_pixels_hot.h"
+#include "dispatch.h"
 
 /* The sample at row `y` of the image and column 0 of a component whose planes may start elsewhere.
  */

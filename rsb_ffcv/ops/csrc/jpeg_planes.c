@@ -90,34 +90,8 @@ typedef struct {
 
 #define KERNELS() {HOT(decode_planes), HOT(find_entries)}
 
-#define HOT(name) name##_plain
-#define HOT_VECTORS 0
-#include "jpeg_entropy_hot.h"
-#include "jpeg_idct_hot.h"
-#include "jpeg_planes_hot.h"
-static const kernels PLAIN = KERNELS();
-#undef HOT
-#undef HOT_VECTORS
-
-#if RSB_AVX2
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt")
-#define HOT(name) name##_avx2
-#define HOT_VECTORS 1
-#include "jpeg_entropy_hot.h"
-#include "jpeg_idct_hot.h"
-#include "jpeg_planes_hot.h"
-static const kernels AVX2 = KERNELS();
-#undef HOT
-#pragma GCC pop_options
-#endif
-
-static const kernels *pick_kernels(void) {
-#if RSB_AVX2
-    if (rsb_has_avx2()) return &AVX2;
-#endif
-    return &PLAIN;
-}
+#define HOT_FILE "jpeg_planes_hot.h"
+#include "dispatch.h"
 
 int rsb_jpeg_decode_planes(rsb_jpeg *j, const scan *s, mcu_area area) {
     return pick_kernels()->decode_planes(j, s, area);

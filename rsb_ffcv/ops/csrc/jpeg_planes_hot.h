@@ -1,4 +1,6 @@
 /* The loops of jpeg_planes.c over MCUs, compiled once for each instruction set. */
+#include "jpeg_entropy_hot.h"
+#include "jpeg_idct_hot.h"
 
 /* Decodes the MCUs of `area` into the planes. Without entry points it skips all MCUs before each of
  * them; with entry points, at most ENTRY_INTERVAL - 1 MCUs of each row. */

@@ -21,6 +21,9 @@
 #define RSB_LIKELY(x) __builtin_expect(!!(x), 1)
 #define RSB_UNLIKELY(x) __builtin_expect(!!(x), 0)
 
+/* The nearest value of a pixel. */
+RSB_INLINE int clamp(int value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
+
 /* Statuses. ops/native.py has the same numbers. */
 enum {
     RSB_OK = 0,
