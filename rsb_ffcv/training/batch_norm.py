@@ -5,15 +5,17 @@ several processes. Here each step updates the running statistics once, with the 
 on all processes. The averaged model (SWA) gets separate statistics at the end of a run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rsb_ffcv.learning.average import Swa, batch_norms
-from rsb_ffcv.loading import Batch
+from rsb_ffcv.loading import TrainLoader
 from rsb_ffcv.loading.batch import normalize
+from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training.compute import Compute, mean_over_processes
 
 
@@ -81,48 +83,60 @@ class RunningStatistics:
 
 def estimate(
     swa: Swa,
-    batches: Iterator[Batch],
+    loader: TrainLoader,
     where: Compute,
     *,
-    groups: int,
-    needed: int,
-    after_round: Callable[[], None],
+    epoch: int,
+    steps: int,
+    save_every: int,
+    console: Console,
+    after_round: Callable[[bool], None],
 ) -> None:
-    """Estimates the averaged model's batch-norm statistics, in place.
+    """Estimates the averaged model's batch-norm statistics, in place, or continues an estimate that
+    was interrupted.
 
     They are the mean over training images without mixing and erasing. The groups of a step are
     taken in rounds, one group per process. In the last round of a step some processes may have no
     group. The mean is then taken over the other processes.
 
-    swa: its `rounds` is the number of rounds done so far.
-    batches: of this process, from the first that is not counted yet.
+    swa: its `rounds` is the number of rounds done so far, -1 before the first call.
+    loader: of the training images.
     where: device and processes.
-    groups: groups of a step over all processes.
-    needed: total number of rounds.
-    after_round: called after each round.
+    epoch: its images are used, in its order.
+    steps: number of steps to take.
+    save_every: steps from one checkpoint to the next; 0 for none.
+    console: shows the progress.
+    after_round: called after each round with whether a checkpoint is due.
     """
-    norms = batch_norms(swa.module)
+    if swa.finished:
+        return
+    swa.begin_batch_norm() if swa.rounds < 0 else swa.resume_batch_norm()
+    norms, groups = batch_norms(swa.module), loader.groups
     buffers, counters = _statistics(norms), _counters(norms)
-    rounds = rounds_of(groups, where.world_size)
-    while swa.rounds < needed:
-        step, number = divmod(swa.rounds, rounds)
-        before = step * groups + number * where.world_size  # groups counted so far
-        present = min(where.world_size, groups - number * where.world_size)
-        for norm in norms:
-            norm.momentum = present / (before + present)
-        if where.rank < present:
-            images = normalize(next(batches).images)
-            images = images.contiguous(memory_format=where.memory_format)
-            with torch.no_grad(), where.autocast():
-                swa.module(images)
-        elif buffers:
-            torch._foreach_zero_(buffers)
-            torch._foreach_add_(counters, 1)
-        mean_over_processes(buffers, present)
-        swa.rounds += 1
-        after_round()
-
-
-def rounds_of(groups: int, world_size: int) -> int:
-    """The number of rounds of a step: the most groups that any process takes."""
-    return -(-groups // world_size)
+    rounds = -(-groups // where.world_size)  # of a step: the most groups that any process takes
+    start, done = divmod(swa.rounds, rounds)
+    with (
+        closing(loader.epoch(epoch, start)) as batches,
+        console.bar("batch norm", steps * rounds, swa.rounds) as bar,
+    ):
+        for _ in range(min(done, loader.batches_per_step)):
+            next(batches)
+        while swa.rounds < steps * rounds:
+            step, number = divmod(swa.rounds, rounds)
+            before = step * groups + number * where.world_size  # groups counted so far
+            present = min(where.world_size, groups - number * where.world_size)
+            for norm in norms:
+                norm.momentum = present / (before + present)
+            if where.rank < present:
+                images = normalize(next(batches).images)
+                images = images.contiguous(memory_format=where.memory_format)
+                with torch.no_grad(), where.autocast():
+                    swa.module(images)
+            elif buffers:
+                torch._foreach_zero_(buffers)
+                torch._foreach_add_(counters, 1)
+            mean_over_processes(buffers, present)
+            swa.rounds += 1
+            bar.update()
+            after_round(bool(save_every) and swa.rounds % (save_every * rounds) == 0)
+    swa.end_batch_norm()

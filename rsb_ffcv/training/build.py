@@ -4,6 +4,7 @@ Files and options that do not fit together raise InputError, which names them.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
@@ -20,9 +21,10 @@ from rsb_ffcv.learning.optimizer import build_optimizer
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.batch import MEAN, BatchTransform
 from rsb_ffcv.ops import draws
-from rsb_ffcv.training import checkpoint, plan
+from rsb_ffcv.training import checkpoint, compute, plan
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.health import Health
+from rsb_ffcv.training.step import TrainStep
 
 # Parameter of a library function -> the option that its value comes from
 TRAIN_OPTIONS = {
@@ -48,7 +50,7 @@ VAL_OPTIONS = {
 
 
 @option_names(TRAIN_OPTIONS)
-def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoader:
+def train_loader(c: TrainConfig, where: Compute, num_workers: int) -> TrainLoader:
     a = c.augment
     return TrainLoader(
         c.data.train_dataset,
@@ -65,14 +67,14 @@ def train_loader(c: TrainConfig, compute: Compute, num_workers: int) -> TrainLoa
         order=c.data.order,
         on_bad_sample=c.data.on_bad_sample,
         num_workers=num_workers,
-        rank=compute.rank,
-        world_size=compute.world_size,
-        device=compute.device,
+        rank=where.rank,
+        world_size=where.world_size,
+        device=where.device,
     )
 
 
 @option_names(VAL_OPTIONS)
-def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader:
+def val_loader(c: TrainConfig, where: Compute, num_workers: int) -> EvalLoader:
     return EvalLoader(
         c.data.val_dataset,
         batch_size=c.validation.batch_size,
@@ -80,9 +82,9 @@ def val_loader(c: TrainConfig, compute: Compute, num_workers: int) -> EvalLoader
         crop_ratio=c.validation.crop_ratio,
         interpolation=c.validation.interpolation,
         num_workers=num_workers,
-        rank=compute.rank,
-        world_size=compute.world_size,
-        device=compute.device,
+        rank=where.rank,
+        world_size=where.world_size,
+        device=where.device,
     )
 
 
@@ -95,20 +97,6 @@ def left_out(c: TrainConfig, loader: TrainLoader) -> str:
         f"{count} of {len(loader.beton)} training images do not fill a step of "
         f"{loader.global_batch} and are left out of each epoch"
         f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}"
-    )
-
-
-def batch_transform(c: TrainConfig) -> BatchTransform:
-    return BatchTransform(
-        seed=c.training.seed,
-        mixup_alpha=c.mix.mixup,
-        cutmix_alpha=c.mix.cutmix,
-        mix_prob=c.mix.prob,
-        switch_prob=c.mix.switch_prob,
-        erase_prob=c.augment.erase_prob,
-        erase_mode=c.augment.erase_mode,
-        erase_area=(c.augment.erase_min, c.augment.erase_max),
-        mode=c.mix.mode,
     )
 
 
@@ -155,7 +143,7 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     return train.num_classes
 
 
-def model(c: TrainConfig, num_classes: int, compute: Compute, *, new: bool) -> torch.nn.Module:
+def model(c: TrainConfig, num_classes: int, where: Compute, *, new: bool) -> torch.nn.Module:
     """Builds the model on the device.
 
     new: give it the initial weights of a run (random, pretrained or checkpoint.warm_start). False:
@@ -187,7 +175,7 @@ def model(c: TrainConfig, num_classes: int, compute: Compute, *, new: bool) -> t
         with option_names({"side": option}):
             check_input_size(made, c.model.arch, side)
     return made.to(  # type: ignore[call-overload]  # torch's stub lacks memory_format
-        compute.device, memory_format=compute.memory_format
+        where.device, memory_format=where.memory_format
     )
 
 
@@ -208,24 +196,63 @@ def averages(
     return ema, Swa(model) if c.swa.epochs else None
 
 
-def optimizer(c: TrainConfig, model: torch.nn.Module, where: Compute) -> torch.optim.Optimizer:
-    return build_optimizer(
-        c.training.optimizer,
+def batch_transform(c: TrainConfig) -> BatchTransform:
+    return BatchTransform(
+        seed=c.training.seed,
+        mixup_alpha=c.mix.mixup,
+        cutmix_alpha=c.mix.cutmix,
+        mix_prob=c.mix.prob,
+        switch_prob=c.mix.switch_prob,
+        erase_prob=c.augment.erase_prob,
+        erase_mode=c.augment.erase_mode,
+        erase_area=(c.augment.erase_min, c.augment.erase_max),
+        mode=c.mix.mode,
+    )
+
+
+def train_step(
+    c: TrainConfig,
+    model: torch.nn.Module,
+    *,
+    ema: Ema | None,
+    loader: TrainLoader,
+    where: Compute,
+) -> TrainStep:
+    return TrainStep(
         model,
-        lr=c.lr.lr,
-        weight_decay=c.training.weight_decay,
-        momentum=c.training.momentum,
-        compiled=where.compile and where.device.type == "cuda",
+        _wrapped(model, where),
+        optimizer=build_optimizer(
+            c.training.optimizer,
+            model,
+            lr=c.lr.lr,
+            weight_decay=c.training.weight_decay,
+            momentum=c.training.momentum,
+            compiled=where.compile and where.device.type == "cuda",
+        ),
+        loss=Loss(
+            kind=c.training.loss,
+            smoothing=c.training.label_smoothing,
+            threshold=c.training.bce_threshold,
+            sum_classes=c.training.bce_sum,
+        ),
+        transform=batch_transform(c),
+        compute=where,
+        groups=loader.batches_per_step,
+        mean_groups=loader.groups / where.world_size,
+        seed=c.training.seed,
+        grad_clip=c.training.grad_clip,
+        ema=ema,
     )
 
 
-def loss(c: TrainConfig) -> Loss:
-    return Loss(
-        kind=c.training.loss,
-        smoothing=c.training.label_smoothing,
-        threshold=c.training.bce_threshold,
-        sum_classes=c.training.bce_sum,
-    )
+def _wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
+    """Returns the module, compiled and wrapped in DDP if the run uses these."""
+    if where.compile:
+        model = cast(torch.nn.Module, torch.compile(model, dynamic=False))
+    if where.world_size == 1:
+        return model
+    # The step averages the batch-norm statistics, so DDP must not broadcast them from rank 0.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
@@ -241,11 +268,15 @@ def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
     )
 
 
-def wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
-    """Returns the module, compiled and wrapped in DDP if the run uses these."""
-    if where.compile:
-        model = cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    if where.world_size == 1:
-        return model
-    # The step averages the batch-norm statistics, so DDP must not broadcast them from rank 0.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+def within_memory(c: TrainConfig, section: str, resolution: int) -> AbstractContextManager[None]:
+    """A context for work on batches of `section`.batch_size images of `resolution` pixels; see
+    compute.within_memory."""
+    lower = {
+        "training": "lower training.batch_size (and keep training.global_batch: more groups are "
+        "accumulated) or resolution.max_res",
+        "validation": "lower validation.batch_size or validation.resolution",
+    }
+    images = getattr(c, section).batch_size
+    return compute.within_memory(
+        f"{section}.batch_size={images} images of {resolution} px", lower[section]
+    )

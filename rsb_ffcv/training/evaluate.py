@@ -13,9 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from rsb_ffcv import InputError
+from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.loading import EvalLoader
 from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.reporting.console import Console
+from rsb_ffcv.training import build
 from rsb_ffcv.training.compute import Compute, sum_over_processes
 
 
@@ -138,36 +140,61 @@ def evaluate(
     return result
 
 
-def evaluate_all(
-    models: dict[str, torch.nn.Module],
-    loader: EvalLoader,
-    *,
-    compute: Compute,
-    console: Console,
-    flip_tta: bool,
-    label_sets: torch.Tensor | None,
-    after_batch: Callable[[int], None],
-) -> dict:
-    """The results of `evaluate` for each of `models`, under its key as prefix ("" for the raw
-    weights, "ema_", "swa_"), with "val_images" and "val_seconds". after_batch: called with each
-    batch's number."""
-    row: dict[str, Any] = {}
-    started = time.perf_counter()
-    for prefix, model in models.items():
-        with console.bar(f"validation {prefix[:-1].upper()}".strip(), len(loader)) as bar:
+class Evaluator:
+    """Evaluates the weights of a run on its evaluation file.
 
-            def advance(number: int) -> None:
-                bar.update()
-                after_batch(number)
+    config: for the section validation.
+    models: by the prefix of their results: "" for the raw weights, "ema_", "swa_".
+    loader: this process's batches.
+    label_sets: accepted labels of each image, see read_label_sets; or None.
+    where: device, precision and processes.
+    console: shows the progress.
+    """
 
-            result = evaluate(
-                model,
-                loader,
-                compute=compute,
-                flip_tta=flip_tta,
-                label_sets=label_sets,
-                after_batch=advance,
-            )
-        row |= {prefix + name: number for name, number in result.items() if name != "images"}
-        row["val_images"] = result["images"]
-    return row | {"val_seconds": time.perf_counter() - started}
+    def __init__(
+        self,
+        config: TrainConfig,
+        models: dict[str, torch.nn.Module],
+        *,
+        loader: EvalLoader,
+        label_sets: torch.Tensor | None,
+        where: Compute,
+        console: Console,
+    ) -> None:
+        self.config, self.models, self._loader = config, models, loader
+        self._label_sets, self._compute, self._console = label_sets, where, console
+
+    def __call__(self, *, with_swa: bool, after_batch: Callable[[], None] | None = None) -> dict:
+        """The results of `evaluate` for each of the models under its prefix, with "val_images" and
+        "val_seconds".
+
+        with_swa: also evaluate the SWA model. It has no batch-norm statistics before the end.
+        after_batch: called after each batch that every process has.
+        """
+        loader, row, started = self._loader, dict[str, Any](), time.perf_counter()
+        common = len(loader.beton) // (loader.batch_size * self._compute.world_size)
+        for prefix, model in self.models.items():
+            if prefix == "swa_" and not with_swa:
+                continue
+            title = f"validation {prefix[:-1].upper()}".strip()
+            with (
+                build.within_memory(self.config, "validation", self.config.validation.resolution),
+                self._console.bar(title, len(loader)) as bar,
+            ):
+
+                def advance(number: int) -> None:
+                    bar.update()
+                    if after_batch is not None and number < common:
+                        after_batch()
+
+                result = evaluate(
+                    model,
+                    loader,
+                    compute=self._compute,
+                    flip_tta=self.config.validation.lr_tta,
+                    label_sets=self._label_sets,
+                    after_batch=advance,
+                )
+            row |= {prefix + name: number for name, number in result.items() if name != "images"}
+            row["val_images"] = result["images"]
+        return row | {"val_seconds": time.perf_counter() - started}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -218,26 +219,26 @@ class Heartbeat:
             )
         return f"{who} ended (killed, or with the message above)"
 
-    def end(self) -> None:
-        """Waits until all processes have called this."""
-        if self._thread is not None:
+    def __enter__(self) -> "Heartbeat":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Call before this process ends. After a finished run or a signal, waits until all
+        processes have called this. After an error that this process reports itself, disables the
+        report of lost processes: another process may end first. After any other error, ends this
+        process if the cause is a lost process."""
+        if kind is None or kind is SystemExit or isinstance(error, InputError):
             self._leaving.set()
-            self._thread.join()
-
-    def say_no_more(self) -> None:
-        """Disables the report of lost processes. Call it before this process ends with its own
-        message: another one may end first."""
-        self._leaving.set()
-
-    def verdict(self, error: Exception) -> None:
-        """Call after an `error` of the run. Ends this process if the cause is a lost process.
-
-        An error that does not name this cause may still have it. The heartbeat therefore gets time
-        to detect the loss.
-        """
         if self._thread is None:
             return
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            self._end_job(error)
-        if self._failed.wait(4 * BEAT_SECONDS):
+        if kind is None or kind is SystemExit:
             self._thread.join()
+        elif isinstance(error, Exception) and not isinstance(error, InputError):
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                self._end_job(error)
+            # An error that does not name this cause may still have it: the heartbeat gets time to
+            # detect the loss.
+            if self._failed.wait(4 * BEAT_SECONDS):
+                self._thread.join()

@@ -60,6 +60,16 @@ class Progress:
         """Adds a message to the epoch's row of the log."""
         self.events = self.events + [event]
 
+    def new_best(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Updates `best` from a validated epoch's `row`. Returns the previous best if this epoch is
+        better, else None."""
+        top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
+        beaten = self.best
+        if top1 <= beaten["top1"]:
+            return None
+        self.best = {"top1": top1, "epoch": row["epoch"], "step": self.step}
+        return beaten
+
     @property
     def window_is_full(self) -> bool:
         return len(self.unread) == SYNC_EVERY
@@ -80,14 +90,16 @@ class Progress:
         window = self.window[: len(self.unread)]
         return bool(compute.sum_over_processes(window.sum()).isfinite())
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, lr: float) -> dict[str, str]:
         """Figures for a progress bar: loss and top-1 of this process's part of the epoch so far,
-        and img_s, images per second of all processes."""
+        the learning rate, and img_s, images per second of all processes."""
         loss, correct, images = self.totals.tolist()
+        img_s = images * self._compute.world_size / self._weight / max(self.seconds, 1e-9)
         return {
-            "loss": loss / max(images, 1),
-            "top1": 100 * correct / max(images, 1),
-            "img_s": images * self._compute.world_size / self._weight / max(self.seconds, 1e-9),
+            "loss": f"{loss / max(images, 1):.4f}",
+            "top1": f"{100 * correct / max(images, 1):.1f}%",
+            "lr": f"{lr:.2e}",
+            "img_s": f"{img_s:.0f}",
         }
 
     def row(self, epoch: Epoch, *, loss: str, lr: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ bits as an uninterrupted one.
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
@@ -128,10 +129,16 @@ class Checkpointer:
             (self.store.folder / REQUEUE_MARK).unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
-    def close(self) -> None:
-        """Call after the last step. Completes the vote in progress, so that no process waits for
-        it."""
-        self._votes.count()
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        """After a finished run or a signal, completes the vote in progress, so that no process
+        waits for it."""
+        if kind is None or kind is SystemExit:
+            self._votes.count()
 
     # ---------------------------------------------------------------- saving
 

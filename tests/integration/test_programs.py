@@ -851,13 +851,13 @@ def test_bad_images_are_an_error_or_skipped_and_named(betons, tmp_path, train, c
 def test_out_of_memory_error_names_what_to_lower(
     betons, tmp_path, call_program, monkeypatch, kind, text, where, message
 ):
-    from rsb_ffcv.training import build, evaluate, trainer
+    from rsb_ffcv.training import build, evaluate, step
 
     def fail(*_, **__):
         raise kind(text)
 
     target, name = {
-        "train": (trainer.TrainStep, "__call__"),
+        "train": (step.TrainStep, "__call__"),
         "evaluate": (evaluate, "evaluate"),
         "build": (build, "model"),
     }[where]
@@ -897,12 +897,12 @@ def test_batch_larger_than_memory_is_one_error_line(betons, tmp_path, run_progra
 
 
 def test_internal_error_keeps_its_traceback(betons, tmp_path, call_program, monkeypatch):
-    from rsb_ffcv.training import trainer
+    from rsb_ffcv.training import step
 
     def fail(*_, **__):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(trainer.TrainStep, "__call__", fail)
+    monkeypatch.setattr(step.TrainStep, "__call__", fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
 
