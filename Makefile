@@ -6,7 +6,7 @@
 PYTHON ?=
 RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
-C_FILES = $(foreach folder,rsb_ffcv/ops/csrc benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
+C_FILES = $(foreach folder,rsb_ffcv/ops/csrc rsb_ffcv/ops/csrc/shared benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
 
 .PHONY: demo check test test-all set-up clean
 
@@ -15,7 +15,7 @@ set-up: $(CORE)
 .venv/.ready: constraints.txt set_up.sh
 	PYTHON="$(PYTHON)" ./set_up.sh
 
-$(CORE): .venv/.ready setup.py $(wildcard rsb_ffcv/ops/csrc/*)
+$(CORE): .venv/.ready setup.py $(wildcard rsb_ffcv/ops/csrc/* rsb_ffcv/ops/csrc/shared/*)
 	$(RUN) setup.py -q build_ext --inplace --force
 	touch $(CORE)
 

@@ -16,6 +16,8 @@ SOURCES = (
     "affine",
     "augment",
     "sample",
+    "pack",
+    "emulate",
     "pool",
 )
 HEADERS = (
@@ -30,6 +32,18 @@ HEADERS = (
     "affine_hot",
     "augment_hot",
     "dispatch",
+    "sample",
+    "shared/base",
+    "shared/jpeg_terms",
+    "shared/filters",
+    "shared/pillow",
+    "shared/packed",
+    "shared/entropy",
+    "shared/idct",
+    "shared/pixels",
+    "shared/resample",
+    "shared/augment",
+    "shared/kernels",
 )
 
 setup(

@@ -21,15 +21,17 @@ import torch
 
 from rsb_ffcv import InputError, option_names
 from rsb_ffcv.beton import RAW, Beton, read_beton
+from rsb_ffcv.gpu.batch import Decoded, DeviceDecoder, Slab
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
 from rsb_ffcv.loading.pool import Pool, Work
 from rsb_ffcv.ops.augment import ColorJitter, RandAugment
 from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
-from rsb_ffcv.ops.native import DAMAGE, SAMPLE, reason
+from rsb_ffcv.ops.native import AUGMENT, DAMAGE, SAMPLE, reason
 from rsb_ffcv.ops.operation import Address, Decoder, DrawnOperation
 
 # how far the threads may prefetch: this many images or batches, whichever is more
 IMAGES_AHEAD, BATCHES_AHEAD = 512, 3
+MEMORY_MB = 1024  # of the device, to decode
 MOST_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
 
 
@@ -58,12 +60,28 @@ class _Begun(NamedTuple):
     indices: np.ndarray
 
 
+class _Started(NamedTuple):
+    """A batch on its way to the loader's device. decoded: if the device decodes it."""
+
+    begun: _Begun
+    images: torch.Tensor
+    indices: np.ndarray
+    decoded: Decoded | None
+
+
 class _Loader:
     """A file, threads, and a list of operations: first a decoder, then ops that change each image
     in place."""
 
     def __init__(
-        self, path: str | Path, batch_size: int, *, num_workers: int, device: str | torch.device
+        self,
+        path: str | Path,
+        batch_size: int,
+        *,
+        num_workers: int,
+        device: str | torch.device,
+        decode: str,
+        memory_mb: int,
     ) -> None:
         if num_workers < 1:
             raise InputError(
@@ -71,10 +89,14 @@ class _Loader:
             )
         if batch_size < 1:
             raise InputError(f"`batch_size`={batch_size}: must be positive; use 1 or more")
+        if decode not in ("cpu", "gpu"):
+            raise InputError(f"`decode`={decode!r} is not one of cpu, gpu; choose one")
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._is_gpu = self.device.type == "cuda"
+        self._copying = torch.cuda.Stream(self.device) if self._is_gpu else None
+        self._decoder = DeviceDecoder(self.device, memory_mb) if decode == "gpu" else None
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed in close()
         self._pool = Pool(num_workers)
 
@@ -104,9 +126,10 @@ class _Loader:
         address: Address,
         indices: np.ndarray,
         *,
-        urgent: bool = False,
+        alone: bool = False,
     ) -> _Begun:
-        """Draws the random numbers of a batch and queues it. urgent: see `Pool.submit`."""
+        """Draws the random numbers of a batch and queues it. alone: the CPU decodes it, ahead of
+        all batches that no thread has started."""
         self._pool.check()
         b = self.beton
         samples = np.zeros(len(indices), SAMPLE)
@@ -117,52 +140,109 @@ class _Loader:
             samples["verify"] = 1
             for name in b.extras.dtype.names or ():
                 samples[name] = b.extras[name][indices]
-        decoder, *others = ops
-        assert isinstance(decoder, Decoder)
-        crops = decoder.draw(address, samples["height"], samples["width"])
+        first, *others = ops
+        assert isinstance(first, Decoder)
+        crops = first.draw(address, samples["height"], samples["width"])
         for name in crops.dtype.names or ():
             samples[name] = crops[name]
-        heights, widths = (np.full(len(indices), side) for side in decoder.shape[:2])
+        heights, widths = (np.full(len(indices), side) for side in first.shape[:2])
         operations = [
             (op.generate_code(), np.ascontiguousarray(op.draw(address, heights, widths)), op.passes)
             for op in others
             if op.passes
         ]
-        images = self._pool.memory((len(indices), *decoder.shape), self.device.type == "cuda")
+        shape = (len(indices), *first.shape)
+        place: torch.Tensor | Slab
+        if self._decoder is None or alone:
+            place = self._pool.memory(shape, self._is_gpu)
+        else:
+            place = self._decoder.slab(
+                samples,
+                shape,
+                draws=[draws for _, draws, _ in operations],
+                memory=lambda size: self._pool.memory(size, self._is_gpu),
+            )
         work = Work(
-            images,
+            place,
             self._file.fileno(),
-            decoder=decoder.generate_code(),
+            decoder=first.generate_code(),
             samples=samples,
             operations=operations,
         )
-        self._pool.submit(work, urgent)
+        self._pool.submit(work, alone)
         return _Begun(work, address, indices)
 
-    def _finish(
+    def _start(
         self, ops: Sequence[DrawnOperation], begun: _Begun, order: np.ndarray | None
-    ) -> Batch:
-        """Waits for a batch and copies it to the device. order: of the epoch, None in
-        evaluation."""
-        work, address, indices = begun
+    ) -> _Started:
+        """Waits until the threads have finished a batch, and starts its way to the device. order:
+        of the epoch, None in evaluation."""
+        work, _, indices = begun
+        place = work.place
         self._pool.wait(work, lambda row: f"sample {indices[row]}")
         for row in np.flatnonzero(work.status):
             indices = indices.copy()  # it may be a view of the caller's array
-            indices[row] = self._replacement(ops, begun, int(row), order=order)
-        labels = torch.from_numpy(self.beton.labels[indices])
+            indices[row], image = self._replacement(
+                ops, begun, int(row), status=work.status[row], order=order
+            )
+            if isinstance(place, Slab):
+                place.put(int(row), image.numpy())
+            else:
+                place[row] = image
+        if isinstance(place, Slab):
+            assert self._decoder is not None  # it has made the slab
+            decoded = self._decoder.decode(place)
+            return _Started(begun, decoded.images, indices, decoded)
         if self._copying is None:
-            return Batch(work.images.to(self.device), labels.to(self.device), address.slots)
+            return _Started(begun, place.to(self.device), indices, None)
         # on a separate stream, so that the copy overlaps with steps that the device still computes
         with torch.cuda.stream(self._copying):
-            images, labels = (
-                part.to(self.device, non_blocking=True)
-                for part in (work.images, labels.pin_memory())
+            return _Started(begun, place.to(self.device, non_blocking=True), indices, None)
+
+    def _finish(
+        self, ops: Sequence[DrawnOperation], started: _Started, order: np.ndarray | None
+    ) -> Batch:
+        """Completes a batch: makes the rows that the device has left to the CPU, and lets the
+        current stream wait for the rest."""
+        begun, images, indices, decoded = started
+        stream = self._copying if decoded is None or self._decoder is None else self._decoder.stream
+        for row in decoded.failed_rows() if decoded is not None else ():
+            indices = indices.copy()
+            indices[row], image = self._made_alone(
+                ops, begun, int(row), index=indices[row], order=order
             )
+            with torch.cuda.stream(stream):  # of a CPU: None, which changes nothing
+                images[row].copy_(image, non_blocking=True)
+        labels = torch.from_numpy(self.beton.labels[indices])
+        slots = begun.address.slots
+        if stream is None:
+            return Batch(images, labels.to(self.device), slots)
+        with torch.cuda.stream(stream):
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self._copying)
+        current.wait_stream(stream)
         for part in (images, labels):
             part.record_stream(current)
-        return Batch(images, labels, address.slots)
+        return Batch(images, labels, slots)
+
+    def _made_alone(
+        self,
+        ops: Sequence[DrawnOperation],
+        begun: _Begun,
+        row: int,
+        *,
+        index: int,
+        order: np.ndarray | None,
+    ) -> tuple[int, torch.Tensor]:
+        """Makes one row of a batch on the CPU. Returns the index of its image, which is another one
+        if sample `index` cannot be read, and its pixels."""
+        address = begun.address._replace(slots=begun.address.slots[row : row + 1])
+        single = self._submit(ops, address, np.array([index]), alone=True).work
+        self._pool.wait(single)
+        if single.status[0]:
+            return self._replacement(ops, begun, row, status=single.status[0], order=order)
+        assert isinstance(single.place, torch.Tensor)  # the CPU has decoded it
+        return index, single.place[0]
 
     def _replacement(
         self,
@@ -170,10 +250,11 @@ class _Loader:
         begun: _Begun,
         row: int,
         *,
+        status: int,
         order: np.ndarray | None,
-    ) -> int:
-        """Returns the index of the image that replaces one that cannot be read."""
-        raise InputError(self._complaint(begun.indices[row], begun.work.status[row]))
+    ) -> tuple[int, torch.Tensor]:
+        """Returns the index and the pixels of the image that replaces one that cannot be read."""
+        raise InputError(self._complaint(begun.indices[row], status))
 
     def _complaint(self, index: int, status: int) -> str:
         if status not in DAMAGE:
@@ -197,15 +278,27 @@ class _Loader:
         next ones."""
         ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
         begun: deque[_Begun] = deque()
+        started: deque[_Started] = deque()
+
+        def start() -> None:
+            started.append(self._start(ops, begun[0], order))
+            begun.popleft()
+
+        # A batch that the device decodes is finished after the next one has been started: its
+        # status is then there already, and the host does not wait for the device.
+        later = 0 if self._decoder is None else 1
         try:
             for address, indices in batches:
                 begun.append(self._submit(ops, address, indices))
                 if len(begun) > ahead:
-                    yield self._finish(ops, begun[0], order)
-                    begun.popleft()
-            while begun:
-                yield self._finish(ops, begun[0], order)
-                begun.popleft()
+                    start()
+                    if len(started) > later:
+                        yield self._finish(ops, started.popleft(), order)
+            while begun or started:
+                if begun:
+                    start()
+                if len(started) > later or not begun:
+                    yield self._finish(ops, started.popleft(), order)
         finally:
             self._pool.cancel([batch.work for batch in begun])
 
@@ -241,6 +334,9 @@ class TrainLoader(_Loader):
     rank: number of this process among those that share each step.
     world_size: number of processes that share each step.
     device: device of the batches.
+    decode: "cpu", or "gpu": the device decodes, crops and augments; the batches have the same
+        bytes. If `device` is a CPU, it emulates the device. `ops` must be "cpu".
+    memory_mb: bound of the device memory for decoding, beside the batches, in MiB.
 
     Raises InputError if the file is damaged or holds fewer images than a step takes, or if a
     setting is out of range.
@@ -269,8 +365,17 @@ class TrainLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
+        decode: str = "cpu",
+        memory_mb: int = MEMORY_MB,
     ) -> None:
-        super().__init__(path, batch_size, num_workers=num_workers, device=device)
+        super().__init__(
+            path,
+            batch_size,
+            num_workers=num_workers,
+            device=device,
+            decode=decode,
+            memory_mb=memory_mb,
+        )
         global_batch = global_batch or batch_size * world_size
         if global_batch % batch_size:
             raise InputError(
@@ -320,6 +425,10 @@ class TrainLoader(_Loader):
                 [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
             )
         self._ops += [ColorJitter(*color_jitter), *ops]
+        if decode == "gpu" and any(op.generate_code() != AUGMENT for op in ops):
+            raise InputError(
+                "`decode`='gpu': `ops` has an operation that only a CPU can run; use `decode`='cpu'"
+            )
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
 
     def __len__(self) -> int:
@@ -363,7 +472,7 @@ class TrainLoader(_Loader):
         slots = np.argsort(order.indices)[samples] * self.repeats
         ops = self._operations()
         begun = self._submit(ops, Address(self.seed, epoch, slots), samples)
-        return self._finish(ops, begun, order.indices)
+        return self._finish(ops, self._start(ops, begun, order.indices), order.indices)
 
     def _operations(self) -> list[DrawnOperation]:
         return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
@@ -402,25 +511,26 @@ class TrainLoader(_Loader):
         begun: _Begun,
         row: int,
         *,
+        status: int,
         order: np.ndarray | None,
-    ) -> int:
+    ) -> tuple[int, torch.Tensor]:
         if self.on_bad_sample == "raise":
-            return super()._replacement(ops, begun, row, order=order)
-        work, address, indices = begun
-        self.skipped.append((int(indices[row]), reason(work.status[row])))
+            return super()._replacement(ops, begun, row, status=status, order=order)
+        _, address, indices = begun
+        self.skipped.append((int(indices[row]), reason(status)))
         assert order is not None  # only evaluation has none
         slot = address.slots[row : row + 1]
         others = min(MOST_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
-            single = self._submit(ops, address._replace(slots=slot), index, urgent=True).work
+            single = self._submit(ops, address._replace(slots=slot), index, alone=True).work
             self._pool.wait(single)
             if not single.status[0]:
-                work.images[row] = single.images[0]
-                return int(index[0])
+                assert isinstance(single.place, torch.Tensor)  # the CPU has decoded it
+                return int(index[0]), single.place[0]
         raise InputError(
-            f"{self._complaint(indices[row], work.status[row])}; the {others} samples that follow "
-            f"it cannot be read either"
+            f"{self._complaint(indices[row], status)}; the {others} samples that follow it cannot "
+            f"be read either"
         )
 
 
@@ -437,7 +547,8 @@ class EvalLoader(_Loader):
     crop_ratio: side of the crop divided by the shorter side of the resized image, 0 .. 1.
     interpolation: "bilinear" or "bicubic".
     rank, world_size: this process, and the number of processes.
-    device: where batches are placed.
+    device: device of the batches.
+    decode, memory_mb: as in TrainLoader.
     """
 
     def __init__(
@@ -452,15 +563,24 @@ class EvalLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
+        decode: str = "cpu",
+        memory_mb: int = MEMORY_MB,
     ) -> None:
-        super().__init__(path, batch_size, num_workers=num_workers, device=device)
+        super().__init__(
+            path,
+            batch_size,
+            num_workers=num_workers,
+            device=device,
+            decode=decode,
+            memory_mb=memory_mb,
+        )
         if not 0 < crop_ratio <= 1 or resolution < 1 or not 0 <= rank < world_size:
             raise InputError(
                 f"`crop_ratio`={crop_ratio} must be above 0 and at most 1, "
                 f"`resolution`={resolution} must be 1 or more, and `rank`={rank} must be 0 or more "
                 f"and below `world_size`={world_size}"
             )
-        self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
+        self._crop = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
 
     def __len__(self) -> int:
@@ -472,4 +592,4 @@ class EvalLoader(_Loader):
             self.indices[start : start + self.batch_size]
             for start in range(0, len(self.indices), self.batch_size)
         )
-        return self._iterate([self._decoder], ((Address(0, 0, chunk), chunk) for chunk in chunks))
+        return self._iterate([self._crop], ((Address(0, 0, chunk), chunk) for chunk in chunks))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rsb_ffcv import InputError
+from rsb_ffcv.gpu.batch import Slab
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
 # no image takes nearly this long: a disk that does not respond, or a defect
@@ -19,22 +20,28 @@ _abandoned: list["_State"] = []
 
 
 class Work:
-    """A batch in progress: `images`, uint8 (n, H, W, 3), and the `status` of each row (see
-    csrc/rsb.h)."""
+    """A batch in progress: its pixels, or its packed images, and the `status` of each row (see
+    csrc/rsb.h).
+
+    place: uint8 (n, H, W, 3), or the slab of a batch that a device decodes.
+    file: descriptor of the open file.
+    decoder: address of the decoder's kernel.
+    samples: SAMPLE records (n,).
+    operations: (address of a kernel, its draws, number of passes). The draws have the shape
+        (n, ...), or (n, k, ...) with k passes.
+    """
 
     def __init__(
         self,
-        images: torch.Tensor,
+        place: torch.Tensor | Slab,
         file: int,
         *,
         decoder: int,
         samples: np.ndarray,
         operations: Sequence[tuple[int, np.ndarray, int]],
     ) -> None:
-        """operations: (address of a kernel, its draws, number of passes). The draws have the shape
-        (n, ...), or (n, k, ...) with k passes."""
-        self.images = images
-        rows, height, width, _ = images.shape
+        self.place = place
+        rows, height, width, _ = place.shape
         self.status = np.empty(rows, np.int32)
         steps = [
             (kernel, draws[:, i].ctypes.data if passes > 1 else draws.ctypes.data, draws.strides[0])
@@ -51,8 +58,9 @@ class Work:
             decoder,
             samples.ctypes.data,
             self._kept[2].ctypes.data,
-            images.data_ptr(),
+            0 if isinstance(place, Slab) else place.data_ptr(),
             self.status.ctypes.data,
+            place.structure.ctypes.data if isinstance(place, Slab) else None,
         )
 
 
@@ -94,7 +102,7 @@ class Pool:
 
     def memory(self, shape: Sequence[int], pin: bool) -> torch.Tensor:
         """Returns an uninitialized uint8 tensor that belongs to the caller. Its memory is reused
-        when no reference to it is left."""
+        when no reference to it is left. pin: in memory from which a GPU can copy by itself."""
         if pin:
             # torch's allocator of pinned memory reuses freed blocks itself
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)

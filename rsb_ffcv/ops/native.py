@@ -15,7 +15,7 @@ import numpy as np
 
 from rsb_ffcv import InputError
 
-# rsb_sample, rsb_layer and rsb_step of csrc/rsb.h, with the same layout
+# rsb_sample and rsb_step of csrc/rsb.h, rsb_layer of csrc/shared/base.h, with the same layout
 SAMPLE = np.dtype(
     [
         ("pointer", "<u8"),
@@ -38,6 +38,79 @@ LAYER = np.dtype(
 )
 STEP = np.dtype([("kernel", "<u8"), ("draws", "<u8"), ("stride", "<i8")], align=True)
 
+# rsb_slab of csrc/rsb.h
+SLAB = np.dtype(
+    [(name, "<u8") for name in ("memory", "capacity", "scratch", "used", "committed")], align=True
+)
+# rsb_packed_part, rsb_packed and rsb_launch of csrc/shared/packed.h
+PACKED_PART = np.dtype(
+    [
+        ("first_block", "<u4"),
+        ("block_columns", "<i4"),
+        ("plane", "<u4"),
+        ("left", "<i4"),
+        ("top", "<i4"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("h", "<i4"),
+        ("v", "<i4"),
+        ("dc", "<i4"),
+        ("ac", "<i4"),
+        ("quant", "<u2", 64),
+    ],
+    align=True,
+)
+PACKED = np.dtype(
+    [
+        ("box", "<f8", 4),  # top, left, height, width
+        ("window", "<i4", 4),  # top, left, height, width
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("kind", "<i4"),
+        ("filter", "u1"),
+        ("flip", "u1"),
+        ("rows_first", "u1"),
+        ("parts", "u1"),
+        ("pixels", "<u4"),
+        ("tables", "<u4"),
+        ("entries", "<u4"),
+        ("order", "<u4"),
+        ("bases", "<u4"),
+        ("mcu_column", "<i4"),
+        ("mcu_columns", "<i4"),
+        ("mcu_rows", "<i4"),
+        ("first_column", "<i4"),
+        ("segments_per_row", "<i4"),
+        ("segments", "<i4"),
+        ("blocks", "<u4"),
+        ("h_max", "<i4"),
+        ("v_max", "<i4"),
+        ("scratch", "<u8"),
+        ("scratch_bytes", "<u8"),
+        ("second", "<u8"),
+        ("taps", "<u8"),
+        ("taps_down", "<u8"),
+        ("part", PACKED_PART, 3),
+    ],
+    align=True,
+)
+LAUNCH = np.dtype(
+    [
+        ("slab", "<u8"),
+        ("scratch", "<u8"),
+        ("out", "<u8"),
+        ("status", "<u8"),
+        ("layers", "<u8"),
+        ("layer_stride", "<i8"),
+        ("first", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+    ],
+    align=True,
+)
+PACKED_PIXELS, PACKED_RAW, PACKED_JPEG = 0, 1, 2  # kinds of a packed row
+SLAB_PADDING = 2048  # readable bytes after a slab
+
 # ops of `augment`, numbered as in csrc/rsb.h
 (
     IDENTITY,
@@ -56,6 +129,8 @@ STEP = np.dtype([("kernel", "<u8"), ("draws", "<u8"), ("stride", "<i8")], align=
     AFFINE,
 ) = range(14)
 BILINEAR, BICUBIC = 0, 1
+
+CSRC = Path(__file__).parent / "csrc"
 
 # pixels, MCUs and bytes; as in csrc/jpeg.h and csrc/rsb.h
 BLOCK_SIDE, ENTRY_INTERVAL, ENTRY_BYTES = 8, 8, 10
@@ -95,6 +170,7 @@ class Job(ctypes.Structure):
         ("steps", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
+        ("slab", ctypes.c_void_p),
         ("next", ctypes.c_int32),
         ("done", ctypes.c_int32),
         ("after", ctypes.c_void_p),
@@ -136,6 +212,7 @@ def bind(path: str | Path) -> ctypes.CDLL:
         ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
         ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
         ("rsb_augment", integer, pointer, integer, integer, pointer, pointer),
+        ("rsb_emulate", integer, integer, pointer, integer, integer, integer),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

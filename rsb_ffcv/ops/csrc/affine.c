@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "augment.h"
+#include "shared/pillow.h"
 #if RSB_AVX2
 #include <immintrin.h>
 #endif
@@ -32,15 +33,6 @@ enum {
     PIXEL_BYTES = 4,  /* of the copy: RGBX */
     ROW_ELEMENTS = 7, /* int32 elements that the tables below have for each pixel of a row */
 };
-#define MAX_COEFFICIENT 1e6 /* beyond it, `inside` and `walk` may round positions differently */
-
-/* Whether the centre of output pixel (x, y) lies within the source image: Geometry.c, to the bit.
- */
-RSB_INLINE int inside(const double *a, int x, int y, rsb_size size) {
-    double u = x + 0.5, v = y + 0.5;
-    double from_x = a[0] * u + a[1] * v + a[2], from_y = a[3] * u + a[4] * v + a[5];
-    return from_x >= 0.0 && from_x < size.width && from_y >= 0.0 && from_y < size.height;
-}
 
 /* Copies the image as RGBX pixels, with its border repeated BORDER times on every side. */
 static void copy_with_border(const kernels *k, const uint8_t *image, rsb_size size, uint8_t *copy,
@@ -67,8 +59,6 @@ int rsb_affine(uint8_t *image, rsb_size size, const double *a, int cubic, const 
                rsb_scratch *scratch) {
     const kernels *k = pick_kernels();
     int width = size.width;
-    for (int i = 0; i < 6; i++)
-        if (!(fabs(a[i]) <= MAX_COEFFICIENT)) return RSB_BAD_CALL; /* NaN too */
     int stride = PIXEL_BYTES * (width + 2 * BORDER);
     uint8_t *copy = rsb_buffer(scratch, RSB_IMAGE, (size_t)stride * (size.height + 2 * BORDER));
     int32_t *rows = (int32_t *)rsb_buffer(scratch, RSB_ROWS, sizeof *rows * ROW_ELEMENTS * width);
@@ -85,8 +75,8 @@ int rsb_affine(uint8_t *image, rsb_size size, const double *a, int cubic, const 
         uint8_t *out = image + (size_t)3 * width * y;
         int start = 0;
         int end = width;
-        while (start < end && !inside(a, start, y, size)) start++;
-        while (end > start && !inside(a, end - 1, y, size)) end--;
+        while (start < end && !is_inside(a, start, y, size.height, size.width)) start++;
+        while (end > start && !is_inside(a, end - 1, y, size.height, size.width)) end--;
         int n = end - start;
         for (int x = 0; x < width; x++)
             if (x < start || x >= end) memcpy(out + 3 * x, fill, 3);

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "augment.h"
+#include "shared/pillow.h"
 
 typedef struct {
     void (*invert)(uint8_t *, int);
@@ -58,35 +59,6 @@ static void look_up(uint8_t *p, int pixels, uint8_t tables[3][256]) {
         for (int c = 0; c < 3; c++) p[3 * i + c] = tables[c][p[3 * i + c]];
 }
 
-static void autocontrast_table(const uint32_t *counts, uint8_t *table) {
-    int low = 0;
-    int high = 255;
-    while (low < 255 && !counts[low]) low++;
-    while (high > 0 && !counts[high]) high--;
-    double scale = high > low ? 255.0 / (high - low) : 1;
-    double offset = high > low ? -low * scale : 0;
-    for (int v = 0; v < 256; v++) table[v] = (uint8_t)clamp((int)(v * scale + offset));
-}
-
-static void equalize_table(const uint32_t *counts, uint8_t *table) {
-    uint64_t total = 0;
-    uint64_t last = 0; /* pixels of the largest value */
-    int used = 0;      /* different values */
-    for (int v = 0; v < 256; v++) {
-        if (!counts[v]) continue;
-        last = counts[v];
-        total += last;
-        used++;
-    }
-    uint64_t step = (total - last) / 255;
-    uint64_t n = step / 2;
-    for (int v = 0; v < 256; v++) {
-        uint64_t value = used > 1 && step ? n / step : (uint64_t)v;
-        table[v] = (uint8_t)(value > 255 ? 255 : value);
-        n += counts[v];
-    }
-}
-
 /* ---- neighbourhoods ---- */
 
 static int sharpen(const kernels *k, uint8_t *image, int height, int width, float factor,
@@ -103,37 +75,6 @@ static int sharpen(const kernels *k, uint8_t *image, int height, int width, floa
     }
     k->blend(smooth, image, n * height, factor);
     return RSB_OK;
-}
-
-enum {
-    BLUR_PASSES = 3,
-    WEIGHT_BITS = 24, /* fractional bits of the weights of a box */
-};
-
-/* A box whose border pixels have less weight than the inner ones, because its radius is not whole.
- * Each output pixel reads 2 reach + 1 inner pixels, and one of the border on either side. */
-typedef struct {
-    int reach;
-    uint32_t inner, edge; /* weights */
-} box;
-
-/* Pillow's gaussian_blur_radius (BoxBlur.c): of BLUR_PASSES boxes that together have variance
- * sigma ^ 2. */
-static float box_radius(float sigma) {
-    float variance = sigma * sigma / BLUR_PASSES;
-    float length = (float)sqrt(12.0 * variance + 1.0);
-    float whole = (float)floor((length - 1.0) / 2.0);
-    float part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance);
-    part /= 6 * (variance - (whole + 1) * (whole + 1));
-    return whole + part;
-}
-
-static box make_box(float radius) {
-    box b;
-    b.reach = (int)radius;
-    b.inner = (uint32_t)((1 << WEIGHT_BITS) / (radius * 2 + 1));
-    b.edge = ((1u << WEIGHT_BITS) - (b.reach * 2 + 1) * b.inner) / 2;
-    return b;
 }
 
 /* One box blur down the columns of `rows` rows of `n` bytes. sum: room for `n` sums. */
@@ -187,45 +128,6 @@ static int blur(const kernels *k, uint8_t *image, int height, int width, float s
     return RSB_OK;
 }
 
-/* ---- hue ---- */
-
-/* Pillow's rgb2hsv_row and hsv2rgb (Convert.c), with `shift` added to the hue, of which 256 are the
- * whole circle. Types and casts are Pillow's, because they decide how values are rounded. */
-static void shift_hue(uint8_t *p, int pixels, int shift) {
-    for (int i = 0; i < pixels; i++, p += 3) {
-        int r = p[0], g = p[1], b = p[2];
-        int high = r > g ? (r > b ? r : b) : (g > b ? g : b);
-        int low = r < g ? (r < b ? r : b) : (g < b ? g : b);
-        uint8_t hue = 0;
-        uint8_t saturation = 0;
-        if (low != high) {
-            float range = (float)(high - low), s = range / (float)high, h;
-            float rc = (float)(high - r) / range;
-            float gc = (float)(high - g) / range;
-            float bc = (float)(high - b) / range;
-            h = r == high ? bc - gc : g == high ? (float)(2.0 + rc - bc) : (float)(4.0 + gc - rc);
-            h = (float)fmod(h / 6.0 + 1.0, 1.0);
-            hue = (uint8_t)(int)(h * 255.0);
-            saturation = (uint8_t)(int)(s * 255.0);
-        }
-        hue = (uint8_t)(hue + shift);
-        if (!saturation) {
-            memset(p, high, 3);
-            continue;
-        }
-        int sector = (int)floor((float)hue * 6.0 / 255.0);
-        float f = (float)((float)hue * 6.0 / 255.0 - (float)sector);
-        float fs = (float)((float)saturation / 255.0);
-        uint8_t v = (uint8_t)high;
-        uint8_t low_value = (uint8_t)(int)round((float)v * (1.0 - fs));
-        uint8_t q = (uint8_t)(int)round((float)v * (1.0 - fs * f));
-        uint8_t t = (uint8_t)(int)round((float)v * (1.0 - fs * (1.0 - f)));
-        const uint8_t rgb[6][3] = {{v, t, low_value}, {q, v, low_value}, {low_value, v, t},
-                                   {low_value, q, v}, {t, low_value, v}, {v, low_value, q}};
-        memcpy(p, rgb[sector % 6], 3);
-    }
-}
-
 /* ---- all operations ---- */
 
 static void map_histogram(uint8_t *image, int pixels,
@@ -235,12 +137,6 @@ static void map_histogram(uint8_t *image, int pixels,
     histogram(image, pixels, counts);
     for (int c = 0; c < 3; c++) make_table(counts[c], tables[c]);
     look_up(image, pixels, tables);
-}
-
-/* The bits that posterize keeps. */
-static int posterize_mask(double bits) {
-    if (bits <= 0) return 0;
-    return bits < 8 ? -1 << (8 - (int)bits) : 255;
 }
 
 static int saturate(const kernels *k, uint8_t *image, int pixels, float factor,
@@ -256,12 +152,21 @@ static int saturate(const kernels *k, uint8_t *image, int pixels, float factor,
 /* far beyond the range of every operation */
 #define MAX_ARGUMENT 65536
 
+int rsb_check_layer(const rsb_layer *layer) {
+    if (layer->op < RSB_IDENTITY || layer->op > RSB_AFFINE) return RSB_BAD_CALL;
+    for (int i = 0; i < (layer->op == RSB_AFFINE ? 6 : 1); i++) {
+        double most = layer->op == RSB_AFFINE ? MAX_COEFFICIENT : MAX_ARGUMENT;
+        if (!(fabs(layer->argument[i]) <= most)) return RSB_BAD_CALL; /* NaN too */
+    }
+    return !(fabs(layer->argument[0]) <= MAX_ARGUMENT) ? RSB_BAD_CALL : RSB_OK;
+}
+
 int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scratch *scratch) {
     const rsb_layer *layer = draw;
     const kernels *k = pick_kernels();
     double a = layer->argument[0];
     if (height < 1 || width < 1 || (int64_t)height * width > RSB_MAX_PIXELS) return RSB_BAD_CALL;
-    if (!(fabs(a) <= MAX_ARGUMENT)) return RSB_BAD_CALL; /* NaN too */
+    if (rsb_check_layer(layer)) return RSB_BAD_CALL;
     rsb_size size = {height, width};
     int pixels = height * width;
     int n = 3 * pixels;
@@ -282,10 +187,12 @@ int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scr
     case RSB_BRIGHTNESS: k->blend_constant(image, n, 0, (float)a); return RSB_OK;
     case RSB_SHARPNESS: return sharpen(k, image, height, width, (float)a, scratch);
     case RSB_BLUR: return blur(k, image, height, width, (float)a, scratch);
-    case RSB_HUE: shift_hue(image, pixels, (int)(a * 255)); return RSB_OK;
+    case RSB_HUE:
+        for (int i = 0; i < pixels; i++) shift_hue(image + (size_t)3 * i, (int)(a * 255));
+        return RSB_OK;
     case RSB_AFFINE:
         return rsb_affine(image, size, layer->argument, layer->filter == RSB_BICUBIC, layer->fill,
                           scratch);
-    default: return RSB_BAD_CALL;
+    default: return RSB_BAD_CALL; /* rsb_check_layer excludes it */
     }
 }

@@ -24,26 +24,19 @@ static void HOT(solarize_add)(uint8_t *p, int n, int add, int threshold) {
     }
 }
 
-/* Pillow's Image.blend(degenerate, image, factor): Blend.c. */
-RSB_INLINE uint8_t HOT(blend_one)(int degenerate, int value, float factor) {
-    float mixed = (float)degenerate + factor * (float)(value - degenerate);
-    mixed = mixed < 0.0f ? 0.0f : mixed;
-    return (uint8_t)(int)(mixed > 255.0f ? 255.0f : mixed);
-}
-
 static void HOT(blend_constant)(uint8_t *p, int n, int degenerate, float factor) {
-    for (int i = 0; i < n; i++) p[i] = HOT(blend_one)(degenerate, p[i], factor);
+    for (int i = 0; i < n; i++) p[i] = (uint8_t)blend_value(degenerate, p[i], factor);
 }
 
 static void HOT(blend)(const uint8_t *restrict degenerate, uint8_t *restrict p, int n,
                        float factor) {
-    for (int i = 0; i < n; i++) p[i] = HOT(blend_one)(degenerate[i], p[i], factor);
+    for (int i = 0; i < n; i++) p[i] = (uint8_t)blend_value(degenerate[i], p[i], factor);
 }
 
 /* Pillow's RGB to L (Convert.c), each value three times. */
 static void HOT(grey)(const uint8_t *restrict p, uint8_t *restrict out, int pixels) {
     for (ptrdiff_t i = 0; i < pixels; i++) {
-        int value = (19595 * p[3 * i] + 38470 * p[3 * i + 1] + 7471 * p[3 * i + 2] + 0x8000) >> 16;
+        int value = grey_value(p[3 * i], p[3 * i + 1], p[3 * i + 2]);
         out[3 * i] = out[3 * i + 1] = out[3 * i + 2] = (uint8_t)value;
     }
 }
@@ -53,7 +46,7 @@ static int64_t HOT(grey_sum)(const uint8_t *p, int pixels) {
     for (ptrdiff_t i = 0; i < pixels;) {
         int32_t part = 0;
         for (ptrdiff_t end = i + 4096 < pixels ? i + 4096 : pixels; i < end; i++)
-            part += (19595 * p[3 * i] + 38470 * p[3 * i + 1] + 7471 * p[3 * i + 2] + 0x8000) >> 16;
+            part += grey_value(p[3 * i], p[3 * i + 1], p[3 * i + 2]);
         total += part;
     }
     return total;

@@ -29,8 +29,7 @@ static void build_tables(rsb_jpeg *j, int decoding, int skipping) {
     }
 }
 
-/* The MCUs that the pixels of `area` depend on. */
-static mcu_area mcus_of(const rsb_jpeg *j, rsb_rect area) {
+mcu_area rsb_jpeg_mcus(const rsb_jpeg *j, rsb_rect area) {
     int mcu_width = BLOCK_SIDE * j->h_max;
     int mcu_height = BLOCK_SIDE * j->v_max;
     /* upsampling reads the next chroma sample on each side */
@@ -75,7 +74,7 @@ static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rs
     if (status) return status;
     rsb_jpeg *j = scratch->jpeg;
     if (j->height != image.height || j->width != image.width) return RSB_BAD_SIZE;
-    mcu_area m = mcus_of(j, area);
+    mcu_area m = rsb_jpeg_mcus(j, area);
     status = make_planes(j, m, scratch);
     if (status) return status;
     /* skipping is needed only where the window leaves out MCUs that come before its end */

@@ -4,16 +4,10 @@
 #define RSB_JPEG_H
 
 #include "rsb.h"
+#include "shared/jpeg_terms.h"
 
 enum {
-    BLOCK_SIDE = 8,  /* samples */
-    BLOCK_SIZE = 64, /* coefficients */
-    LAST_PLACE = 63, /* of a block, in zigzag order */
-    MAX_COMPONENTS = 3,
-    MAX_CODE_LENGTH = 16,
     MAX_MCU_BLOCKS = 6, /* 4:2:0: four of luma, two of chroma */
-    /* MCUs from one entry point to the next */
-    ENTRY_INTERVAL = 8,
     /* Bits that index the lookup tables of values. Two symbols often fit, and the tables stay in
      * the L1 cache. */
     LOOKUP_BITS = 11,
@@ -133,11 +127,6 @@ typedef struct {
     int entries_per_row;
 } scan;
 
-/* EXTEND of the standard: the signed value of `size` value bits. */
-RSB_INLINE int extend(int value, int size) {
-    return value < (1 << (size - 1)) ? value - (1 << size) + 1 : value;
-}
-
 /* These functions are not exported from the library. */
 #pragma GCC visibility push(hidden)
 
@@ -160,7 +149,15 @@ void rsb_jpeg_build_skips(huffman *t);
  * for a file that the fast decoder does not handle, or RSB_NO_MEMORY. */
 int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, scan *s);
 
+/* ---- jpeg.c ---- */
+
+/* The MCUs that the pixels of `area` depend on. */
+mcu_area rsb_jpeg_mcus(const rsb_jpeg *j, rsb_rect area);
+
 /* ---- jpeg_planes.c ---- */
+
+/* Entry point `which`: its bit, and the predictions of MAX_COMPONENTS components. */
+uint32_t rsb_jpeg_entry(const uint8_t *entries, size_t which, int *prediction);
 
 /* Decodes the MCUs of `area` into the planes. Returns RSB_UNUSUAL for damaged data. */
 int rsb_jpeg_decode_planes(rsb_jpeg *j, const scan *s, mcu_area area);

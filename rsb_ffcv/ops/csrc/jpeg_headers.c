@@ -33,12 +33,6 @@ enum {
     ENTROPY_PADDING = 2048,
 };
 
-/* natural position of each place in zigzag order */
-static const uint8_t NATURAL[BLOCK_SIZE] = {
-    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
-    41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
-
 RSB_INLINE int word16(const uint8_t *p) { return p[0] << 8 | p[1]; }
 
 /* The read_* functions take the `n` bytes of a segment after its length. */
@@ -52,7 +46,7 @@ static int read_quant(rsb_jpeg *j, const uint8_t *p, size_t n) {
         for (int i = 0; i < BLOCK_SIZE; i++) {
             int value = wide ? word16(p + 1 + 2 * i) : p[1 + i];
             if (value == 0 || value > INT16_MAX) return RSB_UNUSUAL;
-            j->quant[which][NATURAL[i]] = (int16_t)value;
+            j->quant[which][RSB_NATURAL[i]] = (int16_t)value;
         }
         j->quant_known |= 1 << which;
         p += length;
@@ -213,7 +207,7 @@ static rsb_jpeg *new_jpeg(void) {
     rsb_jpeg *j = calloc(1, sizeof *j);
     if (!j) return NULL;
     for (size_t i = 0; i < sizeof j->order; i++)
-        j->order[i] = i < BLOCK_SIZE ? NATURAL[i] : BLOCK_SIZE;
+        j->order[i] = i < BLOCK_SIZE ? RSB_NATURAL[i] : BLOCK_SIZE;
     return j;
 }
 

@@ -45,12 +45,7 @@ static void HOT(colour_row)(const uint8_t *restrict y, const uint8_t *restrict c
         _mm256_storeu_si256((__m256i *)(out + i + 8), _mm256_permute2x128_si256(low, high, 0x31));
     }
 #endif
-    for (; i < n; i++) {
-        int u = cb[i] - 128, v = cr[i] - 128;
-        int r = y[i] + ((91881 * v + 32768) >> 16), b = y[i] + ((116130 * u + 32768) >> 16);
-        int g = y[i] + ((-22554 * u - 46802 * v + 32768) >> 16);
-        out[i] = (uint32_t)(clamp(r) | clamp(g) << 8 | clamp(b) << 16);
-    }
+    for (; i < n; i++) out[i] = rsb_rgbx(y[i], cb[i], cr[i]);
 }
 
 /* Triangle filter of libjpeg-turbo (jdsample.c), between rows: 3/4 of `near` and 1/4 of `far`,

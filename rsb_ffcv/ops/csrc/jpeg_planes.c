@@ -19,7 +19,6 @@
 
 enum {
     REFILL_BITS = 56, /* what a reader has at least after `refill` */
-    ZERO_RUN = 0xF0,  /* the AC symbol ZRL: 16 zeros */
     /* places 0 .. 9 of the zigzag order lie in the upper left 4 x 4 coefficients */
     LAST_PLACE_OF_4X4 = 9,
 };
@@ -40,8 +39,7 @@ typedef struct {
     int across, down; /* bytes from an MCU's block to the next MCU's, and to the next row's */
 } unit;
 
-/* Returns the bit of entry point `which`. */
-static uint32_t read_entry(const uint8_t *entries, size_t which, int *prediction) {
+uint32_t rsb_jpeg_entry(const uint8_t *entries, size_t which, int *prediction) {
     uint32_t bit;
     int16_t values[MAX_COMPONENTS];
     const uint8_t *entry = entries + RSB_ENTRY_BYTES * which;

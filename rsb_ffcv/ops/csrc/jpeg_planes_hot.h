@@ -23,7 +23,7 @@ static int HOT(decode_planes)(rsb_jpeg *j, const scan *s, mcu_area area) {
             column = column_start / ENTRY_INTERVAL * ENTRY_INTERVAL;
             last = column_end;
             size_t which = (size_t)row * entries_per_row + column_start / ENTRY_INTERVAL;
-            uint32_t bit = read_entry(entries, which, prediction);
+            uint32_t bit = rsb_jpeg_entry(entries, which, prediction);
             if (bit / 8 > length) return RSB_UNUSUAL;
             r = (reader){data + bit / 8, 0, 0};
             HOT(refill)(&r);

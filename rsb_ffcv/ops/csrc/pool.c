@@ -26,18 +26,38 @@ struct rsb_pool {
     pthread_t threads[];
 };
 
-static void run_row(rsb_job *job, int row, rsb_scratch *scratch) {
+/* The draws of a row. */
+static const void *draws_of(const rsb_step *step, int row) {
+    return step->draws + row * step->stride;
+}
+
+static int run_steps(const rsb_job *job, int row, uint8_t *image, rsb_scratch *scratch) {
+    int status = RSB_OK;
+    for (int i = 0; i < job->num_steps && status == RSB_OK; i++)
+        status = job->steps[i].kernel(image, job->height, job->width, draws_of(&job->steps[i], row),
+                                      scratch);
+    return status;
+}
+
+/* Packs a row, after a check of the layers that the device will apply. */
+static int pack_row(const rsb_job *job, int row, rsb_scratch *scratch) {
+    uint8_t *image = NULL;
+    int status = RSB_OK;
+    for (int i = 0; i < job->num_steps && status == RSB_OK; i++)
+        status = rsb_check_layer(draws_of(&job->steps[i], row));
+    if (status == RSB_OK)
+        status = rsb_pack(job->file, job->samples + row, job->slab, row, job->height, job->width,
+                          scratch, &image);
+    return status || !image ? status : run_steps(job, row, image, scratch);
+}
+
+static int run_row(const rsb_job *job, int row, rsb_scratch *scratch) {
+    if (!scratch) return RSB_NO_MEMORY;
+    if (job->slab) return pack_row(job, row, scratch);
     uint8_t *image = job->out + (size_t)row * job->height * job->width * 3;
-    int status = RSB_NO_MEMORY;
-    if (scratch)
-        status =
-            job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
-    for (int i = 0; i < job->num_steps && status == RSB_OK; i++) {
-        const rsb_step *step = &job->steps[i];
-        status =
-            step->kernel(image, job->height, job->width, step->draws + row * step->stride, scratch);
-    }
-    job->status[row] = status;
+    int status =
+        job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
+    return status ? status : run_steps(job, row, image, scratch);
 }
 
 /* Takes the next row of the first job, which leaves the queue with its last row. */
@@ -61,8 +81,9 @@ static void *worker(void *argument) {
         rsb_job *job = pool->first;
         int row = take_row(pool, job);
         pthread_mutex_unlock(&pool->lock);
-        run_row(job, row, scratch);
+        int status = run_row(job, row, scratch);
         pthread_mutex_lock(&pool->lock);
+        job->status[row] = status;
         pool->rows_done++;
         if (++job->done == job->rows) pthread_cond_broadcast(&pool->finished);
     }

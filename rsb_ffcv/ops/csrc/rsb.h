@@ -13,6 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "shared/base.h"
+
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "written for little-endian processors"
 #endif
@@ -20,9 +22,6 @@
 #define RSB_INLINE static inline __attribute__((always_inline))
 #define RSB_LIKELY(x) __builtin_expect(!!(x), 1)
 #define RSB_UNLIKELY(x) __builtin_expect(!!(x), 0)
-
-/* The nearest value of a pixel. */
-RSB_INLINE int clamp(int value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
 
 /* Statuses. ops/native.py has the same numbers. */
 enum {
@@ -74,16 +73,6 @@ typedef struct {
     int height, width;
 } rsb_size;
 
-/* A rectangle of whole pixels of an image. */
-typedef struct {
-    int top, left, height, width;
-} rsb_rect;
-
-/* A crop box, in pixels of the image. Its borders may lie between pixels. */
-typedef struct {
-    double top, left, height, width;
-} rsb_box;
-
 /* A rectangle of decoded pixels. `pixels` points to the pixel at (area.top, area.left). A pixel has
  * 3 (RGB) or 4 (RGBX) bytes; a row starts `stride` bytes after the row above. At least 16 bytes
  * after the last pixel are readable. */
@@ -115,8 +104,6 @@ int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch);
 size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room,
                         rsb_scratch *scratch);
 
-enum { RSB_BILINEAR = 0, RSB_BICUBIC = 1 };
-
 /* The pixels of an image that rsb_resample of `box` to `out_size` reads. */
 rsb_rect rsb_reach(rsb_box box, rsb_size image, rsb_size out_size, int filter);
 
@@ -126,30 +113,6 @@ rsb_rect rsb_reach(rsb_box box, rsb_size image, rsb_size out_size, int filter);
  * missing from the window). */
 int rsb_resample(const rsb_window *window, rsb_size image, rsb_box box, int filter, int flip,
                  int rows_first, uint8_t *out, rsb_size out_size, rsb_scratch *scratch);
-
-/* The ops of rsb_augment, with their arguments. ops/native.py has the same numbers. */
-enum {
-    RSB_IDENTITY = 0,
-    RSB_AUTOCONTRAST = 1,
-    RSB_EQUALIZE = 2,
-    RSB_INVERT = 3,
-    RSB_POSTERIZE = 4,    /* bits kept, 0 .. 8 */
-    RSB_SOLARIZE = 5,     /* threshold from which values are inverted */
-    RSB_SOLARIZE_ADD = 6, /* amount that is added to values below 128 */
-    /* this and the next three: Pillow's enhancement factor, 1 changes nothing */
-    RSB_COLOR = 7,
-    RSB_CONTRAST = 8,
-    RSB_BRIGHTNESS = 9,
-    RSB_SHARPNESS = 10,
-    RSB_BLUR = 11,   /* sigma in pixels */
-    RSB_HUE = 12,    /* share of the colour circle, -0.5 .. 0.5 */
-    RSB_AFFINE = 13, /* Pillow's six coefficients, from output to input pixels */
-};
-typedef struct {
-    int32_t op;
-    uint8_t filter, fill[3]; /* of RSB_AFFINE: the filter, and RGB of pixels it does not cover */
-    double argument[6];
-} rsb_layer;
 
 /* Applies the rsb_layer `draw` in place to an image of height x width x 3 bytes. Returns RSB_OK,
  * RSB_NO_MEMORY or RSB_BAD_CALL (an unknown op, or an argument out of range). */
@@ -191,6 +154,15 @@ typedef struct {
 /* A row's status before the pool has finished it */
 enum { RSB_WAITING = -1, RSB_RUNNING = -2 };
 
+/* Where the images of a batch are packed for the device kernels (shared/packed.h). */
+typedef struct {
+    uint8_t *memory;    /* begins with the zeroed record of each row; 64-byte aligned */
+    uint64_t capacity;  /* bytes, without RSB_SLAB_PADDING that follow them */
+    uint64_t scratch;   /* device memory that one image may take, in bytes */
+    uint64_t used;      /* bytes at the start of `memory` */
+    uint64_t committed; /* `used`, and the bytes that the rows that are not packed yet may need */
+} rsb_slab;
+
 /* A batch: `rows` samples are decoded, and the kernels of `num_steps` steps applied to each. */
 typedef struct rsb_job {
     int32_t file; /* descriptor */
@@ -200,6 +172,10 @@ typedef struct rsb_job {
     const rsb_step *steps;     /* num_steps */
     uint8_t *out;              /* rows x height x width x 3 */
     int32_t *status;           /* rows */
+    /* NULL, or where the rows are packed for the device. `out` is not used then. All kernels must
+     * be rsb_augment, which the device applies. Rows that it cannot make are finished here, and
+     * have the kind RSB_PIXELS. */
+    rsb_slab *slab;
     /* The pool sets what follows. */
     int32_t next;          /* first row that no thread has taken */
     int32_t done;          /* rows that are finished */
@@ -213,6 +189,21 @@ int rsb_load(int file, const rsb_sample *sample, uint8_t *out, int height, int w
 /* The same for an image in memory: `pointer`, `checksum` and `verify` are not used. */
 int rsb_decode(const uint8_t *bytes, const rsb_sample *sample, uint8_t *out, int height, int width,
                rsb_scratch *scratch);
+
+/* Reads one image as rsb_load does, and packs it as row `row` of the slab. Where the device cannot
+ * make its pixels, they are made here: `*pixels` is then their place in the slab, otherwise NULL.
+ * Returns any status. */
+int rsb_pack(int file, const rsb_sample *sample, rsb_slab *slab, int row, int height, int width,
+             rsb_scratch *scratch, uint8_t **pixels);
+
+/* RSB_OK or RSB_BAD_CALL: what rsb_augment returns for this layer if there is memory. */
+int rsb_check_layer(const rsb_layer *layer);
+
+/* Runs a device kernel, by its number in the list of shared/kernels.h, on the CPU: all blocks of a
+ * grid of parts x rows. order: of the threads in each phase: 0: ascending, 1: descending, others:
+ * the seed of a random one. The result does not depend on it. Returns RSB_BAD_CALL for another
+ * number. */
+int rsb_emulate(int kernel, const void *launch, int parts, int rows, int order);
 
 /* XXH64 of `size` bytes, with seed 0. */
 uint64_t rsb_checksum(const uint8_t *bytes, size_t size);

@@ -3,14 +3,13 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "rsb.h"
+#include "sample.h"
 
 /* A box computed in floating point may extend past the border by a rounding error. Pixels. */
 #define BOX_TOLERANCE 1e-6
 
-/* `bytes` has RSB_PAD readable bytes after its end. */
-static int crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, rsb_size out_size,
-                rsb_scratch *scratch) {
+int rsb_crop(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, rsb_size out_size,
+             rsb_scratch *scratch) {
     rsb_size image = {s->height, s->width};
     rsb_window window;
     if (s->raw) {
@@ -49,10 +48,9 @@ static uint8_t *room(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratc
     return bytes;
 }
 
-int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
-             rsb_scratch *scratch) {
+int rsb_read_sample(int file, const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch,
+                    const uint8_t **read) {
     int status;
-    rsb_size out_size = {out_height, out_width};
     uint64_t size = s->size + s->entry_bytes;
     uint8_t *bytes = room(s, out_size, scratch, &status);
     if (!bytes) return status;
@@ -64,8 +62,16 @@ int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int ou
         if (n <= 0) return RSB_BAD_READ;
         got += (uint64_t)n;
     }
-    if (s->verify && rsb_checksum(bytes, size) != s->checksum) return RSB_BAD_CHECKSUM;
-    return crop(bytes, s, out, out_size, scratch);
+    *read = bytes;
+    return s->verify && rsb_checksum(bytes, size) != s->checksum ? RSB_BAD_CHECKSUM : RSB_OK;
+}
+
+int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+             rsb_scratch *scratch) {
+    const uint8_t *bytes;
+    rsb_size out_size = {out_height, out_width};
+    int status = rsb_read_sample(file, s, out_size, scratch, &bytes);
+    return status ? status : rsb_crop(bytes, s, out, out_size, scratch);
 }
 
 int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_height,
@@ -75,5 +81,5 @@ int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_
     uint8_t *padded = room(s, out_size, scratch, &status);
     if (!padded) return status;
     memcpy(padded, bytes, s->size + s->entry_bytes);
-    return crop(padded, s, out, out_size, scratch);
+    return rsb_crop(padded, s, out, out_size, scratch);
 }

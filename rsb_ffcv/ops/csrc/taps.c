@@ -1,43 +1,9 @@
 /* The tables of weights by which a resize multiplies source pixels.
- *
- * Filters, their supports and the taps at the image's borders are those of Pillow's Resample.c.
  */
 #include <math.h>
 #include <string.h>
 
 #include "taps.h"
-
-enum {
-    /* Fractional bits of a weight: as many as leave the largest weight within 15 bits and a sign.
-     * Products with 8-bit pixels, of weights that add up to 1, then fit 32 bits. */
-    MIN_SHIFT = 14,
-    MAX_SHIFT = 20,
-};
-
-/* ---- filters ---- */
-
-static double weight(double x, int filter) {
-    x = fabs(x);
-    if (filter == RSB_BILINEAR) return x < 1 ? 1 - x : 0;
-    if (x < 1) return (1.5 * x - 2.5) * x * x + 1; /* Keys' cubic, a = -0.5 */
-    if (x < 2) return (((x - 5) * x + 8) * x - 4) * -0.5;
-    return 0;
-}
-
-/* Source pixels on either side of the centre that an output pixel reads. scale: source pixels for
- * each output pixel. */
-static double support(double scale, int filter) {
-    return (filter == RSB_BILINEAR ? 1 : 2) * (scale < 1 ? 1 : scale);
-}
-
-/* The source pixels of an output pixel whose centre lies at `centre`. */
-static range tap_range(double centre, double reach, int size) {
-    int low = (int)(centre - reach + 0.5);
-    int high = (int)(centre + reach + 0.5);
-    low = low < 0 ? 0 : low;
-    high = high > size ? size : high;
-    return (range){low, high - low};
-}
 
 range rsb_axis_range(const axis *a) {
     double scale = a->length / a->out;
@@ -52,12 +18,10 @@ range rsb_axis_range(const axis *a) {
 static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /* The largest number of taps of an output pixel, in whole groups. */
-static int most_taps(double scale, int filter) {
-    return round_up(2 * (int)ceil(support(scale, filter)) + 1, TAP_GROUP);
-}
+static int most_taps(const axis *a) { return round_up(max_taps(a), TAP_GROUP); }
 
 size_t rsb_taps_bytes(const axis *a) {
-    size_t most = most_taps(a->length / a->out, a->filter);
+    size_t most = most_taps(a);
     size_t room = (size_t)a->out + TAP_GROUP;
     size_t tap_bytes = sizeof(double) + (1 + SPREAD) * sizeof(int16_t);
     return (room * (2 * sizeof(int) + most * tap_bytes) + 127) / 64 * 64;
@@ -69,7 +33,6 @@ static double exact_taps(taps *t, double *exact, int most, const axis *a, range 
                          int mirrored) {
     double scale = a->length / a->out;
     double reach = support(scale, a->filter);
-    double per_pixel = scale < 1 ? 1 : 1 / scale;
     double largest = 0;
     t->count = 0;
     for (int i = 0; i < a->out; i++) {
@@ -79,7 +42,7 @@ static double exact_taps(taps *t, double *exact, int most, const axis *a, range 
         double *w = exact + (size_t)to * most;
         double sum = 0;
         for (int k = 0; k < source.count; k++) {
-            w[k] = weight((source.first + k - centre + 0.5) * per_pixel, a->filter);
+            w[k] = raw_weight(a, scale, centre, source.first + k);
             sum += w[k];
         }
         double factor = sum != 0 ? 1 / sum : 0;
@@ -113,7 +76,7 @@ static void spread_weights(int16_t *spread, const int16_t *weights, int count) {
 
 void rsb_make_taps(taps *t, uint8_t *memory, const axis *a, range window, int across,
                    int mirrored) {
-    int most = most_taps(a->length / a->out, a->filter);
+    int most = most_taps(a);
     size_t room = (size_t)a->out + TAP_GROUP;
     t->spread = (int16_t *)memory;
     double *exact = (double *)(t->spread + SPREAD * room * most);
@@ -122,15 +85,14 @@ void rsb_make_taps(taps *t, uint8_t *memory, const axis *a, range window, int ac
     t->used = t->first + room;
     double largest = exact_taps(t, exact, most, a, window, mirrored);
     if (across) t->count = round_up(t->count, TAP_GROUP);
-    t->shift = MIN_SHIFT;
-    while (t->shift < MAX_SHIFT && largest * (1 << (t->shift + 1)) < INT16_MAX) t->shift++;
+    t->shift = weight_shift(largest);
     for (int i = 0; i < a->out; i++) {
         const double *w = exact + (size_t)i * most;
         int16_t *to = t->weights + (size_t)i * t->count;
         int before = across ? taps_before(t, i, window) : 0;
         memset(to, 0, t->count * sizeof *to);
         for (int k = 0; k < t->used[i]; k++)
-            to[before + k] = (int16_t)lrint(w[k] * (1 << t->shift));
+            to[before + k] = (int16_t)rsb_round(w[k] * (1 << t->shift));
         if (across) spread_weights(t->spread + (size_t)i * t->count * SPREAD, to, t->count);
         t->first[i] -= before;
     }

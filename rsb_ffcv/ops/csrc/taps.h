@@ -3,6 +3,7 @@
 #define RSB_TAPS_H
 
 #include "rsb.h"
+#include "shared/filters.h"
 
 /* Source pixels that one load and one multiply-add of the vector code take. Across, taps come in
  * groups of so many. */
@@ -10,17 +11,6 @@
 
 /* int16 elements of `spread` for each tap */
 #define SPREAD 4
-
-/* Pixels along one axis: first .. first + count - 1. */
-typedef struct {
-    int first, count;
-} range;
-
-/* One axis of a resize: [start, start + length) of `size` source pixels becomes `out` pixels. */
-typedef struct {
-    double start, length;
-    int size, out, filter;
-} axis;
 
 /* What output pixel i reads: `count` source pixels from first[i] on, with the weights at
  * weights + i * count. Weights have `shift` fractional bits.

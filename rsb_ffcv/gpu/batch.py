@@ -1,0 +1,255 @@
+"""Batches that a device decodes: the memory that the host packs them into, and the launches of the
+kernels.
+
+A batch is done in parts whose scratch memory fits a bound, whatever the sizes of the images. The
+kernels write a status for each row; the CPU core makes the rows whose status is not 0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rsb_ffcv import InputError
+from rsb_ffcv.gpu import driver
+from rsb_ffcv.ops.native import (
+    LAUNCH,
+    LAYER,
+    PACKED,
+    PACKED_JPEG,
+    PACKED_PIXELS,
+    SLAB,
+    SLAB_PADDING,
+)
+
+ALIGNMENT = 64
+CAPACITY_STEP = 4 << 20  # slabs have few sizes, so that their memory is reused
+HEAD_BYTES = 4096  # of a packed JPEG, beside its bytes and entry points
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _blocks(count: int | np.integer, threads: int) -> int:
+    return -(-int(count) // threads)
+
+
+class Layers(NamedTuple):
+    """The draws of one pass of an operation in a slab. stride: bytes from a row to the next."""
+
+    offset: int
+    stride: int
+
+
+class Slab:
+    """Memory for one packed batch: its records, its draws, and the bytes of its rows.
+
+    shape: (n, H, W, 3) of the batch.
+    structure: the SLAB record that the core's threads use.
+    records: PACKED records (n,), after the threads have finished.
+    layers: of each pass, in their order.
+    """
+
+    def __init__(
+        self,
+        memory: torch.Tensor,
+        shape: tuple[int, int, int, int],
+        *,
+        draws: Sequence[np.ndarray],
+        scratch_bytes: int,
+    ) -> None:
+        """memory: uint8, ALIGNMENT + SLAB_PADDING bytes more than the capacity.
+        draws: LAYER records, (n,) or (n, passes), of each operation.
+        scratch_bytes: of the device for one image; larger ones are decoded by the CPU core."""
+        self._whole, self.shape = memory, shape
+        rows = shape[0]
+        self.memory = memory[-memory.data_ptr() % ALIGNMENT :]
+        self._array = self.memory.numpy()
+        self.records = self._array[: rows * PACKED.itemsize].view(PACKED)
+        self.records[:] = 0
+        at = _aligned(self.records.nbytes)
+        self.layers: list[Layers] = []
+        for drawn in draws:
+            passes = drawn.reshape(rows, -1)
+            self._array[at : at + passes.nbytes] = passes.view(np.uint8).ravel()
+            self.layers += [
+                Layers(at + i * LAYER.itemsize, passes.strides[0]) for i in range(passes.shape[1])
+            ]
+            at += _aligned(passes.nbytes)
+        self.structure = np.zeros(1, SLAB)
+        self.structure["memory"] = self.memory.data_ptr()
+        self.structure["capacity"] = len(self.memory) - SLAB_PADDING
+        self.structure["scratch"] = scratch_bytes
+        self.structure["used"] = at
+        self.structure["committed"] = at + rows * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that each row may take: its finished pixels."""
+        return _aligned(int(np.prod(self.shape[1:])))
+
+    @property
+    def used(self) -> int:
+        return int(self.structure["used"][0])
+
+    def put(self, row: int, image: np.ndarray) -> None:
+        """Replaces a row that the threads could not make. image: uint8 (H, W, 3)."""
+        record = self.records[row]
+        at = int(record["pixels"]) if record["kind"] == PACKED_PIXELS else 0
+        if at == 0:
+            at = self.used
+            self.structure["used"] += self.row_bytes
+        record["kind"], record["pixels"], record["scratch_bytes"] = PACKED_PIXELS, at, 0
+        self._array[at : at + image.size] = image.ravel()
+
+
+class Decoded(NamedTuple):
+    """A batch on its way through the device.
+
+    images: uint8 (n, H, W, 3), on the device.
+    status: int32 (n,), on the host once `finished` has happened: not 0 where the CPU core must make
+        the row.
+    finished: None on a CPU.
+    """
+
+    images: torch.Tensor
+    status: torch.Tensor
+    finished: torch.cuda.Event | None
+
+    def failed_rows(self) -> np.ndarray:
+        """The rows that the CPU core must make. Waits for the batch."""
+        if self.finished is not None:
+            self.finished.synchronize()
+        return np.flatnonzero(self.status.numpy())
+
+
+class DeviceDecoder:
+    """Decodes packed batches on a device, on its own stream.
+
+    device: "cpu" emulates the kernels.
+    memory_mb: bound of the memory for slabs and scratch on the device, in MiB.
+    order: of the threads of an emulated block, see rsb_emulate of csrc/rsb.h.
+
+    Raises InputError if the device cannot run the kernels.
+    """
+
+    def __init__(self, device: torch.device, memory_mb: int, order: int = 0) -> None:
+        self.device, self.memory_mb = device, memory_mb
+        is_gpu = device.type == "cuda"
+        self.driver: driver.Driver = driver.Cuda(device) if is_gpu else driver.Emulator(order)
+        self.stream = torch.cuda.Stream(device) if is_gpu else None
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        # Two slabs may be on the device: that of the batch in progress, and the next one.
+        self._scratch_bytes = (memory_mb << 20) // 2
+        self._slab_bytes = (memory_mb << 20) // 4
+
+    def slab(
+        self,
+        samples: np.ndarray,
+        shape: tuple[int, int, int, int],
+        *,
+        draws: Sequence[np.ndarray],
+        memory: Callable[[Sequence[int]], torch.Tensor],
+    ) -> Slab:
+        """Returns memory for a batch.
+
+        samples: SAMPLE records (n,).
+        shape: (n, H, W, 3) of the batch.
+        draws: LAYER records of each operation, (n,) or (n, passes).
+        memory: returns an uninitialized uint8 tensor on the host.
+
+        Raises InputError if `memory_mb` is too little for the batch.
+        """
+        rows = shape[0]
+        fixed = _aligned(rows * PACKED.itemsize) + sum(_aligned(drawn.nbytes) for drawn in draws)
+        row_bytes = _aligned(int(np.prod(shape[1:])))
+        least = fixed + rows * row_bytes
+        if least > self._slab_bytes:
+            raise InputError(
+                f"`memory_mb`={self.memory_mb}: too little to decode batches of {rows} images of "
+                f"{shape[1]} px on the device; use {-(-4 * least >> 20)} or more, or {driver.FIX}"
+            )
+        packed = samples["size"] + 3 * samples["entry_bytes"].astype(np.uint64) + HEAD_BYTES
+        most = fixed + int(np.maximum(packed, row_bytes).sum())
+        capacity = -(-min(most, self._slab_bytes) // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = max(least, min(capacity, self._slab_bytes))
+        return Slab(
+            memory((capacity + ALIGNMENT + SLAB_PADDING,)),
+            shape,
+            draws=draws,
+            scratch_bytes=self._scratch_bytes,
+        )
+
+    def decode(self, slab: Slab) -> Decoded:
+        """Starts a batch that the host has packed. Its kernels run after those of the batches
+        before it."""
+        if self.stream is None:
+            return self._decode(slab)
+        with torch.cuda.stream(self.stream):
+            return self._decode(slab)
+
+    def _decode(self, slab: Slab) -> Decoded:
+        rows, height, width, _ = slab.shape
+        records = slab.records
+        parts = _parts(records["scratch_bytes"].astype(np.int64), self._scratch_bytes)
+        for start, stop in parts:
+            ends = np.cumsum(records["scratch_bytes"][start:stop])
+            records["scratch"][start:stop] = ends - records["scratch_bytes"][start:stop]
+        needed = max(int(records["scratch_bytes"][start:stop].sum()) for start, stop in parts)
+        if len(self._scratch) < needed + ALIGNMENT:
+            self._scratch = torch.empty(0, dtype=torch.uint8)  # freed before the larger one
+            self._scratch = torch.empty(needed + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        on_device = slab.memory[: slab.used + SLAB_PADDING].to(self.device, non_blocking=True)
+        images = torch.empty(slab.shape, dtype=torch.uint8, device=self.device)
+        status = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        for start, stop in parts:
+            launch = np.zeros(1, LAUNCH)
+            launch["slab"], launch["out"] = on_device.data_ptr(), images.data_ptr()
+            launch["scratch"] = self._scratch.data_ptr() + -self._scratch.data_ptr() % ALIGNMENT
+            launch["status"], launch["first"] = status.data_ptr(), start
+            launch["height"], launch["width"] = height, width
+            self._run(launch, records[start:stop], slab.layers)
+        if self.stream is None:
+            return Decoded(images, status, None)
+        on_host = status.to("cpu", non_blocking=True)
+        return Decoded(images, on_host, self.stream.record_event())
+
+    def _run(self, launch: np.ndarray, records: np.ndarray, layers: Sequence[Layers]) -> None:
+        """Runs all kernels on consecutive rows."""
+        height, width = int(launch["height"][0]), int(launch["width"][0])
+        window = records["window"].astype(np.int64)
+        jpeg = records["kind"] == PACKED_JPEG
+        packed = records["kind"] != PACKED_PIXELS
+        by_rows = records["rows_first"] == 1
+        narrow = np.where(by_rows, height * window[:, 3], window[:, 2] * width)
+        counts = {
+            driver.ENTROPY: records["segments"] * jpeg,
+            driver.IDCT: records["blocks"].astype(np.int64) * jpeg * 8,  # eight threads per block
+            driver.PIXELS: window[:, 2] * window[:, 3] * jpeg,
+            driver.TAPS: np.full(len(records), 2 * driver.THREADS[driver.TAPS]) * packed,
+            driver.FIRST_PASS: narrow * packed,
+            driver.SECOND_PASS: np.full(len(records), height * width),
+        }
+        for kernel, count in counts.items():
+            if most := count.max():
+                parts = _blocks(most, driver.THREADS[kernel])
+                self.driver.launch(kernel, launch, parts=parts, rows=len(records))
+        for layer in layers if packed.any() else ():
+            argument = launch.copy()
+            argument["layers"] = argument["slab"] + layer.offset
+            argument["layer_stride"] = layer.stride
+            self.driver.launch(driver.AUGMENT, argument, parts=1, rows=len(records))
+
+
+def _parts(sizes: np.ndarray, bound: int) -> list[tuple[int, int]]:
+    """Cuts rows of these sizes into consecutive parts of at most `bound`, but of one row at
+    least."""
+    parts, start, total = [], 0, 0
+    for row, size in enumerate(sizes.tolist()):
+        if row > start and total + size > bound:
+            parts.append((start, row))
+            start, total = row, 0
+        total += size
+    return [*parts, (start, len(sizes))]

@@ -1,0 +1,357 @@
+"""The device kernels, emulated: their pixels are the CPU core's, byte for byte, in any order of
+threads. They compile for GPUs without spills, stacks or fused products."""
+
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rsb_ffcv.gpu import driver
+from rsb_ffcv.gpu.batch import DeviceDecoder
+from rsb_ffcv.loading import EvalLoader, TrainLoader
+from rsb_ffcv.loading.pool import Pool, Work
+from rsb_ffcv.ops import native
+from tests.images import KINDS, jpeg, photograph
+
+ORDERS = {"ascending": 0, "descending": 1, "random": 7}
+
+
+def stored(data: bytes, entries: bytes, size: tuple[int, int], raw: bool = False):
+    """One stored image: its bytes, and a SAMPLE record whose box is the whole image."""
+    sample = np.zeros((), native.SAMPLE)
+    sample["size"], sample["entry_bytes"], sample["raw"] = len(data), len(entries), raw
+    sample["height"], sample["width"] = size
+    sample["box"] = 0, 0, *size
+    return data + entries, sample
+
+
+def jpeg_sample(image, entered=True, **options):
+    data, _ = jpeg(image, **options)
+    size = image.shape[:2]
+    entries = native.entry_points(np.frombuffer(data, np.uint8), *size).tobytes()
+    return stored(data, entries if entered else b"", size)
+
+
+def random_box(rng, height: int, width: int) -> tuple[float, ...]:
+    """A crop: often between pixels, sometimes narrow or a single pixel."""
+    sides = [
+        1 if rng.random() < 0.1 else float(rng.uniform(0.2, 1)) * side for side in (height, width)
+    ]
+    top, left = (
+        float(rng.uniform(0, side - length)) for side, length in zip((height, width), sides)
+    )
+    if rng.random() < 0.3:
+        top, left = float(int(top)), float(int(left))
+    return (top, left, *sides)
+
+
+def decode(images, out, layers=(), *, order=0, memory_mb=64, scratch_bytes=None):
+    """Decodes `images` of `stored` with the core and on the emulated device.
+
+    layers: LAYER records (n,) or (n, k) of each operation.
+
+    Returns the pixels and statuses of both, and the kinds of the packed rows.
+    """
+    pool, file = Pool(2), os.memfd_create("images")
+    device = DeviceDecoder(torch.device("cpu"), memory_mb, order)
+    if scratch_bytes is not None:
+        device._scratch_bytes = scratch_bytes
+    try:
+        samples = np.zeros(len(images), native.SAMPLE)
+        for row, (data, sample) in enumerate(images):
+            samples[row] = sample
+            samples["pointer"][row] = os.lseek(file, 0, os.SEEK_CUR)
+            os.write(file, data)
+        operations = [
+            (native.AUGMENT, drawn, drawn.shape[1] if drawn.ndim > 1 else 1) for drawn in layers
+        ]
+        shape = (len(images), *out, 3)
+        slab = device.slab(
+            samples, shape, draws=layers, memory=lambda size: pool.memory(size, False)
+        )
+        plain = pool.memory(shape, False)
+        works = [
+            Work(place, file, decoder=native.DECODE, samples=samples, operations=operations)
+            for place in (plain, slab)
+        ]
+        for work in works:
+            pool.submit(work)
+            pool.wait(work)
+        kinds = slab.records["kind"].copy()
+        decoded = device.decode(slab)
+        for row in decoded.failed_rows():  # as the loader does: the core makes them
+            decoded.images[row], works[1].status[row] = plain[row], works[0].status[row]
+        failed = decoded.status.numpy().copy()
+        return (
+            (plain.numpy().copy(), works[0].status),
+            (decoded.images.numpy().copy(), works[1].status),
+            kinds,
+            failed,
+        )
+    finally:
+        pool.close()
+        os.close(file)
+
+
+def assert_equal(core, device):
+    (pixels, statuses), (others, other_statuses) = core, device
+    assert statuses.tolist() == other_statuses.tolist()
+    good = statuses == 0
+    differing = [
+        row for row in np.flatnonzero(good) if not np.array_equal(pixels[row], others[row])
+    ]
+    assert not differing, differing
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", [*KINDS, "grey", "raw"])
+def test_any_crop_equals_the_cores(kind, order):
+    rng, images = np.random.default_rng(len(kind)), []
+    for trial in range(24):
+        height, width = (int(side) for side in rng.integers(1, 260, 2))
+        if trial % 6 == 0:
+            height, width = (1 + trial, 400) if trial % 12 else (400, 1 + trial)
+        image = photograph(rng, height, width)
+        if kind == "raw":
+            made = stored(image.tobytes(), b"", (height, width), raw=True)
+        else:
+            options = {"quality": int(rng.integers(20, 99)), **KINDS.get(kind, {})}
+            made = jpeg_sample(image[..., 0] if kind == "grey" else image, **options)
+        made[1]["box"] = random_box(rng, height, width)
+        made[1]["filter"], made[1]["flip"], made[1]["rows_first"] = rng.integers(0, 2, 3)
+        images.append(made)
+    core, device, kinds, failed = decode(images, (45, 61), order=ORDERS[order])
+    assert_equal(core, device)
+    assert not failed.any() and not core[1].any()
+    usual = {"raw": native.PACKED_RAW, "progressive": 0, "restarts": 0}
+    # libjpeg does not smooth subsampled chroma of few columns, and the core leaves these to it
+    wide = [sample["width"] >= 5 for _, sample in images]
+    assert (kinds[wide] == usual.get(kind, native.PACKED_JPEG)).all(), kinds
+
+
+def test_crops_of_whole_large_images_equal_the_cores():
+    """Enlarged, reduced more than 30 times, and with many segments in a block of threads."""
+    rng = np.random.default_rng(5)
+    images = []
+    for size, subsampling in (((1500, 2100), 2), ((900, 1300), 0), ((2500, 64), 1), ((9, 3000), 2)):
+        for filter, rows_first in itertools.product((0, 1), (0, 1)):
+            made = jpeg_sample(photograph(rng, *size), subsampling=subsampling, quality=80)
+            made[1]["filter"], made[1]["rows_first"] = filter, rows_first
+            images.append(made)
+    for out in ((1, 1), (30, 200)):
+        core, device, kinds, failed = decode(images, out)
+        assert_equal(core, device)
+        assert (kinds == native.PACKED_JPEG).all() and not failed.any()
+
+
+def layer(op: int, *argument: float, filter: int = 0, fill=(124, 116, 104)) -> np.ndarray:
+    made = np.zeros((), native.LAYER)
+    made["op"], made["filter"], made["fill"] = op, filter, fill
+    made["argument"][: len(argument)] = argument
+    return made
+
+
+def turned(degrees: float, x: float, y: float, zoom: float = 1) -> tuple[float, ...]:
+    """Coefficients of a rotation with a zoom and a shift."""
+    c, s = zoom * np.cos(np.radians(degrees)), zoom * np.sin(np.radians(degrees))
+    return (c, s, x, -s, c, y)
+
+
+LAYERS = {
+    "identity": [layer(native.IDENTITY)],
+    "autocontrast": [layer(native.AUTOCONTRAST)],
+    "equalize": [layer(native.EQUALIZE)],
+    "invert": [layer(native.INVERT)],
+    "posterize": [layer(native.POSTERIZE, bits) for bits in (0, 1, 2.7, 4, 7, 8)],
+    "solarize": [layer(native.SOLARIZE, at) for at in (0, 0.5, 100, 128.3, 256)],
+    "solarize_add": [layer(native.SOLARIZE_ADD, add) for add in (0, 30, 109.9, -20)],
+    "color": [layer(native.COLOR, factor) for factor in (0, 0.1, 1, 1.9, -0.5)],
+    "contrast": [layer(native.CONTRAST, factor) for factor in (0, 0.1, 1, 1.9)],
+    "brightness": [layer(native.BRIGHTNESS, factor) for factor in (0, 0.1, 1, 1.9)],
+    "sharpness": [layer(native.SHARPNESS, factor) for factor in (0, 0.1, 1, 1.9)],
+    "blur": [layer(native.BLUR, sigma) for sigma in (0.1, 0.5, 1, 2, 3.3, 40)],
+    "hue": [layer(native.HUE, shift) for shift in (-0.5, -0.1, 0, 0.3, 0.5)],
+    "affine": [
+        layer(native.AFFINE, *coefficients, filter=filter)
+        for filter in (0, 1)
+        for coefficients in (
+            turned(0, 0, 0),
+            turned(17, 3, -8.5),
+            turned(-170, 60, 50.25),
+            turned(5, -2, 2, 0.3),
+            turned(40, 30, 1, 2.5),
+            (1, 0.4, -7, 0, 1, 0),
+            (5e4, 3, 0, 1, 1e4, 0),
+            turned(0, 500, 0),
+        )
+    ],
+}
+
+
+def raw_image(rng, size: tuple[int, int], kind: int = 0):
+    image = photograph(rng, *size)
+    if kind == 1:
+        image = np.broadcast_to(image[:1, :1], image.shape)  # one colour
+    if kind == 2:
+        image = rng.integers(0, 256, image.shape).astype(np.uint8)
+    return stored(np.ascontiguousarray(image).tobytes(), b"", size, raw=True)
+
+
+@pytest.mark.parametrize("out", [(1, 1), (2, 3), (3, 3), (64, 64), (37, 90)], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_operation_equals_the_cores(name, out):
+    rng = np.random.default_rng(3)
+    images = [raw_image(rng, out, kind) for kind in range(3) for _ in LAYERS[name]]
+    drawn = np.array(LAYERS[name] * 3)
+    for order in ORDERS.values():
+        core, device, kinds, failed = decode(images, out, [drawn], order=order)
+        assert_equal(core, device)
+        assert (kinds == native.PACKED_RAW).all() and not failed.any() and not core[1].any()
+
+
+def test_all_pairs_of_operations_equal_the_cores():
+    rng = np.random.default_rng(4)
+    pairs = [
+        (layers[i % len(layers)], others[(i + 1) % len(others)])
+        for i, (layers, others) in enumerate(itertools.product(LAYERS.values(), repeat=2))
+    ]
+    images = [raw_image(rng, (40, 33)) for _ in pairs]
+    core, device, kinds, failed = decode(images, (40, 33), [np.array(pairs)])
+    assert_equal(core, device)
+    assert (kinds == native.PACKED_RAW).all() and not core[1].any()
+    assert len({image.tobytes() for image in core[0]}) > 0.9 * len(pairs)
+
+
+def test_invalid_layers_have_the_statuses_of_the_core():
+    wrong = [
+        layer(99),
+        layer(-1),
+        layer(native.BLUR, np.nan),
+        layer(native.COLOR, 1e9),
+        layer(native.AFFINE, 1, 0, 0, 0, np.inf, 0),
+        layer(native.AFFINE, 1, 0, 0, 0, 2e6, 0),
+    ]
+    images = [raw_image(np.random.default_rng(0), (8, 8)) for _ in wrong]
+    core, device, *_ = decode(images, (8, 8), [np.array(wrong)])
+    assert core[1].tolist() == device[1].tolist() == [8] * len(wrong)
+
+
+def test_damaged_images_equal_the_cores_or_fail_alike():
+    """Bytes of the file and of the entry points. Where the segments of a row do not fit together,
+    the core makes the row."""
+    rng, images = np.random.default_rng(6), []
+    for trial in range(400):
+        height, width = (int(side) for side in rng.integers(20, 200, 2))
+        options = list(KINDS.values())[trial % 4]
+        data, sample = jpeg_sample(photograph(rng, height, width), **options)
+        damaged = bytearray(data)
+        start = int(sample["size"]) if trial % 3 == 0 else len(data) // 4
+        for _ in range(1 + trial % 3):
+            damaged[int(rng.integers(start, len(data)))] = int(rng.integers(0, 256))
+        sample["box"] = random_box(rng, height, width)
+        images.append((bytes(damaged), sample))
+    core, device, kinds, failed = decode(images, (40, 40))
+    assert_equal(core, device)
+    assert (kinds == native.PACKED_JPEG).sum() > 100 and failed.sum() > 50
+    assert 0 < (core[1] != 0).sum() < 300
+
+
+def test_images_without_entry_points_are_made_by_the_core():
+    rng = np.random.default_rng(8)
+    images = [jpeg_sample(photograph(rng, 90, 70), entered=i % 2 == 0) for i in range(6)]
+    drawn = np.array([layer(native.INVERT)] * 6)
+    core, device, kinds, _ = decode(images, (32, 32), [drawn])
+    assert_equal(core, device)
+    assert kinds.tolist() == [native.PACKED_JPEG, native.PACKED_PIXELS] * 3
+
+
+def test_memory_bounds_do_not_change_the_pixels():
+    """Batches are cut into parts; an image that needs more than the bound is made by the core."""
+    rng = np.random.default_rng(9)
+    sides = [60, 64, 300, 62, 400, 61, 63]
+    images = [jpeg_sample(photograph(rng, side, side)) for side in sides]
+    drawn = np.array([layer(native.SHARPNESS, 1.5)] * len(images))
+    core, device, kinds, _ = decode(images, (48, 48), [drawn])
+    assert_equal(core, device) and (kinds == native.PACKED_JPEG).all()
+    core, device, kinds, _ = decode(images, (48, 48), [drawn], scratch_bytes=300_000)
+    assert_equal(core, device)
+    assert [side for side, kind in zip(sides, kinds) if kind == native.PACKED_PIXELS] == [300, 400]
+
+
+RECIPES: dict[str, dict] = {
+    "crop": {},
+    "RandAugment": {"rand_augment": "rand-m9-n3-mstd0.5-inc1"},
+    "3-Augment, jitter": {"rand_augment": "3a", "color_jitter": (0.3, 0.3, 0.3, 0.1)},
+    "TrivialAugment, repeats": {"rand_augment": "ta_wide", "repeats": 3},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_train_loader_gives_the_same_batches(betons, recipe):
+    given = [
+        list(
+            TrainLoader(
+                betons / "train.beton",
+                batch_size=8,
+                resolution=40,
+                num_workers=2,
+                seed=3,
+                decode=decode,
+                **RECIPES[recipe],
+            ).epoch(2, start_step=1)
+        )
+        for decode in ("cpu", "gpu")
+    ]
+    assert len(given[0]) == len(given[1]) > 3
+    for one, other in zip(*given):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert one.slots.tolist() == other.slots.tolist()
+
+
+def test_eval_loader_gives_the_same_batches(betons):
+    given = [
+        list(
+            EvalLoader(
+                betons / "val.beton",
+                batch_size=7,
+                resolution=48,
+                num_workers=2,
+                crop_ratio=0.95,
+                decode=decode,
+            )
+        )
+        for decode in ("cpu", "gpu")
+    ]
+    assert len(given[0]) == len(given[1])
+    for one, other in zip(*given):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+
+
+# ---- compiled for GPUs ----
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_kernels_compile_within_their_limits(major, tmp_path):
+    """At most 64 registers; no stack, local memory, or fused products."""
+    image, log = driver.compile_for(major, 0)
+    assert not log.strip(), log
+    tools = Path(__import__("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    (tmp_path / "kernels.cubin").write_bytes(image)
+    usage = subprocess.run(
+        [tools / "cuobjdump", "-res-usage", tmp_path / "kernels.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = dict(re.findall(r"Function rsb_(\w+):\s+(.*)", usage))
+    assert set(found) == set(driver.NAMES)
+    for name, text in found.items():
+        numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", text)}
+        assert numbers["REG"] <= 64 and numbers["STACK"] == numbers["LOCAL"] == 0, (name, text)
+    ptx, _ = driver.compile_for(major, 0, ptx=True)
+    assert b".visible .entry rsb_entropy" in ptx and b"fma.rn" not in ptx
