@@ -5,8 +5,9 @@
  * Each file is a JPEG. An input is one of them with damage: flipped bits, overwritten bytes, copied
  * or inserted ranges, changed lengths of segments, or a cut. It is written to a memory file and
  * loaded with a random box, filter and size, as JPEG or raw, with its own or with other sides, and
- * half of the time with entry points. Every tenth image that loads goes through a random op. The
- * program fails for a sanitizer's report and for an unknown status.
+ * half of the time with entry points. Every tenth image goes through a random op. Each image also
+ * goes through the emulated device kernels, which must give the core's bytes or leave it to the
+ * core. The program fails for a sanitizer's report, an unknown status, and different bytes.
  *
  * A seed gives the same inputs on each run: the order of the draws is part of the test.
  */
@@ -17,6 +18,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "device.h"
 #include "rsb.h"
 
 enum {
@@ -134,7 +136,7 @@ static size_t make_input(const seed_file *f, uint8_t *data, size_t room, size_t 
 }
 
 /* A box within the image, except a few that are not. */
-static rsb_box make_box(int height, int width) {
+static rsb_box random_box(int height, int width) {
     double h = uniform() * height;
     double w = uniform() * width;
     double top = uniform() * (height - h);
@@ -175,11 +177,11 @@ static rsb_sample make_sample(const seed_file *f, size_t size, size_t entered) {
     }
     if (sample.raw && below(2))
         sample.size = (uint64_t)3 * (uint32_t)sample.height * (uint32_t)sample.width;
-    sample.box = make_box(sample.height, sample.width);
+    sample.box = random_box(sample.height, sample.width);
     return sample;
 }
 
-static void random_op(uint8_t *image, int height, int width, rsb_scratch *scratch) {
+static rsb_layer random_layer(void) {
     rsb_layer layer = {0};
     layer.op = (int)below(16) - 1;
     layer.filter = (uint8_t)below(3);
@@ -188,13 +190,19 @@ static void random_op(uint8_t *image, int height, int width, rsb_scratch *scratc
         layer.argument[i] = share * (double[]){2, 10, 300, 1e9}[below(4)];
     }
     if (layer.op == RSB_BLUR) layer.argument[0] = uniform() * 20;
-    rsb_augment(image, height, width, &layer, scratch);
+    return layer;
 }
 
-/* Loads one input and returns its status. data: room for a file of `room` bytes and its entry
- * points. memory: descriptor of the memory file. */
+/* How the device kernels treated the inputs. */
+typedef struct {
+    long equal;   /* made by the kernels, with the core's bytes */
+    long refused; /* left to the core */
+} device_counts;
+
+/* Loads one input and returns its status; -1: the device's result differs. data: room for a file of
+ * `room` bytes and its entry points. memory: descriptor of the memory file. */
 static int run_input(const seed_file *f, uint8_t *data, size_t room, int memory,
-                     rsb_scratch *scratch) {
+                     rsb_scratch *scratch, device_counts *counts) {
     size_t entered;
     size_t size = make_input(f, data, room, &entered, scratch);
     size_t all = size + entered;
@@ -203,17 +211,34 @@ static int run_input(const seed_file *f, uint8_t *data, size_t room, int memory,
     rsb_sample sample = make_sample(f, size, entered);
     int height = 1 + (int)below(80);
     int width = 1 + (int)below(80);
-    /* an allocation of its own: the sanitizer guards both ends */
-    uint8_t *out = malloc((size_t)3 * height * width);
+    /* allocations of their own: the sanitizer guards both ends */
+    size_t bytes = (size_t)3 * height * width;
+    uint8_t *out = malloc(bytes);
+    uint8_t *from_device = malloc(bytes);
+    rsb_layer layer;
+    rsb_layer *used = NULL;
     int status = rsb_load(memory, &sample, out, height, width, scratch);
-    if (status == RSB_OK && !below(10)) random_op(out, height, width, scratch);
+    int loaded = status;
+    if (status == RSB_OK && !below(10)) {
+        layer = random_layer();
+        used = &layer;
+        status = rsb_augment(out, height, width, used, scratch);
+    }
+    int refused;
+    int device = device_load(rsb_emulate, memory, &sample, used, from_device, height, width,
+                             (int)below(4), scratch, &refused);
+    int same = refused || (device == status && (status || !memcmp(out, from_device, bytes)));
+    if (refused && device && device != status) same = 0;
+    if (device == RSB_OK) *(refused ? &counts->refused : &counts->equal) += 1;
     free(out);
-    return status;
+    free(from_device);
+    return same ? loaded : -1;
 }
 
 int main(int count, char **arguments) {
     long inputs = count > 3 ? atol(arguments[1]) : 0;
     long statuses[STATUS_ROOM] = {0};
+    device_counts counts = {0};
     if (inputs < 1) {
         fprintf(stderr, "usage: fuzz_core <count> <seed> <file>...\n");
         return 2;
@@ -237,7 +262,8 @@ int main(int count, char **arguments) {
             rsb_scratch_free(scratch);
             scratch = rsb_scratch_new();
         }
-        int status = run_input(&seeds[below((uint32_t)files)], data, room, memory, scratch);
+        const seed_file *f = &seeds[below((uint32_t)files)];
+        int status = run_input(f, data, room, memory, scratch, &counts);
         if (status < 0 || status > RSB_BAD_CALL) {
             fprintf(stderr, "input %ld: status %d\n", input, status);
             return 1;
@@ -247,6 +273,7 @@ int main(int count, char **arguments) {
     printf("%ld inputs:", inputs);
     for (int i = 0; i <= RSB_BAD_CALL; i++)
         printf(" status %d: %ld%s", i, statuses[i], i < RSB_BAD_CALL ? "," : "\n");
+    printf("device: %ld equal, %ld refused\n", counts.equal, counts.refused);
     rsb_scratch_free(scratch);
     for (int i = 0; i < files; i++) free(seeds[i].data);
     free(seeds);

@@ -1,6 +1,7 @@
 """Damaged files as input of the compiled core, built with sanitizers, and of the reader."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from tests.sizes import FUZZ_INPUTS
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "rsb_ffcv" / "ops" / "csrc"
 SOURCES = [path for path in sorted(CSRC.glob("*.c")) if path.stem != "pool"]
+# what a device does: neither it nor its emulation may rely on -fwrapv
+DEVICE = [path for path in SOURCES if path.stem in ("pack", "emulate")]
+CORE = [path for path in SOURCES if path not in DEVICE]
 FLAGS = ["-std=gnu11", "-g", "-fwrapv", "-ffp-contract=off", f"-I{CSRC}"]
 # -fwrapv defines integer overflow; any other undefined behaviour ends the program.
 SANITIZE = [
@@ -23,13 +27,16 @@ SANITIZE = [
     "-fno-sanitize=signed-integer-overflow,shift-base",
     "-fno-sanitize-recover=all",
 ]
+STRICT = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def build(target, *arguments):
+    compile_c(target, *FLAGS, *arguments, "-lturbojpeg", "-lm")
+
+
+def compile_c(target, *arguments):
     done = subprocess.run(
-        ["cc", *FLAGS, *map(str, arguments), "-o", str(target), "-lturbojpeg", "-lm"],
-        capture_output=True,
-        text=True,
+        ["cc", *map(str, arguments), "-o", str(target)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -61,12 +68,17 @@ def seeds(tmp_path_factory):
 
 @pytest.mark.parametrize("portable", [False, True])
 def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, portable):
+    objects = [tmp_path / f"{path.stem}.o" for path in DEVICE]
+    for path, target in zip(DEVICE, objects):  # signed overflow ends the program here
+        flags = [flag for flag in FLAGS if flag != "-fwrapv"]
+        compile_c(target, *flags, "-O1", *STRICT, "-c", path)
     build(
         tmp_path / "fuzz",
         *SANITIZE,
         *(["-DRSB_PORTABLE"] if portable else []),
         HERE / "fuzz_core.c",
-        *SOURCES,
+        *CORE,
+        *objects,
     )
     done = subprocess.run(
         [tmp_path / "fuzz", str(FUZZ_INPUTS), "1", *seeds],
@@ -75,12 +87,27 @@ def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, po
         timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    statuses = [int(part.split(": ")[-1]) for part in done.stdout.split(" inputs:")[1].split(",")]
+    first, last = done.stdout.splitlines()
+    statuses = [int(part.split(": ")[-1]) for part in first.split(" inputs:")[1].split(",")]
+    equal, refused = map(int, re.findall(r"\d+", last))
+    assert equal > FUZZ_INPUTS / 100 and refused > FUZZ_INPUTS / 100
     # each kind of check refused some images, and some images passed
     assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), (
         done.stdout
     )
     tell(done.stdout.strip())
+
+
+def test_threads_of_a_device_block_do_not_race(seeds, tmp_path):
+    build(
+        tmp_path / "threads", "-O1", "-fsanitize=thread", "-pthread", HERE / "threads.c", *SOURCES
+    )
+    smallest = min(seeds, key=lambda path: path.stat().st_size)
+    done = subprocess.run(
+        [tmp_path / "threads", smallest], capture_output=True, text=True, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "14 images equal\n"
 
 
 def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):

@@ -62,7 +62,8 @@ enum {
 typedef struct {
     /* The lists of a DHT segment. The tables below are kept while the next image has the same. */
     uint8_t counts[MAX_CODE_LENGTH], symbols[256];
-    int ready, has_pairs, has_skips; /* which of the tables below are made */
+    int ready;                             /* the lists are set */
+    int has_symbols, has_pairs, has_skips; /* which of the tables below are made */
     uint16_t symbol[1 << LOOKUP_BITS];
     uint16_t skip[1 << SKIP_BITS];
     uint32_t pair[1 << LOOKUP_BITS];
@@ -132,10 +133,9 @@ typedef struct {
 
 /* ---- jpeg_huffman.c ---- */
 
-/* Makes `symbol`, `max_code` and `offset` from the lists of a DHT segment: `counts` of the codes of
- * length 1 .. 16, and their `total` symbols. Returns RSB_UNUSUAL where there are more codes of a
- * length than its bits allow. */
-int rsb_jpeg_build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total);
+/* Sets the lists of a DHT segment: `counts` of the codes of length 1 .. 16, and their `total`
+ * symbols. Returns RSB_UNUSUAL where there are more codes of a length than its bits allow. */
+int rsb_jpeg_set_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total);
 
 /* Makes `pair`, unless it is made already. */
 void rsb_jpeg_build_pairs(huffman *t, int is_ac);

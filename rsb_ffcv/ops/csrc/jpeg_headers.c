@@ -70,7 +70,7 @@ static int read_huffman(rsb_jpeg *j, const uint8_t *p, size_t n) {
         for (size_t i = 0; !is_ac && i < total; i++)
             if (symbols[i] > MAX_DC_SIZE) return RSB_UNUSUAL;
         huffman *table = is_ac ? &j->ac[which] : &j->dc[which];
-        if (rsb_jpeg_build_huffman(table, counts, symbols, (int)total)) return RSB_UNUSUAL;
+        if (rsb_jpeg_set_huffman(table, counts, symbols, (int)total)) return RSB_UNUSUAL;
         *(is_ac ? &j->ac_known : &j->dc_known) |= 1 << which;
         p += length;
         n -= length;

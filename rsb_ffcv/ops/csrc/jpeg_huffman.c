@@ -31,32 +31,48 @@ static step find_symbol(const huffman *t, int pattern, int width, int used, int 
     return found;
 }
 
-int rsb_jpeg_build_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total) {
+int rsb_jpeg_set_huffman(huffman *t, const uint8_t *counts, const uint8_t *symbols, int total) {
     if (t->ready && !memcmp(t->counts, counts, sizeof t->counts) &&
         !memcmp(t->symbols, symbols, total))
         return RSB_OK;
-    memset(t, 0, sizeof *t);
+    t->ready = 0;
+    int code = 0;
+    for (int length = 1; length <= MAX_CODE_LENGTH; length++) {
+        code += counts[length - 1];
+        if (code > 1 << length) return RSB_UNUSUAL;
+        code <<= 1;
+    }
     memcpy(t->counts, counts, sizeof t->counts);
+    memset(t->symbols, 0, sizeof t->symbols);
     memcpy(t->symbols, symbols, total);
+    t->ready = 1;
+    t->has_symbols = 0;
+    t->has_pairs = 0;
+    t->has_skips = 0;
+    return RSB_OK;
+}
+
+/* Makes `symbol`, `max_code` and `offset`, unless they are made already. */
+static void build_symbols(huffman *t) {
+    if (t->has_symbols) return;
+    t->has_symbols = 1;
+    memset(t->symbol, 0, sizeof t->symbol);
     int code = 0;
     int index = 0;
     for (int length = 1; length <= MAX_CODE_LENGTH; length++) {
         t->offset[length] = index - code;
-        for (int i = 0; i < counts[length - 1]; i++, code++, index++) {
-            if (code >= 1 << length) return RSB_UNUSUAL;
+        for (int i = 0; i < t->counts[length - 1]; i++, code++, index++) {
             if (length > LOOKUP_BITS) continue;
             /* all patterns that begin with the code */
             int first = code << (LOOKUP_BITS - length);
             int patterns = 1 << (LOOKUP_BITS - length);
             for (int j = first; j < first + patterns; j++)
-                t->symbol[j] = (uint16_t)(length << 8 | symbols[index]);
+                t->symbol[j] = (uint16_t)(length << 8 | t->symbols[index]);
         }
         t->max_code[length] = code << (MAX_CODE_LENGTH - length);
         code <<= 1;
     }
     t->max_code[MAX_CODE_LENGTH + 1] = 1 << MAX_CODE_LENGTH;
-    t->ready = 1;
-    return RSB_OK;
 }
 
 static int fits(int value, int bits) {
@@ -85,6 +101,8 @@ static uint32_t ac_entry(step first, step second) {
 void rsb_jpeg_build_pairs(huffman *t, int is_ac) {
     if (t->has_pairs) return;
     t->has_pairs = 1;
+    build_symbols(t);
+    memset(t->pair, 0, sizeof t->pair);
     for (int i = 0; i < 1 << LOOKUP_BITS; i++) {
         step first = find_symbol(t, i, LOOKUP_BITS, 0, is_ac);
         if (!first.bits) continue;
@@ -103,6 +121,7 @@ void rsb_jpeg_build_pairs(huffman *t, int is_ac) {
 void rsb_jpeg_build_skips(huffman *t) {
     if (t->has_skips) return;
     t->has_skips = 1;
+    build_symbols(t);
     for (int i = 0; i < 1 << SKIP_BITS; i++) {
         int used = 0;
         int advance = 0;
