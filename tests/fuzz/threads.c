@@ -46,6 +46,7 @@ typedef struct {
 
 #define KERNEL(name, shared, threads, phases) {phases_of_##name, threads, sizeof(shared)},
 static const kernel KERNELS[] = {RSB_KERNELS(KERNEL, )};
+#undef KERNEL
 
 static void *run_thread(void *argument) {
     task *t = argument;
