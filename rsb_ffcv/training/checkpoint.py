@@ -21,9 +21,20 @@ import torch
 
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.reporting.log import METRICS
 
 FIX = "free space or choose another logging.folder"
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
+# The names that a run writes to its folder atomically, as patterns
+WRITTEN = (
+    PATTERN,
+    BEST,
+    METRICS,
+    "config.json",
+    "training_curves.png",
+    "final_weights.pt",
+    "final_weights_*.pt",
+)
 KEYS = {
     "recipe",
     "step",
@@ -116,9 +127,11 @@ class Store:
             raise InputError(
                 f"logging.folder={self.folder}: cannot be used ({error.strerror}); choose another"
             ) from error
-        # Left behind by a process that was killed while writing
-        for unfinished in self.folder.glob(".*.part"):
-            unfinished.unlink()
+        # Left behind by a process that was killed while writing. Other programs use `.<name>.part`
+        # as well: a conversion may be unfinished in this folder.
+        for name in WRITTEN:
+            for unfinished in self.folder.glob(f".{name}.part"):
+                unfinished.unlink()
 
     def newest(self, regular: bool = False) -> tuple[Path, dict] | None:
         """Returns the path and the content of the newest intact checkpoint, None if there is no

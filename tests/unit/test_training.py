@@ -255,6 +255,21 @@ def test_folder_is_locked_by_one_run(tmp_path):
     second.close()
 
 
+def test_run_removes_only_its_own_unfinished_files(tmp_path):
+    """A conversion or an export may be unfinished in the same folder."""
+    own = ["checkpoint_000000001.pt", "best.pt", "metrics.jsonl", "final_weights_ema.pt"]
+    for name in (*own, "config.json", "training_curves.png", "train.beton"):
+        (tmp_path / f".{name}.part").write_bytes(b"half")
+    (tmp_path / ".exported.part").mkdir()
+    store = checkpoint.Store(tmp_path, 1)
+    store.lock()
+    store.close()
+    assert {path.name for path in tmp_path.glob(".*.part")} == {
+        ".train.beton.part",
+        ".exported.part",
+    }
+
+
 def test_unwritable_checkpoint_is_a_warning_and_keeps_the_others(tmp_path, capsys, monkeypatch):
     store = checkpoint.Store(tmp_path, 1)
     store.lock()
