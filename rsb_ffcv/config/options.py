@@ -64,7 +64,8 @@ class _Value(Checker):
             value = text in ("1", "true")
         elif self.kind is str:
             if isinstance(value, bool):
-                value = int(value)  # YAML reads on and off as bool
+                word = "on" if value else "off"  # which YAML reads as bool
+                value = word if word in self.choices else int(value)
             if not isinstance(value, (str, int)) or self.needed and not str(value):
                 raise ValueError(self.help())
             value = str(value)

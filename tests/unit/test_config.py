@@ -55,6 +55,13 @@ def test_shared_defaults_equal_ffcv_imagenet(given):
     assert (c.resolution.min_res, c.resolution.max_res) == (160, 160) and c.model.arch == "resnet50"
 
 
+def test_off_and_on_are_read_from_yaml_without_quotes(given, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("health:\n  chance: off\n  average: 'off'\ncompute:\n  compile: on\n")
+    c = read(given, f"--config-file={recipe}")
+    assert (c.health.chance, c.health.average, c.compute.compile) == ("off", "off", "1")
+
+
 def test_flags_override_files_and_later_files_earlier_ones(given, tmp_path):
     for name, lr in (("a", "1e-3"), ("b", "2e-3")):
         (tmp_path / f"{name}.yaml").write_text(f"lr:\n  lr: {lr}\ntraining:\n  epochs: 7\n")
