@@ -27,6 +27,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from rsb_ffcv import InputError
+from rsb_ffcv.atomic import hidden
 from rsb_ffcv.ops.native import checksum
 
 # Declared here instead of imported: ffcv.types imports torch, numba and every field, and a check of
@@ -269,7 +270,7 @@ def read_beton(path: str | Path) -> Beton:
                 refuse=refuse,
             )
     except OSError as error:
-        if path.with_name(f".{path.name}.appending").exists():
+        if hidden(path, "appending").exists():
             refuse(
                 "an append to it was interrupted",
                 "run the same concat command again, which restores the file",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rsb_ffcv import InputError, beton
+from rsb_ffcv.atomic import hidden
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
@@ -84,6 +85,8 @@ def write_splits(
             f"`write_path`={target}: is one file for two splits; give a folder, or `split`"
         )
     one_file = bool(split) and not (stat.S_ISDIR(mode) or write_path.endswith("/"))
+    if report:
+        hidden(Path(report), "part")  # raises now if it names no file
     sources = _sources(place, split, subset)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
     needed = sum(

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, beton
-from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.atomic import atomic_file, flush_folder, hidden, lock
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton, read_beton
 from rsb_ffcv.dataset.assemble import (
     Samples,
@@ -31,7 +31,7 @@ class _Append:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hidden, self.note, self.front = (
-            path.with_name(f".{path.name}.{what}") for what in ("appending", "append", "front")
+            hidden(path, what) for what in ("appending", "append", "front")
         )
 
     @contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, first_line, warn
-from rsb_ffcv.atomic import atomic_file, write_table
+from rsb_ffcv.atomic import atomic_file, hidden, write_table
 from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
@@ -94,7 +94,9 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     file = read_beton(path)
     if report and os.path.realpath(report) == os.path.realpath(path):
         raise InputError(f"`report`={report}: is the file itself; choose another")
-    note = file.path.with_name(f".{file.path.name}.verify")
+    if report:
+        hidden(Path(report), "part")  # raises now if it names no file
+    note = hidden(file.path, "verify")
     known = os.stat(file.path)
     mark = {
         "bytes": known.st_size,
@@ -209,16 +211,13 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
     """
     file = read_beton(path)
     target = Path(write_path)
-    unfinished, mark = (
-        target.with_name(f".{target.name}.part"),
-        target.with_name(f".{target.name}.of"),
-    )
     places = _places(file)
     try:
         if target.exists():
             raise InputError(
                 f"`write_path`={target}: exists; give a folder that does not exist, or remove it"
             )
+        unfinished, mark = hidden(target, "part"), hidden(target, "of")
         if unfinished.exists() and (not mark.exists() or mark.read_text() != file.fingerprint()):
             raise InputError(
                 f"`write_path`={target}: contains an unfinished export of another file; remove "

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, __version__, beton
-from rsb_ffcv.atomic import flush_folder, lock, write_table
+from rsb_ffcv.atomic import flush_folder, hidden, lock, write_table
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton
 from rsb_ffcv.dataset.picture import BadPicture, Stored
 from rsb_ffcv.dataset.workers import ordered
@@ -218,11 +218,11 @@ def _differing(old: dict, new: dict) -> str:
 
 def part_path(path: Path) -> Path:
     """The path of an unfinished file."""
-    return path.with_name(f".{path.name}.part")
+    return hidden(path, "part")
 
 
 def _journal_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.journal")
+    return hidden(path, "journal")
 
 
 @contextmanager

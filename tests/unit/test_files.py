@@ -44,6 +44,33 @@ def damage(path, sample: int, where: float = 0.5):
         opened.write(bytes([byte ^ 0x10]))
 
 
+@pytest.mark.parametrize("nameless", [".", "/"])
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("info", ["path={}"]),
+        ("verify", ["path={file}", "report={}"]),
+        ("show", ["path={file}", "write_path={}"]),
+        ("merge", ["paths={file}", "write_path={}"]),
+        ("subset", ["path={file}", "write_path={}"]),
+        ("concat", ["path=/", "paths={file}"]),
+        ("export", ["path={file}", "write_path={}"]),
+        ("write", ["data_dir={folder}/in", "write_path={folder}/out", "report={}"]),
+    ],
+)
+def test_path_without_a_file_name_is_one_error_line(
+    written, call_program, command, options, nameless
+):
+    given = [
+        "--cfg." + option.format(nameless, file=written / "train.beton", folder=written)
+        for option in options
+    ]
+    status, _, err = call_program("write_ffcv.py", command, *given)
+    last = err.splitlines()[-1]
+    assert status == 2 and (" names no file" in last or "write_path=" in last)
+    assert "Traceback" not in err and not (written / "out").exists()
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "reporting": {"atomic"},
     "loading": {"ops", "beton"},
     "dataset": {"ops", "beton", "atomic"},
-    "beton": {"ops"},
+    "beton": {"ops", "atomic"},
     "config": set(),
     "atomic": set(),
     "training": {
