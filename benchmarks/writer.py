@@ -123,10 +123,11 @@ def memory(work: Path, count: int, workers: int) -> dict:
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
             known.append(stream.getvalue())
         names = [f"class_{n % 1000}/image_{n:08d}.jpg" for n in range(count)]
-        source = Source([str(n) for n in range(1000)], names,
-                        np.arange(count) % 1000, lambda index: known[index % 64])
+        source = Source(classes=[str(n) for n in range(1000)], names=names,
+                        labels=np.arange(count) % 1000, read=lambda index: known[index % 64])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        write_beton(target, source, storing(source, Encoding()), {}, workers)
+        write_beton(target, source, store=storing(source, Encoding()), settings={},
+                    num_workers=workers)
         print(before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     """
     import textwrap

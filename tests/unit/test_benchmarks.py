@@ -144,6 +144,14 @@ def test_start_table_shows_ratios_and_verdicts():
     assert "| 1.25 | 1.2 | not reached |" in start.table({"rows": rows})
 
 
+def test_memory_of_the_writer_is_measured(tmp_path):
+    import writer
+
+    found = writer.memory(tmp_path, 20, 1)
+    assert list(found) == ["2", "20"]
+    assert all(0 < each["before_mib"] <= each["peak_mib"] for each in found.values())
+
+
 def test_both_writers_write_all_images(pictures, tmp_path):
     code = f"""
         import sys
