@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,13 @@ class InputError(ValueError):
     Programs print the message without a traceback and exit with status 2. Every other exception is
     a bug in the program and keeps its traceback.
     """
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises InputError if `value`, of the parameter `name`, is not one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(f"`{name}`={value!r}: must be one of {', '.join(choices)}")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def write_splits(
     content of the files after.
 
     All sources are opened, and the estimate is compared with the free space, before the first file
-    is started. Raises InputError if a source or a file cannot be used.
+    is started. Raises InputError if `split` is unknown, or a source or a file cannot be used.
 
     place: the dataset
     write_path: the file if `split` is given, otherwise a folder for train.beton and val.beton. With

@@ -1,6 +1,7 @@
 """Converts a picture file to upright 8-bit RGB, or keeps the bytes of its JPEG. A picture for which
 neither is possible is refused with an error that names it."""
 
+import math
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rsb_ffcv import InputError, beton, first_line
+from rsb_ffcv import InputError, beton, check_choice, first_line
 from rsb_ffcv.ops import native
 
 MAX_SIDE = 65535  # largest width and height in a .beton's metadata
@@ -89,6 +90,8 @@ class Encoding:
     pass_through: a JPEG that needs no change keeps its bytes: within max_resolution, 8-bit baseline
         or progressive, grey or RGB, upright, and decodable to its end without a warning
     max_pixels: pictures with more pixels are refused before they are decoded
+
+    Raises InputError for an unknown mode or a number out of its range.
     """
 
     mode: str = "jpg"
@@ -98,6 +101,18 @@ class Encoding:
     compress_probability: float = 0.5
     pass_through: bool = True
     max_pixels: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("jpg", "raw", "smart", "proportion"))
+        for name, value, low, high in (
+            ("max_resolution", self.max_resolution, 0, MAX_SIDE),
+            ("jpeg_quality", self.jpeg_quality, 1, 100),
+            ("smart_threshold", self.smart_threshold, 0, math.inf),
+            ("compress_probability", self.compress_probability, 0, 1),
+            ("max_pixels", self.max_pixels, 1, 2**28),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"`{name}`={value}: must be {low} .. {high}")
 
     def store(self, index: int, picture: bytes | np.ndarray, name: str) -> Stored:
         """Converts a picture to its stored form.

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsb_ffcv import check_choice
+
 
 def decay_of_step(decay: float, per_images: int, batch: int) -> float:
     """The decay of one update after `batch` images.
@@ -64,6 +66,8 @@ class Ema(_Average):
     power: see warmup.
     buffers: "lerp" averages batch-norm statistics as well, "copy" copies the model's. Integers are
         always copied.
+
+    Raises InputError for another value of `buffers`.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Ema(_Average):
         power: float = 2 / 3,
         buffers: str = "lerp",
     ) -> None:
+        check_choice("buffers", buffers, ("lerp", "copy"))
         super().__init__(model, buffers)
         self.decay, self.warmup, self.power = decay, warmup, power
         # A tensor if only the device knows which updates were skipped.

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from rsb_ffcv import check_choice
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -31,6 +33,8 @@ class Schedule:
         rate falls from the schedule's value to swa_lr, and then stays there.
     swa_lr: see swa_epochs.
     swa_anneal_epochs: duration of that fall, which follows half a cosine.
+
+    Raises InputError for an unknown kind.
     """
 
     kind: str
@@ -47,6 +51,13 @@ class Schedule:
     swa_epochs: int = 0
     swa_lr: float = 0.0
     swa_anneal_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice(
+            "kind",
+            self.kind,
+            ("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"),
+        )
 
     @property
     def total_steps(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, check_choice, option_names
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
 from rsb_ffcv.loading.pool import Pool, Work
@@ -292,8 +292,7 @@ class TrainLoader(_Loader):
             ("order", order, ("random", "sequential", "quasi_random")),
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
         ):
-            if value not in choices:
-                raise InputError(f"`{name}`={value!r} is not one of {', '.join(choices)}")
+            check_choice(name, value, choices)
         if repeats < 1 or window_bytes < 1 or not 0 <= rank < world_size or resolution < 1:
             raise InputError(
                 f"`repeats`={repeats}, `window_bytes`={window_bytes} and `resolution`={resolution} "

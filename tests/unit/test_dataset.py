@@ -1,14 +1,18 @@
 """Conversion of images to .beton: correct colours, the same bytes each time, and no partial file
 after an error."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import JPG, RAW, read_beton
+from rsb_ffcv.config import write as options
 from rsb_ffcv.dataset import Encoding, Place, write_splits
 from rsb_ffcv.dataset.picture import load_rgb
+from rsb_ffcv.dataset.readers import READERS
 from rsb_ffcv.dataset.synthetic import CLASSES, draw_picture, make_demo_images
 
 COLOUR = (200, 120, 40)
@@ -390,3 +394,34 @@ def test_demo_classes_cannot_be_separated_by_mean_colour():
     )
     between, within = means.mean(1).std(0), means.std(1).mean(0)
     assert (between < 0.4 * within).all()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"mode": "jpeg"}, "`mode`='jpeg': must be one of jpg, raw, smart, proportion"),
+        ({"jpeg_quality": 500}, "`jpeg_quality`=500: must be 1 .. 100"),
+        ({"max_resolution": -5}, "`max_resolution`=-5: must be 0 .. 65535"),
+        ({"smart_threshold": -1}, "`smart_threshold`=-1"),
+        ({"compress_probability": 1.5}, "`compress_probability`=1.5"),
+        ({"max_pixels": 0}, "`max_pixels`=0"),
+    ],
+)
+def test_encoding_refuses_what_the_command_line_refuses(settings, message):
+    with pytest.raises(InputError, match=message):
+        Encoding(**settings)
+
+
+def test_unknown_dataset_and_split_are_refused(tmp_path):
+    for place, split, message in (
+        (Place(dataset="imagenett", data_dir=str(tmp_path)), "train", "`dataset`='imagenett'"),
+        (Place(dataset="webdataset", data_dir=str(tmp_path)), "test", "`split`='test'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_splits(place, str(tmp_path / "out"), split=split)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_dataset_of_the_command_line_has_a_reader():
+    (item,) = (item for item in fields(options.Source) if item.name == "dataset")
+    assert set(item.metadata["limits"]["choices"]) == set(READERS)

@@ -19,6 +19,7 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import HEADER, read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader, pool
+from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
 from rsb_ffcv.ops import native
 from rsb_ffcv.ops.operation import DrawnOperation
@@ -784,3 +785,12 @@ def test_preload_refuses_a_file_larger_than_free_memory(betons, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
     with pytest.raises(InputError, match="GB of memory are free"):
         loader(betons).preload()
+
+
+def test_unknown_modes_of_the_batch_transform_are_refused():
+    with pytest.raises(
+        InputError, match="`erase_mode`='random': must be one of const, rand, pixel"
+    ):
+        BatchTransform(seed=0, erase_mode="random")
+    with pytest.raises(InputError, match="`mode`='image': must be one of batch, pair, elem"):
+        BatchTransform(seed=0, mode="image")
