@@ -75,15 +75,15 @@ def ordered(
             try:
                 result = future.result(patience)
             except TimeoutError as error:
-                if future.done():
-                    raise  # `function` raised it
-                stuck = True
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                raise InputError(
-                    f"{name(item)}: a worker has hung on it for {patience:.0f} s (its stack is "
-                    f"printed above); check the disk or network that it reads from, and run the "
-                    f"same command again"
-                ) from error
+                if not future.done():
+                    stuck = True
+                    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                    raise InputError(
+                        f"{name(item)}: a worker has hung on it for {patience:.0f} s (its stack "
+                        f"is printed above); check the disk or network that it reads from, and "
+                        f"run the same command again"
+                    ) from error
+                result = future.result()  # it came just after the timeout, or `function` raised it
             yield result
     finally:
         for future, _ in pending:
