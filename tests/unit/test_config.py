@@ -233,6 +233,29 @@ def test_command_requires_only_the_options_it_reads(given, call_program, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "options, steps",
+    [
+        ({"dist.world_size": 2, "training.distributed": 0}, "3 steps of 32 images"),
+        ({"dist.world_size": 2, "training.distributed": 1}, "1 steps of 64 images"),
+        (
+            {"training.batch_size": 100},
+            "training.batch_size=100: data.train_dataset=",
+        ),
+        (
+            {"dist.world_size": 4, "training.distributed": 1},
+            "training.batch_size=32 with 4 processes: data.train_dataset=",
+        ),
+        ({"training.global_batch": 128}, "training.global_batch=128: data.train_dataset="),
+    ],
+)
+def test_plan_has_the_steps_of_the_run(given, call_program, options, steps):
+    options = {"training.batch_size": 32, **options}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    _, out, err = call_program("train_imagenet.py", "plan", given[0], *flags)
+    assert steps in out + err
+
+
+@pytest.mark.parametrize(
     "recipe", sorted((ROOT / "rsb_configs").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_every_recipe_is_valid(recipe, given):
