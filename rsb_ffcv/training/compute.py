@@ -15,15 +15,24 @@ from pathlib import Path
 from queue import Empty, Queue
 from resource import RUSAGE_SELF, getrusage
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError, first_line, warn
 
-# The process group's store. Processes can still communicate through it when collectives fail.
-_stores: list[dist.Store] = []
+
+class _Joined(NamedTuple):
+    """The job that this process has joined. Processes can still communicate through its store when
+    collectives fail, or when the process group could not be created."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+
+
+_joined: list[_Joined] = []
 # Timeout of collectives while all processes are alive: one of them may be reading a large file.
 COLLECTIVE_SECONDS = 1800
 # Texts of out-of-memory errors that torch does not raise as OutOfMemoryError: from the CPU's
@@ -188,7 +197,8 @@ def set_up(
             )
             store = _own_part(store, rank, world_size)
             # A second connection: a collective that waits blocks the first one.
-            _stores.append(store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
+            second = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+            _joined.append(_Joined(second, rank, world_size))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                 store=store,
@@ -439,7 +449,7 @@ def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answe
 
     def ask() -> None:
         try:
-            answers.put((question(_stores[0]), None))
+            answers.put((question(_joined[0].store), None))
         except RuntimeError as error:
             answers.put((None, error))
 
@@ -456,12 +466,12 @@ def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answe
 def first_to_say(what: str) -> bool:
     """Returns True on exactly one process, the first that asks for `what`. Works even if the job's
     collectives fail."""
-    if not _stores:
+    if not _joined:
         return True
     try:
         return ask_store(lambda store: store.add(f"said/{what}", 1), STORE_SECONDS) == 1
     except (RuntimeError, TimeoutError):  # rank 0, which hosts the store, is lost: rank 1 reports
-        return dist.get_rank() == 1
+        return _joined[0].rank == 1
 
 
 def wait_for_others(seconds: float = 2.0) -> None:
@@ -470,13 +480,13 @@ def wait_for_others(seconds: float = 2.0) -> None:
     The other processes may be about to meet the same error. They need the store, which rank 0
     hosts, to know that it has been reported.
     """
-    if not _stores:
+    if not _joined:
         return
     until = time.monotonic() + seconds
 
     def all_end(store: dist.Store) -> None:
         store.add("ending", 1)
-        while store.add("ending", 0) < dist.get_world_size() and time.monotonic() < until:
+        while store.add("ending", 0) < _joined[0].world_size and time.monotonic() < until:
             time.sleep(0.02)
 
     with suppress(RuntimeError, TimeoutError):  # the store is lost
