@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -132,7 +132,11 @@ def write_beton(
     try:
         if path.exists():
             return _finished(path, about, source, store=store)
-        with _journal(path, about) as journal:
+        with _journal(path) as journal:
+            if path.exists():  # another process has finished it since
+                os.unlink(journal.name)
+                return _finished(path, about, source, store=store)
+            _begin(journal, path, about)
             unfinished = part_path(path)
             with (
                 open(
@@ -226,36 +230,46 @@ def _journal_path(path: Path) -> Path:
 
 
 @contextmanager
-def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
-    """Opens and locks the journal and positions it at its first record. Its first line contains the
-    settings. Raises InputError if they differ, or another process has the lock."""
-    name = _journal_path(path)
-    head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
-    with open(name, "ab+", buffering=0) as file:
-        try:
-            lock(file, path)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{path}: another process is writing it; wait until it has finished, or choose "
-                f"another `write_path`"
-            ) from error
-        file.seek(0)
-        known, line_end, _ = file.read(1 << 20).partition(b"\n")
-        if line_end and known != head:
+def _journal(path: Path) -> Iterator[io.FileIO]:
+    """Opens and locks the journal. Raises InputError if another process has the lock."""
+    name, locked = _journal_path(path), False
+    while not locked:
+        with open(name, "ab+", buffering=0) as file:
             try:
-                why = _differing(json.loads(known), json.loads(head))
-            except ValueError:
-                why = "they cannot be read"
-            raise InputError(
-                f"{path}: the unfinished file has other settings ({why}); give the same settings, "
-                f"or remove {name} to start over"
-            )
-        if not line_end:
-            file.truncate(0)
-            _write_all(file, head + b"\n")
-            flush_folder(path.parent)
-        file.seek(len(head) + 1)
-        yield file
+                lock(file, path)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{path}: another process is writing it; wait until it has finished, or choose "
+                    f"another `write_path`"
+                ) from error
+            # A process that finished between opening and locking has removed this file. Its lock
+            # excludes nobody; open the one that now has the name
+            with suppress(FileNotFoundError):
+                locked = os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+            if locked:
+                yield file
+
+
+def _begin(journal: io.FileIO, path: Path, about: About) -> None:
+    """Positions the journal at its first record. Its first line contains the settings. Raises
+    InputError if they differ."""
+    head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
+    journal.seek(0)
+    known, line_end, _ = journal.read(1 << 20).partition(b"\n")
+    if line_end and known != head:
+        try:
+            why = _differing(json.loads(known), json.loads(head))
+        except ValueError:
+            why = "they cannot be read"
+        raise InputError(
+            f"{path}: the unfinished file has other settings ({why}); give the same settings, "
+            f"or remove {_journal_path(path)} to start over"
+        )
+    if not line_end:
+        journal.truncate(0)
+        _write_all(journal, head + b"\n")
+        flush_folder(path.parent)
+    journal.seek(len(head) + 1)
 
 
 def _write_all(file: io.FileIO, data: bytes | np.ndarray) -> None:

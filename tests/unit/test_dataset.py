@@ -10,7 +10,7 @@ from PIL import Image
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import JPG, RAW, read_beton
 from rsb_ffcv.config import write as options
-from rsb_ffcv.dataset import Encoding, Place, write_splits
+from rsb_ffcv.dataset import Encoding, Place, write_splits, writer
 from rsb_ffcv.dataset.picture import load_rgb
 from rsb_ffcv.dataset.readers import READERS
 from rsb_ffcv.dataset.synthetic import CLASSES, draw_picture, make_demo_images
@@ -425,3 +425,23 @@ def test_unknown_dataset_and_split_are_refused(tmp_path):
 def test_every_dataset_of_the_command_line_has_a_reader():
     (item,) = (item for item in fields(options.Source) if item.name == "dataset")
     assert set(item.metadata["limits"]["choices"]) == set(READERS)
+
+
+def test_file_that_another_process_finishes_meanwhile_is_not_written_again(
+    betons, pictures, tmp_path, monkeypatch
+):
+    """The other process finishes, and removes the journal, just before this one locks it."""
+    place, path = Place(dataset="imagenet", data_dir=str(pictures)), tmp_path / "val.beton"
+    plain, finished = writer.lock, list[int]()
+
+    def lock(file, where):
+        if not finished:
+            finished.append(0)
+            write_splits(place, str(path), split="val")
+            finished[0] = path.stat().st_ino
+        plain(file, where)
+
+    monkeypatch.setattr(writer, "lock", lock)
+    write_splits(place, str(path), split="val")
+    assert path.stat().st_ino == finished[0] and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == (betons / "val.beton").read_bytes()
