@@ -240,3 +240,10 @@ def test_files_of_the_core_have_no_circular_calls():
     listed = (ROOT / "setup.py").read_text().partition("HEADERS = (")
     assert all(f'"{path.stem}"' in listed[0] for path in folder.glob("*.c"))
     assert all(f'"{path.stem}"' in listed[2] for path in folder.glob("*.h"))
+
+
+def test_every_instruction_set_of_the_core_is_looked_for_at_run_time():
+    folder = PACKAGE / "ops" / "csrc"
+    code = "".join(path.read_text() for path in sorted(folder.glob("*.[ch]")))
+    used = {name for names in re.findall(r'target\("([^"]+)"\)', code) for name in names.split(",")}
+    assert used == set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', code))

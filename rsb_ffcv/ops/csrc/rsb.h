@@ -253,7 +253,8 @@ void rsb_pool_free(rsb_pool *pool);
 #if defined(__x86_64__) && !defined(RSB_PORTABLE)
 #define RSB_AVX2 1
 RSB_INLINE int rsb_has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
 }
 #else
 #define RSB_AVX2 0
