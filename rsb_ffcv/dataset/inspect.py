@@ -223,6 +223,7 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
                 f"`write_path`={target}: contains an unfinished export of another file; remove "
                 f"{unfinished}, or choose another"
             )
+        target.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(file.fingerprint())
         for folder in {place.parent for place in places}:
             (unfinished / folder).mkdir(parents=True, exist_ok=True)

@@ -467,6 +467,12 @@ def test_exported_raw_images_are_lossless_pngs(tmp_path):
         )
 
 
+def test_export_creates_the_folders_above(written, tmp_path):
+    dataset.export(written / "val.beton", str(tmp_path / "new" / "out"), 1)
+    assert len(list((tmp_path / "new" / "out").rglob("*.*"))) == 6
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
 def test_exported_names_stay_inside_the_folder(tmp_path):
     names = [
         "../../evil.jpg",
