@@ -41,6 +41,10 @@ def _parts(c: options.Source) -> tuple[Any, Any]:
     return place, encoding
 
 
+def _listed(paths: str) -> list[str]:
+    return [path.strip() for path in paths.split(",")]
+
+
 def _write(c: options.Write) -> None:
     from rsb_ffcv import dataset
 
@@ -102,7 +106,7 @@ def _show(c: options.Show) -> None:
 def _merge(c: options.Merge) -> None:
     from rsb_ffcv import dataset
 
-    dataset.merge(c.paths.split(","), c.write_path, c.num_workers)
+    dataset.merge(_listed(c.paths), c.write_path, c.num_workers)
 
 
 def _subset(c: options.Subset) -> None:
@@ -127,7 +131,7 @@ def _shard(c: options.Shard) -> None:
 def _concat(c: options.Concat) -> None:
     from rsb_ffcv import dataset
 
-    dataset.concat(c.path, c.paths.split(","), c.num_workers)
+    dataset.concat(c.path, _listed(c.paths), c.num_workers)
 
 
 def _export(c: options.Export) -> None:

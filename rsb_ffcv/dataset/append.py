@@ -103,7 +103,8 @@ def concat(path: str, paths: list[str], num_workers: int) -> Beton:
 
     The file is hidden while this function works. After any interruption, the next call restores it,
     either unchanged or with all new samples. Raises InputError if a file cannot be read or written,
-    or a sample has the name and the class of one that `path` already contains.
+    or a sample has the name and the class of one that `path` already contains or of another one to
+    append.
     """
     append = _Append(Path(path).resolve())  # the file itself if `path` is a link
     try:
@@ -140,15 +141,14 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
         numbers=[numbers[0]],
     )
     try:
-        existing = set(zip(names, target.labels.tolist()))
-        duplicates = [
-            name
-            for name, label in zip(samples.names, samples.labels.tolist())
-            if (name, label) in existing
-        ]
+        existing, duplicates = set(zip(names, target.labels.tolist())), []
+        for sample in zip(samples.names, samples.labels.tolist()):
+            if sample in existing:
+                duplicates.append(sample[0])
+            existing.add(sample)
         if duplicates:
             raise InputError(
-                f"{append.path}: already contains '{duplicates[0]}'; {len(duplicates)} of the "
+                f"{append.path}: would contain '{duplicates[0]}' twice; {len(duplicates)} of the "
                 f"{len(samples)} samples to append are duplicates; leave them out"
             )
         count = len(target) + len(samples)

@@ -323,7 +323,7 @@ def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
     gap = slice(beton.front_bytes(18), first)
     assert not any(copy.read_bytes()[gap])
-    with pytest.raises(InputError, match="already contains .*; 6 of the 6"):
+    with pytest.raises(InputError, match="would contain .* twice; 6 of the 6"):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
 
@@ -420,6 +420,21 @@ def test_killed_append_is_recovered_by_the_next_call(copy, written, monkeypatch,
         copy, 1.0, 1
     )
     assert list(copy.parent.glob(".*")) == []
+
+
+def test_samples_are_not_appended_twice_in_one_call(copy, written):
+    before, val = copy.read_bytes(), str(written / "val.beton")
+    with pytest.raises(InputError, match="would contain .* twice; 6 of the 12"):
+        dataset.concat(str(copy), [val, val], 1)
+    assert copy.read_bytes() == before
+
+
+def test_spaces_between_listed_files_are_ignored(written, tmp_path, call_program):
+    paths = f"{written / 'train.beton'}, {written / 'val.beton'}"
+    status, _, _ = call_program(
+        "write_ffcv.py", "merge", f"--cfg.paths={paths}", f"--cfg.write_path={tmp_path / 'x.beton'}"
+    )
+    assert status == 0 and len(read_beton(tmp_path / "x.beton")) == 18
 
 
 def test_failed_append_leaves_the_file_unchanged(copy, written, tmp_path):
