@@ -196,11 +196,12 @@ def archives(place: Place, split: str) -> Source:
                     f"{', '.join(sorted(set(classes) ^ set(kit.classes))[:5])}); use the devkit "
                     f"of these images"
                 )
-            for wnid, start, length in sorted(inner):
+            # `classes` are sorted too
+            for label, (wnid, start, length) in enumerate(sorted(inner)):
                 for member, at, size in tar_members(
                     file, f"{path}: {wnid}.tar", start=start, length=length
                 ):
-                    index.add_member(f"{wnid}/{member}", classes.index(wnid), start=at, length=size)
+                    index.add_member(f"{wnid}/{member}", label, start=at, length=size)
         else:
             if not kit or not kit.truth:
                 raise InputError(
