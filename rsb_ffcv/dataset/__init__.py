@@ -16,7 +16,7 @@ from rsb_ffcv.atomic import hidden
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
-from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored
+from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored, conversion
 from rsb_ffcv.dataset.sources import Place, Source
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
@@ -37,6 +37,7 @@ __all__ = [
 SAMPLED = 100  # number of pictures that an estimate encodes
 
 
+@conversion()
 def write_splits(
     place: Place,
     write_path: str,
@@ -133,6 +134,7 @@ def write_splits(
         _summary(written, source, time.monotonic() - began, report=on_error.report)
 
 
+@conversion()
 def estimate_splits(
     place: Place, split: str, *, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
 ) -> None:

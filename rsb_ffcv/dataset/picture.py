@@ -2,6 +2,8 @@
 neither is possible is refused with an error that names it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -17,10 +19,6 @@ MAX_SIDE = 65535  # largest width and height in a .beton's metadata
 # Pillow reads other formats, too; for some of them it starts programs
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
 
-# load_rgb compares every picture with max_pixels before it decodes it
-Image.MAX_IMAGE_PIXELS = None
-cv2.setNumThreads(1)  # one thread per picture: the writer's threads work in parallel
-
 # EXIF orientation -> the operation that makes the stored pixels upright. Pillow's exif_transpose
 # also rewrites the EXIF block, which fails for unusual but harmless blocks of cameras and editors.
 _UPRIGHT = {
@@ -32,6 +30,21 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@contextmanager
+def conversion() -> Iterator[None]:
+    """A context with the settings of Pillow and OpenCV for converting pictures. They apply to the
+    whole process, and are restored at the end."""
+    saved = Image.MAX_IMAGE_PIXELS, cv2.getNumThreads()
+    # load_rgb compares every picture with max_pixels before it decodes it
+    Image.MAX_IMAGE_PIXELS = None
+    cv2.setNumThreads(1)  # one thread per picture: the writer's threads work in parallel
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = saved[0]
+        cv2.setNumThreads(saved[1])
 
 
 class BadPicture(InputError):

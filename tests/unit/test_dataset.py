@@ -1,6 +1,9 @@
 """Conversion of images to .beton: correct colours, the same bytes each time, and no partial file
 after an error."""
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import fields
 
 import numpy as np
@@ -14,6 +17,7 @@ from rsb_ffcv.dataset import Encoding, Place, write_splits, writer
 from rsb_ffcv.dataset.picture import load_rgb
 from rsb_ffcv.dataset.readers import READERS
 from rsb_ffcv.dataset.synthetic import CLASSES, draw_picture, make_demo_images
+from tests.conftest import ROOT
 
 COLOUR = (200, 120, 40)
 
@@ -394,6 +398,25 @@ def test_demo_classes_cannot_be_separated_by_mean_colour():
     )
     between, within = means.mean(1).std(0), means.std(1).mean(0)
     assert (between < 0.4 * within).all()
+
+
+def test_settings_of_pillow_and_opencv_change_during_a_conversion_only(pictures, tmp_path):
+    code = f"""
+        import cv2
+        from PIL import Image
+        def now():
+            return Image.MAX_IMAGE_PIXELS, cv2.getNumThreads()
+        cv2.setNumThreads(3)
+        before, during = now(), []
+        from rsb_ffcv import dataset
+        plain = dataset.write_beton
+        dataset.write_beton = lambda *a, **k: (during.append(now()), plain(*a, **k))[1]
+        assert now() == before
+        place = dataset.Place(dataset="imagenet", data_dir={str(pictures)!r})
+        dataset.write_splits(place, {str(tmp_path)!r}, split="val")
+        assert (during, now()) == ([(None, 1)], before)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
