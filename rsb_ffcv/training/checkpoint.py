@@ -216,8 +216,11 @@ class Store:
             try:
                 os.link(path, temporary)
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, temporary)
+                with open(path, "rb") as whole, atomic_file(best, FIX) as file:
+                    shutil.copyfileobj(whole, file)
+                return
             os.replace(temporary, best)
+            flush_folder(self.folder)
         except OSError as error:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {FIX}") from error
 

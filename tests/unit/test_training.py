@@ -157,6 +157,27 @@ def test_store_keeps_the_newest_and_the_best(tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_best_checkpoint_is_flushed_to_disk(tmp_path, monkeypatch, links):
+    path, plain, flushed = tmp_path / "checkpoint_000000001.pt", os.fsync, []
+    checkpoint.write(state(1), path)
+
+    def refuse(*_):
+        raise OSError(1, "no hard links here")
+
+    def record(descriptor):
+        flushed.append(os.fstat(descriptor).st_ino)
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    checkpoint.Store(tmp_path, 1).mark_best(path)
+    best = tmp_path / "best.pt"
+    assert best.samefile(path) is links and best.read_bytes() == path.read_bytes()
+    assert flushed == [best.stat().st_ino] * (not links) + [tmp_path.stat().st_ino]
+
+
 def test_save_takes_a_snapshot(tmp_path):
     store, live = checkpoint.Store(tmp_path, 1), state(1, 3_000_000)
     store.lock()
