@@ -205,6 +205,13 @@ def test_unknown_ops_and_non_finite_arguments_are_refused():
             native.augment(image, wrong)
 
 
+def test_affine_map_of_an_image_with_too_many_rows_is_refused():
+    """Positions in its copy, with a border, would not fit in 32 bits."""
+    image = np.zeros((2**27, 1, 3), np.uint8)
+    with pytest.raises(ValueError, match="out of range"):
+        native.augment(image, layer(native.AFFINE, 1, 0, 0, 0, 1, 0))
+
+
 def test_policies_are_parsed_as_in_timm():
     text = "rand-m9-n3-mstd0.5-inc1-p0.7-mmax15"
     policy, theirs = parse_policy(text), timm_aa.rand_augment_transform(text, {})

@@ -70,6 +70,8 @@ int rsb_affine(uint8_t *image, rsb_size size, const double *a, int cubic, const 
     for (int i = 0; i < 6; i++)
         if (!(fabs(a[i]) <= MAX_COEFFICIENT)) return RSB_BAD_CALL; /* NaN too */
     int stride = PIXEL_BYTES * (width + 2 * BORDER);
+    /* `walk` and the filters have 32 bits for positions in the copy. */
+    if ((int64_t)stride * (size.height + 2 * BORDER) > INT32_MAX) return RSB_BAD_CALL;
     uint8_t *copy = rsb_buffer(scratch, RSB_IMAGE, (size_t)stride * (size.height + 2 * BORDER));
     int32_t *rows = (int32_t *)rsb_buffer(scratch, RSB_ROWS, sizeof *rows * ROW_ELEMENTS * width);
     if (!copy || !rows) return RSB_NO_MEMORY;
