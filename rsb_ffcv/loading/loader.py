@@ -75,8 +75,11 @@ class _Loader:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed in close()
+
+    def _start(self, num_workers: int) -> None:
+        """Starts the threads and opens the file. The last step of __init__, after all checks."""
         self._pool = Pool(num_workers)
+        self._file = open(self.beton.path, "rb", buffering=0)  # noqa: SIM115 closed in close()
 
     def close(self) -> None:
         """Ends the threads. Iterators that are still open raise an error. Garbage collection also
@@ -320,6 +323,7 @@ class TrainLoader(_Loader):
             )
         self._ops += [ColorJitter(*color_jitter), *ops]
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
+        self._start(num_workers)
 
     def __len__(self) -> int:
         """Number of batches of this process in an epoch."""
@@ -461,6 +465,7 @@ class EvalLoader(_Loader):
             )
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
+        self._start(num_workers)
 
     def __len__(self) -> int:
         """Number of batches of this process."""

@@ -774,9 +774,14 @@ def test_forked_process_raises_instead_of_hanging(betons):
         ({"flip_prob": float("nan")}, "flip_prob=nan"),
     ],
 )
-def test_invalid_settings_are_named(betons, options, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_settings_are_named_and_leave_nothing_open(betons, options, message):
+    gc.collect()
+    process = psutil.Process()
+    threads, files = process.num_threads(), process.num_fds()
+    with pytest.raises(InputError, match=message) as caught:
         loader(betons, **options)
+    assert caught.tb  # keeps the loader that could not be made
+    assert process.num_threads() <= threads and process.num_fds() <= files
 
 
 def test_preload_refuses_a_file_larger_than_free_memory(betons, monkeypatch):
