@@ -62,6 +62,8 @@ class _Loader:
     """A file, threads, and a list of operations: first a decoder, then ops that change each image
     in place."""
 
+    _other_fix = ""  # what the user can do about a bad sample instead of writing the file again
+
     def __init__(
         self, path: str | Path, batch_size: int, *, num_workers: int, device: str | torch.device
     ) -> None:
@@ -186,8 +188,7 @@ class _Loader:
             )
         return (
             f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
-            "write_ffcv.py"
-            f"{', or train with `on_bad_sample`=skip' if isinstance(self, TrainLoader) else ''}"
+            f"write_ffcv.py{self._other_fix}"
         )
 
     def _iterate(
@@ -248,6 +249,8 @@ class TrainLoader(_Loader):
     Raises InputError if the file is damaged or holds fewer images than a step takes, or if a
     setting is out of range.
     """
+
+    _other_fix = ", or train with `on_bad_sample`=skip"
 
     def __init__(
         self,
@@ -340,14 +343,7 @@ class TrainLoader(_Loader):
                 f"resolution={self.resolution} is not an integer number of pixels, 1 or more"
             )
         self.skipped = []
-        order = epoch_order(
-            self.order,
-            self.seed,
-            epoch,
-            pointers=self.beton.pointers,
-            sizes=self.beton.sizes,
-            window_bytes=self.window_bytes,
-        )
+        order = self._epoch_order(epoch)
         return self._iterate(
             self._operations(), self._batches(order, epoch, start_step), order.indices
         )
@@ -355,7 +351,14 @@ class TrainLoader(_Loader):
     def images_of(self, epoch: int, samples: np.ndarray) -> Batch:
         """Returns the samples as they appear in an epoch, for people to look at: a batch as from
         `epoch`, with the slots of their first copies if there are several."""
-        order = epoch_order(
+        order = self._epoch_order(epoch)
+        slots = np.argsort(order.indices)[samples] * self.repeats
+        ops = self._operations()
+        begun = self._submit(ops, Address(self.seed, epoch, slots), samples)
+        return self._finish(ops, begun, order.indices)
+
+    def _epoch_order(self, epoch: int) -> Order:
+        return epoch_order(
             self.order,
             self.seed,
             epoch,
@@ -363,10 +366,6 @@ class TrainLoader(_Loader):
             sizes=self.beton.sizes,
             window_bytes=self.window_bytes,
         )
-        slots = np.argsort(order.indices)[samples] * self.repeats
-        ops = self._operations()
-        begun = self._submit(ops, Address(self.seed, epoch, slots), samples)
-        return self._finish(ops, begun, order.indices)
 
     def _operations(self) -> list[DrawnOperation]:
         return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
