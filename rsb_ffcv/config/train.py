@@ -154,7 +154,7 @@ class Lr:
         choices=("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"),
     )
     warmup_epochs: float = option(
-        0.0, "epochs of linear warm-up (not used by cyclic and step)", low=0
+        0.0, "epochs of linear warm-up; 0 for cyclic and step, which have none", low=0
     )
     warmup_lr: float = option(0.0, "learning rate of the first step of the warm-up", low=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine or polynomial", low=0)
@@ -466,6 +466,11 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
         )
         if below > above:
             raise InputError(f"{low}={below} is larger than {high}={above}; change one of them")
+    if c.lr.warmup_epochs and c.lr.lr_schedule_type in ("cyclic", "step"):
+        raise InputError(
+            f"lr.warmup_epochs={c.lr.warmup_epochs:g}: lr.lr_schedule_type="
+            f"{c.lr.lr_schedule_type} has no warm-up; set it to 0 or choose another schedule"
+        )
     if (c.mix.mixup or c.mix.cutmix) and c.training.batch_size % 2:
         raise InputError(
             f"training.batch_size={c.training.batch_size} is odd, but mixup and cutmix pair "

@@ -76,8 +76,8 @@ def test_recipe_extends_another(given, tmp_path):
     (tmp_path / "base.yaml").write_text("lr:\n  lr: 1.0\n  min_lr: 0.1\ntraining:\n  epochs: 7\n")
     (tmp_path / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nlr:\n  lr: 2.0\n")
     (tmp_path / "top.yaml").write_text("training:\n  seed: 5\nextends: sub/middle.yaml\n")
-    c = read(given, f"--config-file={tmp_path}/top.yaml", "--lr.warmup_epochs=3")
-    assert (c.lr.lr, c.lr.min_lr, c.lr.warmup_epochs) == (2.0, 0.1, 3.0)
+    c = read(given, f"--config-file={tmp_path}/top.yaml", "--lr.power=3")
+    assert (c.lr.lr, c.lr.min_lr, c.lr.power) == (2.0, 0.1, 3.0)
     assert (c.training.epochs, c.training.seed) == (7, 5)
 
 
@@ -165,6 +165,7 @@ def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts
         ),
         ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
         ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"]),
+        ("--lr.warmup_epochs=2", ["lr.warmup_epochs=2", "lr.lr_schedule_type=cyclic"]),
     ],
 )
 def test_invalid_flag_is_named(given, flag, parts):
