@@ -201,11 +201,7 @@ class Encoding:
         """The stored (height, width), rounded to the nearest pixel. FFCV truncates a float product
         instead, so many sizes are one pixel below the maximum. Raises BadPicture if the picture is
         too large."""
-        if height * width > self.max_pixels:
-            raise BadPicture(
-                f"{name}: {width} x {height} pixels are more than `max_pixels`={self.max_pixels}; "
-                f"shrink or remove it, or raise the limit"
-            )
+        _check_pixels(height, width, self.max_pixels, name=name)
         ratio = self.max_resolution / max(height, width)
         if 0 < ratio < 1:
             height, width = max(1, round(height * ratio)), max(1, round(width * ratio))
@@ -271,6 +267,14 @@ def _decode(
             f"{name}: not a readable picture (a JPEG that {first_line(error)}); replace or remove "
             f"it"
         ) from error
+
+
+def _check_pixels(height: int, width: int, max_pixels: int, *, name: str) -> None:
+    if height * width > max_pixels:
+        raise BadPicture(
+            f"{name}: {width} x {height} pixels are more than `max_pixels`={max_pixels}; shrink or "
+            f"remove it, or raise the limit"
+        )
 
 
 def out_of_memory(name: str) -> InputError:
@@ -340,7 +344,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _orientation(picture: Image.Image) -> Any:
     try:
         return picture.getexif().get(0x0112)
-    except Exception:  # as in jpeg_frame
+    # As in jpeg_frame: Pillow raises any type of error for a damaged EXIF block, without which the
+    # picture is usable
+    except Exception:
         return None
 
 
@@ -354,11 +360,7 @@ def load_rgb(data: bytes, name: str, max_pixels: int = Encoding.max_pixels) -> n
             if opened.format == "PNG":
                 opened.verify()  # checks the checksums of the chunks; loading does not
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > max_pixels:
-                raise BadPicture(
-                    f"{name}: {opened.width} x {opened.height} pixels are more than "
-                    f"`max_pixels`={max_pixels}; shrink or remove it, or raise the limit"
-                )
+            _check_pixels(opened.height, opened.width, max_pixels, name=name)
             return np.asarray(to_rgb(opened))
     except InputError:
         raise

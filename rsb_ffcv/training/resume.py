@@ -228,6 +228,7 @@ class Checkpointer:
     def go_back(self, request: GoBack) -> None:
         """Returns to the newest regular checkpoint, and applies `request` from there on. Raises
         InputError if there is none, or after MOST_RETURNS returns in a row."""
+        # A failed save has been reported, and an earlier checkpoint is then the newest one
         self.store.finish()
         health, progress = self.health, self.progress
         returns = health.returns + 1
