@@ -76,6 +76,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+# Without a result for this time, a thread is considered stuck. No image takes nearly this long: it
+# is a disk or network that does not respond, or a defect.
+STALL_SECONDS = 300.0
+
+
 class InputError(ValueError):
     """An input of the user cannot be used. The message is one line: the input, its value, and the
     fix. A library function names its own parameters, as `name`; see `option_names`.

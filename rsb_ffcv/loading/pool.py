@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import STALL_SECONDS, InputError
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
-# no image takes nearly this long: a disk that does not respond, or a defect
-STALL_SECONDS = 300.0
 # pools with a stuck thread, kept because the thread may still write to their memory
 _abandoned: list["_State"] = []
 
