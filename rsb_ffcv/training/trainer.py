@@ -126,9 +126,9 @@ class Trainer:
     ) -> None:
         self._open.__exit__(kind, error, trace)
         if kind is None or kind is SystemExit:
-            # They reference process groups; see compute.leave.
+            # They reference process groups; see compute.destroy_process_group.
             del self.checkpointer, self.train_step
-            compute.leave()
+            compute.destroy_process_group()
 
     # ---------------------------------------------------------------- fit
 

@@ -959,7 +959,7 @@ def test_signal_to_an_ended_child_is_ignored(monkeypatch):
     running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     before = {number: signals.getsignal(number) for number in training.SIGNALS}
     try:
-        received = training.hand_on([done.pid, running.pid])
+        received = training.forward_signals([done.pid, running.pid])
         os.kill(os.getpid(), signals.SIGTERM)
         assert running.wait(60) == -signals.SIGTERM and received == [signals.SIGTERM]
     finally:

@@ -395,14 +395,14 @@ def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, ca
     def lost(*_):
         raise RuntimeError("Connection closed by peer")
 
-    def ask(question, seconds):
-        raise RuntimeError("the store is gone")
+    def call(function, seconds):
+        raise RuntimeError("the store is unreachable")
 
     ends: list[int] = []
     beat = processes.Heartbeat(1, ["a", "b"])
     beat._group, beat._rank, beat._size = None, 1, 2
     monkeypatch.setattr(processes.dist, "all_reduce", lost)
-    monkeypatch.setattr(processes, "ask_store", ask)
+    monkeypatch.setattr(processes, "call_store", call)
     monkeypatch.setattr(processes.os, "_exit", ends.append)
     beat._beat()
     assert ends == [processes.LOST] and "process 0 (a) of 2 ended" in capsys.readouterr().err
