@@ -314,7 +314,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """health checks: off, warn (a message, also in the log), or act"""
+    """health checks: off, warn (a message, also in the log), or act; non_finite also has stop"""
 
     non_finite: str = option(
         "stop",
@@ -337,11 +337,11 @@ class Health:
     chance_epoch: int = option(5, "chance: the epoch, counted from 1", low=1)
     average: str = option(
         "warn",
-        "the EMA's top-1 is more than `gap` below the model's, and its initial weights have a "
-        "share of less than 1 % in it; act: restart the EMA from the model",
+        "the EMA's top-1 is more than `gap` below the model's, and the initial weights contribute "
+        "less than 1 % to it; act: restart the EMA from the model",
         choices=("off", "warn", "act"),
     )
-    gap: float = option(10.0, "average: points of top-1", low=0, high=100)
+    gap: float = option(10.0, "average: percentage points of top-1", low=0, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,9 +255,9 @@ def _wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
+def health(c: TrainConfig, report: Callable[[str], None]) -> Health:
     return Health(
-        say=say,
+        report=report,
         non_finite=c.health.non_finite,
         loss_rise=c.health.loss_rise,
         rise=c.health.rise,

@@ -208,7 +208,7 @@ class Store:
         except OSError as error:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {FIX}") from error
 
-    def give_up(self, step: int) -> bool:
+    def remove_after(self, step: int) -> bool:
         """Removes the checkpoints of steps after `step`, the newest first, so that no later start
         resumes from one of them.
 

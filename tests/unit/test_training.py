@@ -19,7 +19,7 @@ STEPS = list(range(40, 44))
 
 def health(**policies):
     messages: list[str] = []
-    return Health(say=messages.append, **policies), messages
+    return Health(report=messages.append, **policies), messages
 
 
 def test_non_finite_loss_is_reported_with_its_step():
@@ -47,7 +47,7 @@ def test_loss_rise_above_its_limit_is_reported_once():
     assert not messages
     feed(checks, 2.3)
     assert len(messages) == 1 and "above its recent median, 2" in messages[0]
-    checks.forget()
+    checks.reset_history()
     feed(checks, 2.0, RECENT + BEFORE)
     feed(checks, 2.3)
     assert len(messages) == 2
@@ -97,7 +97,10 @@ def test_top1_at_chance_is_reported_at_its_epoch(classes, top1, reported):
 def test_average_far_below_the_model_is_reported():
     row = {"top1": 60.0, "ema_top1": 0.1}
     checks, messages = health()
-    assert not checks.check_accuracy(20, row, classes=1000) and "59.9 points below" in messages[0]
+    assert (
+        not checks.check_accuracy(20, row, classes=1000)
+        and "59.9 percentage points below" in messages[0]
+    )
     assert health(average="act")[0].check_accuracy(20, row, classes=1000)
     assert not health(average="off")[0].check_accuracy(20, row, classes=1000)
     assert not health(average="act")[0].check_accuracy(
