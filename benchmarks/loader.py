@@ -35,7 +35,7 @@ ROWS = {
     "raw": "raw images, RRC + flip",
     "eval": "evaluation: resize + centre crop 0.95 bicubic",
 }
-# row: {loader: target of our speed divided by its speed}. Decoding of the region only is faster
+# row: {loader: target of our speed divided by its speed}; "region decode only" does less work
 TARGETS = {
     "crop": {"stock ffcv": 2.5, "DALI CPU": 2.3, "timm": 6.0, "region decode only": 0.75},
     "augment": {"DALI CPU": 5.0, "timm": 4.5},

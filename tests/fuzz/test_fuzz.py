@@ -60,7 +60,7 @@ def seeds(tmp_path_factory):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, portable):
+def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, report, portable):
     build(
         tmp_path / "fuzz",
         *SANITIZE,
@@ -80,10 +80,10 @@ def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, po
     assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), (
         done.stdout
     )
-    tell(done.stdout.strip())
+    report(done.stdout.strip())
 
 
-def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
+def test_a_damaged_structure_is_refused_or_harmless(tmp_path, report):
     build(
         tmp_path / "core.so", *SANITIZE, "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c"
     )
@@ -105,7 +105,7 @@ def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert " refused by the reader; of the others, " in done.stdout
-    tell(done.stdout.strip())
+    report(done.stdout.strip())
 
 
 def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_path):

@@ -162,7 +162,7 @@ def test_any_split_of_a_step_over_processes_trains_the_same_model(
 
 
 def end_at_stop(run):
-    """Asks a run to end at the point at which it is held."""
+    """Sends SIGTERM to a run at its stop."""
     run.wait_for_stop()
     run.signal(signal.SIGTERM)
     run.go_on()
@@ -171,7 +171,7 @@ def end_at_stop(run):
 
 
 def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, train):
-    """Such a thread aborts the interpreter now and then, if it releases its last tensor only at the
+    """Such a thread occasionally aborts the interpreter, if it releases its last tensor only at the
     exit."""
     run = train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 1", 1))
     end_at_stop(run)
@@ -183,7 +183,7 @@ def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, t
 
 
 def test_swa_can_be_finished_by_another_number_of_processes(betons, tmp_path, train):
-    """The runs are asked to end while SWA's batch-norm statistics are estimated, and while SWA is
+    """The runs receive SIGTERM while SWA's batch-norm statistics are estimated, and while SWA is
     evaluated."""
     more = {
         **FIFTY,

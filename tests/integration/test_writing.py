@@ -118,7 +118,7 @@ def files(target) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
-def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_path, tell):
+def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_path, report):
     assert end(begin(options(folder, tmp_path / "whole", 2)))[0] == 0
     uninterrupted = files(tmp_path / "whole")
     assert sorted(uninterrupted) == [
@@ -158,7 +158,7 @@ def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_p
                 continue
             break
         assert files(target) == uninterrupted
-    tell(f"{kills} kills over {runs} conversions, which resumed {resumed} times")
+    report(f"{kills} kills over {runs} conversions, which resumed {resumed} times")
     assert resumed
 
 

@@ -612,7 +612,7 @@ def test_contact_sheet_of_classes_has_a_row_per_class(written, tmp_path, call_pr
     assert Image.open(tmp_path / "x.png").size == (3 * 196 + 4, 2 * 228 + 4)
 
 
-# ---- found in adversarial reviews ----------------------------------------------------------------
+# ---- recovery, links, forged files ---------------------------------------------------------------
 
 
 def test_recovered_append_is_verified_before_it_is_visible(copy, written, monkeypatch):

@@ -767,7 +767,7 @@ def test_titles_come_from_the_source(tmp_path):
     )
 
 
-# ---- found in adversarial reviews ----------------------------------------------------------------
+# ---- formats, changed sources, unsafe names ------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "extended", "PNG"])

@@ -109,7 +109,7 @@ def test_average_far_below_the_model_is_reported():
     assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, classes=1000)
 
 
-def test_average_with_a_share_of_initial_weights_is_not_judged():
+def test_average_with_a_share_of_initial_weights_is_not_checked():
     row = {"top1": 60.0, "ema_top1": 0.1}
     checks, messages = health(average="act")
     assert not checks.check_accuracy(20, row, classes=1000, initial_share=0.011) and not messages
