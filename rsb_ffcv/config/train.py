@@ -65,7 +65,7 @@ class Data:
     )
     order: str = option(
         "random",
-        "order of the training images; quasi_random: shuffles pieces of 1 MiB, 1 GiB at a time, "
+        "order of the training images; quasi_random: shuffles chunks of 1 MiB, 1 GiB at a time, "
         "for files larger than memory",
         choices=("random", "sequential", "quasi_random"),
     )

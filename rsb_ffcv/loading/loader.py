@@ -30,7 +30,7 @@ from rsb_ffcv.ops.operation import Address, Decoder, DrawnOperation
 
 # how far the threads may prefetch: this many images or batches, whichever is more
 IMAGES_AHEAD, BATCHES_AHEAD = 512, 3
-MOST_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
+MAX_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
 
 
 class Batch(NamedTuple):
@@ -173,9 +173,9 @@ class _Loader:
         order: np.ndarray | None,
     ) -> int:
         """Returns the index of the image that replaces one that cannot be read."""
-        raise InputError(self._complaint(begun.indices[row], begun.work.status[row]))
+        raise InputError(self._error_text(begun.indices[row], begun.work.status[row]))
 
-    def _complaint(self, index: int, status: int) -> str:
+    def _error_text(self, index: int, status: int) -> str:
         if status not in DAMAGE:
             return (
                 f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the "
@@ -233,7 +233,7 @@ class TrainLoader(_Loader):
     ops: further operations (see ops.operation), applied last.
     repeats: repeated augmentation: the number of copies of an image in an epoch. The copies have
         different draws and are in different groups of a step. The number of steps does not change.
-    order: "random", "sequential", or "quasi_random", which reads the file in runs of 1 MiB and
+    order: "random", "sequential", or "quasi_random", which reads the file in chunks of 1 MiB and
         shuffles `window_bytes` of it at a time, for files larger than memory.
     window_bytes: see order.
     on_bad_sample: "raise", or "skip": an image that cannot be read is replaced by the image of the
@@ -285,8 +285,8 @@ class TrainLoader(_Loader):
             )
         if global_batch > len(self.beton):
             raise InputError(
-                f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
-                f"`batch_size` (or `global_batch`) or write more images"
+                f"`global_batch`={global_batch}: {path} has only {len(self.beton)} images; lower "
+                f"`batch_size` or `global_batch`, or write more images"
             )
         for name, value, choices in (
             ("order", order, ("random", "sequential", "quasi_random")),
@@ -350,8 +350,8 @@ class TrainLoader(_Loader):
         )
 
     def images_of(self, epoch: int, samples: np.ndarray) -> Batch:
-        """Returns the samples as they appear in an epoch, for people to look at: a batch as from
-        `epoch`, with the slots of their first copies if there are several."""
+        """Returns the samples as they appear in an epoch, for display: a batch as from `epoch`,
+        with the slots of their first copies if there are several."""
         order = epoch_order(
             self.order,
             self.seed,
@@ -410,7 +410,7 @@ class TrainLoader(_Loader):
         self.skipped.append((int(indices[row]), reason(work.status[row])))
         assert order is not None  # only evaluation has none
         slot = address.slots[row : row + 1]
-        others = min(MOST_REPLACEMENTS, len(order) - 1)
+        others = min(MAX_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
             single = self._submit(ops, address._replace(slots=slot), index, urgent=True).work
@@ -419,7 +419,7 @@ class TrainLoader(_Loader):
                 work.images[row] = single.images[0]
                 return int(index[0])
         raise InputError(
-            f"{self._complaint(indices[row], work.status[row])}; the {others} samples that follow "
+            f"{self._error_text(indices[row], work.status[row])}; the {others} samples that follow "
             f"it cannot be read either"
         )
 

@@ -12,7 +12,7 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
-# no image takes nearly this long: a disk that does not respond, or a defect
+# Far longer than any image takes: the disk does not respond, or there is a bug
 STALL_SECONDS = 300.0
 # pools with a stuck thread, kept because the thread may still write to their memory
 _abandoned: list["_State"] = []
@@ -105,11 +105,11 @@ class Pool:
         block = free.pop() if free else np.empty(size, np.uint8)
         view = block[:]
 
-        def take_back() -> None:
+        def recycle() -> None:
             if len(free) < 8:
                 free.append(block)
 
-        weakref.finalize(view, take_back).atexit = False
+        weakref.finalize(view, recycle).atexit = False
         return torch.from_numpy(view).view(shape)
 
     def submit(self, work: Work, urgent: bool = False) -> None:

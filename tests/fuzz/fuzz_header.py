@@ -120,7 +120,7 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
 
 def main(count: int, seed: int, core: str):
     native.library = native.bind(core)
-    native._thread = native._OfThread()
+    native._thread = native._ThreadLocal()
     rng, refused, loaded = np.random.default_rng(seed), 0, 0
     reasons: dict[str, int] = {}
     files = [small_file(extras_too=with_extras) for with_extras in (True, False)]

@@ -366,7 +366,7 @@ def test_invalid_file_is_an_error_before_anything_is_written(
     "more, message",
     [
         ({"model.num_classes": 10}, "model.num_classes=10"),
-        ({"training.batch_size": 200, "training.global_batch": 0}, "holds 96"),
+        ({"training.batch_size": 200, "training.global_batch": 0}, "has only 96 images"),
         ({"data.num_workers": 0}, "data.num_workers='0'"),
         ({"logging.folder": "/dev/null/run"}, "logging.folder=/dev/null/run"),
         ({"compute.precision": "fp16"}, "compute.precision=fp16"),

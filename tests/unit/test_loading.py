@@ -19,7 +19,7 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import HEADER, read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader, pool
-from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
+from rsb_ffcv.loading.order import CHUNK_BYTES, epoch_order, group_slots
 from rsb_ffcv.ops import native
 from rsb_ffcv.ops.operation import DrawnOperation
 
@@ -91,8 +91,8 @@ def test_quasi_random_stays_within_its_windows():
             first[start:end, None] + 60_000 <= extents.sum(1)
         )
         assert (inside.sum(1) == 1).all()
-        assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * RUN_BYTES
-        assert extents[:, 1].max() <= RUN_BYTES + 60_000
+        assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * CHUNK_BYTES
+        assert extents[:, 1].max() <= CHUNK_BYTES + 60_000
         # Shuffled within the window
         assert abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3
     assert (order("quasi_random", window_bytes=1 << 40).indices == order("random").indices).all()
@@ -216,7 +216,7 @@ def test_ranks_together_equal_one_process(betons, options):
         assert not any(list(epoch) for epoch in epochs)
 
 
-def test_step_with_fewer_groups_than_processes_is_refused(betons):
+def test_step_with_fewer_groups_than_processes_is_rejected(betons):
     with pytest.raises(InputError, match="`global_batch`=32: 2 groups of .*fewer than the 3 proc"):
         loader(betons, global_batch=32, world_size=3)
     with pytest.raises(InputError, match="`global_batch`=40 is not a multiple of `batch_size`=16"):
@@ -439,7 +439,7 @@ def test_close_from_another_thread_wakes_the_waiting_one(betons):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_overwritten_ranges_never_become_images(betons, tmp_path, seed):
-    """Random bytes overwrite a random range. Either the file is refused, or every image equals the
+    """Random bytes overwrite a random range. Either the file is rejected, or every image equals the
     undamaged one."""
     rng, data = np.random.default_rng(seed), np.fromfile(betons / "train.beton", np.uint8)
     file = read_beton(betons / "train.beton")
@@ -586,7 +586,7 @@ def test_user_defined_status_is_reported(betons):
 
     made = loader(betons, ops=[Refuse()])
     with pytest.raises(
-        InputError, match="was refused by an operation, with status 77; correct the operation"
+        InputError, match="was rejected by an operation, with status 77; correct the operation"
     ):
         next(made.epoch(0))
     made.close()
