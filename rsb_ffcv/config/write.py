@@ -17,7 +17,8 @@ class Source:
         "content of data_dir. imagenet: <split>/<class>/<image>, in folders or in a tar; "
         "imagenet_archives: the official tars and devkit; kaggle: the CLS-LOC layout; webdataset, "
         "parquet: shards; datasets: a name on the Hugging Face hub; csv, callable: path,label "
-        "lists; cifar: same as cifar10; the others: the layout of the dataset of that name",
+        "lists; cifar: same as cifar10; tiny_imagenet, cifar100, imagenette, demo: the dataset of "
+        "that name",
         choices=(
             "imagenet",
             "imagenet_archives",
@@ -39,7 +40,8 @@ class Source:
     data_dir: str = option(
         REQUIRED,
         "folder of the images, a file or pattern of shards ({split}, {000..147}, {a,b}, *), or "
-        "any fsspec URL (missing files of cifar, imagenette and demo are written to the folder)",
+        "any fsspec URL (missing files of cifar and imagenette are downloaded to it, "
+        "those of demo are generated)",
     )
     write_mode: str = option(
         "jpg",
@@ -57,12 +59,14 @@ class Source:
     )
     num_workers: int = option(16, "threads that read and encode", low=1, high=1024)
     chunk_size: int = option(
-        100, "images that may be encoded ahead of the writing", low=1, high=100000
+        100, "maximum number of encoded images that wait to be written", low=1, high=100000
     )
     jpeg_quality: int = option(
         90, "quality of images that are encoded (chroma 4:2:0)", low=1, high=100
     )
-    subset: int = option(-1, "use only the first images of each split, this many; -1: all", low=-1)
+    subset: int = option(
+        -1, "number of images to use, from the start of each split; -1: all", low=-1
+    )
     compress_probability: float = option(
         0.5, "proportion: share of images stored as JPEG", low=0, high=1
     )
@@ -71,7 +75,7 @@ class Source:
     )
     max_pixels: int = option(
         100_000_000,
-        "pictures with more pixels are refused before they are decoded",
+        "pictures with more pixels are rejected before they are decoded",
         low=1,
         high=2**28,
     )
@@ -177,7 +181,7 @@ class Subset:
         "classes by name or number, separated by commas; they are renumbered. Empty: all",
     )
     samples: str = option("", "numbers and ranges of samples, such as 0-99,200; empty: all")
-    per_class: int = option(0, "only the first samples of each class, this many; 0: all", low=0)
+    per_class: int = option(0, "number of samples to keep per class, from its start; 0: all", low=0)
     num_workers: int = _WORKERS
 
 

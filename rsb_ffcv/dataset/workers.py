@@ -19,7 +19,7 @@ from rsb_ffcv import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PATIENCE = 300.0  # seconds without a result after which a thread is considered stuck
+STALL_SECONDS = 300.0  # seconds without a result after which a thread is considered stuck
 
 
 def ordered(
@@ -29,7 +29,7 @@ def ordered(
     threads: int,
     ahead: int = 100,
     name: Callable[[Item], str] = str,
-    patience: float = PATIENCE,
+    patience: float = STALL_SECONDS,
 ) -> Generator[Result, None, None]:
     """Yields function(item) for each item, in order.
 

@@ -297,7 +297,7 @@ def test_compiled_run_saves_plain_weights_and_has_the_same_losses(
         ({"checkpoint.resume": "never"}, "checkpoint.resume=never"),
     ],
 )
-def test_folder_with_another_run_is_refused(betons, finished, call_program, more, message):
+def test_folder_with_another_run_is_rejected(betons, finished, call_program, more, message):
     status, _, err = call_program("train_imagenet.py", *options(betons, finished[0], **more))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
@@ -341,7 +341,7 @@ def test_log_is_restored_from_the_checkpoint(betons, finished, tmp_path, call_pr
     assert status == 0 and log.read_text() == (finished[0] / "metrics.jsonl").read_text(), err
 
 
-def test_resume_with_another_global_batch_is_refused(betons, finished, call_program):
+def test_resume_with_another_global_batch_is_rejected(betons, finished, call_program):
     status, _, err = call_program(
         "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
     )
@@ -636,7 +636,7 @@ def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, mo
     assert "50.00 % after epoch 3" in out and not list((tmp_path / "run").glob(".*.part"))
 
 
-def test_another_data_set_of_the_same_size_is_refused(
+def test_another_data_set_of_the_same_size_is_rejected(
     betons, finished, pictures, tmp_path, call_program
 ):
     from rsb_ffcv.dataset import Encoding, Place, write_splits

@@ -172,7 +172,7 @@ def test_interrupted_conversion_keeps_finished_work(folder, tmp_path):
     assert status == 0 and "train.beton: continuing after 200 of 401 pictures" in out, errors
 
 
-def test_second_writer_of_a_file_is_refused(folder, tmp_path):
+def test_second_writer_of_a_file_is_rejected(folder, tmp_path):
     first = begin(options(folder, tmp_path, 1), hold=1)
     assert wait_for_hold(first)[0]
     status, _, errors = end(begin(options(folder, tmp_path, 1)))
@@ -181,7 +181,7 @@ def test_second_writer_of_a_file_is_refused(folder, tmp_path):
     assert status == 0, errors
 
 
-def test_rerun_with_other_settings_is_refused(folder, tmp_path):
+def test_rerun_with_other_settings_is_rejected(folder, tmp_path):
     process = begin(options(folder, tmp_path, 2), hold=50)
     assert wait_for_hold(process)[0]
     process.kill()

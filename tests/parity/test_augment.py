@@ -193,7 +193,7 @@ def test_any_affine_map_equals_pillows(cubic):
         )
 
 
-def test_unknown_ops_and_non_finite_arguments_are_refused():
+def test_unknown_ops_and_non_finite_arguments_are_rejected():
     image = next(images())
     for wrong in (
         layer(99),

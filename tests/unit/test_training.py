@@ -328,7 +328,7 @@ def test_label_sets_are_checked(tmp_path):
         read_label_sets(str(tmp_path / "absent.json"), names, 3)
 
 
-def test_mismatched_files_are_refused_by_name(betons, tmp_path):
+def test_mismatched_files_are_rejected_by_name(betons, tmp_path):
     from dataclasses import replace
 
     from rsb_ffcv.beton import About, read_beton
