@@ -315,11 +315,13 @@ class TrainLoader(_Loader):
             "flip_prob": flip_prob,
             "interpolation": interpolation,
         }
-        with option_names({"policy": "`rand_augment`"}):
+        jitter = ("brightness", "contrast", "saturation", "hue")
+        names = {name: f"`color_jitter`[{place}]" for place, name in enumerate(jitter)}
+        with option_names({"policy": "`rand_augment`", **names}):
             self._ops: list[DrawnOperation] = (
                 [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
             )
-        self._ops += [ColorJitter(*color_jitter), *ops]
+            self._ops += [ColorJitter(*color_jitter), *ops]
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
 
     def __len__(self) -> int:

@@ -379,5 +379,5 @@ def test_colour_jitter_has_torchvisions_distribution():
         )
     assert ColorJitter(0.4, 0, 0, 0).passes == 1 and ColorJitter().passes == 0
     for wrong in ((-1, 0, 0, 0), (0, 0, 0, 0.6)):
-        with pytest.raises(InputError, match="color_jitter="):
+        with pytest.raises(InputError, match="`brightness`="):
             ColorJitter(*wrong)

@@ -149,7 +149,7 @@ def slant(shear):
     return math.tan(math.radians(math.degrees(math.atan(shear))))
 
 
-LAWS = {
+LEVEL_FNS = {
     a.NONE: lambda level, sign, u, h, w: (),
     a.ROTATE: lambda level, sign, u, h, w: rotation(sign * (level / 10 * 30.0), h, w),
     a.DEGREES: lambda level, sign, u, h, w: rotation(sign * level, h, w),
@@ -205,11 +205,11 @@ def layers_of(stream, policy, height, width):
                 level += policy.magnitude_std * stream.normal(k + 2)
             level = max(0.0, min(level, policy.magnitude_max))
         sign = 1.0 if stream.uniform(k + 4) < 0.5 else -1.0
-        op, law = policy.ops[which]
+        op, level_fn = policy.ops[which]
         yield (
             op,
             stream.below(k + 5, 2),
-            LAWS[law](level, sign, stream.uniform(k + 6), height, width),
+            LEVEL_FNS[level_fn](level, sign, stream.uniform(k + 6), height, width),
         )
 
 
