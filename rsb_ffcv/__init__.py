@@ -77,7 +77,7 @@ def __dir__() -> list[str]:
 
 
 class InputError(ValueError):
-    """An input of the user cannot be used. The message is one line: the input, its value, and the
+    """A user input is invalid. The message is one line: the input, its value, and the
     fix. A library function names its own parameters, as `name`; see `option_names`.
 
     Programs print the message without a traceback and exit with status 2. Every other exception is
@@ -113,7 +113,8 @@ def exit_status(program: Callable[..., int | None], *arguments: object) -> int:
     """Runs `program(*arguments)` and returns the exit status.
 
     It is the program's return value, or 0 for None; 2 after an InputError, whose message goes to
-    stderr; 130 if the user interrupts it; 141 if the reader of its output has gone (`| head`).
+    stderr; 130 if the user interrupts it; 141 if the reader of its output closed the pipe
+    (`| head`).
     """
     from tqdm import tqdm  # here, because not every library user needs it
 

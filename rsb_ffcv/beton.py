@@ -183,7 +183,7 @@ class Beton:
 
     def names(self) -> list[str]:
         """The samples' names: their paths within the source, or `sample_<number>` if the file has
-        no names. Raises InputError if they are damaged."""
+        no names. Raises InputError if they are damaged, OSError if they cannot be read."""
         if self.names_at is None:
             return [f"sample_{number:08d}" for number in range(len(self))]
         start, length, expected = self.names_at

@@ -171,14 +171,14 @@ class Training:
     epochs: int = option(30, "number of epochs", low=1)
     batch_size: int = option(
         512,
-        "images that a process takes at once; also the mix group, which shares mixup and cutmix "
+        "images per forward pass of a process; also the mix group, which shares mixup and cutmix "
         "draws and batch-norm statistics",
         low=2,
     )
     global_batch: int = option(
         0,
         "images of an optimizer step over all processes; gradients are accumulated if the "
-        "processes take fewer at once; 0: batch_size x processes",
+        "processes take fewer per forward pass; 0: batch_size x processes",
         low=0,
     )
     optimizer: str = option("sgd", "sgd, lamb, adamw, or timm's name of any other optimizer")
@@ -260,7 +260,7 @@ class Swa:
 class Validation:
     """evaluation after each epoch"""
 
-    batch_size: int = option(512, "images that a process takes at once", low=1)
+    batch_size: int = option(512, "images per forward pass of a process", low=1)
     resolution: int = option(224, "side of the images in pixels", low=8, high=4096)
     crop_ratio: float = option(
         224 / 256, "side of the central crop / shorter side of the image", low=0.01, high=1
@@ -418,9 +418,9 @@ class TrainConfig:
 
 
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
-# In ffcv-imagenet's published files. Its trainer does not use it either.
-# Required options that only a run reads, and other uses of a recipe do not
+# Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
+# Options in ffcv-imagenet's published files that its own trainer does not use
 IGNORED = {"training.bn_wd"}
 
 

@@ -146,10 +146,10 @@ class Local:
                 os.close(file)
         except OSError as error:
             # The whole folder is missing
-            gone = error.errno == errno.ENOENT and not os.path.isdir(
+            folder_is_missing = error.errno == errno.ENOENT and not os.path.isdir(
                 os.path.dirname(self.path(name))
             )
-            if gone or error.errno in _FILE_SYSTEM_ERRORS:
+            if folder_is_missing or error.errno in _FILE_SYSTEM_ERRORS:
                 raise InputError(
                     f"{self.path(name)}: cannot be reached ({error.strerror}); when it can, run "
                     f"the same command again to continue"

@@ -19,6 +19,7 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Writes `content` to a JSON file, atomically. Raises InputError as atomic_file does."""
     with atomic_file(path, FIX) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 

@@ -100,6 +100,7 @@ class Compute:
         return getrusage(RUSAGE_SELF).ru_maxrss / 2**10
 
     def describe(self) -> str:
+        """The choice as one line for the console."""
         name = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"

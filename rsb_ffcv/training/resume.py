@@ -31,7 +31,7 @@ REQUEUE_MARK = "requeue"
 class State:
     """Everything that a run changes.
 
-    recipe: what the result depends on, see `facts.recipe`.
+    recipe: the options and data that define the run, see `facts.recipe`.
     progress: position, log and counts.
     model: the bare module.
     optimizer: with its moments.

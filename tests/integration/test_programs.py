@@ -920,8 +920,8 @@ def test_leftover_images_are_reported_once_and_the_bar_shows_the_rate(
     assert status == 0, err
     assert (
         out.count(
-            "16 of 96 training images do not fill a step of 80 and are left out of each epoch, "
-            "others each time"
+            "16 of 96 training images are left out of each epoch, because they do not fill a step "
+            "of 80; which ones changes each epoch"
         )
         == 1
     )
