@@ -15,7 +15,7 @@ from rsb_ffcv.config.options import REQUIRED, option, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelOptions:
     """the network"""
 
     arch: str = option("resnet50", "timm's name of the model")
@@ -32,7 +32,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolution:
+class ResolutionOptions:
     """side of the training images in pixels"""
 
     min_res: int = option(160, "side in pixels up to epoch start_ramp", low=8, high=4096)
@@ -48,7 +48,7 @@ class Resolution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataOptions:
     """data files and how they are read"""
 
     train_dataset: str = option(REQUIRED, ".beton file to train on")
@@ -78,7 +78,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
+class AugmentOptions:
     """augmentation of each training image"""
 
     scale_min: float = option(
@@ -143,7 +143,7 @@ class MixOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lr:
+class LrOptions:
     """learning rate, updated in each step"""
 
     lr: float = option(0.5, "peak learning rate", low=0)
@@ -165,7 +165,7 @@ class Lr:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingOptions:
     """optimizer, loss and general settings"""
 
     epochs: int = option(30, "number of epochs", low=1)
@@ -214,7 +214,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ema:
+class EmaOptions:
     """exponential moving average of weights and batch-norm statistics, evaluated in addition to the
     raw weights"""
 
@@ -236,7 +236,7 @@ class Ema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swa:
+class SwaOptions:
     """equal average of the weights after each of the last epochs; its batch-norm statistics are
     estimated again at the end"""
 
@@ -257,7 +257,7 @@ class Swa:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationOptions:
     """evaluation after each epoch"""
 
     batch_size: int = option(512, "images per forward pass of a process", low=1)
@@ -280,7 +280,7 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointOptions:
     """checkpoints, in logging.folder"""
 
     resume: str = option(
@@ -313,7 +313,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
+class HealthOptions:
     """health checks: off, warn (a message, also in the log), or act; non_finite also has stop"""
 
     non_finite: str = option(
@@ -345,7 +345,7 @@ class Health:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging:
+class LoggingOptions:
     """output of a run"""
 
     folder: str = option(REQUIRED, "folder of checkpoints, metrics.jsonl, config.json and curves")
@@ -355,7 +355,7 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dist:
+class DistOptions:
     """the processes of a job; world_size, address and port are used with training.distributed=1
     only"""
 
@@ -371,7 +371,7 @@ class Dist:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class ComputeOptions:
     """hardware"""
 
     device: str = option(
@@ -400,21 +400,21 @@ class Compute:
 class TrainConfig:
     """The configuration of a run, one field per section."""
 
-    data: Data
-    model: Model
-    resolution: Resolution
-    augment: Augment
+    data: DataOptions
+    model: ModelOptions
+    resolution: ResolutionOptions
+    augment: AugmentOptions
     mix: MixOptions
-    lr: Lr
-    training: Training
-    ema: Ema
-    swa: Swa
-    validation: Validation
-    checkpoint: Checkpoint
-    health: Health
-    logging: Logging
-    dist: Dist
-    compute: Compute
+    lr: LrOptions
+    training: TrainingOptions
+    ema: EmaOptions
+    swa: SwaOptions
+    validation: ValidationOptions
+    checkpoint: CheckpointOptions
+    health: HealthOptions
+    logging: LoggingOptions
+    dist: DistOptions
+    compute: ComputeOptions
 
 
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}

@@ -9,7 +9,7 @@ from rsb_ffcv.config.options import REQUIRED, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceOptions:
     """where images come from and how they are stored"""
 
     dataset: str = option(
@@ -96,7 +96,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write(Source):
+class WriteOptions(SourceOptions):
     """writing .beton files"""
 
     write_path: str = option(REQUIRED, "the .beton file, or a folder for train.beton and val.beton")
@@ -121,14 +121,14 @@ _WORKERS = option(16, "number of threads", low=1, high=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class InfoOptions:
     """printing the content of a file"""
 
     path: str = option(REQUIRED, _PATH)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class VerifyOptions:
     """checking a file"""
 
     path: str = option(REQUIRED, _PATH)
@@ -140,7 +140,7 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show:
+class ShowOptions:
     """drawing a contact sheet"""
 
     path: str = option(REQUIRED, _PATH)
@@ -162,7 +162,7 @@ class Show:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
+class MergeOptions:
     """merging files into a new one"""
 
     paths: str = option(REQUIRED, ".beton files, separated by commas")
@@ -171,7 +171,7 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subset:
+class SubsetOptions:
     """writing some samples of a file to a new one"""
 
     path: str = option(REQUIRED, _PATH)
@@ -186,7 +186,7 @@ class Subset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class ShardOptions:
     """splitting a file into parts"""
 
     path: str = option(REQUIRED, _PATH)
@@ -196,7 +196,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Concat:
+class ConcatOptions:
     """appending files to a file"""
 
     path: str = option(REQUIRED, "the .beton file to append to")
@@ -205,7 +205,7 @@ class Concat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportOptions:
     """exporting images to files"""
 
     path: str = option(REQUIRED, _PATH)
