@@ -105,7 +105,7 @@ class _Value(Checker):
 
     def _help(self) -> str:
         if self.choices:
-            return "one of " + ", ".join(str(choice) for choice in self.choices)
+            return "one of " + ", ".join(str(choice) or "empty" for choice in self.choices)
         if self.kind is bool:
             return "0 or 1"
         if self.kind is str:
