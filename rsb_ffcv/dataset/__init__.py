@@ -250,7 +250,7 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
         )
         print(
             f"{len(order) - len(firsts)} images are byte-identical copies of others; "
-            f"{int((lowest < highest).sum())} pictures are in two or more classes"
+            f"{int((lowest < highest).sum())} distinct images are in two or more classes"
         )
     if counts["left out"]:
         print(f"{counts['left out']} pictures were left out; {report} lists them")

@@ -39,7 +39,7 @@ from rsb_ffcv.ops import native
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # an interruption loses at most this much work
 # Before a file is continued or accepted as finished, this many pictures are compared again
 SAMPLED = 20
-READ_AT_ONCE = 64  # pictures per read-back task
+READ_AT_ONCE = 64  # images per read-back task
 HOW = ("kept", "encoded", "raw", "left out")
 _LEFT_OUT = HOW.index("left out")
 # The result for picture `index`. source: its Source.identity; how: index in HOW; check: XXH64 of

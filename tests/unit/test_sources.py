@@ -571,7 +571,7 @@ def test_duplicate_images_are_counted(tmp_path, capsys):
     put(tmp_path / "in/train" / WNIDS[2] / "copy.jpg", sources.jpeg(0, 1))
     write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
     assert (
-        "1 images are byte-identical copies of others; 1 pictures are in two or more classes"
+        "1 images are byte-identical copies of others; 1 distinct images are in two or more classes"
         in capsys.readouterr().out
     )
 
