@@ -298,7 +298,7 @@ class TrainLoader(_Loader):
             raise InputError(
                 f"`repeats`={repeats}, `window_bytes`={window_bytes} and `resolution`={resolution} "
                 f"must be 1 or more, and `rank`={rank} must be 0 or more and below "
-                f"`world_size`={world_size}"
+                f"`world_size`={world_size}; correct them"
             )
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
@@ -460,7 +460,7 @@ class EvalLoader(_Loader):
             raise InputError(
                 f"`crop_ratio`={crop_ratio} must be above 0 and at most 1, "
                 f"`resolution`={resolution} must be 1 or more, and `rank`={rank} must be 0 or more "
-                f"and below `world_size`={world_size}"
+                f"and below `world_size`={world_size}; correct them"
             )
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
