@@ -82,7 +82,7 @@ STALL_SECONDS = 300.0
 
 
 class InputError(ValueError):
-    """An input of the user cannot be used. The message is one line: the input, its value, and the
+    """A user input is invalid. The message is one line: the input, its value, and the
     fix. A library function names its own parameters, as `name`; see `option_names`.
 
     Programs print the message without a traceback and exit with status 2. Every other exception is
@@ -125,7 +125,8 @@ def exit_status(program: Callable[..., int | None], *arguments: object) -> int:
     """Runs `program(*arguments)` and returns the exit status.
 
     It is the program's return value, or 0 for None; 2 after an InputError, whose message goes to
-    stderr; 130 if the user interrupts it; 141 if the reader of its output has gone (`| head`).
+    stderr; 130 if the user interrupts it; 141 if the reader of its output closed the pipe
+    (`| head`).
     """
     from tqdm import tqdm  # here, because not every library user needs it
 

@@ -61,9 +61,9 @@ def write_splits(
     write_path: the file if `split` is given, otherwise a folder for train.beton and val.beton. With
         `split`, an existing folder or a path that ends in "/" is also a folder
     split: "train", "val", or empty for both
-    subset: use only the first images of each split; -1: all
+    subset: number of images to use, from the start of each split; -1: all
     num_workers: threads
-    chunk_size: images that may be encoded ahead of the writing
+    chunk_size: maximum number of encoded images that wait to be written
     encoding: how images are stored
     skip: leave out pictures that cannot be used, instead of raising
     max_skipped: largest share of pictures that may be left out, 0 .. 1
@@ -138,7 +138,17 @@ def write_splits(
 def estimate_splits(
     place: Place, split: str, *, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
 ) -> None:
-    """Prints the size and time that write_splits would need. The parameters are the same."""
+    """Prints the size and time that write_splits would need.
+
+    place: the dataset
+    split: "train", "val", or empty for both
+    subset: number of images to use, from the start of each split; -1: all
+    num_workers: threads
+    chunk_size: maximum number of encoded images that wait
+    encoding: how images are stored
+
+    Raises InputError if a source cannot be used.
+    """
     for name, source in _sources(place, split, subset).items():
         _estimate(name, source, encoding=encoding, num_workers=num_workers, chunk_size=chunk_size)
 
@@ -161,7 +171,7 @@ def storing(source: Source, encoding: Encoding) -> Callable[[int], Stored]:
 
 def settings_of(encoding: Encoding) -> dict:
     """The settings that the bytes of a stored image depend on. They are kept in the file."""
-    # None: left out. max_pixels only decides which pictures are refused
+    # None: left out. max_pixels only decides which pictures are rejected
     names = {"mode": "write_mode", "max_pixels": None}
     return {
         names.get(name, name): value
@@ -245,7 +255,7 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
         )
         print(
             f"{len(order) - len(firsts)} images are byte-identical copies of others; "
-            f"{int((lowest < highest).sum())} pictures are in two or more classes"
+            f"{int((lowest < highest).sum())} distinct images are in two or more classes"
         )
     if counts["left out"]:
         print(f"{counts['left out']} pictures were left out; {report} lists them")

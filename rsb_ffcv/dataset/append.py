@@ -25,8 +25,9 @@ from rsb_ffcv.dataset.writer import Pages, read_back
 
 
 class _Append:
-    """The files of an append in progress: the file itself under a hidden name; a note with its
-    previous length; and the new front, which exists as soon as everything else is on the disk."""
+    """The files of an append in progress: the file itself under a hidden name; a state file with
+    its previous length; and the new front, which exists as soon as everything else is on the
+    disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +54,7 @@ class _Append:
     def recover(self, num_workers: int) -> dict:
         """Completes an interrupted append if its front exists, and undoes it otherwise.
 
-        Returns the note of an append that is now complete, or {}. Raises InputError if the file
+        Returns the state of an append that is now complete, or {}. Raises InputError if the file
         exists under both names, or an appended image cannot be read back.
         """
         if not self.note.exists():
@@ -270,7 +271,7 @@ def _append_images(
         with atomic_file(append.front, "free space") as file:
             file.write(front)
 
-    beton.put_around(
+    beton.write_structure(
         append.hidden,
         pages.end,
         metadata=metadata,
@@ -278,5 +279,5 @@ def _append_images(
         extras=extras,
         names=names,
         about=about,
-        keep_front=keep,
+        before_front=keep,
     )

@@ -88,7 +88,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     report: CSV file that lists the damaged images, or empty
 
     After an interruption, the next call with the same file and share continues. For that, a hidden
-    note is kept beside the file if the folder is writable. Raises InputError if the file's
+    state file is kept beside the file if the folder is writable. Raises InputError if the file's
     structure is damaged.
     """
     file = read_beton(path)
@@ -116,7 +116,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
 
         def check(index: int) -> str | None:
             try:
-                read_sound(
+                read_verified(
                     opened.fileno(),
                     file,
                     index,
@@ -166,7 +166,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     return not bad
 
 
-def read_sound(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
+def read_verified(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
     """Beton.read; with `decode`, a JPEG is also decoded, and its size and entry points are compared
     with those in the file. Raises ValueError if the image is damaged, OSError if it cannot be
     read."""
@@ -231,7 +231,7 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
 
             def put(index: int) -> None:
                 try:
-                    stored = read_sound(opened.fileno(), file, index, decode=False)
+                    stored = read_verified(opened.fileno(), file, index, decode=False)
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}; write the file again, or leave the "

@@ -1,5 +1,5 @@
 """Converts a picture file to upright 8-bit RGB, or keeps the bytes of its JPEG. A picture for which
-neither is possible is refused with an error that names it."""
+neither is possible is rejected with an error that names it."""
 
 import math
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ class Encoding:
     compress_probability: 0 .. 1; see mode
     pass_through: a JPEG that needs no change keeps its bytes: within max_resolution, 8-bit baseline
         or progressive, grey or RGB, upright, and decodable to its end without a warning
-    max_pixels: pictures with more pixels are refused before they are decoded
+    max_pixels: pictures with more pixels are rejected before they are decoded
 
     Raises InputError for an unknown mode or a number out of its range.
     """

@@ -39,7 +39,7 @@ from rsb_ffcv.ops import native
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # an interruption loses at most this much work
 # Before a file is continued or accepted as finished, this many pictures are compared again
 SAMPLED = 20
-READ_AT_ONCE = 64  # pictures per read-back task
+READ_AT_ONCE = 64  # images per read-back task
 HOW = ("kept", "encoded", "raw", "left out")
 _LEFT_OUT = HOW.index("left out")
 # The result for picture `index`. source: its Source.identity; how: index in HOW; check: XXH64 of
@@ -112,7 +112,7 @@ def write_beton(
     store(index): returns the Stored of a picture, or raises BadPicture
     settings: what the images' bytes depend on; kept in the file
     num_workers: threads, 1 or more
-    chunk_size: number of pictures that may be encoded ahead of the writing
+    chunk_size: maximum number of encoded images that wait to be written
     on_error: what to do with pictures that cannot be used
     described: kind of dataset and split; kept in the file
 
@@ -288,10 +288,10 @@ class Pages:
 
     def add(self, data: np.ndarray) -> int:
         """Writes `data` (uint8, at most a page) and returns its first byte in the file."""
-        room = -self.end % PAGE_BYTES or PAGE_BYTES
-        if data.nbytes > room:  # FFCV reads page by page: no image may cross a boundary
-            _write_all(self.file, bytes(room))
-            self.end += room
+        remaining = -self.end % PAGE_BYTES or PAGE_BYTES
+        if data.nbytes > remaining:  # FFCV reads page by page: no image may cross a boundary
+            _write_all(self.file, bytes(remaining))
+            self.end += remaining
         _write_all(self.file, data)
         self.end += data.nbytes
         return self.end - data.nbytes
@@ -308,7 +308,7 @@ class _Part:
         self.records = np.zeros(len(source), RECORD)
         front = beton.front_bytes(len(source))
         self.start, self.journal_start = front + -front % PAGE_BYTES, journal.tell()
-        self.count, end = self._take_up(path, source, self.start)
+        self.count, end = self._resume(path, source, self.start)
         self.synced, self._synced_end, self._sync_at = (
             self.count,
             end,
@@ -318,7 +318,7 @@ class _Part:
         self._thread = ThreadPoolExecutor(1)
         self._syncing: Future[None] | None = None
 
-    def _take_up(self, path: Path, source: Pictures, start: int) -> tuple[int, int]:
+    def _resume(self, path: Path, source: Pictures, start: int) -> tuple[int, int]:
         """Keeps the pictures of an earlier call that are complete and unchanged in the source.
         Returns their number and the byte at which they end. Raises InputError if the first picture
         is not the same."""
@@ -404,11 +404,11 @@ class _Part:
             self._syncing.result()
         known = self.records[self.synced : self.count].tobytes()
 
-        def bring() -> None:
+        def flush() -> None:
             os.fdatasync(self.file.fileno())
             _write_all(self.journal, known)
 
-        self._syncing = self._thread.submit(bring)
+        self._syncing = self._thread.submit(flush)
         self.synced, self._synced_end, self._sync_at = (
             self.count,
             self.pages.end,
@@ -436,6 +436,14 @@ def _write(
     on_error: OnError,
     title: str,
 ) -> None:
+    """Writes the pictures that the unfinished file does not contain yet.
+
+    part: the unfinished file
+    source, store, num_workers, chunk_size, on_error: as in write_beton
+    title: name of the file in messages
+
+    Raises InputError as write_beton does.
+    """
     left_out: list[tuple[int, str]] = []
 
     def try_to_store(index: int) -> Stored | BadPicture:
@@ -528,7 +536,7 @@ def _finish(part: _Part, source: Pictures, about: About, *, unfinished: Path) ->
     )
     for name in beton.EXTRA.names or ():
         extras[name] = known[name]
-    beton.put_around(
+    beton.write_structure(
         unfinished,
         part.pages.end,
         metadata=metadata,

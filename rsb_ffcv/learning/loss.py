@@ -59,6 +59,12 @@ class Loss:
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, lam: float | torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Returns the loss, a 0-dim float32 tensor.
+
+        logits: (n, K).
+        labels: int64 (n,).
+        lam: see `soft_targets`.
+        """
         logits = logits.float()
         mixed = lam is not None
         smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing

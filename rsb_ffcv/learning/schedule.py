@@ -61,6 +61,7 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the run."""
         return self.epochs * self.steps_per_epoch
 
     @property
@@ -69,6 +70,7 @@ class Schedule:
         return self._base((self.epochs - self.swa_epochs) * self.steps_per_epoch)
 
     def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0 over the run."""
         step = min(step, self.total_steps - 1)
         since = step - (self.epochs - self.swa_epochs) * self.steps_per_epoch
         if not self.swa_epochs or since < 0:

@@ -30,7 +30,7 @@ from rsb_ffcv.ops.operation import Address, Decoder, DrawnOperation
 
 # how far the threads may prefetch: this many images or batches, whichever is more
 IMAGES_AHEAD, BATCHES_AHEAD = 512, 3
-MOST_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
+MAX_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
 
 
 class Batch(NamedTuple):
@@ -178,9 +178,9 @@ class _Loader:
         order: np.ndarray | None,
     ) -> int:
         """Returns the index of the image that replaces one that cannot be read."""
-        raise InputError(self._complaint(begun.indices[row], begun.work.status[row]))
+        raise InputError(self._error_text(begun.indices[row], begun.work.status[row]))
 
-    def _complaint(self, index: int, status: int) -> str:
+    def _error_text(self, index: int, status: int) -> str:
         if status not in DAMAGE:
             return (
                 f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the "
@@ -237,7 +237,7 @@ class TrainLoader(_Loader):
     ops: further operations (see ops.operation), applied last.
     repeats: repeated augmentation: the number of copies of an image in an epoch. The copies have
         different draws and are in different groups of a step. The number of steps does not change.
-    order: "random", "sequential", or "quasi_random", which reads the file in runs of 1 MiB and
+    order: "random", "sequential", or "quasi_random", which reads the file in chunks of 1 MiB and
         shuffles `window_bytes` of it at a time, for files larger than memory.
     window_bytes: see order.
     on_bad_sample: "raise", or "skip": an image that cannot be read is replaced by the image of the
@@ -291,8 +291,8 @@ class TrainLoader(_Loader):
             )
         if global_batch > len(self.beton):
             raise InputError(
-                f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
-                f"`batch_size` (or `global_batch`) or write more images"
+                f"`global_batch`={global_batch}: {path} has only {len(self.beton)} images; lower "
+                f"`batch_size` or `global_batch`, or write more images"
             )
         for name, value, choices in (
             ("order", order, ("random", "sequential", "quasi_random")),
@@ -303,7 +303,7 @@ class TrainLoader(_Loader):
             raise InputError(
                 f"`repeats`={repeats}, `window_bytes`={window_bytes} and `resolution`={resolution} "
                 f"must be 1 or more, and `rank`={rank} must be 0 or more and below "
-                f"`world_size`={world_size}"
+                f"`world_size`={world_size}; correct them"
             )
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
@@ -320,11 +320,13 @@ class TrainLoader(_Loader):
             "flip_prob": flip_prob,
             "interpolation": interpolation,
         }
-        with option_names({"policy": "`rand_augment`"}):
+        jitter = ("brightness", "contrast", "saturation", "hue")
+        names = {name: f"`color_jitter`[{place}]" for place, name in enumerate(jitter)}
+        with option_names({"policy": "`rand_augment`", **names}):
             self._ops: list[DrawnOperation] = (
                 [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
             )
-        self._ops += [ColorJitter(*color_jitter), *ops]
+            self._ops += [ColorJitter(*color_jitter), *ops]
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
         self._start(num_workers)
 
@@ -349,8 +351,8 @@ class TrainLoader(_Loader):
         )
 
     def images_of(self, epoch: int, samples: np.ndarray) -> Batch:
-        """Returns the samples as they appear in an epoch, for people to look at: a batch as from
-        `epoch`, with the slots of their first copies if there are several."""
+        """Returns the samples as they appear in an epoch, for display: a batch as from `epoch`,
+        with the slots of their first copies if there are several."""
         order = self._epoch_order(epoch)
         slots = np.argsort(order.indices)[samples] * self.repeats
         ops = self._operations()
@@ -412,7 +414,7 @@ class TrainLoader(_Loader):
         self.skipped.append((int(indices[row]), reason(work.status[row])))
         assert order is not None  # only evaluation has none
         slot = address.slots[row : row + 1]
-        others = min(MOST_REPLACEMENTS, len(order) - 1)
+        others = min(MAX_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
             single = self._submit(ops, address._replace(slots=slot), index, urgent=True).work
@@ -421,7 +423,7 @@ class TrainLoader(_Loader):
                 work.images[row] = single.images[0]
                 return int(index[0])
         raise InputError(
-            f"{self._complaint(indices[row], work.status[row])}; the {others} samples that follow "
+            f"{self._error_text(indices[row], work.status[row])}; the {others} samples that follow "
             f"it cannot be read either"
         )
 
@@ -460,7 +462,7 @@ class EvalLoader(_Loader):
             raise InputError(
                 f"`crop_ratio`={crop_ratio} must be above 0 and at most 1, "
                 f"`resolution`={resolution} must be 1 or more, and `rank`={rank} must be 0 or more "
-                f"and below `world_size`={world_size}"
+                f"and below `world_size`={world_size}; correct them"
             )
         self._decoder = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)

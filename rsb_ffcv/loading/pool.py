@@ -103,11 +103,11 @@ class Pool:
         block = free.pop() if free else np.empty(size, np.uint8)
         view = block[:]
 
-        def take_back() -> None:
+        def recycle() -> None:
             if len(free) < 8:
                 free.append(block)
 
-        weakref.finalize(view, take_back).atexit = False
+        weakref.finalize(view, recycle).atexit = False
         return torch.from_numpy(view).view(shape)
 
     def submit(self, work: Work, urgent: bool = False) -> None:

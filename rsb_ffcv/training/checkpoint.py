@@ -71,26 +71,29 @@ def write(state: object, path: Path) -> None:
         file.write(serialized.getbuffer())
 
 
-def read(path: Path) -> Any:
-    """Loads tensors and plain values from a torch.save file, on the CPU. Raises InputError if a
-    record does not match its checksum, or if torch did not write the file."""
+def read(path: Path, fix: str = "use another file") -> Any:
+    """Loads tensors and plain values from a torch.save file, on the CPU. Raises InputError, whose
+    message ends with `fix`, if a record does not match its checksum, or if the file was not written
+    by a current version of torch.save."""
     try:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
         if damaged:
-            raise InputError(f"{path}: damaged (record {damaged} does not match its checksum)")
+            raise InputError(
+                f"{path}: damaged (record {damaged} does not match its checksum); {fix}"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror or first_line(error)})"
+            f"{path}: cannot be read ({error.strerror or first_line(error)}); {fix}"
         ) from error
     # zipfile, zlib and torch's reader raise nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(
             f"{path}: not a readable checkpoint ({first_line(error)}; current versions of "
-            f"torch.save write a zip file)"
+            f"torch.save write a zip file); {fix}"
         ) from error
 
 
@@ -150,17 +153,15 @@ class Store:
         ]
         fix = "remove the damaged files to start from scratch, or choose another logging.folder"
         for number, path in enumerate(paths):
+            fallback = (
+                "falling back to the checkpoint before it"
+                if number + 1 < len(paths)
+                else "no other checkpoint is left"
+            )
             try:
-                state = read(path)
+                state = read(path, fallback)
             except InputError as error:
-                warn(
-                    f"{error}; "
-                    + (
-                        "falling back to the checkpoint before it"
-                        if number + 1 < len(paths)
-                        else "no other checkpoint is left"
-                    )
-                )
+                warn(str(error))
                 continue
             if not isinstance(state, dict) or not state.keys() >= KEYS:
                 raise InputError(f"{path}: not a checkpoint of this program; {fix}")
@@ -200,6 +201,7 @@ class Store:
         return True
 
     def close(self) -> None:
+        """Waits for the last `save`, and releases the lock."""
         self.finish()
         self._writer.shutdown()
         if self._lock is not None:
@@ -224,7 +226,7 @@ class Store:
         except OSError as error:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {FIX}") from error
 
-    def give_up(self, step: int) -> bool:
+    def remove_after(self, step: int) -> bool:
         """Removes the checkpoints of steps after `step`, the newest first, so that no later start
         resumes from one of them.
 

@@ -60,7 +60,7 @@ def seeds(tmp_path_factory):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, portable):
+def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, report, portable):
     build(
         tmp_path / "fuzz",
         *SANITIZE,
@@ -76,14 +76,14 @@ def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, po
     )
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = [int(part.split(": ")[-1]) for part in done.stdout.split(" inputs:")[1].split(",")]
-    # each kind of check refused some images, and some images passed
+    # each kind of check rejected some images, and some images passed
     assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), (
         done.stdout
     )
-    tell(done.stdout.strip())
+    report(done.stdout.strip())
 
 
-def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
+def test_a_damaged_structure_is_rejected_or_harmless(tmp_path, report):
     build(
         tmp_path / "core.so", *SANITIZE, "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c"
     )
@@ -104,8 +104,8 @@ def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
         env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert " refused by the reader; of the others, " in done.stdout
-    tell(done.stdout.strip())
+    assert " rejected by the reader; of the others, " in done.stdout
+    report(done.stdout.strip())
 
 
 def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_path):

@@ -193,7 +193,7 @@ def test_any_affine_map_equals_pillows(cubic):
         )
 
 
-def test_unknown_ops_and_non_finite_arguments_are_refused():
+def test_unknown_ops_and_non_finite_arguments_are_rejected():
     image = next(images())
     for wrong in (
         layer(99),
@@ -386,5 +386,5 @@ def test_colour_jitter_has_torchvisions_distribution():
         )
     assert ColorJitter(0.4, 0, 0, 0).passes == 1 and ColorJitter().passes == 0
     for wrong in ((-1, 0, 0, 0), (0, 0, 0, 0.6)):
-        with pytest.raises(InputError, match="color_jitter="):
+        with pytest.raises(InputError, match="`brightness`="):
             ColorJitter(*wrong)

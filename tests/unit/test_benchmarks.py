@@ -61,7 +61,7 @@ def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypat
     )
 
 
-def test_loader_table_shows_ratios_and_verdicts(monkeypatch):
+def test_loader_table_shows_ratios_and_targets(monkeypatch):
     import loader
 
     def rate(value):
@@ -128,7 +128,7 @@ def test_first_step_is_timed_and_its_errors_are_raised(betons, tmp_path):
         start.first_step(start.command(tmp_path, "no_such_net", 96, 32, 1), tmp_path)
 
 
-def test_start_table_shows_ratios_and_verdicts():
+def test_start_table_shows_ratios_and_targets():
     import start
 
     rows = {

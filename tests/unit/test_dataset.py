@@ -446,7 +446,7 @@ def test_unknown_dataset_and_split_are_refused(tmp_path):
 
 
 def test_every_dataset_of_the_command_line_has_a_reader():
-    (item,) = (item for item in fields(options.Source) if item.name == "dataset")
+    (item,) = (item for item in fields(options.SourceOptions) if item.name == "dataset")
     assert set(item.metadata["limits"]["choices"]) == set(READERS)
 
 

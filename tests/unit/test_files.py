@@ -170,7 +170,7 @@ def test_damaged_structure_is_an_error(copy):
 def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
     damage(copy, 3)
     monkeypatch.setattr(inspect, "REMEMBER_SECONDS", 0.0)
-    real = inspect.read_sound
+    real = inspect.read_verified
     seen: list[int] = []
 
     def interrupted(opened, file, index, *, decode):
@@ -179,7 +179,7 @@ def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(opened, file, index, decode=decode)
 
-    monkeypatch.setattr(inspect, "read_sound", interrupted)
+    monkeypatch.setattr(inspect, "read_verified", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.verify(copy, 1.0, 1)
 
@@ -187,7 +187,7 @@ def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
         seen.append(index)
         return real(opened, file, index, decode=decode)
 
-    monkeypatch.setattr(inspect, "read_sound", counted)
+    monkeypatch.setattr(inspect, "read_verified", counted)
     assert not dataset.verify(copy, 1.0, 1)
     shown = capsys.readouterr().out
     assert (
@@ -389,20 +389,20 @@ def test_killed_append_is_recovered_by_the_next_call(copy, written, monkeypatch,
         if stop_at == "images":
             patched.setattr(append.Pages, "add", kill)
         elif stop_at == "tail":
-            patched.setattr(append.beton, "put_around", kill)
+            patched.setattr(append.beton, "write_structure", kill)
         elif stop_at == "front":
-            real = beton.put_around
+            real = beton.write_structure
 
-            def half(path, end, *, keep_front, **parts):
+            def half(path, end, *, before_front, **parts):
                 def keep_and_die(front):
-                    keep_front(front)
+                    before_front(front)
                     with open(path, "r+b") as file:
                         file.write(front[: len(front) // 2])
                     raise Killed
 
-                real(path, end, **parts, keep_front=keep_and_die)
+                real(path, end, **parts, before_front=keep_and_die)
 
-            patched.setattr(append.beton, "put_around", half)
+            patched.setattr(append.beton, "write_structure", half)
         else:
             patched.setattr(append, "read_back", kill)
         with pytest.raises(Killed):
@@ -525,7 +525,7 @@ def test_exported_names_stay_inside_the_folder(tmp_path):
 
 
 def test_interrupted_export_is_hidden_and_resumes(written, tmp_path, monkeypatch):
-    real = inspect.read_sound
+    real = inspect.read_verified
 
     def interrupted(opened, file, index, *, decode):
         if index == 6:
@@ -533,7 +533,7 @@ def test_interrupted_export_is_hidden_and_resumes(written, tmp_path, monkeypatch
         return real(opened, file, index, decode=decode)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inspect, "read_sound", interrupted)
+        patched.setattr(inspect, "read_verified", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
     assert not (tmp_path / "out").exists()
@@ -660,7 +660,7 @@ def test_contact_sheet_of_classes_has_a_row_per_class(written, tmp_path, call_pr
     assert Image.open(tmp_path / "x.png").size == (3 * 196 + 4, 2 * 228 + 4)
 
 
-# ---- found in adversarial reviews ----------------------------------------------------------------
+# ---- recovery, links, forged files ---------------------------------------------------------------
 
 
 def test_recovered_append_is_verified_before_it_is_visible(copy, written, monkeypatch):
@@ -736,7 +736,7 @@ def test_export_refuses_the_partial_export_of_another_file(written, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(inspect, "read_sound", stop)
+        patched.setattr(inspect, "read_verified", stop)
         with pytest.raises(KeyboardInterrupt):
             dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
     with pytest.raises(InputError, match="an unfinished export of another file"):

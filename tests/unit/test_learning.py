@@ -337,9 +337,9 @@ def test_initial_share_is_the_weight_of_the_first_weights(decay, warmup):
     assert ema.initial_share() == 1.0
 
 
-def test_a2_average_is_judged_from_epoch_74():
+def test_a2_average_is_checked_from_epoch_74():
     """With an EMA of 0.9999 without warm-up and 625 steps per epoch, the share falls below 1 % in
-    epoch 74. From then on, the health check judges the average."""
+    epoch 74. The health check checks the average from that epoch on."""
     ema = Ema(nn.Linear(1, 1), 0.9999)
     shares = []
     for ema.updates in (625 * 20, 625 * 73, 625 * 74):

@@ -36,9 +36,9 @@ def in_two_processes(code: str) -> list:
         )
         for rank in range(2)
     ]
-    answers = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(answer) for answer in answers]
+    return [json.loads(output) for output in outputs]
 
 
 def test_granted_vote_is_not_granted_twice():
@@ -72,9 +72,9 @@ def test_a_store_that_does_not_answer_delays_an_error_and_does_not_block_it(monk
     frozen: Any = Frozen()
     monkeypatch.setattr(compute, "STORE_SECONDS", 0.2)
     monkeypatch.setattr(compute, "_joined", [compute._Joined(frozen, 1, 3)])
-    assert compute.first_to_say("an error")
+    assert compute.is_first_to_report("an error")
     monkeypatch.setattr(compute, "_joined", [compute._Joined(frozen, 2, 3)])
-    assert not compute.first_to_say("an error")
+    assert not compute.is_first_to_report("an error")
     began = time.monotonic()
     compute.wait_for_others(0.1)
     assert time.monotonic() - began < 60
@@ -91,6 +91,6 @@ def test_error_before_the_process_group_exists_is_reported_once(monkeypatch):
     said = []
     for rank in range(2):
         monkeypatch.setattr(compute, "_joined", [compute._Joined(store, rank, 2)])
-        said.append(compute.first_to_say("an error"))
+        said.append(compute.is_first_to_report("an error"))
         compute.wait_for_others(0.1)
     assert said == [True, False] and not failures and store.add("ending", 0) == 2

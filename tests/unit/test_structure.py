@@ -209,7 +209,7 @@ def test_python_versions_agree_in_all_files():
 
 
 def test_files_of_the_core_have_no_circular_calls():
-    """And setup.py compiles all of them, again where a header has changed."""
+    """Also: setup.py lists every source, and every header as a dependency."""
     folder = PACKAGE / "ops" / "csrc"
     sources = {path.stem: path.read_text() for path in folder.glob("*.c")}
     # The functions of a header of hot loops belong to the one file that includes it, directly, as
