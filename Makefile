@@ -1,8 +1,10 @@
-# make demo: from nothing to a trained network in minutes. make check: formatters, linter and type checker. make test: the
-# test suite, in minutes. make test-all: all of it at length (hundreds of kills, 100,000 damaged inputs), with its log in
-# records/.
-# All set themselves up first, once: system packages (apt, when root), .venv, the versions of constraints.txt.
-# PYTHON: the interpreter for .venv (default: python3, or where that is not a supported one the newest that is found)
+# make demo: from nothing to a trained network in minutes. make check: formatters, linter and type
+# checker. make test: the test suite, in minutes. make test-all: all of it at full length (hundreds
+# of kills, 100,000 damaged inputs), with its log in records/.
+# Each target runs the set-up first if needed: system packages (apt, as root), .venv, the versions
+# in constraints.txt.
+# PYTHON: the interpreter for .venv (default: python3 if its version is supported, else the newest
+# supported interpreter)
 PYTHON ?=
 RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
@@ -21,7 +23,8 @@ $(CORE): .venv/.ready setup.py $(wildcard rsb_ffcv/ops/csrc/* rsb_ffcv/ops/csrc/
 
 demo: set-up
 	rm -rf demo/run
-	$(RUN) write_ffcv.py --cfg.dataset=demo --cfg.data_dir=demo/images --cfg.write_path=demo --cfg.num_workers=2
+	$(RUN) write_ffcv.py --cfg.dataset=demo --cfg.data_dir=demo/images --cfg.write_path=demo \
+	    --cfg.num_workers=2
 	$(RUN) train_imagenet.py --config-file rsb_configs/demo.yaml
 
 check: set-up

@@ -2,7 +2,7 @@
 description of the machine.
 
 A contestant is a class in a Python file. Its process imports only what it measures, warms up, and
-then answers each "go" with (images, seconds) of one repeat. The contestants of a row repeat in
+then replies to each "go" with (images, seconds) of one repeat. The contestants of a row repeat in
 turn, so that a slow minute of the machine affects all of them. The results that matter are ratios
 within one row.
 """
@@ -71,19 +71,19 @@ class Contestant:
         if self.absent is None:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
-            answer = self._answer()
-            if answer:
-                self.rates.append(answer["images"] / answer["seconds"])
+            reply = self._answer()
+            if reply:
+                self.rates.append(reply["images"] / reply["seconds"])
 
     def _answer(self):
         line = self._process.stdout.readline()
-        answer = (
+        reply = (
             json.loads(line)
             if line
             else {"absent": f"its process ended with status {self._process.wait()}"}
         )
-        self.absent = answer.get("absent")
-        return None if self.absent else answer
+        self.absent = reply.get("absent")
+        return None if self.absent else reply
 
     def close(self):
         self._process.stdin.close()
@@ -117,12 +117,12 @@ def race(contestants: dict, repeats: int) -> dict:
 
 
 def _serve(factory: str, arguments: str):
-    """The process of one contestant. What it prints goes to stderr; stdout is for the answers."""
-    answers = os.fdopen(os.dup(1), "w")
+    """The process of one contestant. What it prints goes to stderr; stdout is for the replies."""
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(**what):
-        print(json.dumps(what), file=answers, flush=True)
+    def reply(**what):
+        print(json.dumps(what), file=replies, flush=True)
 
     path, name = factory.rsplit(":", 1)
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
@@ -132,17 +132,17 @@ def _serve(factory: str, arguments: str):
             **json.loads(arguments)
         )
     except ImportError as error:
-        answer(absent=f"not installed ({error})")
+        reply(absent=f"not installed ({error})")
         return
     except Exception as error:  # goes into the table: a failure of one must not hide the others
         traceback.print_exc()
-        answer(absent=f"{type(error).__name__}: {error}")
+        reply(absent=f"{type(error).__name__}: {error}")
         return
-    answer(ready=True)
+    reply(ready=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         images = contestant.repeat()
-        answer(images=images, seconds=time.perf_counter() - started)
+        reply(images=images, seconds=time.perf_counter() - started)
 
 
 if __name__ == "__main__":

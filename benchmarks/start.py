@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import runner  # noqa: E402
 
-ASKED = 1.2  # target of first step / import torch, timm
+TARGET = 1.2  # target of first step / import torch, timm
 OURS, IMPORTS, IMPORTED, FFCV = (
     "first step",
     "import torch, timm",
@@ -181,12 +181,12 @@ def table(results: dict) -> str:
             continue
         seconds = row["seconds"]
         ratio = ours / statistics.median(seconds)
-        judged = f"{ratio:.2f} | | " if name != OURS else " | | "
+        outcome = f"{ratio:.2f} | | " if name != OURS else " | | "
         if name == IMPORTS:
-            judged = f"{ratio:.2f} | {ASKED} | {'reached' if ratio <= ASKED else 'not reached'}"
+            outcome = f"{ratio:.2f} | {TARGET} | {'reached' if ratio <= TARGET else 'not reached'}"
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} .. "
-            f"{max(seconds):.2f}) | {judged} |"
+            f"{max(seconds):.2f}) | {outcome} |"
         )
     return "\n".join([*lines, ""])
 

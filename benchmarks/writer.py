@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import runner  # noqa: E402
 
-ASKED = {"kept": 5.0, "shrunk": 1.5}
+TARGETS = {"kept": 5.0, "shrunk": 1.5}
 TITLES = {"kept": "every size kept (JPEGs pass through)", "shrunk": "every image shrunk"}
 
 
@@ -123,10 +123,11 @@ def memory(work: Path, count: int, workers: int) -> dict:
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
             known.append(stream.getvalue())
         names = [f"class_{n % 1000}/image_{n:08d}.jpg" for n in range(count)]
-        source = Source([str(n) for n in range(1000)], names,
-                        np.arange(count) % 1000, lambda index: known[index % 64])
+        source = Source(classes=[str(n) for n in range(1000)], names=names,
+                        labels=np.arange(count) % 1000, read=lambda index: known[index % 64])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        write_beton(target, source, storing(source, Encoding()), {}, workers)
+        write_beton(target, source, store=storing(source, Encoding()), settings={},
+                    num_workers=workers)
         print(before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     """
     import textwrap
@@ -172,13 +173,13 @@ def table(results: dict) -> str:
                 )
                 continue
             rate = f"{result['images_per_s']:,.0f} ({result['low']:,.0f} .. {result['high']:,.0f})"
-            factor, asked = ours / result["images_per_s"], ASKED[row]
-            judged = (
-                f"{factor:.2f} | {asked} | {'reached' if factor >= asked else 'not reached'}"
+            factor, target = ours / result["images_per_s"], TARGETS[row]
+            outcome = (
+                f"{factor:.2f} | {target} | {'reached' if factor >= target else 'not reached'}"
                 if name != "ours"
                 else " | | "
             )
-            lines.append(f"| {TITLES[row]} | {name} | {rate} | {judged} | {whole} |")
+            lines.append(f"| {TITLES[row]} | {name} | {rate} | {outcome} | {whole} |")
         ratio = statistics.median(results["processes"][row]["stock ffcv"]) / statistics.median(
             results["processes"][row]["ours"]
         )

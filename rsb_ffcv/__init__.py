@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,13 +76,25 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+# Without a result for this time, a thread is considered stuck. No image takes nearly this long: it
+# is a disk or network that does not respond, or a defect.
+STALL_SECONDS = 300.0
+
+
 class InputError(ValueError):
-    """An input of the user cannot be used. The message is one line: the input, its value, and the
+    """A user input is invalid. The message is one line: the input, its value, and the
     fix. A library function names its own parameters, as `name`; see `option_names`.
 
     Programs print the message without a traceback and exit with status 2. Every other exception is
     a bug in the program and keeps its traceback.
     """
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises InputError if `value`, of the parameter `name`, is not one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(f"`{name}`={value!r}: must be one of {', '.join(choices)}")
 
 
 @contextmanager
@@ -113,7 +125,8 @@ def exit_status(program: Callable[..., int | None], *arguments: object) -> int:
     """Runs `program(*arguments)` and returns the exit status.
 
     It is the program's return value, or 0 for None; 2 after an InputError, whose message goes to
-    stderr; 130 if the user interrupts it; 141 if the reader of its output has gone (`| head`).
+    stderr; 130 if the user interrupts it; 141 if the reader of its output closed the pipe
+    (`| head`).
     """
     from tqdm import tqdm  # here, because not every library user needs it
 

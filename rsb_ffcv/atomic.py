@@ -21,6 +21,14 @@ from rsb_ffcv import InputError, first_line, warn
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
+def hidden(path: Path, suffix: str) -> Path:
+    """The hidden file `.<name>.<suffix>` beside `path`. Raises InputError if `path` has no name
+    ("." or "/")."""
+    if not path.name:
+        raise InputError(f"{path}: names no file; give the path of a file")
+    return path.with_name(f".{path.name}.{suffix}")
+
+
 @contextmanager
 def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     """Yields a binary file for writing. When the block ends, the file is flushed to disk and
@@ -31,7 +39,7 @@ def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     Its message contains `path`, and `fix`: what the user can do.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = hidden(path, "part")
     try:
         with open(temporary, "wb") as file:
             yield file

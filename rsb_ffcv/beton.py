@@ -27,6 +27,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from rsb_ffcv import InputError
+from rsb_ffcv.atomic import hidden
 from rsb_ffcv.ops.native import checksum
 
 # Declared here instead of imported: ffcv.types imports torch, numba and every field, and a check of
@@ -183,7 +184,7 @@ class Beton:
 
     def names(self) -> list[str]:
         """The samples' names: their paths within the source, or `sample_<number>` if the file has
-        no names. Raises InputError if they are damaged."""
+        no names. Raises InputError if they are damaged, OSError if they cannot be read."""
         if self.names_at is None:
             return [f"sample_{number:08d}" for number in range(len(self))]
         start, length, expected = self.names_at
@@ -269,7 +270,7 @@ def read_beton(path: str | Path) -> Beton:
                 refuse=refuse,
             )
     except OSError as error:
-        if path.with_name(f".{path.name}.appending").exists():
+        if hidden(path, "appending").exists():
             refuse(
                 "an append to it was interrupted",
                 "run the same concat command again, which restores the file",
@@ -286,8 +287,8 @@ def read_beton(path: str | Path) -> Beton:
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
 
-    # Compared as `size > room` with room >= 0: a sum of two 64-bit numbers from the file could
-    # overflow
+    # The subtraction is on the right side, where it cannot be negative: a sum of two 64-bit numbers
+    # from the file could overflow
     outside = (
         (pointers < metadata_end)
         | (pointers > num_bytes)
@@ -321,7 +322,7 @@ def read_beton(path: str | Path) -> Beton:
     )
 
 
-def put_around(
+def write_structure(
     path: str | Path,
     end: int,
     *,
@@ -330,7 +331,7 @@ def put_around(
     extras: np.ndarray,
     names: list[str],
     about: About,
-    keep_front: Callable[[bytes], object] = lambda front: None,
+    before_front: Callable[[bytes], object] = lambda front: None,
 ) -> None:
     """Writes everything around the images of a file: first what follows them, and after that is
     flushed to disk, the front (header, descriptors, metadata). Raises OSError.
@@ -340,7 +341,7 @@ def put_around(
     metadata, table, extras: SAMPLE_METADATA, ALLOCATION and EXTRA records, one per sample
     names: the samples' names
     about: the file's description
-    keep_front: called with the front before it is written
+    before_front: called with the front before it is written
     """
     head = np.zeros(1, HEADER)
     head["version"], head["num_fields"], head["page_size"], head["num_samples"] = (
@@ -377,7 +378,7 @@ def put_around(
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-        keep_front(front + gap)
+        before_front(front + gap)
         file.seek(0)
         file.write(front + gap)
         file.flush()

@@ -20,11 +20,11 @@ from tests.sizes import LONG
 from tests.stops import Stop, wait_until
 
 ROOT = Path(__file__).parents[1]
-TOLD = pytest.StashKey[list]()
+REPORTED = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
-    config.stash[TOLD] = []
+    config.stash[REPORTED] = []
 
 
 def pytest_collection_modifyitems(items):
@@ -34,15 +34,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def tell(request):
-    """tell(text): adds a line about this test to the summary at the end of the session."""
-    return lambda text: request.config.stash[TOLD].append(f"{request.node.name}: {text}")
+def report(request):
+    """report(text): adds a line about this test to the summary at the end of the session."""
+    return lambda text: request.config.stash[REPORTED].append(f"{request.node.name}: {text}")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[TOLD]:
+    if config.stash[REPORTED]:
         terminalreporter.section("reported by the tests")
-        for line in config.stash[TOLD]:
+        for line in config.stash[REPORTED]:
             terminalreporter.line(line)
 
 
@@ -127,7 +127,7 @@ class Run:
 
     def __init__(
         self,
-        ask,
+        request,
         folder: Path,
         arguments,
         world: int = 1,
@@ -136,7 +136,7 @@ class Run:
         prepare: str = "",
         own: dict[int, list[str]] | None = None,
     ):
-        self._ask, self.out, self.err = ask, folder / "out.txt", folder / "err.txt"
+        self._request, self.out, self.err = request, folder / "out.txt", folder / "err.txt"
         self.out.write_text(""), self.err.write_text("")
         self._stop = stop_at and Stop(stop_at, folder, world)
         job = (
@@ -150,7 +150,7 @@ class Run:
             else {}
         )
         self.processes = [
-            ask(
+            request(
                 start=[*map(str, arguments), *(own or {}).get(rank, [])],
                 out=str(self.out),
                 err=str(self.err),
@@ -200,7 +200,7 @@ class Run:
         hanging = Timer(seconds, self.signal, [signal.SIGKILL])
         hanging.start()
         statuses = [
-            self._ask(wait=process)
+            self._request(wait=process)
             for process in (self.processes if rank is None else [self.processes[rank]])
         ]
         hanging.cancel()
@@ -238,14 +238,14 @@ def train(tmp_path_factory):
         text=True,
     )
 
-    def ask(**request):
-        process.stdin.write(json.dumps(request) + "\n")
+    def request(**what):
+        process.stdin.write(json.dumps(what) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
     assert json.loads(process.stdout.readline()) == "ready"
     yield lambda arguments, world=1, **options: Run(
-        ask, tmp_path_factory.mktemp("output"), arguments, world, **options
+        request, tmp_path_factory.mktemp("output"), arguments, world, **options
     )
     process.stdin.close()
     process.wait()

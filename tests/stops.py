@@ -74,7 +74,7 @@ def install():
 
     wanted = json.loads(os.environ[VARIABLE])
     at, folder, parent = tuple(wanted["at"]), Path(wanted["folder"]), os.getppid()
-    say, make_bar, moves = Console.say, Console.bar, 0
+    info, make_bar, moves = Console.info, Console.bar, 0
 
     def reached(*point):
         if point != at or (folder / "go").exists():
@@ -87,9 +87,9 @@ def install():
                 os._exit(1)
             time.sleep(0.002)
 
-    def stopping_say(self, text):
+    def stopping_info(self, text):
         reached(text.partition(" ")[0], 0)
-        say(self, text)
+        info(self, text)
 
     def stopping_bar(self, title, total, done=0):
         bar, count = make_bar(self, title, total, done), done
@@ -105,11 +105,11 @@ def install():
         bar.update = update  # type: ignore[method-assign]  # patched for the tests
         return bar
 
-    Console.say = stopping_say  # type: ignore[method-assign]  # patched too
+    Console.info = stopping_info  # type: ignore[method-assign]  # patched too
     Console.bar = stopping_bar  # type: ignore[method-assign]  # patched too
 
 
-def be_patient():
+def lengthen_timeouts():
     """Lengthens the times that a process waits for other processes and for a repeated signal. The
     defaults can expire on a busy machine, and which message is printed would then depend on
     timing."""

@@ -5,9 +5,9 @@ hundreds of runs.
 Reads one JSON request per line:
 
 - {"start": [arguments of train_imagenet.py], "env": {...}, "out": path, "err": path,
-  "largest_file": bytes or null, "prepare": Python code that runs before the program}. The answer is
+  "largest_file": bytes or null, "prepare": Python code that runs before the program}. The reply is
   the child's process ID.
-- {"wait": process ID}. The answer is its exit status, or minus the signal that killed it.
+- {"wait": process ID}. The reply is its exit status, or minus the signal that killed it.
 
 A child that is not killed writes the names of its threads to <out>.threads_<process ID>.
 """
@@ -60,18 +60,18 @@ def serve():
             window_bytes=1 << 30,
         )
     group_slots(0, 0, batch_size=2, groups=1)
-    stops.be_patient()
+    stops.lengthen_timeouts()
 
-    answers = os.fdopen(os.dup(1), "w")
-    print(json.dumps("ready"), file=answers, flush=True)
+    replies = os.fdopen(os.dup(1), "w")
+    print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             status = os.waitpid(request["wait"], 0)[1]
-            answer = os.waitstatus_to_exitcode(status)
+            reply = os.waitstatus_to_exitcode(status)
         else:
-            answer = os.fork()
-            if answer == 0:
+            reply = os.fork()
+            if reply == 0:
                 os.setsid()
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 for descriptor, name in ((1, "out"), (2, "err")):
@@ -102,7 +102,7 @@ def serve():
                         names.append(Path(f"/proc/self/task/{thread}/comm").read_text())
                 Path(f"{request['out']}.threads_{os.getpid()}").write_text("".join(names))
                 os._exit(ended)
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

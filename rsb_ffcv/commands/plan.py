@@ -11,15 +11,22 @@ from rsb_ffcv.training.plan import Epoch, Plan
 def print_plan(config: TrainConfig) -> None:
     """Prints one line for each range of epochs with the same resolution, mixing and averaging.
 
-    A step takes training.global_batch images. If that is 0: training.batch_size x dist.world_size.
+    A step takes training.global_batch images. If that is 0: training.batch_size x processes, of
+    which there is one unless training.distributed is on.
     Raises InputError if the data file has fewer images than a step.
     """
     images = len(read_beton(config.data.train_dataset))
     c = config.training
-    batch = c.global_batch or c.batch_size * config.dist.world_size
+    processes = config.dist.world_size if c.distributed else 1
+    batch = c.global_batch or c.batch_size * processes
     if batch > images:
+        of = f"training.batch_size={c.batch_size}"
+        if c.global_batch:
+            of = f"training.global_batch={batch}"
+        elif processes > 1:
+            of += f" with {processes} processes"
         raise InputError(
-            f"training.global_batch={batch}: data.train_dataset={config.data.train_dataset} has "
+            f"{of}: data.train_dataset={config.data.train_dataset} has "
             f"only {images} images; lower it"
         )
     plan = Plan(config, images // batch)

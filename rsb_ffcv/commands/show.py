@@ -22,7 +22,7 @@ from rsb_ffcv.training.compute import Compute
 
 # Pixels: longer side of an image, height of its label, space between cells
 CELL, LABEL, GAP = 192, 32, 4
-MOST_CELLS = 4000
+MAX_CELLS = 4000
 
 
 def show(
@@ -46,10 +46,14 @@ def show(
     if os.path.realpath(path) == os.path.realpath(write_path):
         raise InputError(f"cfg.write_path={write_path}: is the file itself; choose another")
     chosen = _chosen(file, samples, classes, count=count)
-    if len(chosen) * (1 + epochs * bool(recipe)) > MOST_CELLS:
+    cells = 1 + epochs * bool(recipe)  # of an image
+    if len(chosen) * cells > MAX_CELLS:
+        given = {"samples": samples, "classes": classes, "count": "" if samples else count}
+        given |= {"epochs": epochs} if recipe else {}
         raise InputError(
-            f"{len(chosen)} images with {epochs} epochs each are more than {MOST_CELLS} pictures; "
-            f"choose fewer with cfg.samples, cfg.count or cfg.epochs"
+            f"{', '.join(f'cfg.{name}={value}' for name, value in given.items() if value)}: "
+            f"{len(chosen)} images x {cells} cells exceed the limit of {MAX_CELLS} cells; choose "
+            f"fewer"
         )
     stored = [Image.fromarray(picture) for picture in _stored(file, chosen)]
     names = file.names()

@@ -16,7 +16,7 @@ ABOUT = """Writes labelled images to .beton files, and prints, checks and change
   python write_ffcv.py info --cfg.path=/data/beton/train.beton"""
 
 
-def _parts(c: options.Source) -> tuple[Any, Any]:
+def _parts(c: options.SourceOptions) -> tuple[Any, Any]:
     """The Place (where the images are) and the Encoding (how they are stored)."""
     from rsb_ffcv import dataset
 
@@ -41,7 +41,11 @@ def _parts(c: options.Source) -> tuple[Any, Any]:
     return place, encoding
 
 
-def _write(c: options.Write) -> None:
+def _listed(paths: str) -> list[str]:
+    return [path.strip() for path in paths.split(",")]
+
+
+def _write(c: options.WriteOptions) -> None:
     from rsb_ffcv import dataset
 
     place, encoding = _parts(c)
@@ -59,7 +63,7 @@ def _write(c: options.Write) -> None:
     )
 
 
-def _estimate(c: options.Source) -> None:
+def _estimate(c: options.SourceOptions) -> None:
     from rsb_ffcv import dataset
 
     place, encoding = _parts(c)
@@ -73,19 +77,19 @@ def _estimate(c: options.Source) -> None:
     )
 
 
-def _info(c: options.Info) -> None:
+def _info(c: options.InfoOptions) -> None:
     from rsb_ffcv import dataset
 
     print(dataset.info(c.path))
 
 
-def _verify(c: options.Verify) -> int:
+def _verify(c: options.VerifyOptions) -> int:
     from rsb_ffcv import dataset
 
     return 0 if dataset.verify(c.path, c.decode, c.num_workers, report=c.report) else 1
 
 
-def _show(c: options.Show) -> None:
+def _show(c: options.ShowOptions) -> None:
     from rsb_ffcv.commands.show import show
 
     show(
@@ -99,13 +103,13 @@ def _show(c: options.Show) -> None:
     )
 
 
-def _merge(c: options.Merge) -> None:
+def _merge(c: options.MergeOptions) -> None:
     from rsb_ffcv import dataset
 
-    dataset.merge(c.paths.split(","), c.write_path, c.num_workers)
+    dataset.merge(_listed(c.paths), c.write_path, c.num_workers)
 
 
-def _subset(c: options.Subset) -> None:
+def _subset(c: options.SubsetOptions) -> None:
     from rsb_ffcv import dataset
 
     dataset.subset(
@@ -118,19 +122,19 @@ def _subset(c: options.Subset) -> None:
     )
 
 
-def _shard(c: options.Shard) -> None:
+def _shard(c: options.ShardOptions) -> None:
     from rsb_ffcv import dataset
 
     dataset.shard(c.path, c.write_path, c.shards, num_workers=c.num_workers)
 
 
-def _concat(c: options.Concat) -> None:
+def _concat(c: options.ConcatOptions) -> None:
     from rsb_ffcv import dataset
 
-    dataset.concat(c.path, c.paths.split(","), c.num_workers)
+    dataset.concat(c.path, _listed(c.paths), c.num_workers)
 
 
-def _export(c: options.Export) -> None:
+def _export(c: options.ExportOptions) -> None:
     from rsb_ffcv import dataset
 
     dataset.export(c.path, c.write_path, c.num_workers)
@@ -150,41 +154,47 @@ def _command(text: str, section: type[Any], action: Callable[[Any], int | None])
 
 
 COMMANDS = {
-    "write": _command("write labelled images to .beton files", options.Write, _write),
+    "write": _command("write labelled images to .beton files", options.WriteOptions, _write),
     "estimate": _command(
         "estimate the size and time of write, from a sample of the images",
-        options.Source,
+        options.SourceOptions,
         _estimate,
     ),
     "info": _command(
-        "print samples, classes, sizes, modes, settings and bytes of a file", options.Info, _info
+        "print samples, classes, sizes, modes, settings and bytes of a file",
+        options.InfoOptions,
+        _info,
     ),
     "verify": _command(
         "check structure, checksums and decoding; exit status 1 if something is damaged",
-        options.Verify,
+        options.VerifyOptions,
         _verify,
     ),
     "show": _command(
         "draw a contact sheet of images, as stored and as a recipe augments them",
-        options.Show,
+        options.ShowOptions,
         _show,
     ),
     "merge": _command(
         "write all samples of some files to a new one; classes are matched by name. Adds "
         "checksums and entry points to files of stock FFCV",
-        options.Merge,
+        options.MergeOptions,
         _merge,
     ),
-    "subset": _command("write chosen classes or samples to a new file", options.Subset, _subset),
-    "shard": _command("split a file into several with consecutive samples", options.Shard, _shard),
+    "subset": _command(
+        "write chosen classes or samples to a new file", options.SubsetOptions, _subset
+    ),
+    "shard": _command(
+        "split a file into several with consecutive samples", options.ShardOptions, _shard
+    ),
     "concat": _command(
         "append files to a file in place, without writing its samples again",
-        options.Concat,
+        options.ConcatOptions,
         _concat,
     ),
     "export": _command(
         "write a file's images to class folders, byte for byte as they are stored",
-        options.Export,
+        options.ExportOptions,
         _export,
     ),
 }

@@ -45,6 +45,13 @@ class _Value(Checker):
         words: Sequence[str] = (),
         needed: bool = False,
     ) -> None:
+        """kind: str, bool, int or float.
+        low: smallest value of a number.
+        high: largest value of a number.
+        choices: the only valid values; empty: all values.
+        words: words that are valid values in addition.
+        needed: whether a text must not be empty.
+        """
         self.kind, self.low, self.high, self.choices, self.words, self.needed = (
             kind,
             low,
@@ -64,7 +71,8 @@ class _Value(Checker):
             value = text in ("1", "true")
         elif self.kind is str:
             if isinstance(value, bool):
-                value = int(value)  # YAML reads on and off as bool
+                word = "on" if value else "off"  # which YAML reads as bool
+                value = word if word in self.choices else int(value)
             if not isinstance(value, (str, int)) or self.needed and not str(value):
                 raise ValueError(self.help())
             value = str(value)
@@ -93,11 +101,12 @@ class _Value(Checker):
         return int(number) if self.kind is int else number
 
     def help(self) -> str:
+        """The valid values, for --help and messages."""
         return " or ".join([self._help(), *self.words])
 
     def _help(self) -> str:
         if self.choices:
-            return "one of " + ", ".join(str(choice) for choice in self.choices)
+            return "one of " + ", ".join(str(choice) or "empty" for choice in self.choices)
         if self.kind is bool:
             return "0 or 1"
         if self.kind is str:
@@ -189,8 +198,8 @@ def read_options(
         )
     parser = _Parser(description=description, allow_abbrev=False)
     _check_flags(arguments, sections)
-    # Without these, fastargs would read the files named in sys.argv and environment variables,
-    # unchecked.
+    # Both are emptied for this call: otherwise fastargs reads environment variables and the files
+    # named in sys.argv without checks.
     saved, sys.argv = (sys.argv, dict(os.environ)), sys.argv[:1]
     os.environ.clear()
     try:
@@ -211,7 +220,7 @@ def read_options(
                 continue
             values[name][key] = _checked(sections, f"{name}.{key}", value, where=f"in {file}")
     if met:
-        warn(f"{', '.join(met)}: an option of other programs, which has no effect here; ignored")
+        warn(f"{', '.join(met)} ignored: ffcv-imagenet's trainer does not use it either")
     for flag_name, value in vars(given).items():
         if flag_name != "config_file" and value is not None:
             name, key = flag_name.split(".", 1)

@@ -15,7 +15,7 @@ from rsb_ffcv.config.options import REQUIRED, option, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelOptions:
     """the network"""
 
     arch: str = option("resnet50", "timm's name of the model")
@@ -32,7 +32,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolution:
+class ResolutionOptions:
     """side of the training images in pixels"""
 
     min_res: int = option(160, "side in pixels up to epoch start_ramp", low=8, high=4096)
@@ -48,7 +48,7 @@ class Resolution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataOptions:
     """data files and how they are read"""
 
     train_dataset: str = option(REQUIRED, ".beton file to train on")
@@ -65,7 +65,7 @@ class Data:
     )
     order: str = option(
         "random",
-        "order of the training images; quasi_random: shuffles pieces of 1 MiB, 1 GiB at a time, "
+        "order of the training images; quasi_random: shuffles chunks of 1 MiB, 1 GiB at a time, "
         "for files larger than memory",
         choices=("random", "sequential", "quasi_random"),
     )
@@ -78,7 +78,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
+class AugmentOptions:
     """augmentation of each training image"""
 
     scale_min: float = option(
@@ -143,7 +143,7 @@ class MixOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lr:
+class LrOptions:
     """learning rate, updated in each step"""
 
     lr: float = option(0.5, "peak learning rate", low=0)
@@ -154,7 +154,7 @@ class Lr:
         choices=("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"),
     )
     warmup_epochs: float = option(
-        0.0, "epochs of linear warm-up (not used by cyclic and step)", low=0
+        0.0, "epochs of linear warm-up; 0 for cyclic and step, which have none", low=0
     )
     warmup_lr: float = option(0.0, "learning rate of the first step of the warm-up", low=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine or polynomial", low=0)
@@ -165,20 +165,20 @@ class Lr:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingOptions:
     """optimizer, loss and general settings"""
 
     epochs: int = option(30, "number of epochs", low=1)
     batch_size: int = option(
         512,
-        "images that a process takes at once; also the mix group, which shares mixup and cutmix "
+        "images per forward pass of a process; also the mix group, which shares mixup and cutmix "
         "draws and batch-norm statistics",
         low=2,
     )
     global_batch: int = option(
         0,
         "images of an optimizer step over all processes; gradients are accumulated if the "
-        "processes take fewer at once; 0: batch_size x processes",
+        "processes take fewer per forward pass; 0: batch_size x processes",
         low=0,
     )
     optimizer: str = option("sgd", "sgd, lamb, adamw, or timm's name of any other optimizer")
@@ -214,7 +214,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ema:
+class EmaOptions:
     """exponential moving average of weights and batch-norm statistics, evaluated in addition to the
     raw weights"""
 
@@ -236,7 +236,7 @@ class Ema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swa:
+class SwaOptions:
     """equal average of the weights after each of the last epochs; its batch-norm statistics are
     estimated again at the end"""
 
@@ -257,10 +257,10 @@ class Swa:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationOptions:
     """evaluation after each epoch"""
 
-    batch_size: int = option(512, "images that a process takes at once", low=1)
+    batch_size: int = option(512, "images per forward pass of a process", low=1)
     resolution: int = option(224, "side of the images in pixels", low=8, high=4096)
     crop_ratio: float = option(
         224 / 256, "side of the central crop / shorter side of the image", low=0.01, high=1
@@ -280,7 +280,7 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointOptions:
     """checkpoints, in logging.folder"""
 
     resume: str = option(
@@ -313,8 +313,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
-    """health checks: off, warn (a message, also in the log), or act"""
+class HealthOptions:
+    """health checks: off, warn (a message, also in the log), or act; non_finite also has stop"""
 
     non_finite: str = option(
         "stop",
@@ -337,15 +337,15 @@ class Health:
     chance_epoch: int = option(5, "chance: the epoch, counted from 1", low=1)
     average: str = option(
         "warn",
-        "the EMA's top-1 is more than `gap` below the model's, and its initial weights have a "
-        "share of less than 1 % in it; act: restart the EMA from the model",
+        "the EMA's top-1 is more than `gap` below the model's, and the initial weights contribute "
+        "less than 1 % to it; act: restart the EMA from the model",
         choices=("off", "warn", "act"),
     )
-    gap: float = option(10.0, "average: points of top-1", low=0, high=100)
+    gap: float = option(10.0, "average: percentage points of top-1", low=0, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging:
+class LoggingOptions:
     """output of a run"""
 
     folder: str = option(REQUIRED, "folder of checkpoints, metrics.jsonl, config.json and curves")
@@ -355,7 +355,7 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dist:
+class DistOptions:
     """the processes of a job; world_size, address and port are used with training.distributed=1
     only"""
 
@@ -371,7 +371,7 @@ class Dist:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class ComputeOptions:
     """hardware"""
 
     device: str = option(
@@ -400,27 +400,27 @@ class Compute:
 class TrainConfig:
     """The configuration of a run, one field per section."""
 
-    data: Data
-    model: Model
-    resolution: Resolution
-    augment: Augment
+    data: DataOptions
+    model: ModelOptions
+    resolution: ResolutionOptions
+    augment: AugmentOptions
     mix: MixOptions
-    lr: Lr
-    training: Training
-    ema: Ema
-    swa: Swa
-    validation: Validation
-    checkpoint: Checkpoint
-    health: Health
-    logging: Logging
-    dist: Dist
-    compute: Compute
+    lr: LrOptions
+    training: TrainingOptions
+    ema: EmaOptions
+    swa: SwaOptions
+    validation: ValidationOptions
+    checkpoint: CheckpointOptions
+    health: HealthOptions
+    logging: LoggingOptions
+    dist: DistOptions
+    compute: ComputeOptions
 
 
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
-# In ffcv-imagenet's published files. Its trainer does not use it either.
-# Required options that only a run reads, and other uses of a recipe do not
+# Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
+# Options in ffcv-imagenet's published files that its own trainer does not use
 IGNORED = {"training.bn_wd"}
 
 
@@ -466,6 +466,11 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
         )
         if below > above:
             raise InputError(f"{low}={below} is larger than {high}={above}; change one of them")
+    if c.lr.warmup_epochs and c.lr.lr_schedule_type in ("cyclic", "step"):
+        raise InputError(
+            f"lr.warmup_epochs={c.lr.warmup_epochs:g}: lr.lr_schedule_type="
+            f"{c.lr.lr_schedule_type} has no warm-up; set it to 0 or choose another schedule"
+        )
     if (c.mix.mixup or c.mix.cutmix) and c.training.batch_size % 2:
         raise InputError(
             f"training.batch_size={c.training.batch_size} is odd, but mixup and cutmix pair "

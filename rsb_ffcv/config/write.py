@@ -9,7 +9,7 @@ from rsb_ffcv.config.options import REQUIRED, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceOptions:
     """where images come from and how they are stored"""
 
     dataset: str = option(
@@ -17,7 +17,8 @@ class Source:
         "content of data_dir. imagenet: <split>/<class>/<image>, in folders or in a tar; "
         "imagenet_archives: the official tars and devkit; kaggle: the CLS-LOC layout; webdataset, "
         "parquet: shards; datasets: a name on the Hugging Face hub; csv, callable: path,label "
-        "lists; cifar: same as cifar10; the others: the layout of the dataset of that name",
+        "lists; cifar: same as cifar10; tiny_imagenet, cifar100, imagenette, demo: the dataset of "
+        "that name",
         choices=(
             "imagenet",
             "imagenet_archives",
@@ -39,7 +40,8 @@ class Source:
     data_dir: str = option(
         REQUIRED,
         "folder of the images, a file or pattern of shards ({split}, {000..147}, {a,b}, *), or "
-        "any fsspec URL (missing files of cifar, imagenette and demo are written to the folder)",
+        "any fsspec URL (missing files of cifar and imagenette are downloaded to it, "
+        "those of demo are generated)",
     )
     write_mode: str = option(
         "jpg",
@@ -57,12 +59,14 @@ class Source:
     )
     num_workers: int = option(16, "threads that read and encode", low=1, high=1024)
     chunk_size: int = option(
-        100, "images that may be encoded ahead of the writing", low=1, high=100000
+        100, "maximum number of encoded images that wait to be written", low=1, high=100000
     )
     jpeg_quality: int = option(
         90, "quality of images that are encoded (chroma 4:2:0)", low=1, high=100
     )
-    subset: int = option(-1, "use only the first images of each split, this many; -1: all", low=-1)
+    subset: int = option(
+        -1, "number of images to use, from the start of each split; -1: all", low=-1
+    )
     compress_probability: float = option(
         0.5, "proportion: share of images stored as JPEG", low=0, high=1
     )
@@ -71,7 +75,7 @@ class Source:
     )
     max_pixels: int = option(
         100_000_000,
-        "pictures with more pixels are refused before they are decoded",
+        "pictures with more pixels are rejected before they are decoded",
         low=1,
         high=2**28,
     )
@@ -92,7 +96,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write(Source):
+class WriteOptions(SourceOptions):
     """writing .beton files"""
 
     write_path: str = option(REQUIRED, "the .beton file, or a folder for train.beton and val.beton")
@@ -117,14 +121,14 @@ _WORKERS = option(16, "number of threads", low=1, high=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class InfoOptions:
     """printing the content of a file"""
 
     path: str = option(REQUIRED, _PATH)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class VerifyOptions:
     """checking a file"""
 
     path: str = option(REQUIRED, _PATH)
@@ -136,7 +140,7 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show:
+class ShowOptions:
     """drawing a contact sheet"""
 
     path: str = option(REQUIRED, _PATH)
@@ -158,7 +162,7 @@ class Show:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
+class MergeOptions:
     """merging files into a new one"""
 
     paths: str = option(REQUIRED, ".beton files, separated by commas")
@@ -167,7 +171,7 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subset:
+class SubsetOptions:
     """writing some samples of a file to a new one"""
 
     path: str = option(REQUIRED, _PATH)
@@ -177,12 +181,12 @@ class Subset:
         "classes by name or number, separated by commas; they are renumbered. Empty: all",
     )
     samples: str = option("", "numbers and ranges of samples, such as 0-99,200; empty: all")
-    per_class: int = option(0, "only the first samples of each class, this many; 0: all", low=0)
+    per_class: int = option(0, "number of samples to keep per class, from its start; 0: all", low=0)
     num_workers: int = _WORKERS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class ShardOptions:
     """splitting a file into parts"""
 
     path: str = option(REQUIRED, _PATH)
@@ -192,7 +196,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Concat:
+class ConcatOptions:
     """appending files to a file"""
 
     path: str = option(REQUIRED, "the .beton file to append to")
@@ -201,7 +205,7 @@ class Concat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportOptions:
     """exporting images to files"""
 
     path: str = option(REQUIRED, _PATH)

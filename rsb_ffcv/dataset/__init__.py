@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from rsb_ffcv import InputError, beton
+from rsb_ffcv.atomic import hidden
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
 from rsb_ffcv.dataset.inspect import export, info, verify
-from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored
+from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored, conversion
 from rsb_ffcv.dataset.sources import Place, Source
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.dataset.writer import OnError, evenly, part_path, write_beton
@@ -36,6 +37,7 @@ __all__ = [
 SAMPLED = 100  # number of pictures that an estimate encodes
 
 
+@conversion()
 def write_splits(
     place: Place,
     write_path: str,
@@ -53,15 +55,15 @@ def write_splits(
     content of the files after.
 
     All sources are opened, and the estimate is compared with the free space, before the first file
-    is started. Raises InputError if a source or a file cannot be used.
+    is started. Raises InputError if `split` is unknown, or a source or a file cannot be used.
 
     place: the dataset
     write_path: the file if `split` is given, otherwise a folder for train.beton and val.beton. With
         `split`, an existing folder or a path that ends in "/" is also a folder
     split: "train", "val", or empty for both
-    subset: use only the first images of each split; -1: all
+    subset: number of images to use, from the start of each split; -1: all
     num_workers: threads
-    chunk_size: images that may be encoded ahead of the writing
+    chunk_size: maximum number of encoded images that wait to be written
     encoding: how images are stored
     skip: leave out pictures that cannot be used, instead of raising
     max_skipped: largest share of pictures that may be left out, 0 .. 1
@@ -84,6 +86,8 @@ def write_splits(
             f"`write_path`={target}: is one file for two splits; give a folder, or `split`"
         )
     one_file = bool(split) and not (stat.S_ISDIR(mode) or write_path.endswith("/"))
+    if report:
+        hidden(Path(report), "part")  # raises now if it names no file
     sources = _sources(place, split, subset)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
     needed = sum(
@@ -130,10 +134,21 @@ def write_splits(
         _summary(written, source, time.monotonic() - began, report=on_error.report)
 
 
+@conversion()
 def estimate_splits(
     place: Place, split: str, *, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
 ) -> None:
-    """Prints the size and time that write_splits would need. The parameters are the same."""
+    """Prints the size and time that write_splits would need.
+
+    place: the dataset
+    split: "train", "val", or empty for both
+    subset: number of images to use, from the start of each split; -1: all
+    num_workers: threads
+    chunk_size: maximum number of encoded images that wait
+    encoding: how images are stored
+
+    Raises InputError if a source cannot be used.
+    """
     for name, source in _sources(place, split, subset).items():
         _estimate(name, source, encoding=encoding, num_workers=num_workers, chunk_size=chunk_size)
 
@@ -156,7 +171,7 @@ def storing(source: Source, encoding: Encoding) -> Callable[[int], Stored]:
 
 def settings_of(encoding: Encoding) -> dict:
     """The settings that the bytes of a stored image depend on. They are kept in the file."""
-    # None: left out. max_pixels only decides which pictures are refused
+    # None: left out. max_pixels only decides which pictures are rejected
     names = {"mode": "write_mode", "max_pixels": None}
     return {
         names.get(name, name): value
@@ -240,7 +255,7 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
         )
         print(
             f"{len(order) - len(firsts)} images are byte-identical copies of others; "
-            f"{int((lowest < highest).sum())} pictures are in two or more classes"
+            f"{int((lowest < highest).sum())} distinct images are in two or more classes"
         )
     if counts["left out"]:
         print(f"{counts['left out']} pictures were left out; {report} lists them")

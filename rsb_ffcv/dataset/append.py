@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, beton
-from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.atomic import atomic_file, flush_folder, hidden, lock
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton, read_beton
 from rsb_ffcv.dataset.assemble import (
     Samples,
@@ -25,13 +25,14 @@ from rsb_ffcv.dataset.writer import Pages, read_back
 
 
 class _Append:
-    """The files of an append in progress: the file itself under a hidden name; a note with its
-    previous length; and the new front, which exists as soon as everything else is on the disk."""
+    """The files of an append in progress: the file itself under a hidden name; a state file with
+    its previous length; and the new front, which exists as soon as everything else is on the
+    disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hidden, self.note, self.front = (
-            path.with_name(f".{path.name}.{what}") for what in ("appending", "append", "front")
+            hidden(path, what) for what in ("appending", "append", "front")
         )
 
     @contextmanager
@@ -53,7 +54,7 @@ class _Append:
     def recover(self, num_workers: int) -> dict:
         """Completes an interrupted append if its front exists, and undoes it otherwise.
 
-        Returns the note of an append that is now complete, or {}. Raises InputError if the file
+        Returns the state of an append that is now complete, or {}. Raises InputError if the file
         exists under both names, or an appended image cannot be read back.
         """
         if not self.note.exists():
@@ -103,7 +104,8 @@ def concat(path: str, paths: list[str], num_workers: int) -> Beton:
 
     The file is hidden while this function works. After any interruption, the next call restores it,
     either unchanged or with all new samples. Raises InputError if a file cannot be read or written,
-    or a sample has the name and the class of one that `path` already contains.
+    or a sample has the name and the class of one that `path` already contains or of another one to
+    append.
     """
     append = _Append(Path(path).resolve())  # the file itself if `path` is a link
     try:
@@ -140,15 +142,14 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
         numbers=[numbers[0]],
     )
     try:
-        existing = set(zip(names, target.labels.tolist()))
-        duplicates = [
-            name
-            for name, label in zip(samples.names, samples.labels.tolist())
-            if (name, label) in existing
-        ]
+        existing, duplicates = set(zip(names, target.labels.tolist())), []
+        for sample in zip(samples.names, samples.labels.tolist()):
+            if sample in existing:
+                duplicates.append(sample[0])
+            existing.add(sample)
         if duplicates:
             raise InputError(
-                f"{append.path}: already contains '{duplicates[0]}'; {len(duplicates)} of the "
+                f"{append.path}: would contain '{duplicates[0]}' twice; {len(duplicates)} of the "
                 f"{len(samples)} samples to append are duplicates; leave them out"
             )
         count = len(target) + len(samples)
@@ -270,7 +271,7 @@ def _append_images(
         with atomic_file(append.front, "free space") as file:
             file.write(front)
 
-    beton.put_around(
+    beton.write_structure(
         append.hidden,
         pages.end,
         metadata=metadata,
@@ -278,5 +279,5 @@ def _append_images(
         extras=extras,
         names=names,
         about=about,
-        keep_front=keep,
+        before_front=keep,
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.beton import JPG, Beton, read_beton
-from rsb_ffcv.dataset.inspect import read_sound
+from rsb_ffcv.dataset.inspect import read_verified
 from rsb_ffcv.dataset.picture import BadPicture, Stored, stored
 from rsb_ffcv.dataset.writer import write_beton
 from rsb_ffcv.ops import native
@@ -56,10 +56,12 @@ class Samples:
         return len(self.choice)
 
     def close(self) -> None:
+        """Closes the files."""
         for file in self._opened:
             file.close()
 
     def place(self, index: int) -> str:
+        """The file and number of sample `index`, for messages."""
         which, sample = self.choice[index].tolist()
         return f"{self.files[which].path}: sample {sample}"
 
@@ -76,6 +78,7 @@ class Samples:
         return native.checksum(np.array(known, np.uint64))
 
     def fingerprint(self) -> str:
+        """Differs between different choices, labels, classes and files."""
         parts = (
             "".join(file.fingerprint() for file in self.files).encode()
             + self.choice.tobytes()
@@ -90,7 +93,7 @@ class Samples:
         which, sample = self.choice[index].tolist()
         file, opened = self.files[which], self._opened[which].fileno()
         try:
-            data = read_sound(opened, file, sample, decode=file.extras is None)
+            data = read_verified(opened, file, sample, decode=file.extras is None)
         except ValueError as error:
             raise BadPicture(
                 f"{self.place(index)} {first_line(error)}; write that file again, or leave the "
@@ -144,7 +147,7 @@ def subset(
     num_workers: threads
     classes: names or numbers, separated by commas. They are renumbered in their old order
     samples: numbers and ranges, such as 0-99,200
-    per_class: only the first samples of each class, this many; 0: all
+    per_class: number of samples to keep per class, from its start; 0: all
 
     Raises InputError if no sample meets the conditions, a file cannot be read or written, or a
     sample is damaged.

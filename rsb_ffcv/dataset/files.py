@@ -2,7 +2,7 @@
 range; and the members of tar files.
 
 Names are relative to the root that the user gave. Nothing outside the root is read: names that are
-absolute or contain `..` are refused, and so are symbolic links that leave the root, unless
+absolute or contain `..` are rejected, and so are symbolic links that leave the root, unless
 follow_links is set.
 """
 
@@ -20,13 +20,13 @@ from typing import IO, Any, NoReturn, TypeVar
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.dataset.picture import BadPicture
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-MOST_BYTES = 1 << 30  # upper limit for one picture file
+MAX_BYTES = 1 << 30  # upper limit for one picture file
 # A remote read is tried TRIES times; the first pause is PAUSE seconds, and it doubles each time
 TRIES, PAUSE = 4, 1.0
 # Errors of the file system, not of the requested file
-_ELSEWHERE = {
+_FILE_SYSTEM_ERRORS = {
     errno.EIO,
     errno.EMFILE,
     errno.ENFILE,
@@ -42,6 +42,7 @@ _ELSEWHERE = {
 
 
 def is_url(path: str) -> bool:
+    """Whether `path` is an fsspec URL, also a chained one (zip://...::...)."""
     return "://" in path or "::" in path
 
 
@@ -91,6 +92,7 @@ class Local:
         return os.path.isfile(self.path(name))
 
     def folders(self, name: str) -> list[str]:
+        """The names of the folders directly in a folder, sorted."""
         return sorted(entry.name for entry in os.scandir(self.path(name)) if entry.is_dir())
 
     def list(self, name: str = "") -> list[str]:
@@ -144,10 +146,10 @@ class Local:
                 os.close(file)
         except OSError as error:
             # The whole folder is missing
-            gone = error.errno == errno.ENOENT and not os.path.isdir(
+            folder_is_missing = error.errno == errno.ENOENT and not os.path.isdir(
                 os.path.dirname(self.path(name))
             )
-            if gone or error.errno in _ELSEWHERE:
+            if folder_is_missing or error.errno in _FILE_SYSTEM_ERRORS:
                 raise InputError(
                     f"{self.path(name)}: cannot be reached ({error.strerror}); when it can, run "
                     f"the same command again to continue"
@@ -202,7 +204,7 @@ class Remote:
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _ask(self, name: str, request: Callable[[], Answer]) -> Answer:
+    def _retry(self, name: str, request: Callable[[], Result]) -> Result:
         """Returns request(). If the network fails, it is retried after a pause.
 
         Raises BadPicture if the file is missing, InputError if permission is denied or the last try
@@ -229,13 +231,14 @@ class Remote:
         raise AssertionError("the last try returns or raises")
 
     def is_folder(self, name: str) -> bool:
-        return self._ask(name, lambda: self.fs.isdir(self._at(name)))
+        return self._retry(name, lambda: self.fs.isdir(self._at(name)))
 
     def is_file(self, name: str) -> bool:
-        return self._ask(name, lambda: self.fs.isfile(self._at(name)))
+        return self._retry(name, lambda: self.fs.isfile(self._at(name)))
 
     def folders(self, name: str) -> list[str]:
-        entries = self._ask(name, lambda: self.fs.ls(self._at(name), detail=True))
+        """As Local.folders. Raises InputError if the network fails."""
+        entries = self._retry(name, lambda: self.fs.ls(self._at(name), detail=True))
         return sorted(
             entry["name"].rstrip("/").rpartition("/")[2]
             for entry in entries
@@ -243,7 +246,8 @@ class Remote:
         )
 
     def list(self, name: str = "") -> list[str]:
-        found = self._ask(name, lambda: self.fs.find(self._at(name)))
+        """As Local.list. Raises InputError if the network fails."""
+        found = self._retry(name, lambda: self.fs.find(self._at(name)))
         below = f"{self.root}/"
         # startswith: a web page may link to other sites
         return sorted(path[len(below) :] for path in found if path.startswith(below))
@@ -255,9 +259,9 @@ class Remote:
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes:
         """As Local.read. Raises InputError if the network fails."""
         if length < 0:
-            return self._ask(name, lambda: self.fs.cat_file(self._at(name)))
+            return self._retry(name, lambda: self.fs.cat_file(self._at(name)))
         _check_length(self.path(name), length)
-        part = self._ask(
+        part = self._retry(
             name, lambda: self.fs.cat_file(self._at(name), start=start, end=start + length)
         )
         if len(part) > length:
@@ -272,21 +276,23 @@ class Remote:
         return part
 
     def open(self, name: str) -> IO[bytes]:
-        return self._ask(name, lambda: self.fs.open(self._at(name), "rb", block_size=1 << 20))
+        """As Local.open. Raises InputError if the network fails."""
+        return self._retry(name, lambda: self.fs.open(self._at(name), "rb", block_size=1 << 20))
 
 
 Files = Local | Remote
 
 
 def _check_length(path: str, length: int) -> None:
-    if length > MOST_BYTES:
+    if length > MAX_BYTES:
         raise BadPicture(
-            f"{path}: {length} bytes are more than the limit for a picture ({MOST_BYTES}); "
+            f"{path}: {length} bytes are more than the limit for a picture ({MAX_BYTES}); "
             f"replace or remove it"
         )
 
 
 def read_text(files: Files, name: str) -> str:
+    """The text of a UTF-8 file. Raises InputError if it is not UTF-8."""
     try:
         return files.read(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, first_line, warn
-from rsb_ffcv.atomic import atomic_file, write_table
+from rsb_ffcv.atomic import atomic_file, hidden, write_table
 from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
@@ -88,13 +88,15 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     report: CSV file that lists the damaged images, or empty
 
     After an interruption, the next call with the same file and share continues. For that, a hidden
-    note is kept beside the file if the folder is writable. Raises InputError if the file's
+    state file is kept beside the file if the folder is writable. Raises InputError if the file's
     structure is damaged.
     """
     file = read_beton(path)
     if report and os.path.realpath(report) == os.path.realpath(path):
         raise InputError(f"`report`={report}: is the file itself; choose another")
-    note = file.path.with_name(f".{file.path.name}.verify")
+    if report:
+        hidden(Path(report), "part")  # raises now if it names no file
+    note = hidden(file.path, "verify")
     known = os.stat(file.path)
     mark = {
         "bytes": known.st_size,
@@ -114,7 +116,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
 
         def check(index: int) -> str | None:
             try:
-                read_sound(
+                read_verified(
                     opened.fileno(),
                     file,
                     index,
@@ -164,7 +166,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     return not bad
 
 
-def read_sound(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
+def read_verified(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
     """Beton.read; with `decode`, a JPEG is also decoded, and its size and entry points are compared
     with those in the file. Raises ValueError if the image is damaged, OSError if it cannot be
     read."""
@@ -209,21 +211,19 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
     """
     file = read_beton(path)
     target = Path(write_path)
-    unfinished, mark = (
-        target.with_name(f".{target.name}.part"),
-        target.with_name(f".{target.name}.of"),
-    )
     places = _places(file)
     try:
         if target.exists():
             raise InputError(
                 f"`write_path`={target}: exists; give a folder that does not exist, or remove it"
             )
+        unfinished, mark = hidden(target, "part"), hidden(target, "of")
         if unfinished.exists() and (not mark.exists() or mark.read_text() != file.fingerprint()):
             raise InputError(
                 f"`write_path`={target}: contains an unfinished export of another file; remove "
                 f"{unfinished}, or choose another"
             )
+        target.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(file.fingerprint())
         for folder in {place.parent for place in places}:
             (unfinished / folder).mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
 
             def put(index: int) -> None:
                 try:
-                    stored = read_sound(opened.fileno(), file, index, decode=False)
+                    stored = read_verified(opened.fileno(), file, index, decode=False)
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}; write the file again, or leave the "

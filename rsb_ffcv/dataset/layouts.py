@@ -106,10 +106,10 @@ def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str 
             )
         for path in images:
             index.add_file(path, label, path[len(folder) + 1 :])
-    _say_left_out(index.files.path(folder), left_out)
+    _report_skipped(index.files.path(folder), left_out)
 
 
-def _say_left_out(where: str, count: int) -> None:
+def _report_skipped(where: str, count: int) -> None:
     if count:
         print(
             f"{where}: {count} files left out; their names do not end in "
@@ -123,7 +123,7 @@ def _image_tar(files: Files, name: str, split: str) -> Source:
     with opened(files, name) as file:
         everything = list(tar_members(file, path))
     members = sorted(member for member in everything if is_image(member[0]))
-    _say_left_out(path, len(everything) - len(members))
+    _report_skipped(path, len(everything) - len(members))
     if not members:
         raise InputError(
             f"{path}: contains no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give another archive"
@@ -196,11 +196,12 @@ def archives(place: Place, split: str) -> Source:
                     f"{', '.join(sorted(set(classes) ^ set(kit.classes))[:5])}); use the devkit "
                     f"of these images"
                 )
-            for wnid, start, length in sorted(inner):
+            # `classes` are sorted too
+            for label, (wnid, start, length) in enumerate(sorted(inner)):
                 for member, at, size in tar_members(
                     file, f"{path}: {wnid}.tar", start=start, length=length
                 ):
-                    index.add_member(f"{wnid}/{member}", classes.index(wnid), start=at, length=size)
+                    index.add_member(f"{wnid}/{member}", label, start=at, length=size)
         else:
             if not kit or not kit.truth:
                 raise InputError(
@@ -347,7 +348,7 @@ def kaggle(place: Place, split: str) -> Source:
             f"{files.path(solution)} is missing; download it: it contains the labels of the "
             f"validation images"
         )
-    answers = {}
+    labels = {}
     for row in _rows(files, solution, csv.DictReader):
         wnid = (row.get("PredictionString") or "").split(" ")[0]
         if wnid not in numbers or not row.get("ImageId"):
@@ -355,16 +356,16 @@ def kaggle(place: Place, split: str) -> Source:
                 f"{files.path(solution)}: the class of '{row.get('ImageId')}' is not in "
                 f"{mapping}; download it again"
             )
-        answers[row["ImageId"]] = numbers[wnid]
+        labels[row["ImageId"]] = numbers[wnid]
     found = {PurePosixPath(path).stem: path for path in files.list(f"{base}/val") if is_image(path)}
-    if without := sorted(set(found) - set(answers)):
+    if without := sorted(set(found) - set(labels)):
         raise InputError(
             f"{files.path(found[without[0]])}: has no line in {solution}; download that file "
             f"again or remove the image"
         )
-    for stem in sorted(answers):  # a missing one is a bad picture, reported when it is read
+    for stem in sorted(labels):  # a missing one is a bad picture, reported when it is read
         path = found.get(stem, f"{base}/val/{stem}.JPEG")
-        index.add_file(path, answers[stem], PurePosixPath(path).name)
+        index.add_file(path, labels[stem], PurePosixPath(path).name)
     return index.source(classes, [titles[wnid] for wnid in classes])
 
 

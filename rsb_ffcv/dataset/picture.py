@@ -1,6 +1,9 @@
 """Converts a picture file to upright 8-bit RGB, or keeps the bytes of its JPEG. A picture for which
-neither is possible is refused with an error that names it."""
+neither is possible is rejected with an error that names it."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -9,16 +12,12 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rsb_ffcv import InputError, beton, first_line
+from rsb_ffcv import InputError, beton, check_choice, first_line
 from rsb_ffcv.ops import native
 
 MAX_SIDE = 65535  # largest width and height in a .beton's metadata
 # Pillow reads other formats, too; for some of them it starts programs
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
-
-# load_rgb compares every picture with max_pixels before it decodes it
-Image.MAX_IMAGE_PIXELS = None
-cv2.setNumThreads(1)  # one thread per picture: the writer's threads work in parallel
 
 # EXIF orientation -> the operation that makes the stored pixels upright. Pillow's exif_transpose
 # also rewrites the EXIF block, which fails for unusual but harmless blocks of cameras and editors.
@@ -31,6 +30,21 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@contextmanager
+def conversion() -> Iterator[None]:
+    """A context with the settings of Pillow and OpenCV for converting pictures. They apply to the
+    whole process, and are restored at the end."""
+    saved = Image.MAX_IMAGE_PIXELS, cv2.getNumThreads()
+    # load_rgb compares every picture with max_pixels before it decodes it
+    Image.MAX_IMAGE_PIXELS = None
+    cv2.setNumThreads(1)  # one thread per picture: the writer's threads work in parallel
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = saved[0]
+        cv2.setNumThreads(saved[1])
 
 
 class BadPicture(InputError):
@@ -88,7 +102,9 @@ class Encoding:
     compress_probability: 0 .. 1; see mode
     pass_through: a JPEG that needs no change keeps its bytes: within max_resolution, 8-bit baseline
         or progressive, grey or RGB, upright, and decodable to its end without a warning
-    max_pixels: pictures with more pixels are refused before they are decoded
+    max_pixels: pictures with more pixels are rejected before they are decoded
+
+    Raises InputError for an unknown mode or a number out of its range.
     """
 
     mode: str = "jpg"
@@ -98,6 +114,18 @@ class Encoding:
     compress_probability: float = 0.5
     pass_through: bool = True
     max_pixels: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("jpg", "raw", "smart", "proportion"))
+        for name, value, low, high in (
+            ("max_resolution", self.max_resolution, 0, MAX_SIDE),
+            ("jpeg_quality", self.jpeg_quality, 1, 100),
+            ("smart_threshold", self.smart_threshold, 0, math.inf),
+            ("compress_probability", self.compress_probability, 0, 1),
+            ("max_pixels", self.max_pixels, 1, 2**28),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"`{name}`={value}: must be {low} .. {high}")
 
     def store(self, index: int, picture: bytes | np.ndarray, name: str) -> Stored:
         """Converts a picture to its stored form.
@@ -173,11 +201,7 @@ class Encoding:
         """The stored (height, width), rounded to the nearest pixel. FFCV truncates a float product
         instead, so many sizes are one pixel below the maximum. Raises BadPicture if the picture is
         too large."""
-        if height * width > self.max_pixels:
-            raise BadPicture(
-                f"{name}: {width} x {height} pixels are more than `max_pixels`={self.max_pixels}; "
-                f"shrink or remove it, or raise the limit"
-            )
+        _check_pixels(height, width, self.max_pixels, name=name)
         ratio = self.max_resolution / max(height, width)
         if 0 < ratio < 1:
             height, width = max(1, round(height * ratio)), max(1, round(width * ratio))
@@ -243,6 +267,14 @@ def _decode(
             f"{name}: not a readable picture (a JPEG that {first_line(error)}); replace or remove "
             f"it"
         ) from error
+
+
+def _check_pixels(height: int, width: int, max_pixels: int, *, name: str) -> None:
+    if height * width > max_pixels:
+        raise BadPicture(
+            f"{name}: {width} x {height} pixels are more than `max_pixels`={max_pixels}; shrink or "
+            f"remove it, or raise the limit"
+        )
 
 
 def out_of_memory(name: str) -> InputError:
@@ -312,7 +344,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _orientation(picture: Image.Image) -> Any:
     try:
         return picture.getexif().get(0x0112)
-    except Exception:  # as in jpeg_frame
+    # As in jpeg_frame: Pillow raises any type of error for a damaged EXIF block, without which the
+    # picture is usable
+    except Exception:
         return None
 
 
@@ -326,11 +360,7 @@ def load_rgb(data: bytes, name: str, max_pixels: int = Encoding.max_pixels) -> n
             if opened.format == "PNG":
                 opened.verify()  # checks the checksums of the chunks; loading does not
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > max_pixels:
-                raise BadPicture(
-                    f"{name}: {opened.width} x {opened.height} pixels are more than "
-                    f"`max_pixels`={max_pixels}; shrink or remove it, or raise the limit"
-                )
+            _check_pixels(opened.height, opened.width, max_pixels, name=name)
             return np.asarray(to_rgb(opened))
     except InputError:
         raise

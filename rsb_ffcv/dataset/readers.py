@@ -6,11 +6,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, check_choice
 from rsb_ffcv.dataset import layouts, shards
 from rsb_ffcv.dataset.files import open_root, read_text
 from rsb_ffcv.dataset.picture import BadPicture
-from rsb_ffcv.dataset.sources import Place, Source
+from rsb_ffcv.dataset.sources import SPLIT_NAMES, Place, Source
 
 READERS = {
     "imagenet": layouts.image_folder,
@@ -23,13 +23,20 @@ READERS = {
     "webdataset": shards.webdataset,
     "parquet": shards.parquet,
     "datasets": shards.hugging_face,
+    "cifar": shards.torchvision,
+    "cifar10": shards.torchvision,
+    "cifar100": shards.torchvision,
+    "imagenette": shards.torchvision,
 }
 
 
 def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
     """Opens the splits ("train", "val") of a dataset, with one list of classes. Raises InputError,
-    which names what is missing and the fix."""
-    reader = READERS.get(place.dataset, shards.torchvision)
+    which names what is missing and the fix, also for an unknown dataset or split."""
+    check_choice("dataset", place.dataset, READERS)
+    for split in splits:
+        check_choice("split", split, SPLIT_NAMES)
+    reader = READERS[place.dataset]
     try:
         sources = {split: reader(place, split) for split in splits}
     except BadPicture as error:  # for a list or an archive, not a picture

@@ -135,6 +135,16 @@ def _add_sample(
     key: str | None,
     parts: dict[str, tuple[int, int]],
 ) -> None:
+    """Adds one sample of a shard to the index.
+
+    index: the image is added to it
+    labels: its label is appended to them, None if it has none
+    without: the names of members that are not used are appended to them
+    file: the open shard
+    shard: its name
+    key: of the sample
+    parts: the sample's members: extension -> (first byte, bytes)
+    """
     images: list[str | None] = [
         extension for extension in parts if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
     ]

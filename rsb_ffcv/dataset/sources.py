@@ -128,6 +128,7 @@ class Index:
         self._ranges = array("q")
 
     def add_file(self, name: str, label: int, shown: str) -> None:
+        """Adds a whole file. name: its path in `files`; shown: the image's name."""
         self.paths.append(name)
         self._add(shown, label, start=0, length=-1)
 
@@ -150,7 +151,7 @@ class Index:
         path, start, length = self._ranges[3 * index : 3 * index + 3]
         if length < 0:
             return self.files.stamp(self.paths[path])
-        if path not in self._stamps:  # a file with many pictures: ask for its stamp once
+        if path not in self._stamps:  # many images in one file: read its stamp once
             self._stamps[path] = self.files.stamp(self.paths[path])
         return start, *self._stamps[path]
 

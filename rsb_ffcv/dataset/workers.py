@@ -14,12 +14,10 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
-from rsb_ffcv import InputError
+from rsb_ffcv import STALL_SECONDS, InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-PATIENCE = 300.0  # seconds without a result after which a thread is considered stuck
 
 
 def ordered(
@@ -29,7 +27,7 @@ def ordered(
     threads: int,
     ahead: int = 100,
     name: Callable[[Item], str] = str,
-    patience: float = PATIENCE,
+    patience: float = STALL_SECONDS,
 ) -> Generator[Result, None, None]:
     """Yields function(item) for each item, in order.
 
@@ -75,15 +73,15 @@ def ordered(
             try:
                 result = future.result(patience)
             except TimeoutError as error:
-                if future.done():
-                    raise  # `function` raised it
-                stuck = True
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                raise InputError(
-                    f"{name(item)}: a worker has hung on it for {patience:.0f} s (its stack is "
-                    f"printed above); check the disk or network that it reads from, and run the "
-                    f"same command again"
-                ) from error
+                if not future.done():
+                    stuck = True
+                    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                    raise InputError(
+                        f"{name(item)}: a worker has hung on it for {patience:.0f} s (its stack "
+                        f"is printed above); check the disk or network that it reads from, and "
+                        f"run the same command again"
+                    ) from error
+                result = future.result()  # it came just after the timeout, or `function` raised it
             yield result
     finally:
         for future, _ in pending:

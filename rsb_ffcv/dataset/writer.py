@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, __version__, beton
-from rsb_ffcv.atomic import flush_folder, lock, write_table
+from rsb_ffcv.atomic import flush_folder, hidden, lock, write_table
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton
 from rsb_ffcv.dataset.picture import BadPicture, Stored
 from rsb_ffcv.dataset.workers import ordered
@@ -39,7 +39,7 @@ from rsb_ffcv.ops import native
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 1.0  # an interruption loses at most this much work
 # Before a file is continued or accepted as finished, this many pictures are compared again
 SAMPLED = 20
-READ_AT_ONCE = 64  # pictures per read-back task
+READ_AT_ONCE = 64  # images per read-back task
 HOW = ("kept", "encoded", "raw", "left out")
 _LEFT_OUT = HOW.index("left out")
 # The result for picture `index`. source: its Source.identity; how: index in HOW; check: XXH64 of
@@ -112,7 +112,7 @@ def write_beton(
     store(index): returns the Stored of a picture, or raises BadPicture
     settings: what the images' bytes depend on; kept in the file
     num_workers: threads, 1 or more
-    chunk_size: number of pictures that may be encoded ahead of the writing
+    chunk_size: maximum number of encoded images that wait to be written
     on_error: what to do with pictures that cannot be used
     described: kind of dataset and split; kept in the file
 
@@ -132,7 +132,11 @@ def write_beton(
     try:
         if path.exists():
             return _finished(path, about, source, store=store)
-        with _journal(path, about) as journal:
+        with _journal(path) as journal:
+            if path.exists():  # another process has finished it since
+                os.unlink(journal.name)
+                return _finished(path, about, source, store=store)
+            _begin(journal, path, about)
             unfinished = part_path(path)
             with (
                 open(
@@ -218,44 +222,54 @@ def _differing(old: dict, new: dict) -> str:
 
 def part_path(path: Path) -> Path:
     """The path of an unfinished file."""
-    return path.with_name(f".{path.name}.part")
+    return hidden(path, "part")
 
 
 def _journal_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.journal")
+    return hidden(path, "journal")
 
 
 @contextmanager
-def _journal(path: Path, about: About) -> Iterator[io.FileIO]:
-    """Opens and locks the journal and positions it at its first record. Its first line contains the
-    settings. Raises InputError if they differ, or another process has the lock."""
-    name = _journal_path(path)
-    head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
-    with open(name, "ab+", buffering=0) as file:
-        try:
-            lock(file, path)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{path}: another process is writing it; wait until it has finished, or choose "
-                f"another `write_path`"
-            ) from error
-        file.seek(0)
-        known, line_end, _ = file.read(1 << 20).partition(b"\n")
-        if line_end and known != head:
+def _journal(path: Path) -> Iterator[io.FileIO]:
+    """Opens and locks the journal. Raises InputError if another process has the lock."""
+    name, locked = _journal_path(path), False
+    while not locked:
+        with open(name, "ab+", buffering=0) as file:
             try:
-                why = _differing(json.loads(known), json.loads(head))
-            except ValueError:
-                why = "they cannot be read"
-            raise InputError(
-                f"{path}: the unfinished file has other settings ({why}); give the same settings, "
-                f"or remove {name} to start over"
-            )
-        if not line_end:
-            file.truncate(0)
-            _write_all(file, head + b"\n")
-            flush_folder(path.parent)
-        file.seek(len(head) + 1)
-        yield file
+                lock(file, path)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{path}: another process is writing it; wait until it has finished, or choose "
+                    f"another `write_path`"
+                ) from error
+            # A process that finished between opening and locking has removed this file. Its lock
+            # excludes nobody; open the one that now has the name
+            with suppress(FileNotFoundError):
+                locked = os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+            if locked:
+                yield file
+
+
+def _begin(journal: io.FileIO, path: Path, about: About) -> None:
+    """Positions the journal at its first record. Its first line contains the settings. Raises
+    InputError if they differ."""
+    head = json.dumps({**about.tool, **about.settings}, ensure_ascii=False).encode()
+    journal.seek(0)
+    known, line_end, _ = journal.read(1 << 20).partition(b"\n")
+    if line_end and known != head:
+        try:
+            why = _differing(json.loads(known), json.loads(head))
+        except ValueError:
+            why = "they cannot be read"
+        raise InputError(
+            f"{path}: the unfinished file has other settings ({why}); give the same settings, "
+            f"or remove {_journal_path(path)} to start over"
+        )
+    if not line_end:
+        journal.truncate(0)
+        _write_all(journal, head + b"\n")
+        flush_folder(path.parent)
+    journal.seek(len(head) + 1)
 
 
 def _write_all(file: io.FileIO, data: bytes | np.ndarray) -> None:
@@ -274,10 +288,10 @@ class Pages:
 
     def add(self, data: np.ndarray) -> int:
         """Writes `data` (uint8, at most a page) and returns its first byte in the file."""
-        room = -self.end % PAGE_BYTES or PAGE_BYTES
-        if data.nbytes > room:  # FFCV reads page by page: no image may cross a boundary
-            _write_all(self.file, bytes(room))
-            self.end += room
+        remaining = -self.end % PAGE_BYTES or PAGE_BYTES
+        if data.nbytes > remaining:  # FFCV reads page by page: no image may cross a boundary
+            _write_all(self.file, bytes(remaining))
+            self.end += remaining
         _write_all(self.file, data)
         self.end += data.nbytes
         return self.end - data.nbytes
@@ -294,7 +308,7 @@ class _Part:
         self.records = np.zeros(len(source), RECORD)
         front = beton.front_bytes(len(source))
         self.start, self.journal_start = front + -front % PAGE_BYTES, journal.tell()
-        self.count, end = self._take_up(path, source, self.start)
+        self.count, end = self._resume(path, source, self.start)
         self.synced, self._synced_end, self._sync_at = (
             self.count,
             end,
@@ -304,7 +318,7 @@ class _Part:
         self._thread = ThreadPoolExecutor(1)
         self._syncing: Future[None] | None = None
 
-    def _take_up(self, path: Path, source: Pictures, start: int) -> tuple[int, int]:
+    def _resume(self, path: Path, source: Pictures, start: int) -> tuple[int, int]:
         """Keeps the pictures of an earlier call that are complete and unchanged in the source.
         Returns their number and the byte at which they end. Raises InputError if the first picture
         is not the same."""
@@ -390,11 +404,11 @@ class _Part:
             self._syncing.result()
         known = self.records[self.synced : self.count].tobytes()
 
-        def bring() -> None:
+        def flush() -> None:
             os.fdatasync(self.file.fileno())
             _write_all(self.journal, known)
 
-        self._syncing = self._thread.submit(bring)
+        self._syncing = self._thread.submit(flush)
         self.synced, self._synced_end, self._sync_at = (
             self.count,
             self.pages.end,
@@ -422,6 +436,14 @@ def _write(
     on_error: OnError,
     title: str,
 ) -> None:
+    """Writes the pictures that the unfinished file does not contain yet.
+
+    part: the unfinished file
+    source, store, num_workers, chunk_size, on_error: as in write_beton
+    title: name of the file in messages
+
+    Raises InputError as write_beton does.
+    """
     left_out: list[tuple[int, str]] = []
 
     def try_to_store(index: int) -> Stored | BadPicture:
@@ -514,7 +536,7 @@ def _finish(part: _Part, source: Pictures, about: About, *, unfinished: Path) ->
     )
     for name in beton.EXTRA.names or ():
         extras[name] = known[name]
-    beton.put_around(
+    beton.write_structure(
         unfinished,
         part.pages.end,
         metadata=metadata,

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsb_ffcv import check_choice
+
 
 def decay_of_step(decay: float, per_images: int, batch: int) -> float:
     """The decay of one update after `batch` images.
@@ -64,6 +66,8 @@ class Ema(_Average):
     power: see warmup.
     buffers: "lerp" averages batch-norm statistics as well, "copy" copies the model's. Integers are
         always copied.
+
+    Raises InputError for another value of `buffers`.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Ema(_Average):
         power: float = 2 / 3,
         buffers: str = "lerp",
     ) -> None:
+        check_choice("buffers", buffers, ("lerp", "copy"))
         super().__init__(model, buffers)
         self.decay, self.warmup, self.power = decay, warmup, power
         # A tensor if only the device knows which updates were skipped.
@@ -128,9 +133,11 @@ class Ema(_Average):
         self.updates = 1
 
     def state_dict(self) -> dict:
+        """The averaged tensors and the number of updates."""
         return {"module": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restores what state_dict returned."""
         self.module.load_state_dict(state["module"])
         self.updates = state["updates"]
 
@@ -145,7 +152,7 @@ class Swa(_Average):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "copy")
         self.models = 0
-        # Batches per process done in the estimation of statistics; -1: not begun
+        # Rounds of the estimation of statistics done (one batch per process each); -1: not started
         self.rounds = -1
         self.finished = False  # whether the estimation is complete
 
@@ -163,6 +170,7 @@ class Swa(_Average):
         self.resume_batch_norm()
 
     def resume_batch_norm(self) -> None:
+        """Continues the estimation after `load_state_dict`, with the statistics so far."""
         self._momenta = [norm.momentum for norm in batch_norms(self.module)]
         for norm in batch_norms(self.module):
             norm.momentum = None  # torch's value for the equal average
@@ -170,12 +178,14 @@ class Swa(_Average):
             norm.train()
 
     def end_batch_norm(self) -> None:
+        """Ends the estimation. The statistics are complete."""
         for norm, momentum in zip(batch_norms(self.module), self._momenta):
             norm.momentum = momentum
         self.module.eval()
         self.finished = True
 
     def state_dict(self) -> dict:
+        """The averaged tensors, the number of models, and the state of the estimation."""
         return {
             "module": self.module.state_dict(),
             "models": self.models,
@@ -184,6 +194,7 @@ class Swa(_Average):
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Restores what state_dict returned."""
         self.module.load_state_dict(state["module"])
         self.models, self.rounds, self.finished = (
             state["models"],

@@ -24,7 +24,7 @@ class Lamb(Optimizer):
     lr: learning rate.
     betas: decay of the two moments.
     eps: added to the root of the second moment.
-    weight_decay: added to the update, x the weights.
+    weight_decay: coefficient of the weights, which are added to the update.
     bias_correction: divide the moments by 1 - beta ** step.
     grad_averaging: multiply the gradient by 1 - beta1.
     max_grad_norm: largest norm of all gradients together; None: no clip.
@@ -103,6 +103,7 @@ class Lamb(Optimizer):
     def step(  # type: ignore[override]  # one signature for torch's two overloads
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
+        """Updates the parameters. Returns the loss of `closure`, None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,17 +120,17 @@ class Lamb(Optimizer):
                         for name in ("exp_avg", "exp_avg_sq")
                     }
             work.append((group, params, [p.grad for p in params]))
-        grads = [grad for _, _, some in work for grad in some]
+        grads = [grad for _, _, group_grads in work for grad in group_grads]
         if not grads:
             return loss
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        kept = None  # on the device: 1 if the step counts, 0 if the gradients overflowed
+        applied = None  # on the device: 1 if the step counts, 0 if the gradients overflowed
         if found_inf is not None:
-            kept = 1 - found_inf.to(grads[0].device)
+            applied = 1 - found_inf.to(grads[0].device)
             scale = None if scale is None else scale.to(grads[0].device)
-        self._prepare(grads, kept, scale, limit=self.defaults["max_grad_norm"])
-        for group, params, some in work:
-            self._step_group(group, params, some, kept=kept)
+        self._prepare(grads, applied, scale, limit=self.defaults["max_grad_norm"])
+        for group, params, group_grads in work:
+            self._step_group(group, params, group_grads, applied=applied)
         return loss
 
     def _step_group(
@@ -138,37 +139,40 @@ class Lamb(Optimizer):
         params: list[torch.Tensor],
         grads: list[torch.Tensor],
         *,
-        kept: torch.Tensor | None,
+        applied: torch.Tensor | None,
     ) -> None:
-        if kept is not None and not isinstance(group.get("step", 0.0), torch.Tensor):
-            group["step"] = torch.full_like(kept, group.get("step", 0.0), dtype=torch.float64)
-        group["step"] = group.get("step", 0.0) + (1 if kept is None else kept)
+        if applied is not None and not isinstance(group.get("step", 0.0), torch.Tensor):
+            group["step"] = torch.full_like(applied, group.get("step", 0.0), dtype=torch.float64)
+        group["step"] = group.get("step", 0.0) + (1 if applied is None else applied)
         if not params:
             return
         step, (beta1, beta2), lr = group["step"], group["betas"], group["lr"]
-        one, two = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
-        # As tensors: `kept` is on the device, and a compiler would specialize on numbers.
-        if kept is not None or self._compiled:
+        bias_correction1, bias_correction2 = (
+            (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+        )
+        # As tensors: `applied` is on the device, and a compiler would specialize on numbers.
+        if applied is not None or self._compiled:
             device = params[0].device
-            one, two, lr = (
+            bias_correction1, bias_correction2, lr = (
                 value.float()
                 if isinstance(value, torch.Tensor)
                 else torch.full((), value, device=device)
-                for value in (one, two, lr)
+                for value in (bias_correction1, bias_correction2, lr)
             )
-            kept = torch.ones((), device=device) if kept is None else kept
-            one, two = torch.where(kept > 0, one, 1.0), torch.where(kept > 0, two, 1.0)
-        for some in _portions(params):
-            states = [self.state[p] for p in params[some]]
+            applied = torch.ones((), device=device) if applied is None else applied
+            bias_correction1 = torch.where(applied > 0, bias_correction1, 1.0)
+            bias_correction2 = torch.where(applied > 0, bias_correction2, 1.0)
+        for chunk in _chunks(params):
+            states = [self.state[p] for p in params[chunk]]
             self._update(
-                params[some],
-                grads[some],
+                params[chunk],
+                grads[chunk],
                 exp_avgs=[state["exp_avg"] for state in states],
                 exp_avg_sqs=[state["exp_avg_sq"] for state in states],
                 lr=lr,
-                one=one,
-                two=two,
-                kept=kept,
+                bias_correction1=bias_correction1,
+                bias_correction2=bias_correction2,
+                applied=applied,
                 beta1=beta1,
                 beta2=beta2,
                 beta3=1 - beta1 if group["grad_averaging"] else 1.0,
@@ -180,9 +184,10 @@ class Lamb(Optimizer):
             )
 
 
-def _portions(params: list[torch.Tensor]) -> list[slice]:
-    """Splits `params` into the slices that are updated together: one slice, but on the CPU as many
-    parameters per slice as fit in the cache with their moments, from one pass to the next."""
+def _chunks(params: list[torch.Tensor]) -> list[slice]:
+    """Splits `params` into the slices that are updated together. On CUDA, one slice. On the CPU,
+    each slice with its gradients and moments fits in the cache, so that it stays there between
+    passes."""
     if params[0].device.type != "cpu":
         return [slice(None)]
     starts, numbers = [0], 0
@@ -196,14 +201,14 @@ def _portions(params: list[torch.Tensor]) -> list[slice]:
 
 def _prepare(
     grads: list[torch.Tensor],
-    kept: torch.Tensor | None,
+    applied: torch.Tensor | None,
     scale: torch.Tensor | None,
     *,
     limit: float | None,
 ) -> None:
     """Prepares the gradients for the update, in place: replaces non-finite values by 0, divides by
     the scaler's `scale`, and clips their common norm to `limit`."""
-    if kept is not None:
+    if applied is not None:
         for grad in grads:
             grad.nan_to_num_(0, 0, 0)
         if scale is not None:
@@ -220,9 +225,9 @@ def _update(
     exp_avgs: list[torch.Tensor],
     exp_avg_sqs: list[torch.Tensor],
     lr: float | torch.Tensor,
-    one: float | torch.Tensor,
-    two: float | torch.Tensor,
-    kept: torch.Tensor | None,
+    bias_correction1: float | torch.Tensor,
+    bias_correction2: float | torch.Tensor,
+    applied: torch.Tensor | None,
     beta1: float,
     beta2: float,
     beta3: float,
@@ -235,14 +240,14 @@ def _update(
     """Updates the parameters and moments of one group, in place.
 
     params, grads, exp_avgs, exp_avg_sqs: weights, gradients, first and second moments.
-    lr, one, two, kept: 0-dim tensors; or numbers, with kept None.
-    one, two: bias corrections of the two moments.
-    kept: 1 if the step counts, 0 if it is skipped.
+    lr, bias_correction1, bias_correction2, applied: 0-dim tensors; or numbers, with applied None.
+    bias_correction1, bias_correction2: of the first and the second moment.
+    applied: 1 if the step counts, 0 if it is skipped.
     beta1, beta2: decay of the two moments.
     beta3: factor of the gradient.
     eps, weight_decay, trust_clip, always_adapt, decoupled_decay: see Lamb.
     """
-    if kept is None:
+    if applied is None:
         if beta3 == 1 - beta1:
             torch._foreach_lerp_(exp_avgs, grads, beta3)
         else:
@@ -250,27 +255,27 @@ def _update(
             torch._foreach_add_(exp_avgs, grads, alpha=beta3)
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    else:  # the moments do not change if kept is 0
+    else:  # the moments do not change if applied is 0
         squares = torch._foreach_mul(grads, grads)
-        torch._foreach_mul_(grads, beta3 * kept)
-        torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * kept)
+        torch._foreach_mul_(grads, beta3 * applied)
+        torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * applied)
         torch._foreach_add_(exp_avgs, grads)
-        torch._foreach_mul_(squares, (1 - beta2) * kept)
-        torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * kept)
+        torch._foreach_mul_(squares, (1 - beta2) * applied)
+        torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * applied)
         torch._foreach_add_(exp_avg_sqs, squares)
-    # m / one / (sqrt(v / two) + eps) = scale x m / (sqrt(v) + eps x sqrt(two)), which saves two
-    # passes over the tensors.
-    root = two**0.5
+    # With the bias corrections c1 and c2: m / c1 / (sqrt(v / c2) + eps) = scale x m / (sqrt(v) +
+    # eps x sqrt(c2)), which saves two passes over the tensors.
+    root = bias_correction2**0.5
     updates = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(updates, eps * root)
     torch._foreach_reciprocal_(updates)
     torch._foreach_mul_(updates, exp_avgs)
-    scale, step_size = root / one, lr if kept is None else lr * kept
+    scale, step_size = root / bias_correction1, lr if applied is None else lr * applied
     if weight_decay and decoupled_decay:
         torch._foreach_mul_(params, 1 - step_size * weight_decay)
     elif weight_decay:
-        if kept is None:
-            alpha = weight_decay / scale  # a number, because `kept` is None
+        if applied is None:
+            alpha = weight_decay / scale  # a number, because `applied` is None
             torch._foreach_add_(updates, params, alpha=alpha)  # type: ignore[arg-type]  # see above
         else:
             torch._foreach_add_(updates, torch._foreach_mul(params, weight_decay / scale))
@@ -284,7 +289,7 @@ def _update(
             ratios = ratios.clamp(max=1.0)
         torch._foreach_mul_(updates, list((ratios * (-step_size * scale)).unbind()))
         torch._foreach_add_(params, updates)
-    elif kept is None:
+    elif applied is None:
         alpha = -step_size * scale  # a number, as above
         torch._foreach_add_(params, updates, alpha=alpha)  # type: ignore[arg-type]  # see above
     else:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from rsb_ffcv import check_choice
+
 
 def soft_targets(
     labels: torch.Tensor,
@@ -38,12 +40,17 @@ class Loss:
     smoothing: share of the target that is spread over all classes.
     threshold: bce: targets above it become 1, the others 0; 0 leaves them soft.
     sum_classes: bce: sum over K and mean over n, instead of the mean over both.
+
+    Raises InputError for an unknown kind.
     """
 
     kind: str
     smoothing: float = 0.0
     threshold: float = 0.0
     sum_classes: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("bce", "ce", "auto"))
 
     def name(self, mixed: bool) -> str:
         """Returns "bce" or "ce": the loss of a batch that is, or is not, mixed."""
@@ -52,6 +59,12 @@ class Loss:
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, lam: float | torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Returns the loss, a 0-dim float32 tensor.
+
+        logits: (n, K).
+        labels: int64 (n,).
+        lam: see `soft_targets`.
+        """
         logits = logits.float()
         mixed = lam is not None
         smoothing = 0.0 if self.kind == "auto" and mixed else self.smoothing

@@ -17,11 +17,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     norm layers are not used: they miss batch norms such as `downsample.1`.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    spared = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
-    kept = {id(p) for p in spared}
+    no_decay = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
+    no_decay_ids = {id(p) for p in no_decay}
+    decay = [p for _, p in named if id(p) not in no_decay_ids]
     return [
-        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
 
 

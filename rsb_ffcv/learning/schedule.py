@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from rsb_ffcv import check_choice
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -31,6 +33,8 @@ class Schedule:
         rate falls from the schedule's value to swa_lr, and then stays there.
     swa_lr: see swa_epochs.
     swa_anneal_epochs: duration of that fall, which follows half a cosine.
+
+    Raises InputError for an unknown kind.
     """
 
     kind: str
@@ -48,8 +52,16 @@ class Schedule:
     swa_lr: float = 0.0
     swa_anneal_epochs: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_choice(
+            "kind",
+            self.kind,
+            ("cosine", "cosine_spanning", "polynomial", "constant", "cyclic", "step"),
+        )
+
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the run."""
         return self.epochs * self.steps_per_epoch
 
     @property
@@ -58,6 +70,7 @@ class Schedule:
         return self._base((self.epochs - self.swa_epochs) * self.steps_per_epoch)
 
     def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0 over the run."""
         step = min(step, self.total_steps - 1)
         since = step - (self.epochs - self.swa_epochs) * self.steps_per_epoch
         if not self.swa_epochs or since < 0:

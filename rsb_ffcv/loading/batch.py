@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from rsb_ffcv import check_choice
 from rsb_ffcv.ops import draws as d
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in 0 .. 1
@@ -228,6 +229,8 @@ class BatchTransform:
     erase_aspect: smallest and largest height / width.
     mode: what shares one draw of the mix: "batch" (the group), "pair" (an image and its partner) or
         "elem" (each image has its own).
+
+    Raises InputError for an unknown erase_mode or mode.
     """
 
     seed: int
@@ -240,6 +243,10 @@ class BatchTransform:
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
     mode: str = "batch"
+
+    def __post_init__(self) -> None:
+        check_choice("erase_mode", self.erase_mode, ("const", "rand", "pixel"))
+        check_choice("mode", self.mode, ("batch", "pair", "elem"))
 
     @property
     def mixes(self) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, check_choice, option_names
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.gpu.batch import Decoded, DeviceDecoder, Slab
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
@@ -32,7 +32,7 @@ from rsb_ffcv.ops.operation import Address, Decoder, DrawnOperation
 # how far the threads may prefetch: this many images or batches, whichever is more
 IMAGES_AHEAD, BATCHES_AHEAD = 512, 3
 MEMORY_MB = 1024  # of the device, to decode
-MOST_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
+MAX_REPLACEMENTS = 1000  # a file with this many bad samples in a row is not usable
 
 
 class Batch(NamedTuple):
@@ -60,7 +60,7 @@ class _Begun(NamedTuple):
     indices: np.ndarray
 
 
-class _Started(NamedTuple):
+class _Sent(NamedTuple):
     """A batch on its way to the loader's device. decoded: if the device decodes it."""
 
     begun: _Begun
@@ -72,6 +72,8 @@ class _Started(NamedTuple):
 class _Loader:
     """A file, threads, and a list of operations: first a decoder, then ops that change each image
     in place."""
+
+    _other_fix = ""  # what the user can do about a bad sample instead of writing the file again
 
     def __init__(
         self,
@@ -97,8 +99,11 @@ class _Loader:
         self._is_gpu = self.device.type == "cuda"
         self._copying = torch.cuda.Stream(self.device) if self._is_gpu else None
         self._decoder = DeviceDecoder(self.device, memory_mb) if decode == "gpu" else None
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed in close()
+
+    def _start(self, num_workers: int) -> None:
+        """Starts the threads and opens the file. The last step of __init__, after all checks."""
         self._pool = Pool(num_workers)
+        self._file = open(self.beton.path, "rb", buffering=0)  # noqa: SIM115 closed in close()
 
     def close(self) -> None:
         """Ends the threads. Iterators that are still open raise an error. Garbage collection also
@@ -172,9 +177,9 @@ class _Loader:
         self._pool.submit(work, alone)
         return _Begun(work, address, indices)
 
-    def _start(
+    def _send(
         self, ops: Sequence[DrawnOperation], begun: _Begun, order: np.ndarray | None
-    ) -> _Started:
+    ) -> _Sent:
         """Waits until the threads have finished a batch, and starts its way to the device. order:
         of the epoch, None in evaluation."""
         work, _, indices = begun
@@ -192,19 +197,19 @@ class _Loader:
         if isinstance(place, Slab):
             assert self._decoder is not None  # it has made the slab
             decoded = self._decoder.decode(place)
-            return _Started(begun, decoded.images, indices, decoded)
+            return _Sent(begun, decoded.images, indices, decoded)
         if self._copying is None:
-            return _Started(begun, place.to(self.device), indices, None)
+            return _Sent(begun, place.to(self.device), indices, None)
         # on a separate stream, so that the copy overlaps with steps that the device still computes
         with torch.cuda.stream(self._copying):
-            return _Started(begun, place.to(self.device, non_blocking=True), indices, None)
+            return _Sent(begun, place.to(self.device, non_blocking=True), indices, None)
 
     def _finish(
-        self, ops: Sequence[DrawnOperation], started: _Started, order: np.ndarray | None
+        self, ops: Sequence[DrawnOperation], sent: _Sent, order: np.ndarray | None
     ) -> Batch:
         """Completes a batch: makes the rows that the device has left to the CPU, and lets the
         current stream wait for the rest."""
-        begun, images, indices, decoded = started
+        begun, images, indices, decoded = sent
         stream = self._copying if decoded is None or self._decoder is None else self._decoder.stream
         for row in decoded.failed_rows() if decoded is not None else ():
             indices = indices.copy()
@@ -254,9 +259,9 @@ class _Loader:
         order: np.ndarray | None,
     ) -> tuple[int, torch.Tensor]:
         """Returns the index and the pixels of the image that replaces one that cannot be read."""
-        raise InputError(self._complaint(begun.indices[row], status))
+        raise InputError(self._error_text(begun.indices[row], status))
 
-    def _complaint(self, index: int, status: int) -> str:
+    def _error_text(self, index: int, status: int) -> str:
         if status not in DAMAGE:
             return (
                 f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the "
@@ -264,8 +269,7 @@ class _Loader:
             )
         return (
             f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
-            "write_ffcv.py"
-            f"{', or train with `on_bad_sample`=skip' if isinstance(self, TrainLoader) else ''}"
+            f"write_ffcv.py{self._other_fix}"
         )
 
     def _iterate(
@@ -278,27 +282,27 @@ class _Loader:
         next ones."""
         ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
         begun: deque[_Begun] = deque()
-        started: deque[_Started] = deque()
+        sent: deque[_Sent] = deque()
 
-        def start() -> None:
-            started.append(self._start(ops, begun[0], order))
+        def send() -> None:
+            sent.append(self._send(ops, begun[0], order))
             begun.popleft()
 
-        # A batch that the device decodes is finished after the next one has been started: its
+        # A batch that the device decodes is finished after the next one has been sent: its
         # status is then there already, and the host does not wait for the device.
         later = 0 if self._decoder is None else 1
         try:
             for address, indices in batches:
                 begun.append(self._submit(ops, address, indices))
                 if len(begun) > ahead:
-                    start()
-                    if len(started) > later:
-                        yield self._finish(ops, started.popleft(), order)
-            while begun or started:
+                    send()
+                    if len(sent) > later:
+                        yield self._finish(ops, sent.popleft(), order)
+            while begun or sent:
                 if begun:
-                    start()
-                if len(started) > later or not begun:
-                    yield self._finish(ops, started.popleft(), order)
+                    send()
+                if len(sent) > later or not begun:
+                    yield self._finish(ops, sent.popleft(), order)
         finally:
             self._pool.cancel([batch.work for batch in begun])
 
@@ -326,7 +330,7 @@ class TrainLoader(_Loader):
     ops: further operations (see ops.operation), applied last.
     repeats: repeated augmentation: the number of copies of an image in an epoch. The copies have
         different draws and are in different groups of a step. The number of steps does not change.
-    order: "random", "sequential", or "quasi_random", which reads the file in runs of 1 MiB and
+    order: "random", "sequential", or "quasi_random", which reads the file in chunks of 1 MiB and
         shuffles `window_bytes` of it at a time, for files larger than memory.
     window_bytes: see order.
     on_bad_sample: "raise", or "skip": an image that cannot be read is replaced by the image of the
@@ -341,6 +345,8 @@ class TrainLoader(_Loader):
     Raises InputError if the file is damaged or holds fewer images than a step takes, or if a
     setting is out of range.
     """
+
+    _other_fix = ", or train with `on_bad_sample`=skip"
 
     def __init__(
         self,
@@ -390,20 +396,19 @@ class TrainLoader(_Loader):
             )
         if global_batch > len(self.beton):
             raise InputError(
-                f"a step takes {global_batch} images and {path} holds {len(self.beton)}; lower "
-                f"`batch_size` (or `global_batch`) or write more images"
+                f"`global_batch`={global_batch}: {path} has only {len(self.beton)} images; lower "
+                f"`batch_size` or `global_batch`, or write more images"
             )
         for name, value, choices in (
             ("order", order, ("random", "sequential", "quasi_random")),
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
         ):
-            if value not in choices:
-                raise InputError(f"`{name}`={value!r} is not one of {', '.join(choices)}")
+            check_choice(name, value, choices)
         if repeats < 1 or window_bytes < 1 or not 0 <= rank < world_size or resolution < 1:
             raise InputError(
                 f"`repeats`={repeats}, `window_bytes`={window_bytes} and `resolution`={resolution} "
                 f"must be 1 or more, and `rank`={rank} must be 0 or more and below "
-                f"`world_size`={world_size}"
+                f"`world_size`={world_size}; correct them"
             )
         self.resolution, self.seed, self.rank, self.world_size = resolution, seed, rank, world_size
         self.global_batch, self.repeats, self.order = global_batch, repeats, order
@@ -420,16 +425,19 @@ class TrainLoader(_Loader):
             "flip_prob": flip_prob,
             "interpolation": interpolation,
         }
-        with option_names({"policy": "`rand_augment`"}):
+        jitter = ("brightness", "contrast", "saturation", "hue")
+        names = {name: f"`color_jitter`[{place}]" for place, name in enumerate(jitter)}
+        with option_names({"policy": "`rand_augment`", **names}):
             self._ops: list[DrawnOperation] = (
                 [RandAugment(rand_augment, interpolation=interpolation)] if rand_augment else []
             )
-        self._ops += [ColorJitter(*color_jitter), *ops]
+            self._ops += [ColorJitter(*color_jitter), *ops]
         if decode == "gpu" and any(op.generate_code() != AUGMENT for op in ops):
             raise InputError(
                 "`decode`='gpu': `ops` has an operation that only a CPU can run; use `decode`='cpu'"
             )
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
+        self._start(num_workers)
 
     def __len__(self) -> int:
         """Number of batches of this process in an epoch."""
@@ -446,22 +454,22 @@ class TrainLoader(_Loader):
                 f"resolution={self.resolution} is not an integer number of pixels, 1 or more"
             )
         self.skipped = []
-        order = epoch_order(
-            self.order,
-            self.seed,
-            epoch,
-            pointers=self.beton.pointers,
-            sizes=self.beton.sizes,
-            window_bytes=self.window_bytes,
-        )
+        order = self._epoch_order(epoch)
         return self._iterate(
             self._operations(), self._batches(order, epoch, start_step), order.indices
         )
 
     def images_of(self, epoch: int, samples: np.ndarray) -> Batch:
-        """Returns the samples as they appear in an epoch, for people to look at: a batch as from
-        `epoch`, with the slots of their first copies if there are several."""
-        order = epoch_order(
+        """Returns the samples as they appear in an epoch, for display: a batch as from `epoch`,
+        with the slots of their first copies if there are several."""
+        order = self._epoch_order(epoch)
+        slots = np.argsort(order.indices)[samples] * self.repeats
+        ops = self._operations()
+        begun = self._submit(ops, Address(self.seed, epoch, slots), samples)
+        return self._finish(ops, self._send(ops, begun, order.indices), order.indices)
+
+    def _epoch_order(self, epoch: int) -> Order:
+        return epoch_order(
             self.order,
             self.seed,
             epoch,
@@ -469,10 +477,6 @@ class TrainLoader(_Loader):
             sizes=self.beton.sizes,
             window_bytes=self.window_bytes,
         )
-        slots = np.argsort(order.indices)[samples] * self.repeats
-        ops = self._operations()
-        begun = self._submit(ops, Address(self.seed, epoch, slots), samples)
-        return self._finish(ops, self._start(ops, begun, order.indices), order.indices)
 
     def _operations(self) -> list[DrawnOperation]:
         return [RandomResizedCrop(self.resolution, **self._crop), *self._ops]
@@ -520,7 +524,7 @@ class TrainLoader(_Loader):
         self.skipped.append((int(indices[row]), reason(status)))
         assert order is not None  # only evaluation has none
         slot = address.slots[row : row + 1]
-        others = min(MOST_REPLACEMENTS, len(order) - 1)
+        others = min(MAX_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
             single = self._submit(ops, address._replace(slots=slot), index, alone=True).work
@@ -529,7 +533,7 @@ class TrainLoader(_Loader):
                 assert isinstance(single.place, torch.Tensor)  # the CPU has decoded it
                 return int(index[0]), single.place[0]
         raise InputError(
-            f"{self._complaint(indices[row], status)}; the {others} samples that follow it cannot "
+            f"{self._error_text(indices[row], status)}; the {others} samples that follow it cannot "
             f"be read either"
         )
 
@@ -578,10 +582,11 @@ class EvalLoader(_Loader):
             raise InputError(
                 f"`crop_ratio`={crop_ratio} must be above 0 and at most 1, "
                 f"`resolution`={resolution} must be 1 or more, and `rank`={rank} must be 0 or more "
-                f"and below `world_size`={world_size}"
+                f"and below `world_size`={world_size}; correct them"
             )
         self._crop = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
+        self._start(num_workers)
 
     def __len__(self) -> int:
         """Number of batches of this process."""

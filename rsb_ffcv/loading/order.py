@@ -13,8 +13,8 @@ import numpy as np
 
 from rsb_ffcv.ops import draws
 
-# bytes that quasi_random reads at once: enough for any disk to come near its sequential rate
-RUN_BYTES = 1 << 20
+# bytes that quasi_random reads at once: large enough to reach nearly a disk's sequential rate
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ def epoch_order(
 
     kind: "sequential": the order of the file.
         "random": a permutation (64-bit draws sorted, ties by index).
-        "quasi_random": runs of neighbouring samples, RUN_BYTES long, in random order. A window is a
-        number of runs with `window_bytes` in total; the samples within a window are permuted. A
-        process needs at most its current window and the next one of the file in memory.
+        "quasi_random": chunks of neighbouring samples, CHUNK_BYTES long, in random order. A window
+        is a number of chunks with `window_bytes` in total; the samples within a window are
+        permuted. A process needs at most its current window and the next one of the file in memory.
     seed, epoch: of the draws.
     pointers: uint64 (n,), offset of each sample in the file.
     sizes: uint64 (n,), bytes of each sample.
@@ -56,21 +56,23 @@ def epoch_order(
         return Order(np.argsort(keys, kind="stable"), np.empty(0, np.int64), [])
     by_place = np.argsort(pointers, kind="stable")
     ends = (pointers[by_place] + sizes[by_place]).astype(np.int64)
-    run_of_place = ((ends - 1 - int(pointers[by_place[0]])) // RUN_BYTES).astype(np.int64)
-    runs, first, run_of_place = np.unique(run_of_place, return_index=True, return_inverse=True)
+    chunk_of_place = ((ends - 1 - int(pointers[by_place[0]])) // CHUNK_BYTES).astype(np.int64)
+    chunks, first, chunk_of_place = np.unique(
+        chunk_of_place, return_index=True, return_inverse=True
+    )
     last = np.append(first[1:], count) - 1
     offsets = pointers[by_place[first]].astype(np.int64)
     lengths = ends[last] - offsets
-    shuffled = np.argsort(draws.words64(seed, epoch, draws.WINDOW, len(runs)), kind="stable")
-    window_of_run = np.empty(len(runs), np.int64)
-    window_of_run[shuffled] = (np.cumsum(lengths[shuffled]) - 1) // window_bytes
-    window_of_run = np.unique(window_of_run, return_inverse=True)[1]
+    shuffled = np.argsort(draws.words64(seed, epoch, draws.WINDOW, len(chunks)), kind="stable")
+    window_of_chunk = np.empty(len(chunks), np.int64)
+    window_of_chunk[shuffled] = (np.cumsum(lengths[shuffled]) - 1) // window_bytes
+    window_of_chunk = np.unique(window_of_chunk, return_inverse=True)[1]
     window = np.empty(count, np.int64)
-    window[by_place] = window_of_run[run_of_place]
+    window[by_place] = window_of_chunk[chunk_of_place]
     indices = np.lexsort((np.arange(count), keys, window))
     windows = range(int(window.max()) + 1)
     extents = [
-        np.stack([offsets[window_of_run == w], lengths[window_of_run == w]], 1) for w in windows
+        np.stack([offsets[window_of_chunk == w], lengths[window_of_chunk == w]], 1) for w in windows
     ]
     return Order(indices, np.searchsorted(window[indices], np.array(windows)), extents)
 

@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import STALL_SECONDS, InputError
 from rsb_ffcv.gpu.batch import Slab
 from rsb_ffcv.ops.native import RUNNING, STEP, Job, library
 
-# no image takes nearly this long: a disk that does not respond, or a defect
-STALL_SECONDS = 300.0
 # pools with a stuck thread, kept because the thread may still write to their memory
 _abandoned: list["_State"] = []
 
@@ -113,11 +111,11 @@ class Pool:
         block = free.pop() if free else np.empty(size, np.uint8)
         view = block[:]
 
-        def take_back() -> None:
+        def recycle() -> None:
             if len(free) < 8:
                 free.append(block)
 
-        weakref.finalize(view, take_back).atexit = False
+        weakref.finalize(view, recycle).atexit = False
         return torch.from_numpy(view).view(shape)
 
     def submit(self, work: Work, urgent: bool = False) -> None:

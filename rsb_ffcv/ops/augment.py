@@ -25,8 +25,8 @@ from rsb_ffcv.ops.operation import Address, DrawnOperation
 # round(255 x ImageNet's mean): timm's colour for pixels that a geometric op leaves uncovered
 FILL = (124, 116, 104)
 
-# The laws by which a level and a sign become the argument of an op. timm's laws use level / 10,
-# torchvision's use the magnitude itself.
+# The functions that turn a level and a sign into the argument of an op (timm's `level_fn`). timm's
+# use level / 10, torchvision's use the magnitude itself.
 (
     NONE,
     ROTATE,
@@ -53,7 +53,7 @@ FILL = (124, 116, 104)
     PIXELS_Y,
 ) = range(23)
 
-# name: (op of the compiled core, law). The names are timm's.
+# name: (op of the compiled core, level_fn). The names are timm's.
 TIMM = {
     "AutoContrast": (n.AUTOCONTRAST, NONE),
     "Equalize": (n.EQUALIZE, NONE),
@@ -135,7 +135,7 @@ SETS: dict[str, dict[str, float | None]] = {
         "Invert": 0.05,
     },
 }
-# torchvision's TrivialAugmentWide: (op, law, magnitude of the first bin, of the last bin)
+# torchvision's TrivialAugmentWide: (op, level_fn, magnitude of the first bin, of the last bin)
 WIDE = {
     "Identity": (n.IDENTITY, NONE, 0, 0),
     "ShearX": (n.AFFINE, SLANT_X, 0, 0.99),
@@ -159,7 +159,7 @@ WIDE_BINS = 31
 class Policy:
     """The ops that may be applied to an image, and how they are drawn.
 
-    ops: (op, law) pairs, one of which is chosen in each layer.
+    ops: (op, level_fn) pairs, one of which is chosen in each layer.
     layers: number of choices per image.
     prob: probability that the chosen op is applied.
     magnitude: level of an op if `bins` is None, on timm's scale of 10.
@@ -234,14 +234,16 @@ def parse_policy(policy: str) -> Policy:
     made = Policy(ops=tuple(TIMM[name] for name in chosen), weights=weights, **found)
     most = len(weights) or 16
     if not 1 <= made.layers <= most or not 0 <= made.prob <= 1:
-        raise InputError(f"`policy`={policy!r}: n must be 1 to {most}, and p must be 0 to 1")
+        raise InputError(
+            f"`policy`={policy!r}: n must be 1 to {most}, and p must be 0 to 1; correct it"
+        )
     return made
 
 
 def _wide_bins(row: tuple[int, int, float, float]) -> np.ndarray:
     """The magnitudes of an op's bins, as torch.linspace computes them in float32; integers for
     posterize. row: an entry of WIDE."""
-    op, law, first, last = row
+    op, level_fn, first, last = row
     if op == n.POSTERIZE:
         return 8 - np.round(np.arange(WIDE_BINS) / ((WIDE_BINS - 1) / 6))
     step = float((np.float32(last) - np.float32(first)) / np.float32(WIDE_BINS - 1))
@@ -262,7 +264,7 @@ def _rotation(argument: np.ndarray, degrees: float, height: float, width: float)
 @njit(cache=True, nogil=True)
 def op_argument(
     argument: np.ndarray,
-    law: int,
+    level_fn: int,
     level: float,
     sign: float,
     uniform: float,
@@ -272,8 +274,8 @@ def op_argument(
     """Computes the argument of an op.
 
     argument: 6 numbers, overwritten with the result.
-    law: one of the laws above.
-    level: timm's level or torchvision's magnitude, see the laws above.
+    level_fn: one of the numbers above.
+    level: timm's level or torchvision's magnitude, see above.
     sign: +1 or -1.
     uniform: a draw in [0, 1).
     height: of the image, in pixels.
@@ -281,19 +283,19 @@ def op_argument(
     """
     share = level / 10.0
     argument[:] = 0.0
-    if law == ROTATE:
+    if level_fn == ROTATE:
         _rotation(argument, sign * (share * 30.0), height, width)
-    elif law == DEGREES:
+    elif level_fn == DEGREES:
         _rotation(argument, sign * level, height, width)
-    elif law == SHEAR_X:
+    elif level_fn == SHEAR_X:
         argument[:] = (1.0, sign * (share * 0.3), 0.0, 0.0, 1.0, 0.0)
-    elif law == SHEAR_Y:
+    elif level_fn == SHEAR_Y:
         argument[:] = (1.0, 0.0, 0.0, sign * (share * 0.3), 1.0, 0.0)
-    elif law == TRANSLATE_X:
+    elif level_fn == TRANSLATE_X:
         argument[:] = (1.0, 0.0, sign * (share * 0.45) * width, 0.0, 1.0, 0.0)
-    elif law == TRANSLATE_Y:
+    elif level_fn == TRANSLATE_Y:
         argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, sign * (share * 0.45) * height)
-    elif law == SLANT_X:
+    elif level_fn == SLANT_X:
         # torchvision shears by the tangent of an angle that it converts to degrees and back
         argument[:] = (
             1.0,
@@ -303,7 +305,7 @@ def op_argument(
             1.0,
             0.0,
         )
-    elif law == SLANT_Y:
+    elif level_fn == SLANT_Y:
         argument[:] = (
             1.0,
             0.0,
@@ -312,33 +314,33 @@ def op_argument(
             1.0,
             0.0,
         )
-    elif law == PIXELS_X:
+    elif level_fn == PIXELS_X:
         argument[:] = (1.0, 0.0, -float(int(sign * level)), 0.0, 1.0, 0.0)
-    elif law == PIXELS_Y:
+    elif level_fn == PIXELS_Y:
         argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, -float(int(sign * level)))
-    elif law == BITS:
+    elif level_fn == BITS:
         argument[0] = int(share * 4)
-    elif law == BITS_INC:
+    elif level_fn == BITS_INC:
         argument[0] = 4 - int(share * 4)
-    elif law == THRESHOLD:
+    elif level_fn == THRESHOLD:
         argument[0] = min(256, int(share * 256))
-    elif law == THRESHOLD_INC:
+    elif level_fn == THRESHOLD_INC:
         argument[0] = 256 - min(256, int(share * 256))
-    elif law == ADD:
+    elif level_fn == ADD:
         argument[0] = min(128, int(share * 110))
-    elif law == ENHANCE:
+    elif level_fn == ENHANCE:
         argument[0] = share * 1.8 + 0.1
-    elif law == ENHANCE_INC:
+    elif level_fn == ENHANCE_INC:
         argument[0] = max(0.1, 1.0 + sign * (share * 0.9))
-    elif law == DESATURATE:
+    elif level_fn == DESATURATE:
         argument[0] = min(1.0, max(0.0, 1.0 - max(0.5, min(1.0, 0.5 + 0.5 * share))))
-    elif law == SIGMA:
+    elif level_fn == SIGMA:
         argument[0] = max(0.1, min(2.0, 0.1 + (2.0 - 0.1) * share))
-    elif law == SIGMA_RANDOM:
+    elif level_fn == SIGMA_RANDOM:
         argument[0] = 0.1 + (2.0 * max(0.0, min(1.0, share)) - 0.1) * uniform
-    elif law == SIGNED:
+    elif level_fn == SIGNED:
         argument[0] = 1.0 + sign * level
-    elif law == PLAIN:
+    elif level_fn == PLAIN:
         argument[0] = level
 
 
@@ -368,7 +370,7 @@ def _draw_layers(
     heights: np.ndarray,
     widths: np.ndarray,
     ops: np.ndarray,
-    laws: np.ndarray,
+    level_fns: np.ndarray,
     bins: np.ndarray,
     weights: np.ndarray,
     layers: int,
@@ -377,6 +379,24 @@ def _draw_layers(
     std: float,
     upper: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws the layers of a batch. Returns the ops, int32 (n, layers); whether the filter is
+    bicubic, uint8 (n, layers); and the arguments, float64 (n, layers, 6).
+
+    seed: of the address.
+    epoch: of the address.
+    slots: int64 (n,), of the images.
+    heights: (n,), of the images, in pixels.
+    widths: (n,), of the images, in pixels.
+    ops: int64 (m,), of the policy.
+    level_fns: int64 (m,), the function of each op.
+    bins: float64 (m, bins) levels of each op; (m, 0): `magnitude` is used.
+    weights: float64 (m,), see Policy; (0,): none.
+    layers: see Policy.
+    prob: see Policy.
+    magnitude: see Policy.
+    std: magnitude_std of the Policy.
+    upper: magnitude_max of the Policy.
+    """
     drawn = np.zeros((len(slots), layers), np.int32)
     cubic = np.zeros((len(slots), layers), np.uint8)
     arguments = np.zeros((len(slots), layers, 6))
@@ -408,7 +428,7 @@ def _draw_layers(
             drawn[i, layer] = ops[which]
             op_argument(
                 arguments[i, layer],
-                laws[which],
+                level_fns[which],
                 level,
                 sign,
                 d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 6),
@@ -432,6 +452,8 @@ class RandAugment(_Layers):
     fill: RGB, 0 .. 255, of the pixels that a geometric op leaves uncovered.
     interpolation: of the geometric ops: "bilinear", "bicubic", or "random", which chooses one of
         the two for each op, as timm does.
+
+    Raises InputError if `policy` or `interpolation` is invalid.
     """
 
     def __init__(
@@ -447,7 +469,7 @@ class RandAugment(_Layers):
 
     def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         p = self.policy
-        ops, laws = np.array(p.ops, np.int64).T
+        ops, level_fns = np.array(p.ops, np.int64).T
         bins = np.empty((len(ops), 0)) if p.bins is None else p.bins
         layers = np.zeros((len(heights), p.layers), n.LAYER)
         layers["op"], layers["filter"], layers["argument"] = _draw_layers(
@@ -457,7 +479,7 @@ class RandAugment(_Layers):
             heights,
             widths,
             ops,
-            laws,
+            level_fns,
             bins,
             np.array(p.weights, np.float64),
             p.layers,
@@ -476,6 +498,16 @@ class RandAugment(_Layers):
 def _draw_jitter(
     seed: int, epoch: int, slots: np.ndarray, ops: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the order and the factors of a jitter. Returns the ops, int32 (n, m), and their
+    arguments, float64 (n, m).
+
+    seed: of the address.
+    epoch: of the address.
+    slots: int64 (n,), of the images.
+    ops: int32 (m,), those with a strength above 0.
+    low: float64 (m,), smallest argument of each.
+    high: float64 (m,), largest argument of each.
+    """
     order = np.zeros((len(slots), len(ops)), np.int32)
     factors = np.zeros((len(slots), len(ops)))
     for i in range(len(slots)):
@@ -494,7 +526,8 @@ class ColorJitter(_Layers):
     """torchvision's ColorJitter: changes brightness, contrast, saturation and hue in random order.
 
     With a strength of x, each changes by a factor uniform in [max(0, 1 - x), 1 + x]; hue by a shift
-    in [-x, x] of the colour circle, x up to 0.5. A strength of 0 disables it.
+    in [-x, x] of the colour circle, x up to 0.5. A strength of 0 disables it. Raises InputError for
+    other strengths.
     """
 
     def __init__(
@@ -508,7 +541,8 @@ class ColorJitter(_Layers):
         strengths = (brightness, contrast, saturation, hue)
         if min(strengths) < 0 or hue > 0.5:
             raise InputError(
-                f"color_jitter={strengths}: strengths must be 0 or more, and hue at most 0.5"
+                f"`brightness`={brightness}, `contrast`={contrast}, `saturation`={saturation} and "
+                f"`hue`={hue} must be 0 or more, and `hue` at most 0.5; change them"
             )
         rows = [
             (op, max(0.0, 1 - x) if op != n.HUE else -x, 1 + x if op != n.HUE else x)

@@ -22,9 +22,11 @@ FILTERS = {"bilinear": BILINEAR, "bicubic": BICUBIC, "random": -1}
 
 def filter_number(interpolation: str) -> int:
     """Returns the number of the filter in the compiled core; -1: one of the two is drawn for each
-    use."""
+    use. Raises InputError for a name that is not in FILTERS."""
     if interpolation not in FILTERS:
-        raise InputError(f"interpolation={interpolation!r} is not one of {', '.join(FILTERS)}")
+        raise InputError(
+            f"`interpolation`={interpolation!r}: not valid; use one of {', '.join(FILTERS)}"
+        )
     return FILTERS[interpolation]
 
 
@@ -99,6 +101,20 @@ def _random_boxes(
     ratio_hi: float,
     flip_prob: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws the crops of a batch. Returns the boxes, float64 (n, 4): top, left, height, width; the
+    filters, uint8 (n,), of "random"; and whether each is mirrored, uint8 (n,).
+
+    seed: of the address.
+    epoch: of the address.
+    slots: int64 (n,), of the images.
+    heights: (n,), of the images, in pixels.
+    widths: (n,), of the images, in pixels.
+    scale_lo: see random_resized_crop_box.
+    scale_hi: see random_resized_crop_box.
+    ratio_lo: see random_resized_crop_box.
+    ratio_hi: see random_resized_crop_box.
+    flip_prob: probability that a crop is mirrored.
+    """
     boxes = np.empty((len(slots), 4))
     flips = np.empty(len(slots), np.uint8)
     filters = np.empty(len(slots), np.uint8)
@@ -143,6 +159,8 @@ class RandomResizedCrop(_CropDecoder):
     flip_prob: probability that the crop is mirrored.
     interpolation: "bilinear", "bicubic", or "random", which chooses one of the two for each image,
         as timm does.
+
+    Raises InputError if a setting is out of range.
     """
 
     def __init__(
@@ -157,9 +175,9 @@ class RandomResizedCrop(_CropDecoder):
         super().__init__(resolution, interpolation)
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip_prob <= 1):
             raise InputError(
-                f"scale={scale} must be two fractions of the area, the smaller first; "
-                f"ratio={ratio} must be two positive numbers, the smaller first; and "
-                f"flip_prob={flip_prob} must be 0 to 1"
+                f"`scale`={scale} must be two fractions of the area, the smaller first; "
+                f"`ratio`={ratio} must be two positive numbers, the smaller first; and "
+                f"`flip_prob`={flip_prob} must be 0 to 1; correct them"
             )
         self.numbers = tuple(map(float, (*scale, *ratio, flip_prob)))
 
@@ -178,14 +196,20 @@ class RandomResizedCrop(_CropDecoder):
 
 class CenterCrop(_CropDecoder):
     """timm's evaluation crop: the shorter side is resized to floor(resolution / ratio), and the
-    central square is taken. Both are done in one step, as one box of the stored image. ratio: 0 ..
-    1. No draws."""
+    central square is taken. Both are done in one step, as one box of the stored image. No draws.
+
+    resolution: pixels per side of the result.
+    ratio: 0 .. 1.
+    interpolation: "bilinear" or "bicubic".
+
+    Raises InputError for another interpolation.
+    """
 
     def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic") -> None:
         super().__init__(resolution, interpolation)
         if self.filter < 0:
             raise InputError(
-                "interpolation='random' is not supported in evaluation; use bilinear or bicubic"
+                "`interpolation`='random': is not supported in evaluation; use bilinear or bicubic"
             )
         self.ratio = ratio
 

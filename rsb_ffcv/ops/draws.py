@@ -55,7 +55,12 @@ def uniform(seed: int, epoch: int, slot: int, op: int, k: int) -> float:
 
 @njit(cache=True, nogil=True)
 def below(seed: int, epoch: int, slot: int, op: int, k: int, n: int) -> int:
-    """Draw k as an integer in [0, n), 1 <= n < 2**31. Bias at most n / 2**32."""
+    """Draw k as an integer in [0, n). Bias at most n / 2**32.
+
+    seed, epoch, slot, op: the address.
+    k: number of the draw.
+    n: 1 <= n < 2**31.
+    """
     high = (uint64(word(seed, epoch, slot, op, k)) * uint64(n)) >> uint64(32)
     return int64(high)  # type: ignore[return-value]  # an int if called from Python
 
@@ -73,11 +78,15 @@ def normal(seed: int, epoch: int, slot: int, op: int, k: int) -> float:
 def log_gamma_variate(
     seed: int, epoch: int, slot: int, op: int, k: int, shape: float
 ) -> tuple[float, int]:
-    """Returns (log of a Gamma(shape, 1) variate, first unused k). shape > 0. Marsaglia & Tsang
-    2000, boosted if shape < 1.
+    """Returns (log of a Gamma(shape, 1) variate, first unused k). Marsaglia & Tsang 2000, boosted
+    if shape < 1.
 
     It returns the log because a Gamma(0.1) variate underflows float64 often enough to cause 0 / 0
     in a beta.
+
+    seed, epoch, slot, op: the address.
+    k: number of the first draw.
+    shape: > 0.
     """
     boosted = shape if shape >= 1.0 else shape + 1.0
     d = boosted - 1.0 / 3.0
@@ -98,7 +107,12 @@ def log_gamma_variate(
 
 @njit(cache=True, nogil=True)
 def beta(seed: int, epoch: int, slot: int, op: int, k: int, a: float) -> tuple[float, int]:
-    """Returns (a Beta(a, a) variate in [0, 1], first unused k). a > 0."""
+    """Returns (a Beta(a, a) variate in [0, 1], first unused k).
+
+    seed, epoch, slot, op: the address.
+    k: number of the first draw.
+    a: > 0.
+    """
     x, k = log_gamma_variate(seed, epoch, slot, op, k, a)
     y, k = log_gamma_variate(seed, epoch, slot, op, k, a)
     return 1.0 / (1.0 + math.exp(min(y - x, 700.0))), k

@@ -152,7 +152,7 @@ DAMAGE = {1, 2, 3, 4, 5, 6}  # those whose cause is the file
 
 def reason(status: int) -> str:
     """The text for a status. A number that the core does not have comes from a user's operation."""
-    return STATUS.get(int(status), f"was refused by an operation, with status {status}")
+    return STATUS.get(int(status), f"was rejected by an operation, with status {status}")
 
 
 class Job(ctypes.Structure):
@@ -236,7 +236,7 @@ class _Scratch:
         library.rsb_scratch_free(self.pointer)
 
 
-class _OfThread(threading.local):
+class _ThreadLocal(threading.local):
     """The buffers of each thread that calls a function below."""
 
     def __init__(self) -> None:  # threading.local calls it in each thread
@@ -246,7 +246,7 @@ class _OfThread(threading.local):
         self.scratch_of_entries = _Scratch()
 
 
-_thread = _OfThread()
+_thread = _ThreadLocal()
 
 
 def checksum(data: np.ndarray) -> int:
@@ -260,15 +260,15 @@ def entry_points(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
     it. Empty for a damaged JPEG, and for a kind that the core's own decoder does not handle."""
     rows = -(-height // BLOCK_SIDE)
     intervals = -(-width // (BLOCK_SIDE * ENTRY_INTERVAL))  # of 4:4:4, which has the most MCUs
-    room = np.empty(ENTRY_BYTES * rows * intervals, np.uint8)
+    buffer = np.empty(ENTRY_BYTES * rows * intervals, np.uint8)
     used = library.rsb_jpeg_entries(
         jpeg.ctypes.data,
         jpeg.nbytes,
-        room.ctypes.data,
-        room.nbytes,
+        buffer.ctypes.data,
+        buffer.nbytes,
         _thread.scratch_of_entries.pointer,
     )
-    return room[:used].copy()
+    return buffer[:used].copy()
 
 
 def load(file: int, sample: np.ndarray | np.void, size: tuple[int, int]) -> np.ndarray:

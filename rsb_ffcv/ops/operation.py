@@ -21,7 +21,7 @@ Pass an instance to the loader in `ops=[...]`. Its kernel is a function
     int32 kernel(uint8 *image, int32 height, int32 width, void *draw, void *scratch)
 
 that changes one height x width x 3 image in place and reads its parameters from `draw`. It returns
-0, or 8 to refuse the sample. The loader's threads call it without the interpreter.
+0, or 8 to reject the sample. The loader's threads call it without the interpreter.
 """
 
 from abc import ABC, abstractmethod

@@ -11,25 +11,28 @@ from rsb_ffcv.reporting.log import table
 
 
 class Console:
-    """Prints on one process of a job only. speaks: whether this process is that one."""
+    """Prints on one process of a job only. enabled: whether this process is that one."""
 
-    def __init__(self, speaks: bool) -> None:
-        self.speaks = speaks
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
 
-    def say(self, text: str) -> None:
-        if self.speaks:
+    def info(self, text: str) -> None:
+        """Prints a line on stdout."""
+        if self.enabled:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        if self.speaks:
+        """Prints a one-line warning on stderr."""
+        if self.enabled:
             warn(text)
 
     def bar(self, title: str, total: int, done: int = 0) -> tqdm:
+        """Returns a progress bar of `total` steps, `done` of them done, on stderr."""
         return tqdm(
             total=total,
             initial=done,
             desc=title,
-            disable=not self.speaks,
+            disable=not self.enabled,
             leave=False,
             file=sys.stderr,
             mininterval=0.5,
@@ -64,4 +67,4 @@ class Console:
             ("waiting for data", f"{wait:.1f} % of training time"),
             ("weights, metrics, curves", f"{folder}/"),
         ]
-        self.say(table(lines))
+        self.info(table(lines))

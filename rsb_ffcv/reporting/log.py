@@ -19,6 +19,7 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Writes `content` to a JSON file, atomically. Raises InputError as atomic_file does."""
     with atomic_file(path, FIX) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
@@ -58,8 +59,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     rate.set(xlabel="epoch", title="learning rate at the epoch's end")
     for axis in (accuracy, loss, rate):
         axis.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100, format="png")
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100, format="png")
     plt.close(figure)
     with atomic_file(path, FIX) as file:
-        file.write(picture.getbuffer())
+        file.write(png.getbuffer())

@@ -29,7 +29,7 @@ def run(config: TrainConfig) -> None:
     interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)
     try:
         from rsb_ffcv.training.build import TRAIN_OPTIONS
-        from rsb_ffcv.training.compute import first_to_say, wait_for_others, within_memory
+        from rsb_ffcv.training.compute import is_first_to_report, wait_for_others, within_memory
         from rsb_ffcv.training.trainer import Trainer
 
         try:
@@ -44,9 +44,9 @@ def run(config: TrainConfig) -> None:
                 trainer.evaluate_only() if config.training.eval_only else trainer.fit()
         except InputError as error:
             # If all processes have the same error, one of them reports it.
-            first = first_to_say(str(error))
+            is_first = is_first_to_report(str(error))
             wait_for_others()
-            if first:
+            if is_first:
                 raise
             raise SystemExit(2) from None
     finally:
@@ -63,7 +63,7 @@ def _spawn(config: TrainConfig) -> None:
             f"({error.strerror}); give this machine's address (localhost) and a free port"
         ) from error
     children: list[int] = []
-    received = hand_on(children)
+    received = forward_signals(children)
     from torch import multiprocessing
 
     processes = multiprocessing.spawn(
@@ -76,7 +76,7 @@ def _spawn(config: TrainConfig) -> None:
         while not processes.join():
             pass
     except multiprocessing.ProcessExitedException as error:
-        # A child that died of a signal had not begun to train. Nothing is lost: requeue the job.
+        # A child that a signal killed had not started to train. Nothing is lost: requeue the job.
         if error.exit_code == REQUEUE or any(error.exit_code == -number for number in received):
             raise SystemExit(REQUEUE) from None
         raise InputError(
@@ -85,8 +85,8 @@ def _spawn(config: TrainConfig) -> None:
         ) from error
 
 
-def hand_on(children: list[int]) -> list[signal.Signals]:
-    """Forwards SIGTERM and SIGUSR1 to the process ids in `children` from now on.
+def forward_signals(children: list[int]) -> list[signal.Signals]:
+    """Forwards SIGTERM and SIGUSR1 to the process ids in `children` from this call on.
 
     `children` may grow later. Returns a list that collects the received signals.
     """

@@ -51,6 +51,7 @@ VAL_OPTIONS = {
 
 @option_names(TRAIN_OPTIONS)
 def train_loader(c: TrainConfig, where: Compute, num_workers: int) -> TrainLoader:
+    """The loader of data.train_dataset, at resolution.min_res. num_workers: threads."""
     a = c.augment
     return TrainLoader(
         c.data.train_dataset,
@@ -75,6 +76,7 @@ def train_loader(c: TrainConfig, where: Compute, num_workers: int) -> TrainLoade
 
 @option_names(VAL_OPTIONS)
 def val_loader(c: TrainConfig, where: Compute, num_workers: int) -> EvalLoader:
+    """The loader of data.val_dataset. num_workers: threads."""
     return EvalLoader(
         c.data.val_dataset,
         batch_size=c.validation.batch_size,
@@ -94,9 +96,13 @@ def left_out(c: TrainConfig, loader: TrainLoader) -> str:
     if not count or c.augment.repeats > 1 or c.training.eval_only:
         return ""
     return (
-        f"{count} of {len(loader.beton)} training images do not fill a step of "
-        f"{loader.global_batch} and are left out of each epoch"
-        f"{', the same ones' if c.data.order == 'sequential' else ', others each time'}"
+        f"{count} of {len(loader.beton)} training images are left out of each epoch, because they "
+        f"do not fill a step of {loader.global_batch}; "
+        + (
+            "always the same ones"
+            if c.data.order == "sequential"
+            else "which ones changes each epoch"
+        )
     )
 
 
@@ -182,6 +188,8 @@ def model(c: TrainConfig, num_classes: int, where: Compute, *, new: bool) -> tor
 def averages(
     c: TrainConfig, model: torch.nn.Module, global_batch: int
 ) -> tuple[Ema | None, Swa | None]:
+    """The averages of the sections ema and swa, None for one that is off. global_batch: images of a
+    step."""
     ema = (
         Ema(
             model,
@@ -197,6 +205,7 @@ def averages(
 
 
 def batch_transform(c: TrainConfig) -> BatchTransform:
+    """The transform of the sections mix and augment: uint8 (n, H, W, 3) -> float32 (n, 3, H, W)."""
     return BatchTransform(
         seed=c.training.seed,
         mixup_alpha=c.mix.mixup,
@@ -218,6 +227,13 @@ def train_step(
     loader: TrainLoader,
     where: Compute,
 ) -> TrainStep:
+    """The training step of the sections lr and training, with its optimizer and loss.
+
+    model: the bare module.
+    ema: updated after each step, or None.
+    loader: of the training images.
+    where: device, precision and processes.
+    """
     return TrainStep(
         model,
         _wrapped(model, where),
@@ -255,9 +271,10 @@ def _wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def health(c: TrainConfig, say: Callable[[str], None]) -> Health:
+def health(c: TrainConfig, report: Callable[[str], None]) -> Health:
+    """The checks of the section health. report: called with each message."""
     return Health(
-        say=say,
+        report=report,
         non_finite=c.health.non_finite,
         loss_rise=c.health.loss_rise,
         rise=c.health.rise,

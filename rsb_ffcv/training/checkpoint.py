@@ -21,9 +21,20 @@ import torch
 
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.reporting.log import METRICS
 
 FIX = "free space or choose another logging.folder"
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
+# The names that a run writes to its folder atomically, as patterns
+WRITTEN = (
+    PATTERN,
+    BEST,
+    METRICS,
+    "config.json",
+    "training_curves.png",
+    "final_weights.pt",
+    "final_weights_*.pt",
+)
 KEYS = {
     "recipe",
     "step",
@@ -60,26 +71,29 @@ def write(state: object, path: Path) -> None:
         file.write(serialized.getbuffer())
 
 
-def read(path: Path) -> Any:
-    """Loads tensors and plain values from a torch.save file, on the CPU. Raises InputError if a
-    record does not match its checksum, or if torch did not write the file."""
+def read(path: Path, fix: str = "use another file") -> Any:
+    """Loads tensors and plain values from a torch.save file, on the CPU. Raises InputError, whose
+    message ends with `fix`, if a record does not match its checksum, or if the file was not written
+    by a current version of torch.save."""
     try:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
         if damaged:
-            raise InputError(f"{path}: damaged (record {damaged} does not match its checksum)")
+            raise InputError(
+                f"{path}: damaged (record {damaged} does not match its checksum); {fix}"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror or first_line(error)})"
+            f"{path}: cannot be read ({error.strerror or first_line(error)}); {fix}"
         ) from error
     # zipfile, zlib and torch's reader raise nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(
             f"{path}: not a readable checkpoint ({first_line(error)}; current versions of "
-            f"torch.save write a zip file)"
+            f"torch.save write a zip file); {fix}"
         ) from error
 
 
@@ -116,9 +130,11 @@ class Store:
             raise InputError(
                 f"logging.folder={self.folder}: cannot be used ({error.strerror}); choose another"
             ) from error
-        # Left behind by a process that was killed while writing
-        for unfinished in self.folder.glob(".*.part"):
-            unfinished.unlink()
+        # Left behind by a process that was killed while writing. Other programs use `.<name>.part`
+        # as well: a conversion may be unfinished in this folder.
+        for name in WRITTEN:
+            for unfinished in self.folder.glob(f".{name}.part"):
+                unfinished.unlink()
 
     def newest(self, regular: bool = False) -> tuple[Path, dict] | None:
         """Returns the path and the content of the newest intact checkpoint, None if there is no
@@ -137,17 +153,15 @@ class Store:
         ]
         fix = "remove the damaged files to start from scratch, or choose another logging.folder"
         for number, path in enumerate(paths):
+            fallback = (
+                "falling back to the checkpoint before it"
+                if number + 1 < len(paths)
+                else "no other checkpoint is left"
+            )
             try:
-                state = read(path)
+                state = read(path, fallback)
             except InputError as error:
-                warn(
-                    f"{error}; "
-                    + (
-                        "falling back to the checkpoint before it"
-                        if number + 1 < len(paths)
-                        else "no other checkpoint is left"
-                    )
-                )
+                warn(str(error))
                 continue
             if not isinstance(state, dict) or not state.keys() >= KEYS:
                 raise InputError(f"{path}: not a checkpoint of this program; {fix}")
@@ -187,6 +201,7 @@ class Store:
         return True
 
     def close(self) -> None:
+        """Waits for the last `save`, and releases the lock."""
         self.finish()
         self._writer.shutdown()
         if self._lock is not None:
@@ -203,12 +218,15 @@ class Store:
             try:
                 os.link(path, temporary)
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, temporary)
+                with open(path, "rb") as whole, atomic_file(best, FIX) as file:
+                    shutil.copyfileobj(whole, file)
+                return
             os.replace(temporary, best)
+            flush_folder(self.folder)
         except OSError as error:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {FIX}") from error
 
-    def give_up(self, step: int) -> bool:
+    def remove_after(self, step: int) -> bool:
         """Removes the checkpoints of steps after `step`, the newest first, so that no later start
         resumes from one of them.
 

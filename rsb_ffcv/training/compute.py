@@ -15,15 +15,24 @@ from pathlib import Path
 from queue import Empty, Queue
 from resource import RUSAGE_SELF, getrusage
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError, first_line, warn
 
-# The process group's store. Processes can still communicate through it when collectives fail.
-_stores: list[dist.Store] = []
+
+class _Joined(NamedTuple):
+    """The job that this process has joined. Processes can still communicate through its store when
+    collectives fail, or when the process group could not be created."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+
+
+_joined: list[_Joined] = []
 # Timeout of collectives while all processes are alive: one of them may be reading a large file.
 COLLECTIVE_SECONDS = 1800
 # Texts of out-of-memory errors that torch does not raise as OutOfMemoryError: from the CPU's
@@ -35,9 +44,9 @@ OUT_OF_MEMORY = (
     "alloc_failed",
     "cuda error: out of memory",
 )
-STORE_SECONDS = 5.0  # until a store that does not answer is regarded as lost
-MEETING_SECONDS = 600  # between the first and the last process of a job to be ready
-Answer = TypeVar("Answer")
+STORE_SECONDS = 5.0  # seconds without a response after which the store is considered lost
+RENDEZVOUS_SECONDS = 600  # time limit for all processes to connect
+Result = TypeVar("Result")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -77,21 +86,21 @@ class Compute:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def loader_threads(self, asked: int | str) -> int:
-        """The number of loader threads for data.num_workers=`asked`. Warns, with a number that
-        fits, if the processes of this machine have more threads than cores."""
+    def loader_threads(self, requested: int | str) -> int:
+        """The number of loader threads for data.num_workers=`requested`. Warns, with a number
+        that fits, if the processes of this machine have more threads than cores."""
         cores = available_cores()
         fitting = max(1, cores // self.local_world_size)
-        if isinstance(asked, str):  # "auto"
+        if isinstance(requested, str):  # "auto"
             return fitting
-        if self.is_main and asked * self.local_world_size > cores:
+        if self.is_main and requested * self.local_world_size > cores:
             warn(
-                f"data.num_workers={asked}: with {self.local_world_size} "
+                f"data.num_workers={requested}: with {self.local_world_size} "
                 f"process{'es' if self.local_world_size > 1 else ''} on this machine, this starts "
-                f"{asked * self.local_world_size} threads on {cores} cores; "
+                f"{requested * self.local_world_size} threads on {cores} cores; "
                 f"use data.num_workers={fitting} or auto"
             )
-        return asked
+        return requested
 
     def peak_memory_mb(self) -> float:
         """Peak memory in MiB, of the device on CUDA, else of this process."""
@@ -100,6 +109,7 @@ class Compute:
         return getrusage(RUSAGE_SELF).ru_maxrss / 2**10
 
     def describe(self) -> str:
+        """The choice as one line for the console."""
         name = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
@@ -159,12 +169,12 @@ def set_up(
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
     # torchrun sets it to 1 unless the user has set it.
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     torch.set_num_threads(
         threads
         or (
-            int(asked)
-            if asked.isdigit() and asked != "0"
+            int(requested)
+            if requested.isdigit() and requested != "0"
             else max(1, available_cores() // local_world_size)
         )
     )
@@ -184,11 +194,12 @@ def set_up(
     if world_size > 1 and not dist.is_initialized():
         try:
             store, rank, world_size = next(
-                dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))
+                dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
             )
-            store = _own_part(store, rank, world_size)
+            store = _private_store(store, rank, world_size)
             # A second connection: a collective that waits blocks the first one.
-            _stores.append(store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
+            second = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+            _joined.append(_Joined(second, rank, world_size))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                 store=store,
@@ -331,43 +342,43 @@ def within_memory(what: str, fix: str) -> Iterator[None]:
         raise InputError(f"out of memory with {what} ({first_line(error)}); {fix}") from error
 
 
-def _own_part(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of `store` with a prefix that only the running processes know.
+def _private_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Returns `store` with a prefix that only the running processes know.
 
-    torchrun's store survives a restart. Entries that earlier processes left in it would direct the
-    new ones to closed ports (pytorch/pytorch#135712).
+    torchrun's store is kept over a restart. Entries of earlier processes would direct the new ones
+    to closed ports (pytorch/pytorch#135712).
 
-    Each process writes a unique name. Rank 0 publishes the list of all names, again and again,
-    until every process has found its name in the list.
+    Each process writes a unique name. Rank 0 publishes the list of all names repeatedly, until
+    every process has found its name in the list.
 
-    Raises InputError if that takes more than MEETING_SECONDS.
+    Raises InputError if that takes more than RENDEZVOUS_SECONDS.
     """
-    mine, waits_until = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+    own_name, until = uuid.uuid4().hex, time.monotonic() + RENDEZVOUS_SECONDS
 
     def of_all(key: str) -> list | None:
         keys = [f"{key}/{other}" for other in range(world_size)]
         return [store.get(key).decode() for key in keys] if store.check(keys) else None
 
-    store.set(f"here/{rank}", mine)
-    while time.monotonic() < waits_until:
-        here = of_all("here") if rank == 0 else None
-        if here:
-            store.set("meeting", " ".join(here))
-        meeting = store.get("meeting").decode() if store.check(["meeting"]) else ""
-        if mine in meeting:
-            store.set(f"agreed/{rank}", meeting)
-            if rank == 0 and of_all("agreed") == [meeting] * world_size:
-                store.set(f"begun/{meeting}", "")
-            if store.check([f"begun/{meeting}"]):
-                return dist.PrefixStore(meeting, store)
+    store.set(f"name/{rank}", own_name)
+    while time.monotonic() < until:
+        names = of_all("name") if rank == 0 else None
+        if names:
+            store.set("members", " ".join(names))
+        members = store.get("members").decode() if store.check(["members"]) else ""
+        if own_name in members:
+            store.set(f"confirmed/{rank}", members)
+            if rank == 0 and of_all("confirmed") == [members] * world_size:
+                store.set(f"started/{members}", "")
+            if store.check([f"started/{members}"]):
+                return dist.PrefixStore(members, store)
         time.sleep(0.02)
     raise InputError(
         f"process {rank} of {world_size}: not all processes have connected within "
-        f"{MEETING_SECONDS} s; look for the message of a process that ended"
+        f"{RENDEZVOUS_SECONDS} s; see the error message of the process that ended"
     )
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Destroys the process group, if there is one, and ends its threads.
 
     The caller must have dropped every reference to a group before. A thread that still released a
@@ -385,7 +396,7 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather(items: list[Answer]) -> list[Answer]:
+def gather(items: list[Result]) -> list[Result]:
     """The items of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return list(items)
@@ -411,7 +422,7 @@ def mean_over_processes(tensors: list[torch.Tensor], present: int = 0) -> list[t
     return tensors
 
 
-def on_first_process(action: Callable[[], Answer]) -> Answer:
+def on_first_process(action: Callable[[], Result]) -> Result:
     """Runs `action()` on rank 0 only, and returns its result (text, numbers, None) on every
     process. An InputError is raised on every process too."""
     if not dist.is_initialized():
@@ -429,55 +440,55 @@ def on_first_process(action: Callable[[], Answer]) -> Answer:
     return outcome[0]
 
 
-def ask_store(question: Callable[[dist.Store], Answer], seconds: float) -> Answer:
-    """Returns `question(store)`, which works even if the job's collectives fail.
+def call_store(function: Callable[[dist.Store], Result], seconds: float) -> Result:
+    """Returns `function(store)`, which works even if the job's collectives fail.
 
-    Raises RuntimeError if the store is gone, TimeoutError if it does not answer within `seconds`: a
-    stopped machine keeps its connections open.
+    Raises RuntimeError if the store is unreachable, TimeoutError if it does not respond within
+    `seconds`: a stopped machine keeps its connections open.
     """
-    answers: Queue[tuple[Any, RuntimeError | None]] = Queue()
+    results: Queue[tuple[Any, RuntimeError | None]] = Queue()
 
-    def ask() -> None:
+    def call() -> None:
         try:
-            answers.put((question(_stores[0]), None))
+            results.put((function(_joined[0].store), None))
         except RuntimeError as error:
-            answers.put((None, error))
+            results.put((None, error))
 
-    Thread(target=ask, daemon=True).start()
+    Thread(target=call, daemon=True).start()
     try:
-        answer, error = answers.get(timeout=seconds)
+        result, error = results.get(timeout=seconds)
     except Empty:
-        raise TimeoutError(f"the store does not answer within {seconds} s") from None
+        raise TimeoutError(f"the store did not respond within {seconds} s") from None
     if error is not None:
         raise error
-    return answer
+    return result
 
 
-def first_to_say(what: str) -> bool:
-    """Returns True on exactly one process, the first that asks for `what`. Works even if the job's
-    collectives fail."""
-    if not _stores:
+def is_first_to_report(what: str) -> bool:
+    """Returns True on exactly one process, the first that calls this with `what`. Works even if the
+    job's collectives fail."""
+    if not _joined:
         return True
     try:
-        return ask_store(lambda store: store.add(f"said/{what}", 1), STORE_SECONDS) == 1
+        return call_store(lambda store: store.add(f"reported/{what}", 1), STORE_SECONDS) == 1
     except (RuntimeError, TimeoutError):  # rank 0, which hosts the store, is lost: rank 1 reports
-        return dist.get_rank() == 1
+        return _joined[0].rank == 1
 
 
 def wait_for_others(seconds: float = 2.0) -> None:
     """Waits up to `seconds` before a process ends with an error.
 
-    The other processes may be about to meet the same error. They need the store, which rank 0
-    hosts, to know that it has been reported.
+    The other processes may be about to raise the same error. They need the store, which rank 0
+    hosts, to detect that it has been reported.
     """
-    if not _stores:
+    if not _joined:
         return
     until = time.monotonic() + seconds
 
     def all_end(store: dist.Store) -> None:
         store.add("ending", 1)
-        while store.add("ending", 0) < dist.get_world_size() and time.monotonic() < until:
+        while store.add("ending", 0) < _joined[0].world_size and time.monotonic() < until:
             time.sleep(0.02)
 
     with suppress(RuntimeError, TimeoutError):  # the store is lost
-        ask_store(all_end, seconds + STORE_SECONDS)
+        call_store(all_end, seconds + STORE_SECONDS)

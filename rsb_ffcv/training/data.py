@@ -17,10 +17,12 @@ from rsb_ffcv.training.processes import check_same
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """train_loader, val_loader: this process's batches.
+    """The data of a run.
+
+    train_loader, val_loader: this process's batches.
     num_classes: of the training file.
     label_sets: accepted labels of each evaluation image (see `read_label_sets`), or None.
-    recipe: what the result of the run depends on, see `facts.recipe`.
+    recipe: the options and data that define the run, see `facts.recipe`.
     """
 
     train_loader: TrainLoader
@@ -30,7 +32,8 @@ class Data:
     recipe: dict
 
     def preload(self, stop: Callable[[], bool]) -> None:
-        """Reads both files into memory. stop: polled; once it returns True, reading ends early.
+        """Reads both files into memory. stop: called between reads; if it returns True, the
+        rest is not read.
         Raises InputError if they do not fit."""
         for loader in (self.train_loader, self.val_loader):
             try:

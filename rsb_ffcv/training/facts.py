@@ -1,5 +1,5 @@
-"""The facts of a run, as plain values: the recipe, which determines its result, and the values that
-must be equal on all processes of a job."""
+"""The facts of a run, as plain values: the recipe, which defines the run, and the values that must
+be equal on all processes of a job."""
 
 import platform
 
@@ -34,7 +34,11 @@ OWN = {
 
 
 def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
-    """Everything that determines the run's result. A checkpoint belongs to one recipe."""
+    """The options and data that define the run. A checkpoint belongs to one recipe.
+
+    Precision, device and number of processes are not included: a run may resume on other hardware,
+    then without identical bits.
+    """
     every = as_dict(c)
     kept = {
         name: dict(every[name])

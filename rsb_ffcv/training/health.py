@@ -12,16 +12,16 @@ import torch
 
 # Loss readings: the median of the newest RECENT is compared with that of the BEFORE earlier ones.
 RECENT, BEFORE = 5, 25
-# While the EMA's initial weights have a larger share, it lags behind the model by design.
+# While the EMA's initial weights contribute more, it lags behind the model by design.
 SMALL_SHARE = 0.01
-# Going back more often than this does not fix the run.
-MOST_RETURNS = 10
+# Going back more often than this in a row does not fix the run.
+MAX_RETURNS = 10
 
 
 class GoBack(Exception):
     """Requests a return to the last regular checkpoint.
 
-    skip: steps to leave out from then on. factor: multiplies every learning rate from then on.
+    skip: steps to leave out after the return. factor: multiplies every learning rate after it.
     """
 
     def __init__(self, reason: str, skip: tuple[int, ...] = (), factor: float = 1.0) -> None:
@@ -38,7 +38,7 @@ class Health:
     """The policies of the checks and their state. A policy is "off", "warn" or "act"; non_finite
     may also be "stop".
 
-    say: called with each message.
+    report: called with each message.
     non_finite: a loss or a weight is infinite or NaN. act: go back to the last regular checkpoint
         and leave out that step and the one before it, whose update may have been the cause.
     loss_rise: the loss is more than `rise` above its recent median. act: go back and halve the
@@ -47,12 +47,12 @@ class Health:
     chance: after epoch `chance_epoch`, or the next one that is validated, top-1 is still at chance
         level. act: end the run.
     chance_epoch: counted from 1.
-    average: the EMA's top-1 is more than `gap` points below the model's, and the EMA's initial
-        weights have a share of less than SMALL_SHARE in it. act: restart the EMA from the model.
-    gap: points of top-1.
+    average: the EMA's top-1 is more than `gap` below the model's, and the EMA's initial weights
+        contribute less than SMALL_SHARE to it. act: restart the EMA from the model.
+    gap: percentage points of top-1.
     """
 
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     non_finite: str = "stop"
     loss_rise: str = "warn"
     rise: float = 0.1
@@ -86,7 +86,7 @@ class Health:
             value = state[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
-    def forget(self) -> None:
+    def reset_history(self) -> None:
         """Clears the loss history. Call it when the loss function or the resolution changes."""
         self.history, self.risen = [], False
 
@@ -114,7 +114,7 @@ class Health:
             )
             if self.loss_rise == "act":
                 raise GoBack(reason, factor=0.5)
-            self.say(f"{reason}; a lower lr.lr may be needed")
+            self.report(f"{reason}; a lower lr.lr may be needed")
 
     def end_epoch(self) -> None:
         self.returns, self.returned = self.returns if self.returned else 0, False
@@ -137,7 +137,7 @@ class Health:
                 f"{reason}; lower lr.lr, set training.grad_clip, use compute.precision=bf16, or "
                 f"health.non_finite=act to leave such steps out"
             )
-        self.say(reason)
+        self.report(reason)
 
     def check_accuracy(
         self,
@@ -158,11 +158,11 @@ class Health:
         ema_warmup: whether ema.warmup is on.
         """
         chance = 100 / classes
-        looks = not self.chance_checked and epoch + 1 >= self.chance_epoch
-        self.chance_checked |= looks
+        due = not self.chance_checked and epoch + 1 >= self.chance_epoch
+        self.chance_checked |= due
         if (
             self.chance != "off"
-            and looks
+            and due
             and row["top1"] < chance + min(0.5 * chance, 0.05 * (100 - chance))
         ):
             reason = (
@@ -173,13 +173,13 @@ class Health:
             )
             if self.chance == "act":
                 raise Stop(f"{reason}; correct it, or use health.chance=warn to continue")
-            self.say(reason)
+            self.report(reason)
         behind = row["top1"] - row.get("ema_top1", row["top1"])
         if self.average != "off" and behind > self.gap and initial_share < SMALL_SHARE:
             fix = "a lower ema.decay" if ema_warmup else "ema.warmup=1 or a lower ema.decay"
-            self.say(
-                f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} points below the "
-                f"model's: its decay is too high for this run; use {fix}"
+            self.report(
+                f"after epoch {epoch + 1} the EMA's top-1 is {behind:.1f} percentage points "
+                f"below the model's: its decay is too high for this run; use {fix}"
                 + ("; the EMA restarts from the model" if self.average == "act" else "")
             )
             return self.average == "act"

@@ -1,4 +1,5 @@
-"""Records a signal that asks the run to end, until the run reaches a point where it can be saved.
+"""Records a signal that requests the end of the run, until the run reaches a point where it can be
+saved.
 
 Does not import torch: the import takes seconds, and a signal during them would be missed.
 """
@@ -21,8 +22,6 @@ class Interrupt:
 
     forwarded: this process has a parent (torchrun, training.distributed=1) that forwards signals. A
         signal within ECHO_SECONDS of the first is then ignored as a duplicate.
-
-    `restore` reinstalls the previous signal handlers.
     """
 
     def __init__(self, forwarded: bool) -> None:
@@ -46,5 +45,6 @@ class Interrupt:
             os._exit(128 + number)
 
     def restore(self) -> None:
+        """Reinstalls the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

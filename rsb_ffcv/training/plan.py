@@ -1,5 +1,5 @@
 """The plan of a run: resolution, mixing, averaging and learning rate of each epoch, from the
-recipe. The trainer asks once per epoch. No other module decides these."""
+recipe. The trainer reads it once per epoch. No other module computes these values."""
 
 from dataclasses import dataclass
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training.compute import ask_store, gather, on_first_process
+from rsb_ffcv.training.compute import call_store, gather, on_first_process
 
 LOST = 3  # exit status: another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
@@ -68,18 +68,18 @@ def check_shared(folder: Path) -> None:
     content, until = on_first_process(write), time.monotonic() + FOLDER_SECONDS
     while not seen() and time.monotonic() < until:
         time.sleep(0.1)
-    blind = [str(rank) for rank, sees in enumerate(gather([seen()])) if not sees]
+    missing = [str(rank) for rank, sees in enumerate(gather([seen()])) if not sees]
 
-    def judge() -> None:
+    def check() -> None:
         path.unlink(missing_ok=True)
-        if blind:
+        if missing:
             raise InputError(
-                f"logging.folder={folder}: process{'es' if blind[1:] else ''} {', '.join(blind)} "
-                f"cannot see what process 0 writes there; use a folder that all machines of the "
-                f"job share"
+                f"logging.folder={folder}: process{'es' if missing[1:] else ''} "
+                f"{', '.join(missing)} cannot see what process 0 writes there; use a folder that "
+                f"all machines of the job share"
             )
 
-    on_first_process(judge)
+    on_first_process(check)
 
 
 class Votes:
@@ -95,14 +95,14 @@ class Votes:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._counting: tuple[torch.Tensor, dist.Work] | None = None
 
-    def cast(self, *wishes: bool) -> tuple[bool, ...]:
-        """Casts this step's vote. Returns the result of the previous step's vote: for each wish,
+    def cast(self, *requests: bool) -> tuple[bool, ...]:
+        """Casts this step's vote. Returns the result of the previous step's vote: for each request,
         whether any process had it."""
         if self._group is None:
-            return wishes
-        granted = self.count() or tuple(False for _ in wishes)
+            return requests
+        granted = self.count() or tuple(False for _ in requests)
         votes = torch.tensor(
-            [wish and not had for wish, had in zip(wishes, granted)], dtype=torch.int32
+            [request and not had for request, had in zip(requests, granted)], dtype=torch.int32
         )
         self._counting = (
             votes,
@@ -125,9 +125,9 @@ class Heartbeat:
     silent for `timeout_s` seconds. One of the remaining processes reports which one.
 
     A process that ends closes its connections. The heartbeat of the others detects that within a
-    second. A process that is stopped, or whose machine or network is gone, does not answer. Without
-    the heartbeat, the collectives of training would block until their own timeout, up to half an
-    hour.
+    second. A process that is stopped, or whose machine or network is unreachable, does not respond.
+    Without the heartbeat, the collectives of training would block until their own timeout, up to
+    half an hour.
 
     hosts: the host name of each process.
     """
@@ -174,25 +174,25 @@ class Heartbeat:
         it. Then the processes cannot agree, and one process per machine prints the message.
         """
         try:
-            ask_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
+            call_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
             until = time.monotonic() + REPORT_SECONDS
             reports: dict[int, str] = {}
             while len(reports) < self._size and time.monotonic() < until:
-                reports = ask_store(self._reports, REPORT_SECONDS)
+                reports = call_store(self._reports, REPORT_SECONDS)
                 if self._rank and 0 in reports:
                     return
                 time.sleep(0.02)
         except (RuntimeError, TimeoutError):
             reports = dict.fromkeys(range(1, self._size), what)
-            speaks = self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+            is_reporter = self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
         else:
-            speaks = self._rank == min(reports)
-        if speaks:
+            is_reporter = self._rank == min(reports)
+        if is_reporter:
             lost = [rank for rank in range(self._size) if rank not in reports]
             # The leading newline ends the line of a progress bar.
             print(
-                f"\nerror: {self._told(lost, 'silent' in reports.values())}; start the job again, "
-                f"and it resumes from the last checkpoint",
+                f"\nerror: {self._message(lost, 'silent' in reports.values())}; start the job "
+                f"again, and it resumes from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -204,18 +204,19 @@ class Heartbeat:
             if store.check([f"beat/{rank}"])
         }
 
-    def _told(self, lost: list[int], silent: bool) -> str:
+    def _message(self, lost: list[int], silent: bool) -> str:
         # All of them reported: a connection between two failed, or one was stopped and continued.
         if not lost:
             return (
-                f"the processes of this job lost contact for {self._timeout_s:g} s (dist.timeout_s)"
+                f"the processes of this job could not reach each other for {self._timeout_s:g} s "
+                f"(dist.timeout_s)"
             )
         names = ", ".join(f"{rank} ({self._hosts[rank]})" for rank in lost)
         who = f"process{'es' if len(lost) > 1 else ''} {names} of {self._size}"
         if silent:
             return (
                 f"{who} did not respond for {self._timeout_s:g} s (dist.timeout_s): stopped, or "
-                f"the machine or its network is gone"
+                f"the machine or its network failed"
             )
         return f"{who} ended (killed, or with the message above)"
 
@@ -238,7 +239,7 @@ class Heartbeat:
         elif isinstance(error, Exception) and not isinstance(error, InputError):
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 self._end_job(error)
-            # An error that does not name this cause may still have it: the heartbeat gets time to
-            # detect the loss.
+            # A lost process may also cause an error that does not mention it. Wait until the
+            # heartbeat can detect the loss.
             if self._failed.wait(4 * BEAT_SECONDS):
                 self._thread.join()

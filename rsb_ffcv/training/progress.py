@@ -64,11 +64,11 @@ class Progress:
         """Updates `best` from a validated epoch's `row`. Returns the previous best if this epoch is
         better, else None."""
         top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
-        beaten = self.best
-        if top1 <= beaten["top1"]:
+        previous_best = self.best
+        if top1 <= previous_best["top1"]:
             return None
         self.best = {"top1": top1, "epoch": row["epoch"], "step": self.step}
-        return beaten
+        return previous_best
 
     @property
     def window_is_full(self) -> bool:

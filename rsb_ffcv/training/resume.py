@@ -18,12 +18,12 @@ from rsb_ffcv.learning.average import Ema, Swa
 from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training import checkpoint, compute
 from rsb_ffcv.training.compute import Compute
-from rsb_ffcv.training.health import MOST_RETURNS, GoBack, Health
+from rsb_ffcv.training.health import MAX_RETURNS, GoBack, Health
 from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
 from rsb_ffcv.training.processes import Votes
 from rsb_ffcv.training.progress import NO_BEST, Progress
 
-# This file is in the folder after a run was asked to end, until it is started again.
+# Exists in the folder from the time a signal stops a run until the run is restarted.
 REQUEUE_MARK = "requeue"
 
 
@@ -31,7 +31,7 @@ REQUEUE_MARK = "requeue"
 class State:
     """Everything that a run changes.
 
-    recipe: what the result depends on, see `facts.recipe`.
+    recipe: the options and data that define the run, see `facts.recipe`.
     progress: position, log and counts.
     model: the bare module.
     optimizer: with its moments.
@@ -85,12 +85,12 @@ def newest(store: checkpoint.Store, regular: bool = False) -> tuple[Path, dict] 
     rank 0 has found."""
     found: tuple[Path, dict] | None = None
 
-    def look() -> str | None:
+    def find() -> str | None:
         nonlocal found
         found = store.newest(regular)
         return str(found[0]) if found else None
 
-    path = compute.on_first_process(look)
+    path = compute.on_first_process(find)
     return found if found or path is None else (Path(path), checkpoint.read(Path(path)))
 
 
@@ -119,7 +119,7 @@ class Checkpointer:
         self.config, self.state, self.store = config, state, store
         self.compute, self.console, self.interrupt = where, console, interrupt
         self.health, self.progress = state.health, state.progress
-        self._beaten: dict | None = None  # the previous best, while a new best is being written
+        self._previous_best: dict | None = None  # while a new best is being written
         self._saved_at = time.monotonic()
         self._votes = Votes()
 
@@ -143,13 +143,13 @@ class Checkpointer:
     # ---------------------------------------------------------------- saving
 
     def after_step(self, regular: bool) -> None:
-        """Saves if a checkpoint is due, and ends the run if a signal asked for it, on all processes
+        """Saves if a checkpoint is due, and ends the run if a signal was received, on all processes
         alike.
 
         regular: a regular checkpoint is due now.
 
-        Raises SystemExit(REQUEUE) after a signal, InputError if the run could not be saved then,
-        and GoBack or Stop as `check` does.
+        Raises SystemExit(REQUEUE) after a signal, InputError if the checkpoint could not be written
+        then, and GoBack or Stop as `check` does.
         """
         minutes = self.config.checkpoint.every_minutes
         due, stop = self._votes.cast(
@@ -163,12 +163,12 @@ class Checkpointer:
             folder = self.store.folder
             if not self.store.finish():
                 raise InputError(
-                    f"{folder}: a signal asked the run to end, but it could not be saved; "
+                    f"{folder}: a signal was received, but the checkpoint could not be written; "
                     f"{checkpoint.FIX}"
                 )
             if self.compute.is_main:
                 (folder / REQUEUE_MARK).touch()
-            self.console.say(
+            self.console.info(
                 f"saved after step {self.progress.step}; the same command resumes from here (exit "
                 f"status {REQUEUE})"
             )
@@ -182,24 +182,24 @@ class Checkpointer:
             self.health.check_losses(*progress.read_losses())
         self.health.check_weights(progress.step - 1, self.state.model.state_dict().values())
 
-    def save_epoch(self, beaten: dict | None) -> None:
-        """Saves after an epoch's row is complete. beaten: the previous best if this epoch is the
-        new best, else None."""
-        self._save(beaten is not None)
-        self._beaten = beaten
+    def save_epoch(self, previous_best: dict | None) -> None:
+        """Saves after an epoch's row is complete. previous_best: the best before this epoch if this
+        epoch is better, else None."""
+        self._save(previous_best is not None)
+        self._previous_best = previous_best
 
     def _save(self, best: bool) -> None:
-        self.settle()
+        self.wait_for_save()
         state = self.state.state_dict()
         if self.compute.is_main:
             self.store.save(state, best)
         self._saved_at = time.monotonic()
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Waits for the save in progress. If it failed, a new best in it does not count."""
-        if not self.store.finish() and self._beaten is not None:
-            self.progress.best = self._beaten
-        self._beaten = None
+        if not self.store.finish() and self._previous_best is not None:
+            self.progress.best = self._previous_best
+        self._previous_best = None
 
     # ---------------------------------------------------------------- resuming
 
@@ -219,7 +219,7 @@ class Checkpointer:
             and self.progress.best["step"] == self.progress.step
         ):
             self.store.mark_best(path)  # the run may have been killed before it got this name
-        self.console.say(f"resuming {folder} after step {self.progress.step} of {total_steps}")
+        self.console.info(f"resuming {folder} after step {self.progress.step} of {total_steps}")
 
     def _load(self, saved: dict) -> None:
         checkpoint.check_recipe(saved["recipe"], self.state.recipe, self.store.folder)
@@ -227,31 +227,32 @@ class Checkpointer:
 
     def go_back(self, request: GoBack) -> None:
         """Returns to the newest regular checkpoint, and applies `request` from there on. Raises
-        InputError if there is none, or after MOST_RETURNS returns in a row."""
+        InputError if there is none, or after MAX_RETURNS returns in a row."""
+        # A failed save has been reported, and an earlier checkpoint is then the newest one
         self.store.finish()
         health, progress = self.health, self.progress
         returns = health.returns + 1
         found = newest(self.store, regular=True)
-        if found is None or returns > MOST_RETURNS:
+        if found is None or returns > MAX_RETURNS:
             raise InputError(
                 f"{request.reason}, and "
                 + (
                     "there is no checkpoint to go back to; set checkpoint.every_steps"
                     if found is None
-                    else f"going back {MOST_RETURNS} times did not fix it; lower lr.lr"
+                    else f"going back {MAX_RETURNS} times did not fix it; lower lr.lr"
                 )
             )
         self._load(found[1])
         # Before the state with this decision is saved. A run that is killed in between repeats the
         # steps and decides again.
-        best_is_gone = compute.on_first_process(lambda: self.store.give_up(progress.step))
-        if best_is_gone and progress.best["step"] != progress.step:
+        best_was_removed = compute.on_first_process(lambda: self.store.remove_after(progress.step))
+        if best_was_removed and progress.best["step"] != progress.step:
             progress.best = dict(NO_BEST)
         health.returns, health.returned = returns, True
         health.lr_factor *= request.factor
         health.skipped_steps.extend(request.skip)
-        health.forget()
-        health.say(
+        health.reset_history()
+        health.report(
             f"{request.reason}: going back to step {progress.step}, "
             + (
                 f"leaving out step {' and '.join(map(str, request.skip))}"

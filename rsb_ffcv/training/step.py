@@ -93,9 +93,9 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for number in range(self.groups):
-            asked = time.perf_counter()
+            started = time.perf_counter()
             images, labels, slots = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - started
             images, lam = self.transform(images, epoch, slots, mixing=mixing)
             images = images.contiguous(memory_format=self.compute.memory_format)
             torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))

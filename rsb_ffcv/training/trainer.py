@@ -58,7 +58,7 @@ class Trainer:
         )
         stack.enter_context(Heartbeat(c.dist.timeout_s, where.hosts))
         self.console = Console(where.is_main)
-        self.console.say(where.describe())
+        self.console.info(where.describe())
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
         self.data = stack.enter_context(open_data(c, where))
@@ -73,7 +73,7 @@ class Trainer:
         found = newest(store)
         model = build.model(c, self.data.num_classes, where, new=found is None)
         if found is None and c.checkpoint.warm_start:
-            self.console.say(f"starting from the weights of {c.checkpoint.warm_start}")
+            self.console.info(f"starting from the weights of {c.checkpoint.warm_start}")
         self.ema, self.swa = build.averages(c, model, self.data.train_loader.global_batch)
         self.train_step = build.train_step(
             c, model, ema=self.ema, loader=self.data.train_loader, where=where
@@ -81,7 +81,7 @@ class Trainer:
         self.progress = Progress(where, self.train_step.groups / self.train_step.mean_groups)
         self.health = build.health(c, self._note)
         if left_out := build.left_out(c, self.data.train_loader):
-            self.console.say(left_out)
+            self.console.info(left_out)
         averages = {"ema_": self.ema, "swa_": self.swa}
         self.evaluate = Evaluator(
             c,
@@ -126,9 +126,9 @@ class Trainer:
     ) -> None:
         self._open.__exit__(kind, error, trace)
         if kind is None or kind is SystemExit:
-            # They reference process groups; see compute.leave.
+            # They reference process groups; see compute.destroy_process_group.
             del self.checkpointer, self.train_step
-            compute.leave()
+            compute.destroy_process_group()
 
     # ---------------------------------------------------------------- fit
 
@@ -179,7 +179,7 @@ class Trainer:
             )
         result = self.evaluate(with_swa=len(self.progress.rows) == self.plan.epochs)
         epoch = step // self.plan.steps_per_epoch - 1
-        self.console.say(json.dumps({"epoch": epoch, "step": step, **result}))
+        self.console.info(json.dumps({"epoch": epoch, "step": step, **result}))
 
     # ---------------------------------------------------------------- one epoch
 
@@ -245,13 +245,13 @@ class Trainer:
         """Validates, and writes the epoch's row and a checkpoint."""
         progress, health = self.progress, self.health
         self.checkpointer.check()
-        self.checkpointer.settle()
+        self.checkpointer.wait_for_save()
         row = progress.row(
             epoch,
             loss=self.train_step.loss.name(epoch.mixing),
             lr=epoch.lr(epoch.steps - 1) * health.lr_factor,
         )
-        beaten = None
+        previous_best = None
         if self.config.logging.log_level or epoch.last:
             row |= self.evaluate(
                 with_swa=epoch.last, after_batch=lambda: self.checkpointer.after_step(False)
@@ -265,7 +265,7 @@ class Trainer:
             ):
                 assert self.ema is not None  # check_accuracy has compared it with the model
                 self.ema.restart()
-            beaten = progress.new_best(row)
+            previous_best = progress.new_best(row)
         if progress.events:
             row["events"] = progress.events
         health.end_epoch()
@@ -273,13 +273,13 @@ class Trainer:
         if not epoch.last:
             following = self.plan[epoch.number + 1]
             if (following.mixing, following.resolution) != (epoch.mixing, epoch.resolution):
-                health.forget()
+                health.reset_history()
         progress.begin_epoch()
-        self.checkpointer.save_epoch(beaten)
+        self.checkpointer.save_epoch(previous_best)
         if self.compute.is_main:
             try:
                 with option_names(build.TRAIN_OPTIONS):
                     log.write_metrics(self.folder, progress.rows)
             except InputError as error:  # the next epoch, or a restart, writes the complete log
                 self.console.warn(f"{error}; the run continues")
-        self.console.say(json.dumps(row))
+        self.console.info(json.dumps(row))

@@ -22,9 +22,9 @@
 #include "rsb.h"
 
 enum {
-    ENTRY_ROOM = 8192,  /* bytes of entry points of an input */
-    INSERT_ROOM = 4096, /* bytes that damage may insert, besides the size of the file */
-    HEADER_BYTES = 700, /* damage hits these more often */
+    MAX_ENTRY_BYTES = 8192, /* bytes of entry points of an input */
+    MAX_INSERTED = 4096,    /* bytes that damage may insert, besides the size of the file */
+    HEADER_BYTES = 700,     /* damage hits these more often */
     STATUS_ROOM = 16,
     FRESH_SCRATCH = 1000 /* inputs for which a scratch is used */
 };
@@ -49,7 +49,7 @@ typedef struct {
     uint8_t *data;
     size_t size;
     int height, width;
-    uint8_t entries[ENTRY_ROOM];
+    uint8_t entries[MAX_ENTRY_BYTES];
     size_t entry_bytes;
 } seed_file;
 
@@ -82,8 +82,8 @@ static void read_file(seed_file *f, const char *path) {
 
 /* ---- inputs ---- */
 
-/* Damages `size` bytes of `data`, which has `room` bytes. Returns the new size. */
-static size_t damage(uint8_t *data, size_t size, size_t room) {
+/* Damages `size` bytes of `data`, which has `capacity` bytes. Returns the new size. */
+static size_t damage(uint8_t *data, size_t size, size_t capacity) {
     for (int n = (int)below(5); n >= 0 && size > 4; n--) {
         size_t range = below(3) || size < HEADER_BYTES ? size : HEADER_BYTES;
         size_t at = below((uint32_t)range);
@@ -110,7 +110,7 @@ static size_t damage(uint8_t *data, size_t size, size_t room) {
                 }
             break;
         case 7:
-            if (size + length < room) {
+            if (size + length < capacity) {
                 memmove(data + at + length, data + at, size - at);
                 size += length;
             }
@@ -122,16 +122,16 @@ static size_t damage(uint8_t *data, size_t size, size_t room) {
 
 /* Writes a damaged file with entry points or without to `data`. Returns its size; `*entered` is the
  * number of bytes of entry points that follow. */
-static size_t make_input(const seed_file *f, uint8_t *data, size_t room, size_t *entered,
+static size_t make_input(const seed_file *f, uint8_t *data, size_t capacity, size_t *entered,
                          rsb_scratch *scratch) {
     memcpy(data, f->data, f->size);
-    size_t size = damage(data, f->size, room);
+    size_t size = damage(data, f->size, capacity);
     *entered = below(2) ? f->entry_bytes : 0;
     memcpy(data + size, f->entries, *entered);
     for (int n = (int)below(4); *entered && n > 0; n--)
         data[size + below((uint32_t)*entered)] = (uint8_t)word();
     /* entry points of the damaged file, as a writer would make them */
-    if (!below(4)) *entered = rsb_jpeg_entries(data, size, data + size, ENTRY_ROOM, scratch);
+    if (!below(4)) *entered = rsb_jpeg_entries(data, size, data + size, MAX_ENTRY_BYTES, scratch);
     return size;
 }
 
@@ -199,12 +199,12 @@ typedef struct {
     long refused; /* left to the core */
 } device_counts;
 
-/* Loads one input and returns its status; -1: the device's result differs. data: room for a file of
- * `room` bytes and its entry points. memory: descriptor of the memory file. */
-static int run_input(const seed_file *f, uint8_t *data, size_t room, int memory,
+/* Loads one input and returns its status; -1: the device's result differs. data: memory for a file
+ * of `capacity` bytes and its entry points. memory: descriptor of the memory file. */
+static int run_input(const seed_file *f, uint8_t *data, size_t capacity, int memory,
                      rsb_scratch *scratch, device_counts *counts) {
     size_t entered;
-    size_t size = make_input(f, data, room, &entered, scratch);
+    size_t size = make_input(f, data, capacity, &entered, scratch);
     size_t all = size + entered;
     if (pwrite(memory, data, all, 0) != (ssize_t)all || ftruncate(memory, (off_t)all))
         fail("memory file");
@@ -251,11 +251,11 @@ int main(int count, char **arguments) {
     for (int i = 0; i < files; i++) {
         seed_file *f = &seeds[i];
         read_file(f, arguments[3 + i]);
-        f->entry_bytes = rsb_jpeg_entries(f->data, f->size, f->entries, ENTRY_ROOM, scratch);
+        f->entry_bytes = rsb_jpeg_entries(f->data, f->size, f->entries, MAX_ENTRY_BYTES, scratch);
         largest = f->size > largest ? f->size : largest;
     }
-    size_t room = 2 * largest + INSERT_ROOM;
-    uint8_t *data = malloc(room + ENTRY_ROOM);
+    size_t capacity = 2 * largest + MAX_INSERTED;
+    uint8_t *data = malloc(capacity + MAX_ENTRY_BYTES);
     int memory = memfd_create("fuzz", 0);
     for (long input = 0; input < inputs; input++) {
         if (input % FRESH_SCRATCH == 0) { /* damage must also meet fresh buffers */
@@ -263,7 +263,7 @@ int main(int count, char **arguments) {
             scratch = rsb_scratch_new();
         }
         const seed_file *f = &seeds[below((uint32_t)files)];
-        int status = run_input(f, data, room, memory, scratch, &counts);
+        int status = run_input(f, data, capacity, memory, scratch, &counts);
         if (status < 0 || status > RSB_BAD_CALL) {
             fprintf(stderr, "input %ld: status %d\n", input, status);
             return 1;

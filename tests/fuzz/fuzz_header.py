@@ -120,8 +120,8 @@ def damage(whole: np.ndarray, rng) -> np.ndarray:
 
 def main(count: int, seed: int, core: str):
     native.library = native.bind(core)
-    native._thread = native._OfThread()
-    rng, refused, loaded = np.random.default_rng(seed), 0, 0
+    native._thread = native._ThreadLocal()
+    rng, rejected, loaded = np.random.default_rng(seed), 0, 0
     reasons: dict[str, int] = {}
     files = [small_file(extras_too=with_extras) for with_extras in (True, False)]
     path = (
@@ -136,7 +136,7 @@ def main(count: int, seed: int, core: str):
                 file = beton.read_beton(path)
                 file.names()
             except InputError:
-                refused += 1
+                rejected += 1
                 continue
             descriptor = os.open(path, os.O_RDONLY)
             for i in range(len(file)):
@@ -159,8 +159,8 @@ def main(count: int, seed: int, core: str):
     finally:
         os.unlink(path)
     print(
-        f"{count} files: {refused} refused by the reader; of the others, {loaded} images loaded, "
-        f"refused: {reasons}"
+        f"{count} files: {rejected} rejected by the reader; of the others, {loaded} images loaded, "
+        f"rejected: {reasons}"
     )
 
 

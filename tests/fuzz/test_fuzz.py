@@ -67,7 +67,7 @@ def seeds(tmp_path_factory):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, portable):
+def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, report, portable):
     objects = [tmp_path / f"{path.stem}.o" for path in DEVICE]
     for path, target in zip(DEVICE, objects):  # signed overflow ends the program here
         flags = [flag for flag in FLAGS if flag != "-fwrapv"]
@@ -89,13 +89,13 @@ def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, tell, po
     assert done.returncode == 0, done.stderr[-3000:]
     first, last = done.stdout.splitlines()
     statuses = [int(part.split(": ")[-1]) for part in first.split(" inputs:")[1].split(",")]
-    equal, refused = map(int, re.findall(r"\d+", last))
-    assert equal > FUZZ_INPUTS / 100 and refused > FUZZ_INPUTS / 100
-    # each kind of check refused some images, and some images passed
+    equal, left_to_core = map(int, re.findall(r"\d+", last))
+    assert equal > FUZZ_INPUTS / 100 and left_to_core > FUZZ_INPUTS / 100
+    # each kind of check rejected some images, and some images passed
     assert sum(statuses) == FUZZ_INPUTS and all(statuses[i] > 0 for i in (0, 1, 2, 3, 4, 8)), (
         done.stdout
     )
-    tell(done.stdout.strip())
+    report(done.stdout.strip())
 
 
 def test_threads_of_a_device_block_do_not_race(seeds, tmp_path):
@@ -110,7 +110,7 @@ def test_threads_of_a_device_block_do_not_race(seeds, tmp_path):
     assert done.stdout == "14 images equal\n"
 
 
-def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
+def test_a_damaged_structure_is_rejected_or_harmless(tmp_path, report):
     build(
         tmp_path / "core.so", *SANITIZE, "-shared", "-fPIC", "-pthread", *SOURCES, CSRC / "pool.c"
     )
@@ -131,8 +131,8 @@ def test_a_damaged_structure_is_refused_or_harmless(tmp_path, tell):
         env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert " refused by the reader; of the others, " in done.stdout
-    tell(done.stdout.strip())
+    assert " rejected by the reader; of the others, " in done.stdout
+    report(done.stdout.strip())
 
 
 def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_path):

@@ -96,12 +96,12 @@ def counted(self, *arguments, **named):
             os.kill(os.getpid(), 9)
     unlink(self, *arguments, **named)
 from rsb_ffcv.training.checkpoint import Store
-give_up = Store.give_up
+remove_after = Store.remove_after
 def watched(self, step):
     Path.unlink = counted
-    removed = give_up(self, step)
+    removed = remove_after(self, step)
     os.kill(os.getpid(), 9)
-Store.give_up = watched
+Store.remove_after = watched
 """
         )
         folder = tmp_path / f"run{acts}"
@@ -123,9 +123,9 @@ def test_best_checkpoint_of_discarded_steps_is_removed(tmp_path):
     for step, best in ((10, True), (20, True), (21, False)):
         store.save(saved(step), best)
     store.finish()
-    assert store.give_up(10)
+    assert store.remove_after(10)
     assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_000000010.pt"]
     store.mark_best(tmp_path / "checkpoint_000000010.pt")
-    assert not store.give_up(10)
+    assert not store.remove_after(10)
     assert read(tmp_path / "best.pt")["step"] == 10
     store.close()

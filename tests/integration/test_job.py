@@ -1,4 +1,4 @@
-"""Processes that do not belong together are refused at the start. A process that is silent for too
+"""Processes that do not belong together are rejected at the start. A process that is silent for too
 long ends the job."""
 
 import os
@@ -56,7 +56,7 @@ def others(pictures, tmp_path_factory):
         ("--compute.precision=bf16", r"precision: bf16, but fp32 on process 0"),
     ],
 )
-def test_processes_with_different_files_or_recipes_are_refused(
+def test_processes_with_different_files_or_recipes_are_rejected(
     betons, others, tmp_path, train, own, differs
 ):
     run = train(options(betons, tmp_path / "run", **TWO), 2, own={1: [own.format(others=others)]})
@@ -66,7 +66,7 @@ def test_processes_with_different_files_or_recipes_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_different_versions_are_refused(betons, tmp_path, train):
+def test_processes_with_different_versions_are_rejected(betons, tmp_path, train):
     newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
     assert statuses == [2, 2] and "process 1 differs from process 0 (timm: 99.0, but " in err, err
@@ -89,7 +89,7 @@ def test_same_file_under_another_path_is_accepted(betons, tmp_path, train):
     assert statuses == [0, 0], err
 
 
-def test_folder_that_processes_do_not_share_is_refused(betons, tmp_path, train):
+def test_folder_that_processes_do_not_share_is_rejected(betons, tmp_path, train):
     statuses, _, err = train(
         options(betons, tmp_path / "run", **TWO), 2, own={1: [f"--logging.folder={tmp_path}/other"]}
     ).wait()
@@ -172,7 +172,7 @@ def test_only_visible_gpu_is_used_and_not_shared():
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_nvidia_device_that_torch_cannot_use_is_refused(
+def test_nvidia_device_that_torch_cannot_use_is_rejected(
     betons, tmp_path, call_program, monkeypatch, device
 ):
     (tmp_path / "nvidia0").touch()

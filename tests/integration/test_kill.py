@@ -28,7 +28,7 @@ EVERYTHING = {
 }
 PHASES = ("epoch 1", "epoch 2", "epoch 3", "epoch 4", "validation", "batch norm")
 # Limit of the progress bar updates from a start to its kill; a complete run makes 45
-MOST_MOVES = 16
+MAX_MOVES = 16
 
 
 def phase(err: str) -> str:
@@ -38,7 +38,7 @@ def phase(err: str) -> str:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_run_killed_at_random_instants_equals_uninterrupted(betons, tmp_path, train, tell, world):
+def test_run_killed_at_random_instants_equals_uninterrupted(betons, tmp_path, train, report, world):
     more = {**EVERYTHING, "training.batch_size": 16 // world}
     statuses, out, err = train(options(betons, tmp_path / "whole", **more), world).wait()
     assert statuses == [0] * world, err
@@ -48,7 +48,7 @@ def test_run_killed_at_random_instants_equals_uninterrupted(betons, tmp_path, tr
         folder = tmp_path / f"chain{chains}"
         chains += 1
         for _ in range(500):
-            moves = rng.randrange(MOST_MOVES)
+            moves = rng.randrange(MAX_MOVES)
             run = train(options(betons, folder, **more), world, stop_at=("", moves))
             if moves:  # with 0, the kill comes during the start
                 run.wait_for_stop(or_end=True)
@@ -64,7 +64,7 @@ def test_run_killed_at_random_instants_equals_uninterrupted(betons, tmp_path, tr
             phases[phase(err)] = phases.get(phase(err), 0) + 1
         assert_same_run(folder, tmp_path / "whole")
         shutil.rmtree(folder)
-    tell(f"{kills} kills of {chains} runs in {world} process(es), by phase: {json.dumps(phases)}")
+    report(f"{kills} kills of {chains} runs in {world} process(es), by phase: {json.dumps(phases)}")
     assert len(phases) > 2 or kills < 20
 
 

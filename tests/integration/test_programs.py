@@ -162,7 +162,7 @@ def test_any_split_of_a_step_over_processes_trains_the_same_model(
 
 
 def end_at_stop(run):
-    """Asks a run to end at the point at which it is held."""
+    """Sends SIGTERM to a run at its stop."""
     run.wait_for_stop()
     run.signal(signal.SIGTERM)
     run.go_on()
@@ -171,7 +171,7 @@ def end_at_stop(run):
 
 
 def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, train):
-    """Such a thread aborts the interpreter now and then, if it releases its last tensor only at the
+    """Such a thread occasionally aborts the interpreter, if it releases its last tensor only at the
     exit."""
     run = train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 1", 1))
     end_at_stop(run)
@@ -183,7 +183,7 @@ def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, t
 
 
 def test_swa_can_be_finished_by_another_number_of_processes(betons, tmp_path, train):
-    """The runs are asked to end while SWA's batch-norm statistics are estimated, and while SWA is
+    """The runs receive SIGTERM while SWA's batch-norm statistics are estimated, and while SWA is
     evaluated."""
     more = {
         **FIFTY,
@@ -297,7 +297,7 @@ def test_compiled_run_saves_plain_weights_and_has_the_same_losses(
         ({"checkpoint.resume": "never"}, "checkpoint.resume=never"),
     ],
 )
-def test_folder_with_another_run_is_refused(betons, finished, call_program, more, message):
+def test_folder_with_another_run_is_rejected(betons, finished, call_program, more, message):
     status, _, err = call_program("train_imagenet.py", *options(betons, finished[0], **more))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
@@ -341,7 +341,7 @@ def test_log_is_restored_from_the_checkpoint(betons, finished, tmp_path, call_pr
     assert status == 0 and log.read_text() == (finished[0] / "metrics.jsonl").read_text(), err
 
 
-def test_resume_with_another_global_batch_is_refused(betons, finished, call_program):
+def test_resume_with_another_global_batch_is_rejected(betons, finished, call_program):
     status, _, err = call_program(
         "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
     )
@@ -366,7 +366,7 @@ def test_invalid_file_is_an_error_before_anything_is_written(
     "more, message",
     [
         ({"model.num_classes": 10}, "model.num_classes=10"),
-        ({"training.batch_size": 200, "training.global_batch": 0}, "holds 96"),
+        ({"training.batch_size": 200, "training.global_batch": 0}, "has only 96 images"),
         ({"data.num_workers": 0}, "data.num_workers='0'"),
         ({"logging.folder": "/dev/null/run"}, "logging.folder=/dev/null/run"),
         ({"compute.precision": "fp16"}, "compute.precision=fp16"),
@@ -636,7 +636,7 @@ def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, mo
     assert "50.00 % after epoch 3" in out and not list((tmp_path / "run").glob(".*.part"))
 
 
-def test_another_data_set_of_the_same_size_is_refused(
+def test_another_data_set_of_the_same_size_is_rejected(
     betons, finished, pictures, tmp_path, call_program
 ):
     from rsb_ffcv.dataset import Encoding, Place, write_splits
@@ -920,8 +920,8 @@ def test_leftover_images_are_reported_once_and_the_bar_shows_the_rate(
     assert status == 0, err
     assert (
         out.count(
-            "16 of 96 training images do not fill a step of 80 and are left out of each epoch, "
-            "others each time"
+            "16 of 96 training images are left out of each epoch, because they do not fill a step "
+            "of 80; which ones changes each epoch"
         )
         == 1
     )
@@ -959,7 +959,7 @@ def test_signal_to_an_ended_child_is_ignored(monkeypatch):
     running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     before = {number: signals.getsignal(number) for number in training.SIGNALS}
     try:
-        received = training.hand_on([done.pid, running.pid])
+        received = training.forward_signals([done.pid, running.pid])
         os.kill(os.getpid(), signals.SIGTERM)
         assert running.wait(60) == -signals.SIGTERM and received == [signals.SIGTERM]
     finally:

@@ -118,7 +118,7 @@ def files(target) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
-def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_path, tell):
+def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_path, report):
     assert end(begin(options(folder, tmp_path / "whole", 2)))[0] == 0
     uninterrupted = files(tmp_path / "whole")
     assert sorted(uninterrupted) == [
@@ -158,7 +158,7 @@ def test_conversion_killed_at_random_instants_equals_uninterrupted(folder, tmp_p
                 continue
             break
         assert files(target) == uninterrupted
-    tell(f"{kills} kills over {runs} conversions, which resumed {resumed} times")
+    report(f"{kills} kills over {runs} conversions, which resumed {resumed} times")
     assert resumed
 
 
@@ -172,7 +172,7 @@ def test_interrupted_conversion_keeps_finished_work(folder, tmp_path):
     assert status == 0 and "train.beton: continuing after 200 of 401 pictures" in out, errors
 
 
-def test_second_writer_of_a_file_is_refused(folder, tmp_path):
+def test_second_writer_of_a_file_is_rejected(folder, tmp_path):
     first = begin(options(folder, tmp_path, 1), hold=1)
     assert wait_for_hold(first)[0]
     status, _, errors = end(begin(options(folder, tmp_path, 1)))
@@ -181,7 +181,7 @@ def test_second_writer_of_a_file_is_refused(folder, tmp_path):
     assert status == 0, errors
 
 
-def test_rerun_with_other_settings_is_refused(folder, tmp_path):
+def test_rerun_with_other_settings_is_rejected(folder, tmp_path):
     process = begin(options(folder, tmp_path, 2), hold=50)
     assert wait_for_hold(process)[0]
     process.kill()

@@ -193,7 +193,7 @@ def test_any_affine_map_equals_pillows(cubic):
         )
 
 
-def test_unknown_ops_and_non_finite_arguments_are_refused():
+def test_unknown_ops_and_non_finite_arguments_are_rejected():
     image = next(images())
     for wrong in (
         layer(99),
@@ -203,6 +203,13 @@ def test_unknown_ops_and_non_finite_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match="parameters that are out of range"):
             native.augment(image, wrong)
+
+
+def test_affine_map_of_an_image_with_too_many_rows_is_refused():
+    """Positions in its copy, with a border, would not fit in 32 bits."""
+    image = np.zeros((2**27, 1, 3), np.uint8)
+    with pytest.raises(ValueError, match="out of range"):
+        native.augment(image, layer(native.AFFINE, 1, 0, 0, 0, 1, 0))
 
 
 def test_policies_are_parsed_as_in_timm():
@@ -379,5 +386,5 @@ def test_colour_jitter_has_torchvisions_distribution():
         )
     assert ColorJitter(0.4, 0, 0, 0).passes == 1 and ColorJitter().passes == 0
     for wrong in ((-1, 0, 0, 0), (0, 0, 0, 0.6)):
-        with pytest.raises(InputError, match="color_jitter="):
+        with pytest.raises(InputError, match="`brightness`="):
             ColorJitter(*wrong)

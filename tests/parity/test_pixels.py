@@ -167,7 +167,7 @@ def test_every_reason_to_refuse_an_image():
         load(data, False, (65535, 65535), (0, 0, 10, 10), (32, 32))
 
 
-def test_a_truncated_stream_is_refused_only_if_it_ends_before_the_window_does():
+def test_a_truncated_stream_is_rejected_only_if_it_ends_before_the_window_does():
     """The decoder does not read what is below the window; the checksum detects damage there."""
     image = photograph(np.random.default_rng(0), 240, 240)
     data, whole = jpeg(image, quality=90)

@@ -68,7 +68,7 @@ class Stream:
 
 
 @pytest.mark.parametrize("seed, epoch", PLACES)
-def test_single_numbers(seed, epoch):
+def test_single_draws_equal_plain_python(seed, epoch):
     for slot in SLOTS:
         at: tuple[Any, Any, Any, int] = (seed, epoch, slot, draws.MIX)
         stream = Stream(*at)
@@ -105,7 +105,7 @@ def crop_box(stream, height, width, scale, ratio):
     "scale, ratio",
     [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.2, 5.0)), ((1.0, 1.0), (0.75, 1.5))],
 )
-def test_crops(seed, epoch, scale, ratio):
+def test_crops_equal_plain_python(seed, epoch, scale, ratio):
     (scale_lo, scale_hi), (ratio_lo, ratio_hi) = scale, ratio
     boxes, filters, flips = crop._random_boxes(
         seed, epoch, SLOTS, HEIGHTS, WIDTHS, scale_lo, scale_hi, ratio_lo, ratio_hi, 0.3
@@ -121,7 +121,7 @@ def test_crops(seed, epoch, scale, ratio):
 
 
 @pytest.mark.parametrize("seed, epoch", PLACES)
-def test_boxes_to_erase(seed, epoch):
+def test_boxes_to_erase_equal_plain_python(seed, epoch):
     height, width, low, high = 160, 224, math.log(0.3), math.log(1 / 0.3)
     boxes = erase_boxes(seed, epoch, SLOTS, height, width, 0.5, 0.02, 0.9, 0.3, 1 / 0.3)
     for slot, box in zip(SLOTS, boxes):
@@ -149,7 +149,7 @@ def slant(shear):
     return math.tan(math.radians(math.degrees(math.atan(shear))))
 
 
-LAWS = {
+LEVEL_FNS = {
     a.NONE: lambda level, sign, u, h, w: (),
     a.ROTATE: lambda level, sign, u, h, w: rotation(sign * (level / 10 * 30.0), h, w),
     a.DEGREES: lambda level, sign, u, h, w: rotation(sign * level, h, w),
@@ -205,11 +205,11 @@ def layers_of(stream, policy, height, width):
                 level += policy.magnitude_std * stream.normal(k + 2)
             level = max(0.0, min(level, policy.magnitude_max))
         sign = 1.0 if stream.uniform(k + 4) < 0.5 else -1.0
-        op, law = policy.ops[which]
+        op, level_fn = policy.ops[which]
         yield (
             op,
             stream.below(k + 5, 2),
-            LAWS[law](level, sign, stream.uniform(k + 6), height, width),
+            LEVEL_FNS[level_fn](level, sign, stream.uniform(k + 6), height, width),
         )
 
 
@@ -226,7 +226,7 @@ def layers_of(stream, policy, height, width):
         "ta_wide",
     ],
 )
-def test_layers(seed, epoch, spec):
+def test_layers_equal_plain_python(seed, epoch, spec):
     operation, seen = a.RandAugment(spec), set()
     drawn = operation.draw(Address(seed, epoch, SLOTS), HEIGHTS, WIDTHS)
     for slot, height, width, layers in zip(SLOTS, HEIGHTS.tolist(), WIDTHS.tolist(), drawn):
@@ -245,7 +245,7 @@ def test_layers(seed, epoch, spec):
 
 @pytest.mark.parametrize("seed, epoch", PLACES)
 @pytest.mark.parametrize("strengths", [(0.4, 0.3, 0.2, 0.1), (0.2, 0.0, 0.3, 0.0)])
-def test_jitter(seed, epoch, strengths):
+def test_jitter_equals_plain_python(seed, epoch, strengths):
     operation = a.ColorJitter(*strengths)
     ops, low, high = operation.ops.tolist(), operation.low.tolist(), operation.high.tolist()
     for slot, layers in zip(SLOTS, operation.draw(Address(seed, epoch, SLOTS), HEIGHTS, WIDTHS)):

@@ -34,7 +34,7 @@ def logits_and_labels(seed, n=32, classes=11):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_losses(seed):
+def test_losses_equal_timms(seed):
     logits, labels = logits_and_labels(seed)
     lam = float(np.random.default_rng(seed).beta(0.2, 0.2))
     smoothing = (0.0, 0.1)[seed % 2]
@@ -83,7 +83,7 @@ class Scripted:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("cutmix", [False, True])
-def test_mixing_a_batch(seed, cutmix, monkeypatch):
+def test_mix_of_a_batch_equals_timms(seed, cutmix, monkeypatch):
     rng = np.random.default_rng(seed)
     height, width = (int(side) for side in rng.integers(20, 60, 2))
     lam, centre = float(rng.beta(1, 1)), (int(rng.integers(height)), int(rng.integers(width)))
@@ -109,7 +109,7 @@ def test_mixing_a_batch(seed, cutmix, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("mode", ["pair", "elem"])
-def test_mixing_each_image_or_pair(seed, mode, monkeypatch):
+def test_mix_of_each_image_or_pair_equals_timms(seed, mode, monkeypatch):
     rng = np.random.default_rng(seed)
     height, width = (int(side) for side in rng.integers(20, 60, 2))
     count = {"pair": 4, "elem": 8}[mode]

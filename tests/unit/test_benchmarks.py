@@ -61,7 +61,7 @@ def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypat
     )
 
 
-def test_loader_table_shows_ratios_and_verdicts(monkeypatch):
+def test_loader_table_shows_ratios_and_targets(monkeypatch):
     import loader
 
     def rate(value):
@@ -128,7 +128,7 @@ def test_first_step_is_timed_and_its_errors_are_raised(betons, tmp_path):
         start.first_step(start.command(tmp_path, "no_such_net", 96, 32, 1), tmp_path)
 
 
-def test_start_table_shows_ratios_and_verdicts():
+def test_start_table_shows_ratios_and_targets():
     import start
 
     rows = {
@@ -142,6 +142,14 @@ def test_start_table_shows_ratios_and_verdicts():
     )
     rows[start.OURS] = {"seconds": [5.0]}
     assert "| 1.25 | 1.2 | not reached |" in start.table({"rows": rows})
+
+
+def test_memory_of_the_writer_is_measured(tmp_path):
+    import writer
+
+    found = writer.memory(tmp_path, 20, 1)
+    assert list(found) == ["2", "20"]
+    assert all(0 < each["before_mib"] <= each["peak_mib"] for each in found.values())
 
 
 def test_both_writers_write_all_images(pictures, tmp_path):

@@ -91,7 +91,7 @@ def test_every_bit_flip_outside_the_images_is_detected(betons, tmp_path):
             beton.read_beton(path).names()
 
 
-def test_truncated_file_is_refused(betons, tmp_path):
+def test_truncated_file_is_rejected(betons, tmp_path):
     whole = (betons / "val.beton").read_bytes()
     cut = tmp_path / "cut.beton"
     for length in [
@@ -112,7 +112,7 @@ def test_truncated_file_is_refused(betons, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(10000)]
 )
-def test_other_file_formats_are_refused(tmp_path, content):
+def test_other_file_formats_are_rejected(tmp_path, content):
     path = tmp_path / "x.beton"
     path.write_bytes(content)
     with pytest.raises(InputError, match="x.beton"):
@@ -127,7 +127,7 @@ def test_bit_flips_never_point_outside_the_file(betons, tmp_path):
     header_end = 24 + 2 * beton.FIELD.itemsize + 27 * beton.SAMPLE_METADATA.itemsize
     rng = np.random.default_rng(0)
     path = tmp_path / "flipped.beton"
-    refused = 0
+    rejected = 0
     for _ in range(300):
         damaged = whole.copy()
         region = int(rng.integers(0, 3))
@@ -137,15 +137,15 @@ def test_bit_flips_never_point_outside_the_file(betons, tmp_path):
         try:
             file = beton.read_beton(path)
         except InputError:
-            refused += 1
+            rejected += 1
             continue
         ends = [int(pointer) + int(size) for pointer, size in zip(file.pointers, file.sizes)]
         assert max(ends) <= len(whole) and file.labels.min() >= 0
-    assert refused > 100
+    assert rejected > 100
 
 
 @pytest.mark.parametrize(
-    "field, value, refused",
+    "field, value, rejected",
     [
         ("size", lambda row, length: length - int(row["ptr"]), False),
         ("size", lambda row, length: length - int(row["ptr"]) + 1, True),
@@ -154,19 +154,19 @@ def test_bit_flips_never_point_outside_the_file(betons, tmp_path):
         ("ptr", lambda row, length: int(row["ptr"]) + 1, True),
     ],
 )
-def test_allocation_table_bounds_are_exact(betons, tmp_path, field, value, refused):
+def test_allocation_table_bounds_are_exact(betons, tmp_path, field, value, rejected):
     whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
     table = np.frombuffer(whole, beton.ALLOCATION, 27, len(whole) - 27 * 24)
     table[5][field] = value(table[5], len(whole))
     (tmp_path / "x.beton").write_bytes(whole)
-    if refused:
+    if rejected:
         with pytest.raises(InputError, match="damaged: sample 5 "):
             beton.read_beton(tmp_path / "x.beton")
     else:
         beton.read_beton(tmp_path / "x.beton")
 
 
-def test_duplicate_field_names_are_refused(betons, tmp_path):
+def test_duplicate_field_names_are_rejected(betons, tmp_path):
     whole = bytearray(as_ffcv_writes_it(betons / "val.beton"))
     fields = np.frombuffer(whole, beton.FIELD, 2, 24)
     fields["name"][1] = fields["name"][0]

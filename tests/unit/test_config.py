@@ -55,6 +55,13 @@ def test_shared_defaults_equal_ffcv_imagenet(given):
     assert (c.resolution.min_res, c.resolution.max_res) == (160, 160) and c.model.arch == "resnet50"
 
 
+def test_off_and_on_are_read_from_yaml_without_quotes(given, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("health:\n  chance: off\n  average: 'off'\ncompute:\n  compile: on\n")
+    c = read(given, f"--config-file={recipe}")
+    assert (c.health.chance, c.health.average, c.compute.compile) == ("off", "off", "1")
+
+
 def test_flags_override_files_and_later_files_earlier_ones(given, tmp_path):
     for name, lr in (("a", "1e-3"), ("b", "2e-3")):
         (tmp_path / f"{name}.yaml").write_text(f"lr:\n  lr: {lr}\ntraining:\n  epochs: 7\n")
@@ -69,8 +76,8 @@ def test_recipe_extends_another(given, tmp_path):
     (tmp_path / "base.yaml").write_text("lr:\n  lr: 1.0\n  min_lr: 0.1\ntraining:\n  epochs: 7\n")
     (tmp_path / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nlr:\n  lr: 2.0\n")
     (tmp_path / "top.yaml").write_text("training:\n  seed: 5\nextends: sub/middle.yaml\n")
-    c = read(given, f"--config-file={tmp_path}/top.yaml", "--lr.warmup_epochs=3")
-    assert (c.lr.lr, c.lr.min_lr, c.lr.warmup_epochs) == (2.0, 0.1, 3.0)
+    c = read(given, f"--config-file={tmp_path}/top.yaml", "--lr.power=3")
+    assert (c.lr.lr, c.lr.min_lr, c.lr.power) == (2.0, 0.1, 3.0)
     assert (c.training.epochs, c.training.seed) == (7, 5)
 
 
@@ -158,6 +165,7 @@ def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts
         ),
         ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
         ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"]),
+        ("--lr.warmup_epochs=2", ["lr.warmup_epochs=2", "lr.lr_schedule_type=cyclic"]),
     ],
 )
 def test_invalid_flag_is_named(given, flag, parts):
@@ -223,6 +231,29 @@ def test_command_requires_only_the_options_it_reads(given, call_program, tmp_pat
     assert status == 2 and "data.val_dataset is missing" in err
     status, out, err = call_program("train_imagenet.py", "plam", *options)
     assert status == 2 and "plam: no such command; did you mean plan? All: train, plan" in err
+
+
+@pytest.mark.parametrize(
+    "options, steps",
+    [
+        ({"dist.world_size": 2, "training.distributed": 0}, "3 steps of 32 images"),
+        ({"dist.world_size": 2, "training.distributed": 1}, "1 steps of 64 images"),
+        (
+            {"training.batch_size": 100},
+            "training.batch_size=100: data.train_dataset=",
+        ),
+        (
+            {"dist.world_size": 4, "training.distributed": 1},
+            "training.batch_size=32 with 4 processes: data.train_dataset=",
+        ),
+        ({"training.global_batch": 128}, "training.global_batch=128: data.train_dataset="),
+    ],
+)
+def test_plan_has_the_steps_of_the_run(given, call_program, options, steps):
+    options = {"training.batch_size": 32, **options}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    _, out, err = call_program("train_imagenet.py", "plan", given[0], *flags)
+    assert steps in out + err
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,23 @@
 """Conversion of images to .beton: correct colours, the same bytes each time, and no partial file
 after an error."""
 
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import JPG, RAW, read_beton
-from rsb_ffcv.dataset import Encoding, Place, write_splits
+from rsb_ffcv.config import write as options
+from rsb_ffcv.dataset import Encoding, Place, write_splits, writer
 from rsb_ffcv.dataset.picture import load_rgb
+from rsb_ffcv.dataset.readers import READERS
 from rsb_ffcv.dataset.synthetic import CLASSES, draw_picture, make_demo_images
+from tests.conftest import ROOT
 
 COLOUR = (200, 120, 40)
 
@@ -390,3 +398,73 @@ def test_demo_classes_cannot_be_separated_by_mean_colour():
     )
     between, within = means.mean(1).std(0), means.std(1).mean(0)
     assert (between < 0.4 * within).all()
+
+
+def test_settings_of_pillow_and_opencv_change_during_a_conversion_only(pictures, tmp_path):
+    code = f"""
+        import cv2
+        from PIL import Image
+        def now():
+            return Image.MAX_IMAGE_PIXELS, cv2.getNumThreads()
+        cv2.setNumThreads(3)
+        before, during = now(), []
+        from rsb_ffcv import dataset
+        plain = dataset.write_beton
+        dataset.write_beton = lambda *a, **k: (during.append(now()), plain(*a, **k))[1]
+        assert now() == before
+        place = dataset.Place(dataset="imagenet", data_dir={str(pictures)!r})
+        dataset.write_splits(place, {str(tmp_path)!r}, split="val")
+        assert (during, now()) == ([(None, 1)], before)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"mode": "jpeg"}, "`mode`='jpeg': must be one of jpg, raw, smart, proportion"),
+        ({"jpeg_quality": 500}, "`jpeg_quality`=500: must be 1 .. 100"),
+        ({"max_resolution": -5}, "`max_resolution`=-5: must be 0 .. 65535"),
+        ({"smart_threshold": -1}, "`smart_threshold`=-1"),
+        ({"compress_probability": 1.5}, "`compress_probability`=1.5"),
+        ({"max_pixels": 0}, "`max_pixels`=0"),
+    ],
+)
+def test_encoding_refuses_what_the_command_line_refuses(settings, message):
+    with pytest.raises(InputError, match=message):
+        Encoding(**settings)
+
+
+def test_unknown_dataset_and_split_are_refused(tmp_path):
+    for place, split, message in (
+        (Place(dataset="imagenett", data_dir=str(tmp_path)), "train", "`dataset`='imagenett'"),
+        (Place(dataset="webdataset", data_dir=str(tmp_path)), "test", "`split`='test'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_splits(place, str(tmp_path / "out"), split=split)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_dataset_of_the_command_line_has_a_reader():
+    (item,) = (item for item in fields(options.SourceOptions) if item.name == "dataset")
+    assert set(item.metadata["limits"]["choices"]) == set(READERS)
+
+
+def test_file_that_another_process_finishes_meanwhile_is_not_written_again(
+    betons, pictures, tmp_path, monkeypatch
+):
+    """The other process finishes, and removes the journal, just before this one locks it."""
+    place, path = Place(dataset="imagenet", data_dir=str(pictures)), tmp_path / "val.beton"
+    plain, finished = writer.lock, list[int]()
+
+    def lock(file, where):
+        if not finished:
+            finished.append(0)
+            write_splits(place, str(path), split="val")
+            finished[0] = path.stat().st_ino
+        plain(file, where)
+
+    monkeypatch.setattr(writer, "lock", lock)
+    write_splits(place, str(path), split="val")
+    assert path.stat().st_ino == finished[0] and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == (betons / "val.beton").read_bytes()

@@ -44,6 +44,33 @@ def damage(path, sample: int, where: float = 0.5):
         opened.write(bytes([byte ^ 0x10]))
 
 
+@pytest.mark.parametrize("nameless", [".", "/"])
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("info", ["path={}"]),
+        ("verify", ["path={file}", "report={}"]),
+        ("show", ["path={file}", "write_path={}"]),
+        ("merge", ["paths={file}", "write_path={}"]),
+        ("subset", ["path={file}", "write_path={}"]),
+        ("concat", ["path=/", "paths={file}"]),
+        ("export", ["path={file}", "write_path={}"]),
+        ("write", ["data_dir={folder}/in", "write_path={folder}/out", "report={}"]),
+    ],
+)
+def test_path_without_a_file_name_is_one_error_line(
+    written, call_program, command, options, nameless
+):
+    given = [
+        "--cfg." + option.format(nameless, file=written / "train.beton", folder=written)
+        for option in options
+    ]
+    status, _, err = call_program("write_ffcv.py", command, *given)
+    last = err.splitlines()[-1]
+    assert status == 2 and (" names no file" in last or "write_path=" in last)
+    assert "Traceback" not in err and not (written / "out").exists()
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 
@@ -143,7 +170,7 @@ def test_damaged_structure_is_an_error(copy):
 def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
     damage(copy, 3)
     monkeypatch.setattr(inspect, "REMEMBER_SECONDS", 0.0)
-    real = inspect.read_sound
+    real = inspect.read_verified
     seen: list[int] = []
 
     def interrupted(opened, file, index, *, decode):
@@ -152,7 +179,7 @@ def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(opened, file, index, decode=decode)
 
-    monkeypatch.setattr(inspect, "read_sound", interrupted)
+    monkeypatch.setattr(inspect, "read_verified", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.verify(copy, 1.0, 1)
 
@@ -160,7 +187,7 @@ def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
         seen.append(index)
         return real(opened, file, index, decode=decode)
 
-    monkeypatch.setattr(inspect, "read_sound", counted)
+    monkeypatch.setattr(inspect, "read_verified", counted)
     assert not dataset.verify(copy, 1.0, 1)
     shown = capsys.readouterr().out
     assert (
@@ -296,7 +323,7 @@ def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
     gap = slice(beton.front_bytes(18), first)
     assert not any(copy.read_bytes()[gap])
-    with pytest.raises(InputError, match="already contains .*; 6 of the 6"):
+    with pytest.raises(InputError, match="would contain .* twice; 6 of the 6"):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
 
@@ -362,20 +389,20 @@ def test_killed_append_is_recovered_by_the_next_call(copy, written, monkeypatch,
         if stop_at == "images":
             patched.setattr(append.Pages, "add", kill)
         elif stop_at == "tail":
-            patched.setattr(append.beton, "put_around", kill)
+            patched.setattr(append.beton, "write_structure", kill)
         elif stop_at == "front":
-            real = beton.put_around
+            real = beton.write_structure
 
-            def half(path, end, *, keep_front, **parts):
+            def half(path, end, *, before_front, **parts):
                 def keep_and_die(front):
-                    keep_front(front)
+                    before_front(front)
                     with open(path, "r+b") as file:
                         file.write(front[: len(front) // 2])
                     raise Killed
 
-                real(path, end, **parts, keep_front=keep_and_die)
+                real(path, end, **parts, before_front=keep_and_die)
 
-            patched.setattr(append.beton, "put_around", half)
+            patched.setattr(append.beton, "write_structure", half)
         else:
             patched.setattr(append, "read_back", kill)
         with pytest.raises(Killed):
@@ -393,6 +420,21 @@ def test_killed_append_is_recovered_by_the_next_call(copy, written, monkeypatch,
         copy, 1.0, 1
     )
     assert list(copy.parent.glob(".*")) == []
+
+
+def test_samples_are_not_appended_twice_in_one_call(copy, written):
+    before, val = copy.read_bytes(), str(written / "val.beton")
+    with pytest.raises(InputError, match="would contain .* twice; 6 of the 12"):
+        dataset.concat(str(copy), [val, val], 1)
+    assert copy.read_bytes() == before
+
+
+def test_spaces_between_listed_files_are_ignored(written, tmp_path, call_program):
+    paths = f"{written / 'train.beton'}, {written / 'val.beton'}"
+    status, _, _ = call_program(
+        "write_ffcv.py", "merge", f"--cfg.paths={paths}", f"--cfg.write_path={tmp_path / 'x.beton'}"
+    )
+    assert status == 0 and len(read_beton(tmp_path / "x.beton")) == 18
 
 
 def test_failed_append_leaves_the_file_unchanged(copy, written, tmp_path):
@@ -440,6 +482,12 @@ def test_exported_raw_images_are_lossless_pngs(tmp_path):
         )
 
 
+def test_export_creates_the_folders_above(written, tmp_path):
+    dataset.export(written / "val.beton", str(tmp_path / "new" / "out"), 1)
+    assert len(list((tmp_path / "new" / "out").rglob("*.*"))) == 6
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
 def test_exported_names_stay_inside_the_folder(tmp_path):
     names = [
         "../../evil.jpg",
@@ -477,7 +525,7 @@ def test_exported_names_stay_inside_the_folder(tmp_path):
 
 
 def test_interrupted_export_is_hidden_and_resumes(written, tmp_path, monkeypatch):
-    real = inspect.read_sound
+    real = inspect.read_verified
 
     def interrupted(opened, file, index, *, decode):
         if index == 6:
@@ -485,7 +533,7 @@ def test_interrupted_export_is_hidden_and_resumes(written, tmp_path, monkeypatch
         return real(opened, file, index, decode=decode)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inspect, "read_sound", interrupted)
+        patched.setattr(inspect, "read_verified", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
     assert not (tmp_path / "out").exists()
@@ -612,7 +660,7 @@ def test_contact_sheet_of_classes_has_a_row_per_class(written, tmp_path, call_pr
     assert Image.open(tmp_path / "x.png").size == (3 * 196 + 4, 2 * 228 + 4)
 
 
-# ---- found in adversarial reviews ----------------------------------------------------------------
+# ---- recovery, links, forged files ---------------------------------------------------------------
 
 
 def test_recovered_append_is_verified_before_it_is_visible(copy, written, monkeypatch):
@@ -688,7 +736,7 @@ def test_export_refuses_the_partial_export_of_another_file(written, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(inspect, "read_sound", stop)
+        patched.setattr(inspect, "read_verified", stop)
         with pytest.raises(KeyboardInterrupt):
             dataset.export(str(written / "train.beton"), str(tmp_path / "out"), 1)
     with pytest.raises(InputError, match="an unfinished export of another file"):

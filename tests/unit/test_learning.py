@@ -9,6 +9,7 @@ from torch import nn
 
 from rsb_ffcv import InputError
 from rsb_ffcv.learning.average import Ema, Swa
+from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import BlurPoolConv2d, build_model
 from rsb_ffcv.learning.optimizer import build_optimizer, decay_groups
 from rsb_ffcv.learning.schedule import Schedule
@@ -336,11 +337,30 @@ def test_initial_share_is_the_weight_of_the_first_weights(decay, warmup):
     assert ema.initial_share() == 1.0
 
 
-def test_a2_average_is_judged_from_epoch_74():
+def test_a2_average_is_checked_from_epoch_74():
     """With an EMA of 0.9999 without warm-up and 625 steps per epoch, the share falls below 1 % in
-    epoch 74. From then on, the health check judges the average."""
+    epoch 74. The health check checks the average from that epoch on."""
     ema = Ema(nn.Linear(1, 1), 0.9999)
     shares = []
     for ema.updates in (625 * 20, 625 * 73, 625 * 74):
         shares.append(ema.initial_share())
     assert shares[0] > 0.28 and shares[1] > 0.01 > shares[2]
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            lambda: Schedule(kind="cosin", peak=1.0, epochs=2, steps_per_epoch=2),
+            "`kind`='cosin': must be one of cosine, cosine_spanning,",
+        ),
+        (lambda: Loss(kind="bcee"), "`kind`='bcee': must be one of bce, ce, auto"),
+        (
+            lambda: Ema(nn.Linear(1, 1), 0.9, buffers="avg"),
+            "`buffers`='avg': must be one of lerp, copy",
+        ),
+    ],
+)
+def test_unknown_kinds_are_refused(build, message):
+    with pytest.raises(InputError, match=message):
+        build()

@@ -19,7 +19,8 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import HEADER, read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader, pool
-from rsb_ffcv.loading.order import RUN_BYTES, epoch_order, group_slots
+from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.loading.order import CHUNK_BYTES, epoch_order, group_slots
 from rsb_ffcv.ops import native
 from rsb_ffcv.ops.operation import DrawnOperation
 
@@ -91,8 +92,8 @@ def test_quasi_random_stays_within_its_windows():
             first[start:end, None] + 60_000 <= extents.sum(1)
         )
         assert (inside.sum(1) == 1).all()
-        assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * RUN_BYTES
-        assert extents[:, 1].max() <= RUN_BYTES + 60_000
+        assert extents[:, 1].sum() == 60_000 * (end - start) <= (10 << 20) + 2 * CHUNK_BYTES
+        assert extents[:, 1].max() <= CHUNK_BYTES + 60_000
         # Shuffled within the window
         assert abs(np.corrcoef(first[start:end], np.arange(end - start))[0, 1]) < 0.3
     assert (order("quasi_random", window_bytes=1 << 40).indices == order("random").indices).all()
@@ -216,7 +217,7 @@ def test_ranks_together_equal_one_process(betons, options):
         assert not any(list(epoch) for epoch in epochs)
 
 
-def test_step_with_fewer_groups_than_processes_is_refused(betons):
+def test_step_with_fewer_groups_than_processes_is_rejected(betons):
     with pytest.raises(InputError, match="`global_batch`=32: 2 groups of .*fewer than the 3 proc"):
         loader(betons, global_batch=32, world_size=3)
     with pytest.raises(InputError, match="`global_batch`=40 is not a multiple of `batch_size`=16"):
@@ -439,7 +440,7 @@ def test_close_from_another_thread_wakes_the_waiting_one(betons):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_overwritten_ranges_never_become_images(betons, tmp_path, seed):
-    """Random bytes overwrite a random range. Either the file is refused, or every image equals the
+    """Random bytes overwrite a random range. Either the file is rejected, or every image equals the
     undamaged one."""
     rng, data = np.random.default_rng(seed), np.fromfile(betons / "train.beton", np.uint8)
     file = read_beton(betons / "train.beton")
@@ -586,7 +587,7 @@ def test_user_defined_status_is_reported(betons):
 
     made = loader(betons, ops=[Refuse()])
     with pytest.raises(
-        InputError, match="was refused by an operation, with status 77; correct the operation"
+        InputError, match="was rejected by an operation, with status 77; correct the operation"
     ):
         next(made.epoch(0))
     made.close()
@@ -754,7 +755,7 @@ def test_forked_process_raises_instead_of_hanging(betons):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 128}, "holds 96"),
+        ({"batch_size": 128}, "`global_batch`=128: .* has only 96 images"),
         ({"num_workers": 0}, "`num_workers`=0"),
         ({"global_batch": 24}, "`global_batch`=24"),
         ({"rand_augment": "rand-x9"}, "x9"),
@@ -763,19 +764,24 @@ def test_forked_process_raises_instead_of_hanging(betons):
         ({"on_bad_sample": "ignore"}, "`on_bad_sample`='ignore'"),
         ({"repeats": 0}, "`repeats`=0"),
         ({"rank": 2}, "`rank`=2"),
-        ({"interpolation": "nearest"}, "interpolation='nearest'"),
-        ({"color_jitter": (0, 0, 0, 1)}, "color_jitter="),
+        ({"interpolation": "nearest"}, "`interpolation`='nearest'"),
+        ({"color_jitter": (0, 0, 0, 1)}, r"`color_jitter`\[3\]=1 must be"),
         ({"batch_size": 0}, "`batch_size`=0"),
-        ({"scale": (0.5, 0.1)}, "scale="),
-        ({"scale": (0.5, 2)}, "scale="),
-        ({"ratio": (0, 1)}, "ratio="),
-        ({"flip_prob": 7}, "flip_prob=7"),
-        ({"flip_prob": float("nan")}, "flip_prob=nan"),
+        ({"scale": (0.5, 0.1)}, "`scale`="),
+        ({"scale": (0.5, 2)}, "`scale`="),
+        ({"ratio": (0, 1)}, "`ratio`="),
+        ({"flip_prob": 7}, "`flip_prob`=7"),
+        ({"flip_prob": float("nan")}, "`flip_prob`=nan"),
     ],
 )
-def test_invalid_settings_are_named(betons, options, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_settings_are_named_and_leave_nothing_open(betons, options, message):
+    gc.collect()
+    process = psutil.Process()
+    threads, files = process.num_threads(), process.num_fds()
+    with pytest.raises(InputError, match=message) as caught:
         loader(betons, **options)
+    assert caught.tb  # keeps the loader that could not be made
+    assert process.num_threads() <= threads and process.num_fds() <= files
 
 
 def test_preload_refuses_a_file_larger_than_free_memory(betons, monkeypatch):
@@ -784,3 +790,12 @@ def test_preload_refuses_a_file_larger_than_free_memory(betons, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
     with pytest.raises(InputError, match="GB of memory are free"):
         loader(betons).preload()
+
+
+def test_unknown_modes_of_the_batch_transform_are_refused():
+    with pytest.raises(
+        InputError, match="`erase_mode`='random': must be one of const, rand, pixel"
+    ):
+        BatchTransform(seed=0, erase_mode="random")
+    with pytest.raises(InputError, match="`mode`='image': must be one of batch, pair, elem"):
+        BatchTransform(seed=0, mode="image")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import a_free_port
 
@@ -35,9 +36,9 @@ def in_two_processes(code: str) -> list:
         )
         for rank in range(2)
     ]
-    answers = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(answer) for answer in answers]
+    return [json.loads(output) for output in outputs]
 
 
 def test_granted_vote_is_not_granted_twice():
@@ -68,13 +69,28 @@ def test_a_store_that_does_not_answer_delays_an_error_and_does_not_block_it(monk
         def add(self, key, amount):
             threading.Event().wait()
 
-    monkeypatch.setattr(compute, "_stores", [Frozen()])
+    frozen: Any = Frozen()
     monkeypatch.setattr(compute, "STORE_SECONDS", 0.2)
-    monkeypatch.setattr(compute.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(compute.dist, "get_world_size", lambda: 2)
-    assert compute.first_to_say("an error")
-    monkeypatch.setattr(compute.dist, "get_rank", lambda: 2)
-    assert not compute.first_to_say("an error")
+    monkeypatch.setattr(compute, "_joined", [compute._Joined(frozen, 1, 3)])
+    assert compute.is_first_to_report("an error")
+    monkeypatch.setattr(compute, "_joined", [compute._Joined(frozen, 2, 3)])
+    assert not compute.is_first_to_report("an error")
     began = time.monotonic()
     compute.wait_for_others(0.1)
     assert time.monotonic() - began < 60
+
+
+def test_error_before_the_process_group_exists_is_reported_once(monkeypatch):
+    """The processes have met in the store, but could not create the group."""
+    from torch import distributed as dist
+
+    from rsb_ffcv.training import compute
+
+    store, failures = dist.HashStore(), list[Any]()
+    monkeypatch.setattr("threading.excepthook", failures.append)
+    said = []
+    for rank in range(2):
+        monkeypatch.setattr(compute, "_joined", [compute._Joined(store, rank, 2)])
+        said.append(compute.is_first_to_report("an error"))
+        compute.wait_for_others(0.1)
+    assert said == [True, False] and not failures and store.add("ending", 0) == 2

@@ -571,7 +571,7 @@ def test_duplicate_images_are_counted(tmp_path, capsys):
     put(tmp_path / "in/train" / WNIDS[2] / "copy.jpg", sources.jpeg(0, 1))
     write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
     assert (
-        "1 images are byte-identical copies of others; 1 pictures are in two or more classes"
+        "1 images are byte-identical copies of others; 1 distinct images are in two or more classes"
         in capsys.readouterr().out
     )
 
@@ -746,7 +746,7 @@ def test_lost_mount_is_not_a_bad_file(tmp_path, monkeypatch):
     assert raised.type is InputError
 
 
-def test_devkit_of_other_classes_is_refused(tmp_path):
+def test_devkit_of_other_classes_is_rejected(tmp_path):
     sources.archives(tmp_path / "in", mat=False, packed=False)
     table = tmp_path / "in/ILSVRC2012_devkit_t12/data/map_clsloc.txt"
     table.write_text(table.read_text().replace(WNIDS[2], "n09999999"))
@@ -767,7 +767,7 @@ def test_titles_come_from_the_source(tmp_path):
     )
 
 
-# ---- found in adversarial reviews ----------------------------------------------------------------
+# ---- formats, changed sources, unsafe names ------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "extended", "PNG"])
@@ -979,7 +979,7 @@ def test_archive_cut_between_members_and_missing_images_are_detected(tmp_path):
         write(tmp_path, Place(dataset="kaggle", data_dir=str(tmp_path / "k")), "val")
 
 
-def test_archive_with_a_negative_size_is_refused(tmp_path):
+def test_archive_with_a_negative_size_is_rejected(tmp_path):
     put_tar(
         tmp_path / "x.tar", [(f"{wnid}/{name}", data) for wnid, name, data in pictures("train")]
     )
@@ -1017,7 +1017,7 @@ def test_file_url_does_not_follow_links(tmp_path):
         write(tmp_path, Place(dataset="imagenet", data_dir=f"file://{tmp_path}/in"), "train")
 
 
-def test_invalid_names_are_replaced_and_duplicate_classes_refused(tmp_path):
+def test_invalid_names_are_replaced_and_duplicate_classes_rejected(tmp_path):
     from rsb_ffcv.dataset.sources import Source
 
     source = Source(

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "gpu": {"ops"},
     "loading": {"ops", "beton", "gpu"},
     "dataset": {"ops", "beton", "atomic"},
-    "beton": {"ops"},
+    "beton": {"ops", "atomic"},
     "config": set(),
     "atomic": set(),
     "training": {
@@ -210,7 +210,7 @@ def test_python_versions_agree_in_all_files():
 
 
 def test_files_of_the_core_have_no_circular_calls():
-    """And setup.py compiles all of them, again where a header has changed."""
+    """Also: setup.py lists every source, and every header as a dependency."""
     folder = PACKAGE / "ops" / "csrc"
     sources = {path.stem: path.read_text() for path in folder.glob("*.c")}
     # The functions of a header of hot loops belong to the one file that includes it, directly, as
@@ -242,3 +242,10 @@ def test_files_of_the_core_have_no_circular_calls():
     assert all(f'"{path.stem}"' in listed[0] for path in folder.glob("*.c"))
     for path in folder.rglob("*.h"):
         assert f'"{path.relative_to(folder).with_suffix("")}"' in listed[2], path
+
+
+def test_every_instruction_set_of_the_core_is_looked_for_at_run_time():
+    folder = PACKAGE / "ops" / "csrc"
+    code = "".join(path.read_text() for path in sorted(folder.glob("*.[ch]")))
+    used = {name for names in re.findall(r'target\("([^"]+)"\)', code) for name in names.split(",")}
+    assert used == set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', code))

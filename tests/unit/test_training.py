@@ -19,7 +19,7 @@ STEPS = list(range(40, 44))
 
 def health(**policies):
     messages: list[str] = []
-    return Health(say=messages.append, **policies), messages
+    return Health(report=messages.append, **policies), messages
 
 
 def test_non_finite_loss_is_reported_with_its_step():
@@ -47,7 +47,7 @@ def test_loss_rise_above_its_limit_is_reported_once():
     assert not messages
     feed(checks, 2.3)
     assert len(messages) == 1 and "above its recent median, 2" in messages[0]
-    checks.forget()
+    checks.reset_history()
     feed(checks, 2.0, RECENT + BEFORE)
     feed(checks, 2.3)
     assert len(messages) == 2
@@ -97,7 +97,10 @@ def test_top1_at_chance_is_reported_at_its_epoch(classes, top1, reported):
 def test_average_far_below_the_model_is_reported():
     row = {"top1": 60.0, "ema_top1": 0.1}
     checks, messages = health()
-    assert not checks.check_accuracy(20, row, classes=1000) and "59.9 points below" in messages[0]
+    assert (
+        not checks.check_accuracy(20, row, classes=1000)
+        and "59.9 percentage points below" in messages[0]
+    )
     assert health(average="act")[0].check_accuracy(20, row, classes=1000)
     assert not health(average="off")[0].check_accuracy(20, row, classes=1000)
     assert not health(average="act")[0].check_accuracy(
@@ -106,7 +109,7 @@ def test_average_far_below_the_model_is_reported():
     assert not health(average="act")[0].check_accuracy(20, {"top1": 60.0}, classes=1000)
 
 
-def test_average_with_a_share_of_initial_weights_is_not_judged():
+def test_average_with_a_share_of_initial_weights_is_not_checked():
     row = {"top1": 60.0, "ema_top1": 0.1}
     checks, messages = health(average="act")
     assert not checks.check_accuracy(20, row, classes=1000, initial_share=0.011) and not messages
@@ -155,6 +158,27 @@ def test_store_keeps_the_newest_and_the_best(tmp_path):
     )
     assert checkpoint.read(tmp_path / "best.pt")["step"] == 6
     store.close()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_checkpoint_is_flushed_to_disk(tmp_path, monkeypatch, links):
+    path, plain, flushed = tmp_path / "checkpoint_000000001.pt", os.fsync, []
+    checkpoint.write(state(1), path)
+
+    def refuse(*_):
+        raise OSError(1, "no hard links here")
+
+    def record(descriptor):
+        flushed.append(os.fstat(descriptor).st_ino)
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    checkpoint.Store(tmp_path, 1).mark_best(path)
+    best = tmp_path / "best.pt"
+    assert best.samefile(path) is links and best.read_bytes() == path.read_bytes()
+    assert flushed == [best.stat().st_ino] * (not links) + [tmp_path.stat().st_ino]
 
 
 def test_save_takes_a_snapshot(tmp_path):
@@ -255,6 +279,21 @@ def test_folder_is_locked_by_one_run(tmp_path):
     second.close()
 
 
+def test_run_removes_only_its_own_unfinished_files(tmp_path):
+    """A conversion or an export may be unfinished in the same folder."""
+    own = ["checkpoint_000000001.pt", "best.pt", "metrics.jsonl", "final_weights_ema.pt"]
+    for name in (*own, "config.json", "training_curves.png", "train.beton"):
+        (tmp_path / f".{name}.part").write_bytes(b"half")
+    (tmp_path / ".exported.part").mkdir()
+    store = checkpoint.Store(tmp_path, 1)
+    store.lock()
+    store.close()
+    assert {path.name for path in tmp_path.glob(".*.part")} == {
+        ".train.beton.part",
+        ".exported.part",
+    }
+
+
 def test_unwritable_checkpoint_is_a_warning_and_keeps_the_others(tmp_path, capsys, monkeypatch):
     store = checkpoint.Store(tmp_path, 1)
     store.lock()
@@ -325,7 +364,7 @@ def test_label_sets_are_checked(tmp_path):
         read_label_sets(str(tmp_path / "absent.json"), names, 3)
 
 
-def test_mismatched_files_are_refused_by_name(betons, tmp_path):
+def test_mismatched_files_are_rejected_by_name(betons, tmp_path):
     from dataclasses import replace
 
     from rsb_ffcv.beton import About, read_beton
@@ -395,14 +434,14 @@ def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, ca
     def lost(*_):
         raise RuntimeError("Connection closed by peer")
 
-    def ask(question, seconds):
-        raise RuntimeError("the store is gone")
+    def call(function, seconds):
+        raise RuntimeError("the store is unreachable")
 
     ends: list[int] = []
     beat = processes.Heartbeat(1, ["a", "b"])
     beat._group, beat._rank, beat._size = None, 1, 2
     monkeypatch.setattr(processes.dist, "all_reduce", lost)
-    monkeypatch.setattr(processes, "ask_store", ask)
+    monkeypatch.setattr(processes, "call_store", call)
     monkeypatch.setattr(processes.os, "_exit", ends.append)
     beat._beat()
     assert ends == [processes.LOST] and "process 0 (a) of 2 ended" in capsys.readouterr().err

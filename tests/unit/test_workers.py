@@ -45,6 +45,18 @@ def test_error_is_raised_in_order_and_ends_the_threads(error):
     assert seen == [0, 1, 2, 3, 4] and set(threading.enumerate()) <= before
 
 
+def test_result_that_comes_just_after_the_timeout_is_used(monkeypatch):
+    class Late(Future):
+        def result(self, timeout=None):
+            if timeout is None:
+                return super().result()
+            super().exception()  # waits until it is done
+            raise TimeoutError
+
+    monkeypatch.setattr(workers, "Future", Late)
+    assert list(ordered(lambda item: item * item, range(5), threads=2)) == [0, 1, 4, 9, 16]
+
+
 def test_hanging_thread_ends_the_program_with_a_reason():
     """Even if it hangs forever: the program's exit does not wait for it. The other items begin only
     after it hangs, so that it is the one waited for, however slow the machine is."""

@@ -60,6 +60,8 @@ int rsb_affine(uint8_t *image, rsb_size size, const double *a, int cubic, const 
     const kernels *k = pick_kernels();
     int width = size.width;
     int stride = PIXEL_BYTES * (width + 2 * BORDER);
+    /* `walk` and the filters have 32 bits for positions in the copy. */
+    if ((int64_t)stride * (size.height + 2 * BORDER) > INT32_MAX) return RSB_BAD_CALL;
     uint8_t *copy = rsb_buffer(scratch, RSB_IMAGE, (size_t)stride * (size.height + 2 * BORDER));
     int32_t *rows = (int32_t *)rsb_buffer(scratch, RSB_ROWS, sizeof *rows * ROW_ELEMENTS * width);
     if (!copy || !rows) return RSB_NO_MEMORY;

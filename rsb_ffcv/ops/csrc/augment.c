@@ -77,7 +77,7 @@ static int sharpen(const kernels *k, uint8_t *image, int height, int width, floa
     return RSB_OK;
 }
 
-/* One box blur down the columns of `rows` rows of `n` bytes. sum: room for `n` sums. */
+/* One vertical box blur of `rows` rows of `n` bytes. sum: `n` sums, overwritten. */
 static void blur_columns(const kernels *k, const box *b, const uint8_t *in, uint8_t *out, int rows,
                          int n, uint32_t *sum) {
     for (int i = 0; i < n; i++) { /* what a box around row -1 covers, with the border repeated */

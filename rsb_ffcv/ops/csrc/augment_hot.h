@@ -70,7 +70,7 @@ static void HOT(smooth_row)(const uint8_t *restrict above, const uint8_t *restri
     }
 }
 
-/* One row of a box blur down the columns (BoxBlur.c). sum: the sums of the inner rows, which move
+/* One row of a vertical box blur (BoxBlur.c). sum: the sums of the inner rows, which move
  * on by one row. leave, enter: the rows that leave and enter them. low, high: the border rows.
  * inner, edge: weights with 24 fractional bits. */
 static void HOT(blur_step)(uint32_t *restrict sum, const uint8_t *leave, const uint8_t *enter,

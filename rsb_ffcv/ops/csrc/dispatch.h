@@ -13,12 +13,13 @@ static const kernels PLAIN = KERNELS();
 
 #if RSB_AVX2
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt")
+#pragma GCC target("avx2,bmi,bmi2")
 #define HOT(name) name##_avx2
 #define HOT_VECTORS 1
 #include HOT_FILE
 static const kernels AVX2 = KERNELS();
 #undef HOT
+#undef HOT_VECTORS
 #pragma GCC pop_options
 #endif
 

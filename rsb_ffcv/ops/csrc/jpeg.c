@@ -45,7 +45,7 @@ mcu_area rsb_jpeg_mcus(const rsb_jpeg *j, rsb_rect area) {
     return m;
 }
 
-/* Makes room for the samples of the MCUs `m`. */
+/* Allocates the planes for the samples of the MCUs `m`. */
 static int make_planes(rsb_jpeg *j, mcu_area m, rsb_scratch *scratch) {
     size_t total = 0;
     size_t sizes[MAX_COMPONENTS];
@@ -86,8 +86,8 @@ static int fast_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rs
     return rsb_jpeg_pixels(j, area, scratch, window);
 }
 
-/* A libjpeg-turbo decoder for one image. It is not used again, because a damaged file may leave it
- * in a state that affects the next image. */
+/* A libjpeg-turbo decoder for one image. It is not reused, because a damaged file may leave it in a
+ * state that affects the next image. */
 typedef struct {
     tjhandle handle;
     int width, height, is_cmyk;
@@ -108,7 +108,7 @@ static int turbo_open(turbo *t, const uint8_t *bytes, size_t size) {
 }
 
 /* Decodes the whole image into `pixels`, 4 bytes a pixel. A warning counts as damage too: it means
- * that libjpeg-turbo made up pixels. */
+ * that libjpeg-turbo filled in missing pixels. */
 static int turbo_decode(const turbo *t, const uint8_t *bytes, size_t size, uint8_t *pixels,
                         int format, int flags) {
     int stride = 4 * t->width;
@@ -155,7 +155,7 @@ int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch) {
     return status;
 }
 
-size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room,
+size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t capacity,
                         rsb_scratch *scratch) {
     scan s;
     if (rsb_jpeg_open(bytes, size, scratch, &s)) return 0;
@@ -168,7 +168,7 @@ size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, siz
         j->part[i].stride = 0;
     }
     size_t needed = (size_t)RSB_ENTRY_BYTES * s.entries_per_row * j->rows;
-    if (needed > room || rsb_jpeg_find_entries(j, &s, entries)) return 0;
+    if (needed > capacity || rsb_jpeg_find_entries(j, &s, entries)) return 0;
     return needed;
 }
 

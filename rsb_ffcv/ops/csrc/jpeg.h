@@ -103,8 +103,8 @@ typedef struct {
 
 struct rsb_jpeg {
     huffman dc[2], ac[2];
-    /* Natural position of each place in zigzag order. Places past the last lead to position
-     * BLOCK_SIZE, which is not used. */
+    /* Natural position of each place in zigzag order. Places after the last one map to
+     * position BLOCK_SIZE, which is not used. */
     uint8_t order[BLOCK_SIZE + 2 * SKIP_END];
     int16_t quant[4][BLOCK_SIZE];        /* quantization tables, in natural order */
     int quant_known, dc_known, ac_known; /* a bit for each table that the file has defined */

@@ -1,6 +1,6 @@
 /* The headers of a JPEG, from SOI to the scan, and the bytes of the scan.
  *
- * Everything that the fast decoder does not handle, or that looks damaged, is refused with
+ * Everything that the fast decoder does not handle, or that looks damaged, is rejected with
  * RSB_UNUSUAL; libjpeg-turbo decodes it or reports it.
  */
 #include <stdlib.h>
@@ -28,7 +28,7 @@ enum {
     ADOBE_TRANSFORM = 11, /* offset of the colour transform in an APP14 segment */
     ADOBE_UNKNOWN = -1,   /* no APP14 segment */
     ADOBE_YCBCR = 1,
-    /* Zeros after the entropy-coded bytes. Decoding damaged data may read on into them: at most
+    /* Zeros after the entropy-coded bytes. Decoding damaged data may continue into them: at most
      * MAX_MCU_BLOCKS blocks of 256 bytes before decode_planes and find_entries check. */
     ENTROPY_PADDING = 2048,
 };
@@ -183,7 +183,7 @@ static int read_headers(rsb_jpeg *j, const uint8_t *bytes, size_t size, size_t *
 }
 
 /* Copies entropy-coded bytes without the zero that follows each 0xFF, up to the marker EOI. Any
- * other marker is refused. */
+ * other marker is rejected. */
 static int unstuff(const uint8_t *in, size_t n, uint8_t *out, size_t *length) {
     uint8_t *start = out;
     const uint8_t *end = in + n;

@@ -4,7 +4,7 @@
  * Pillow's weights have 22 fractional bits. These have as many as fit into 16-bit integers (14 or
  * more), so that one instruction multiplies and adds two taps. The result differs by one grey level
  * in some values; by two in about one value of a million with the bicubic filter, and in one of
- * several thousand where it enlarges a few pixels to many.
+ * several thousand when a few source pixels are enlarged to many.
  */
 #include <string.h>
 
@@ -65,8 +65,9 @@ columns_groups(const taps *t, const uint8_t *in, ptrdiff_t stride, int rows, int
                                          5, 6, z, z, z, z, z, z, z, z, z, z);
     const __m256i half = _mm256_set1_epi32(1 << (t->shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(t->shift);
-    __m256i sum[2]
-               [4]; /* a half for the first and one for the second pair of taps: r, g, b, unused */
+    /* sum[row][pixel]: low half from the first pair of taps, high half from the second; r, g, b,
+     * unused */
+    __m256i sum[2][4];
     /* Writes 14 bytes for 12, and reads taps for 4 pixels: the rows and the tables are padded. */
     for (int i = 0; i < n; i += 4) {
 #pragma GCC unroll 4 /* as all loops over `sum`, so that it stays in registers */
@@ -128,7 +129,8 @@ __attribute__((target("avx2"))) static void columns_avx2(const taps *t, const ui
 __attribute__((target("avx2"))) static void row_avx2(const int16_t *c, int count, int shift,
                                                      const uint8_t *in, ptrdiff_t stride,
                                                      uint8_t *out, int n) {
-    /* More taps shrink an image 30 times or more, which row_plain does. */
+    /* Only a reduction of more than 16 times (bicubic) or 32 times (bilinear) has more taps;
+     * row_plain handles it. */
     enum { MAX_TAPS = 64 };
     int32_t pair[MAX_TAPS / 2]; /* weight of an odd row << 16 | weight of the even row before it */
     int x = 0;

@@ -91,17 +91,17 @@ typedef struct {
 int rsb_jpeg_window(const uint8_t *bytes, size_t size, size_t entry_bytes, rsb_size image,
                     rsb_rect area, rsb_scratch *scratch, rsb_window *window);
 
-/* Decodes a JPEG of any colours with libjpeg-turbo and drops the pixels. Returns RSB_OK,
+/* Decodes a JPEG of any colours with libjpeg-turbo and discards the pixels. Returns RSB_OK,
  * RSB_BAD_JPEG (also for a warning), RSB_TOO_LARGE or RSB_NO_MEMORY. */
 int rsb_jpeg_check(const uint8_t *bytes, size_t size, rsb_scratch *scratch);
 
 /* bytes of an entry point */
 #define RSB_ENTRY_BYTES 10
 
-/* Writes the JPEG's entry points (see jpeg_planes.c) to `entries`, which has `room` bytes. Returns
- * the number of bytes written. It is 0 where they do not fit, and for a JPEG that the fast decoder
- * does not handle, because libjpeg-turbo cannot use them. */
-size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t room,
+/* Writes the JPEG's entry points (see jpeg_planes.c) to `entries`, which has `capacity` bytes.
+ * Returns the number of bytes written. It is 0 if they do not fit, and for a JPEG that the fast
+ * decoder does not handle, because libjpeg-turbo cannot use them. */
+size_t rsb_jpeg_entries(const uint8_t *bytes, size_t size, uint8_t *entries, size_t capacity,
                         rsb_scratch *scratch);
 
 /* The pixels of an image that rsb_resample of `box` to `out_size` reads. */
@@ -212,8 +212,8 @@ uint64_t rsb_checksum(const uint8_t *bytes, size_t size);
 
 typedef struct rsb_pool rsb_pool;
 
-/* Starts `threads` threads, each with its own scratch. NULL where the system refuses memory or a
- * thread. */
+/* Starts `threads` threads, each with its own scratch. NULL if there is no memory, or if the system
+ * cannot start a thread. */
 rsb_pool *rsb_pool_new(int threads);
 
 /* Puts a job into the queue: behind all others, or before them if `urgent`. The job and everything
@@ -244,7 +244,8 @@ void rsb_pool_free(rsb_pool *pool);
 #if defined(__x86_64__) && !defined(RSB_PORTABLE)
 #define RSB_AVX2 1
 RSB_INLINE int rsb_has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
 }
 #else
 #define RSB_AVX2 0

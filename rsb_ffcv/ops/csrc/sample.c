@@ -34,7 +34,8 @@ static int box_is_inside(const rsb_box *box, int height, int width) {
 
 /* Checks the parameters. Returns a buffer for the sample's bytes, or NULL with the reason in
  * `status`. */
-static uint8_t *room(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch, int *status) {
+static uint8_t *buffer_for(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch,
+                           int *status) {
     *status = RSB_OK;
     if (!box_is_inside(&s->box, s->height, s->width) || out_size.height < 1 || out_size.width < 1 ||
         s->filter > RSB_BICUBIC)
@@ -52,7 +53,7 @@ int rsb_read_sample(int file, const rsb_sample *s, rsb_size out_size, rsb_scratc
                     const uint8_t **read) {
     int status;
     uint64_t size = s->size + s->entry_bytes;
-    uint8_t *bytes = room(s, out_size, scratch, &status);
+    uint8_t *bytes = buffer_for(s, out_size, scratch, &status);
     if (!bytes) return status;
     /* The file is read, not mapped: if it shrinks, or the disk fails, there is a status and no
      * signal. */
@@ -78,7 +79,7 @@ int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_
                int out_width, rsb_scratch *scratch) {
     int status;
     rsb_size out_size = {out_height, out_width};
-    uint8_t *padded = room(s, out_size, scratch, &status);
+    uint8_t *padded = buffer_for(s, out_size, scratch, &status);
     if (!padded) return status;
     memcpy(padded, bytes, s->size + s->entry_bytes);
     return rsb_crop(padded, s, out, out_size, scratch);

@@ -7,9 +7,9 @@ uint8_t *rsb_buffer(rsb_scratch *scratch, int which, size_t bytes) {
     if (scratch->size[which] < bytes || !scratch->buffer[which]) {
         free(scratch->buffer[which]);
         /* a quarter more, so that slightly larger images do not allocate again */
-        size_t room = (bytes + bytes / 4 + RSB_PAD + 63) / 64 * 64;
-        scratch->buffer[which] = aligned_alloc(64, room);
-        scratch->size[which] = scratch->buffer[which] ? room - RSB_PAD : 0;
+        size_t capacity = (bytes + bytes / 4 + RSB_PAD + 63) / 64 * 64;
+        scratch->buffer[which] = aligned_alloc(64, capacity);
+        scratch->size[which] = scratch->buffer[which] ? capacity - RSB_PAD : 0;
     }
     return scratch->buffer[which];
 }

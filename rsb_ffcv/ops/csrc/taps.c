@@ -18,18 +18,18 @@ range rsb_axis_range(const axis *a) {
 static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /* The largest number of taps of an output pixel, in whole groups. */
-static int most_taps(const axis *a) { return round_up(max_taps(a), TAP_GROUP); }
+static int padded_taps(const axis *a) { return round_up(max_taps(a), TAP_GROUP); }
 
 size_t rsb_taps_bytes(const axis *a) {
-    size_t most = most_taps(a);
-    size_t room = (size_t)a->out + TAP_GROUP;
+    size_t max_count = padded_taps(a);
+    size_t padded_out = (size_t)a->out + TAP_GROUP;
     size_t tap_bytes = sizeof(double) + (1 + SPREAD) * sizeof(int16_t);
-    return (room * (2 * sizeof(int) + most * tap_bytes) + 127) / 64 * 64;
+    return (padded_out * (2 * sizeof(int) + max_count * tap_bytes) + 127) / 64 * 64;
 }
 
-/* Computes the ranges of source pixels, and their weights at exact + i * most for output pixel i.
- * Returns the largest weight. */
-static double exact_taps(taps *t, double *exact, int most, const axis *a, range window,
+/* Computes the ranges of source pixels, and their weights at exact + i * max_count for output pixel
+ * i. Returns the largest weight. */
+static double exact_taps(taps *t, double *exact, int max_count, const axis *a, range window,
                          int mirrored) {
     double scale = a->length / a->out;
     double reach = support(scale, a->filter);
@@ -39,7 +39,7 @@ static double exact_taps(taps *t, double *exact, int most, const axis *a, range 
         int to = mirrored ? a->out - 1 - i : i;
         double centre = a->start + (i + 0.5) * scale;
         range source = tap_range(centre, reach, a->size);
-        double *w = exact + (size_t)to * most;
+        double *w = exact + (size_t)to * max_count;
         double sum = 0;
         for (int k = 0; k < source.count; k++) {
             w[k] = raw_weight(a, scale, centre, source.first + k);
@@ -76,18 +76,18 @@ static void spread_weights(int16_t *spread, const int16_t *weights, int count) {
 
 void rsb_make_taps(taps *t, uint8_t *memory, const axis *a, range window, int across,
                    int mirrored) {
-    int most = most_taps(a);
-    size_t room = (size_t)a->out + TAP_GROUP;
+    int max_count = padded_taps(a);
+    size_t padded_out = (size_t)a->out + TAP_GROUP;
     t->spread = (int16_t *)memory;
-    double *exact = (double *)(t->spread + SPREAD * room * most);
-    t->weights = (int16_t *)(exact + room * most);
-    t->first = (int *)(t->weights + room * most);
-    t->used = t->first + room;
-    double largest = exact_taps(t, exact, most, a, window, mirrored);
+    double *exact = (double *)(t->spread + SPREAD * padded_out * max_count);
+    t->weights = (int16_t *)(exact + padded_out * max_count);
+    t->first = (int *)(t->weights + padded_out * max_count);
+    t->used = t->first + padded_out;
+    double largest = exact_taps(t, exact, max_count, a, window, mirrored);
     if (across) t->count = round_up(t->count, TAP_GROUP);
     t->shift = weight_shift(largest);
     for (int i = 0; i < a->out; i++) {
-        const double *w = exact + (size_t)i * most;
+        const double *w = exact + (size_t)i * max_count;
         int16_t *to = t->weights + (size_t)i * t->count;
         int before = across ? taps_before(t, i, window) : 0;
         memset(to, 0, t->count * sizeof *to);

@@ -5,8 +5,8 @@
 #include "rsb.h"
 #include "shared/filters.h"
 
-/* Source pixels that one load and one multiply-add of the vector code take. Across, taps come in
- * groups of so many. */
+/* Taps per vector load and multiply-add. Horizontal passes round the number of taps up to a
+ * multiple of it. */
 #define TAP_GROUP 4
 
 /* int16 elements of `spread` for each tap */
@@ -15,11 +15,11 @@
 /* What output pixel i reads: `count` source pixels from first[i] on, with the weights at
  * weights + i * count. Weights have `shift` fractional bits.
  *
- * Down the columns, only the first used[i] of the weights are set. Across, all are; those of unused
- * taps are 0.
+ * In vertical passes, only the first used[i] of the weights are set. In horizontal passes, all are;
+ * those of unused taps are 0.
  *
- * spread (across only) has the weights as the vector code loads them: each pair of taps four times,
- * so that one 256-bit register holds a group.
+ * spread (horizontal passes only) has the weights as the vector code loads them: each pair of taps
+ * four times, so that one 256-bit register holds a group.
  *
  *     element  0   1   2   3   4   5   6   7   8   9  ...  14  15
  *            +---+---+---+---+---+---+---+---+---+---+---+---+---+
