@@ -133,7 +133,7 @@ def _augmented(path: str, chosen: np.ndarray, recipe: str, *, epochs: int) -> It
     )
     here = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=False)
     transform = build.batch_transform(c)
-    with closing(build.train_loader(c, here, num_workers=1)) as loader:
+    with closing(build.train_loader(c, here, 1, decode="cpu")) as loader:
         for epoch in range(epochs):
             loader.resolution = plan.resolution(c, min(epoch, c.training.epochs - 1))
             images, _, slots = loader.images_of(epoch, chosen)

@@ -75,6 +75,19 @@ class DataOptions:
         "instead, and list the sample in the log",
         choices=("raise", "skip"),
     )
+    decode: str = option(
+        "cpu",
+        "what decodes, crops and augments; gpu: the training device (with compute.device=cpu it is "
+        "emulated, which is slow); auto: the faster one, measured at the start. The images have "
+        "the same bytes",
+        choices=("cpu", "gpu", "auto"),
+    )
+    decode_memory_mb: int = option(
+        1024,
+        "decode=gpu: bound of the device memory for packed and partly decoded images, in MiB",
+        low=16,
+        high=65536,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ kernels write a status for each row; the CPU core makes the rows whose status is
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from rsb_ffcv.ops.native import (
 ALIGNMENT = 64
 CAPACITY_STEP = 4 << 20  # slabs have few sizes, so that their memory is reused
 HEAD_BYTES = 4096  # of a packed JPEG, beside its bytes and entry points
+MAX_PASSES = 16  # of all operations on an image, as far as `check` plans for them
 
 
 def _aligned(size: int) -> int:
@@ -162,15 +163,11 @@ class DeviceDecoder:
 
         Raises InputError if `memory_mb` is too little for the batch.
         """
-        rows = shape[0]
-        fixed = _aligned(rows * PACKED.itemsize) + sum(_aligned(drawn.nbytes) for drawn in draws)
+        fixed = _aligned(shape[0] * PACKED.itemsize) + sum(_aligned(part.nbytes) for part in draws)
         row_bytes = _aligned(int(np.prod(shape[1:])))
-        least = fixed + rows * row_bytes
+        least = fixed + shape[0] * row_bytes
         if least > self._slab_bytes:
-            raise InputError(
-                f"`memory_mb`={self.memory_mb}: too little to decode batches of {rows} images of "
-                f"{shape[1]} px on the device; use {-(-4 * least >> 20)} or more, or {driver.FIX}"
-            )
+            self._raise_too_large(shape, least)
         packed = samples["size"] + 3 * samples["entry_bytes"].astype(np.uint64) + HEAD_BYTES
         most = fixed + int(np.maximum(packed, row_bytes).sum())
         capacity = -(-min(most, self._slab_bytes) // CAPACITY_STEP) * CAPACITY_STEP
@@ -180,6 +177,20 @@ class DeviceDecoder:
             shape,
             draws=draws,
             scratch_bytes=self._scratch_bytes,
+        )
+
+    def check(self, rows: int, side: int) -> None:
+        """Raises InputError if `memory_mb` is too little for batches of `rows` images of `side` x
+        `side` pixels."""
+        draws = MAX_PASSES * LAYER.itemsize
+        least = rows * (PACKED.itemsize + draws + 3 * side * side + ALIGNMENT) + CAPACITY_STEP
+        if least > self._slab_bytes:
+            self._raise_too_large((rows, side, side, 3), least)
+
+    def _raise_too_large(self, shape: tuple[int, int, int, int], least: int) -> NoReturn:
+        raise InputError(
+            f"`memory_mb`={self.memory_mb}: too little to decode batches of {shape[0]} images of "
+            f"{shape[1]} px on the device; use {-(-4 * least >> 20)} or more, or {driver.FIX}"
         )
 
     def decode(self, slab: Slab) -> Decoded:

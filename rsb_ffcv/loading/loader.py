@@ -91,8 +91,7 @@ class _Loader:
             )
         if batch_size < 1:
             raise InputError(f"`batch_size`={batch_size}: must be positive; use 1 or more")
-        if decode not in ("cpu", "gpu"):
-            raise InputError(f"`decode`={decode!r} is not one of cpu, gpu; choose one")
+        check_choice("decode", decode, ("cpu", "gpu"))
         self.beton: Beton = read_beton(path)
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -110,6 +109,12 @@ class _Loader:
         closes the loader."""
         self._pool.close()
         self._file.close()
+
+    def check_memory(self, resolution: int) -> None:
+        """Raises InputError if `memory_mb` is too little to decode batches of `resolution` pixels
+        per side on the device."""
+        if self._decoder is not None:
+            self._decoder.check(self.batch_size, resolution)
 
     def preload(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Reads the file once, in order, so that its pages are in memory before the first epoch.
@@ -437,6 +442,7 @@ class TrainLoader(_Loader):
                 "`decode`='gpu': `ops` has an operation that only a CPU can run; use `decode`='cpu'"
             )
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
+        self.check_memory(resolution)
         self._start(num_workers)
 
     def __len__(self) -> int:
@@ -586,6 +592,7 @@ class EvalLoader(_Loader):
             )
         self._crop = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
+        self.check_memory(resolution)
         self._start(num_workers)
 
     def __len__(self) -> int:

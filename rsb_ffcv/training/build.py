@@ -31,6 +31,8 @@ TRAIN_OPTIONS = {
     "num_workers": "data.num_workers",
     "order": "data.order",
     "on_bad_sample": "data.on_bad_sample",
+    "decode": "data.decode",
+    "memory_mb": "data.decode_memory_mb",
     "batch_size": "training.batch_size",
     "global_batch": "training.global_batch",
     "resolution": "resolution.min_res",
@@ -42,6 +44,8 @@ TRAIN_OPTIONS = {
     "folder": "logging.folder",
 }
 VAL_OPTIONS = {
+    "decode": "data.decode",
+    "memory_mb": "data.decode_memory_mb",
     "num_workers": "data.num_workers",
     "batch_size": "validation.batch_size",
     "resolution": "validation.resolution",
@@ -50,7 +54,7 @@ VAL_OPTIONS = {
 
 
 @option_names(TRAIN_OPTIONS)
-def train_loader(c: TrainConfig, where: Compute, num_workers: int) -> TrainLoader:
+def train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> TrainLoader:
     """The loader of data.train_dataset, at resolution.min_res. num_workers: threads."""
     a = c.augment
     return TrainLoader(
@@ -71,11 +75,13 @@ def train_loader(c: TrainConfig, where: Compute, num_workers: int) -> TrainLoade
         rank=where.rank,
         world_size=where.world_size,
         device=where.device,
+        decode=decode,
+        memory_mb=c.data.decode_memory_mb,
     )
 
 
 @option_names(VAL_OPTIONS)
-def val_loader(c: TrainConfig, where: Compute, num_workers: int) -> EvalLoader:
+def val_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> EvalLoader:
     """The loader of data.val_dataset. num_workers: threads."""
     return EvalLoader(
         c.data.val_dataset,
@@ -87,6 +93,8 @@ def val_loader(c: TrainConfig, where: Compute, num_workers: int) -> EvalLoader:
         rank=where.rank,
         world_size=where.world_size,
         device=where.device,
+        decode=decode,
+        memory_mb=c.data.decode_memory_mb,
     )
 
 

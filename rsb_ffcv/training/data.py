@@ -3,16 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from time import perf_counter
 
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, option_names
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.loading import EvalLoader, TrainLoader
+from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training import build, facts
-from rsb_ffcv.training.compute import Compute
+from rsb_ffcv.training.compute import Compute, on_first_process
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.processes import check_same
+
+MEASURED_BATCHES = 24  # of each way to decode, for data.decode=auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +47,71 @@ class Data:
                 raise InputError(f"data.in_memory=1: {error}; use data.in_memory=0") from error
 
 
+def faster_decode(make: Callable[[str], TrainLoader]) -> tuple[str, str]:
+    """Measures both ways to decode. Returns the faster one, "cpu" or "gpu", and the reason.
+
+    make: returns a loader that decodes in the given way. If it raises InputError for "gpu", the
+        choice is "cpu".
+    """
+    rates = {}
+    for decode in ("cpu", "gpu"):
+        try:
+            loader = make(decode)
+        except InputError as error:
+            if decode == "cpu":
+                raise
+            return "cpu", f"gpu cannot be used: {error}"
+        with closing(loader), closing(loader.epoch(0)) as batches:
+            next(batches)  # starts the threads and the kernels
+            started, images = perf_counter(), 0
+            for batch in islice(batches, MEASURED_BATCHES):
+                images += len(batch.labels)
+            if loader.device.type == "cuda":
+                torch.cuda.synchronize(loader.device)
+            rates[decode] = images / (perf_counter() - started)
+    best = "gpu" if rates["gpu"] > rates["cpu"] else "cpu"
+    return best, f"{rates['cpu']:.0f} images/s with cpu, {rates['gpu']:.0f} with gpu"
+
+
+def _chosen_decode(c: TrainConfig, where: Compute, threads: int, *, console: Console) -> str:
+    """What data.decode stands for, the same on every process."""
+    on_cpu = where.device.type == "cpu"
+    if c.data.decode == "gpu" and on_cpu and c.compute.device != "cpu":
+        raise InputError(
+            "data.decode=gpu: this run has no GPU; use data.decode=cpu or auto, or "
+            "compute.device=cpu to emulate one, which is slow"
+        )
+    if c.data.decode != "auto":
+        return c.data.decode
+    if on_cpu:
+        console.info("data.decode=auto: cpu, because this run has no GPU")
+        return "cpu"
+
+    def measure() -> str:
+        decode, reason = faster_decode(
+            lambda decode: build.train_loader(c, where, threads, decode=decode)
+        )
+        console.info(f"data.decode=auto: {decode} ({reason})")
+        return decode
+
+    return on_first_process(measure)
+
+
 @contextmanager
-def open_data(c: TrainConfig, where: Compute) -> Iterator[Data]:
+def open_data(c: TrainConfig, where: Compute, console: Console) -> Iterator[Data]:
     """Opens the files of the run. On exit, ends the loaders' threads.
 
     Raises InputError if a file does not fit the recipe or the other file, or if the processes of
     the job do not have the same data, options and versions.
     """
     threads = where.loader_threads(c.data.num_workers)
+    decode = _chosen_decode(c, where, threads, console=console)
     with (
-        closing(build.train_loader(c, where, threads)) as train_loader,
-        closing(build.val_loader(c, where, threads)) as val_loader,
+        closing(build.train_loader(c, where, threads, decode=decode)) as train_loader,
+        closing(build.val_loader(c, where, threads, decode=decode)) as val_loader,
     ):
+        with option_names(build.TRAIN_OPTIONS):
+            train_loader.check_memory(c.resolution.max_res)
         num_classes = build.check_files(c, train_loader.beton, val_loader.beton)
         label_sets = (
             read_label_sets(c.validation.labels, val_loader.beton.names(), num_classes)

@@ -61,7 +61,7 @@ class Trainer:
         self.console.info(where.describe())
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
-        self.data = stack.enter_context(open_data(c, where))
+        self.data = stack.enter_context(open_data(c, where, self.console))
         self.plan = Plan(c, self.data.train_loader.steps_per_epoch)
         self.folder = Path(c.logging.folder)
         store = checkpoint.Store(self.folder, c.checkpoint.keep, self.plan.is_regular)

@@ -170,6 +170,17 @@ def end_at_stop(run):
     assert statuses == [75] * len(statuses), err
 
 
+def test_run_that_decodes_on_a_device_has_the_same_bits(betons, tmp_path, train):
+    """On an emulated device, from the start or from the middle of an epoch on."""
+    on_device = {"data.decode": "gpu"}
+    assert train(options(betons, tmp_path / "cpu")).wait()[0] == [0]
+    end_at_stop(train(options(betons, tmp_path / "both"), stop_at=("epoch 2", 1)))
+    for name in ("gpu", "both"):
+        statuses, _, err = train(options(betons, tmp_path / name, **on_device)).wait()
+        assert statuses == [0], err
+        assert_same_run(tmp_path / "cpu", tmp_path / name)
+
+
 def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, train):
     """Such a thread occasionally aborts the interpreter, if it releases its last tensor only at the
     exit."""

@@ -299,9 +299,10 @@ def damage(betons, tmp_path, samples) -> None:
     (tmp_path / "train.beton").write_bytes(data)
 
 
-def test_damaged_image_error_names_its_sample(betons, tmp_path):
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_damaged_image_error_names_its_sample(betons, tmp_path, decode):
     damage(betons, tmp_path, [17])
-    made = loader(tmp_path)
+    made = loader(tmp_path, decode=decode)
     with pytest.raises(
         InputError, match="sample 17 is damaged: its bytes do not match their checksum"
     ):
@@ -309,14 +310,25 @@ def test_damaged_image_error_names_its_sample(betons, tmp_path):
     with pytest.raises(InputError, match="sample 17 "):  # the loader stays usable
         list(made.epoch(1))
     evaluation = EvalLoader(
-        tmp_path / "train.beton", batch_size=8, resolution=32, num_workers=2, crop_ratio=0.9
+        tmp_path / "train.beton",
+        batch_size=8,
+        resolution=32,
+        num_workers=2,
+        crop_ratio=0.9,
+        decode=decode,
     )
     with pytest.raises(InputError, match="sample 17 "):
         list(evaluation)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_workers": 1}, {"global_batch": 32, "rank": 1, "world_size": 2}]
+    "options",
+    [
+        {},
+        {"num_workers": 1},
+        {"global_batch": 32, "rank": 1, "world_size": 2},
+        {"decode": "gpu"},
+    ],
 )
 def test_skip_replaces_a_bad_image_by_the_next_readable_one(betons, tmp_path, options):
     bad = [3, 17, 40, 41, 77]
@@ -763,6 +775,7 @@ def test_forked_process_raises_instead_of_hanging(betons):
         ({"order": "shuffled"}, "`order`='shuffled'"),
         ({"on_bad_sample": "ignore"}, "`on_bad_sample`='ignore'"),
         ({"repeats": 0}, "`repeats`=0"),
+        ({"decode": "both"}, "`decode`='both'"),
         ({"rank": 2}, "`rank`=2"),
         ({"interpolation": "nearest"}, "`interpolation`='nearest'"),
         ({"color_jitter": (0, 0, 0, 1)}, r"`color_jitter`\[3\]=1 must be"),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training import checkpoint, processes
+from rsb_ffcv.loading import TrainLoader
+from rsb_ffcv.training import checkpoint, data, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
 from rsb_ffcv.training.step import RunningStatistics
@@ -448,3 +449,67 @@ def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, ca
     beat.__exit__(InputError, InputError("training.epochs=0"), None)
     beat._beat()
     assert ends == [processes.LOST] and not capsys.readouterr().err
+
+
+def test_auto_decode_takes_the_faster_way_and_says_why(betons, monkeypatch):
+    class Clock:
+        """A second for each batch that the slower way has given."""
+
+        now, slower = 0.0, ""
+
+    def make(decode):
+        loader = TrainLoader(
+            betons / "train.beton", batch_size=8, resolution=16, num_workers=1, decode=decode
+        )
+        give = loader.epoch
+
+        def epoch(number):
+            for batch in give(number):
+                Clock.now += 1.0 if decode == Clock.slower else 0.5
+                yield batch
+
+        monkeypatch.setattr(loader, "epoch", epoch)
+        return loader
+
+    monkeypatch.setattr(data, "perf_counter", lambda: Clock.now)
+    Clock.slower = "cpu"
+    assert data.faster_decode(make) == ("gpu", "8 images/s with cpu, 16 with gpu")
+    Clock.slower = "gpu"
+    assert data.faster_decode(make) == ("cpu", "16 images/s with cpu, 8 with gpu")
+
+    def fails(decode):
+        if decode == "gpu":
+            raise InputError("no driver")
+        return make(decode)
+
+    assert data.faster_decode(fails) == ("cpu", "gpu cannot be used: no driver")
+
+
+def test_decode_on_a_device_that_is_not_there_is_an_error(betons, tmp_path, call_program):
+    flags = {
+        "config-file": "rsb_configs/demo.yaml",
+        "data.train_dataset": betons / "train.beton",
+        "data.val_dataset": betons / "val.beton",
+        "model.num_classes": 3,
+        "logging.folder": tmp_path / "run",
+        "training.batch_size": 8,
+        "resolution.min_res": 32,
+        "resolution.max_res": 32,
+        "validation.resolution": 32,
+    }
+
+    def run(**more):
+        return call_program(
+            "train_imagenet.py", *(f"--{name}={value}" for name, value in {**flags, **more}.items())
+        )
+
+    status, _, err = run(**{"data.decode": "gpu", "compute.device": "auto"})
+    assert status == 2 and "data.decode=gpu: this run has no GPU; use data.decode=cpu" in err
+    emulated = {"data.decode": "gpu", "compute.device": "cpu", "data.decode_memory_mb": 16}
+    for larger in ({"resolution.max_res": 900}, {"validation.batch_size": 2000}):
+        status, _, err = run(**emulated, **larger)
+        assert status == 2 and re.search(
+            r"error: data.decode_memory_mb=16: too little to decode batches of \d+ images of \d+ "
+            r"px on the device; use \d+ or more, or use data.decode=cpu\n$",
+            err,
+        ), err
