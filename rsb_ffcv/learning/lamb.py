@@ -267,7 +267,11 @@ def _update(
     # eps x sqrt(c2)), which saves two passes over the tensors.
     root = bias_correction2**0.5
     updates = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(updates, eps * root)
+    if isinstance(root, torch.Tensor):
+        # Without alpha, torch takes the overload for numbers, and waits for the device to read one.
+        torch._foreach_add_(updates, eps * root, alpha=1)
+    else:
+        torch._foreach_add_(updates, eps * root)
     torch._foreach_reciprocal_(updates)
     torch._foreach_mul_(updates, exp_avgs)
     scale, step_size = root / bias_correction1, lr if applied is None else lr * applied
