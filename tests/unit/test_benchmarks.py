@@ -1,5 +1,6 @@
 """The benchmarks measure every contestant in turn and report the missing ones."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -169,3 +170,20 @@ def test_both_writers_write_all_images(pictures, tmp_path):
     for name in ("ours", "stock"):
         file = read_beton(tmp_path / f"{name}.beton")
         assert len(file) == 96 and max(file.heights.max(), file.widths.max()) <= 30
+
+
+def test_pack_table_shows_ratios_bytes_and_verdicts(betons):
+    import pack
+
+    options = argparse.Namespace(
+        train=betons / "train.beton", batch=8, resolution=32, workers=1, repeats=2
+    )
+    row = pack.measure(options, "rand-m7-mstd0.5-inc1")
+    assert len(row["ratios"]) == 2 and row["cpu_us"] > 0 and row["bytes"] > 0
+    good = {"cpu_us": 600.0, "gpu_us": 50.0, "ratio": 12.0, "ratios": [11.0, 13.0]}
+    good |= {"bytes": 60_000, "bytes_of_pixels": 150_000}
+    results = {name: dict(good) for name in pack.ROWS}
+    assert [text.endswith("reached") for _, text in pack.lines(results)[1:]] == [True, True]
+    results["the same with RandAugment"]["ratio"] = 11.9
+    results["random-resized crop + flip"]["bytes"] = 80_000
+    assert [text.endswith("MISSED") for _, text in pack.lines(results)[1:]] == [True, True]

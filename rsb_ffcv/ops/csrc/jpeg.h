@@ -7,6 +7,8 @@
 #include "shared/jpeg_terms.h"
 
 enum {
+    EOI = 0xD9,         /* marker: end of image */
+    MARKER = 0xFF,      /* the first byte of a marker; a zero follows it in entropy-coded bytes */
     MAX_MCU_BLOCKS = 6, /* 4:2:0: four of luma, two of chroma */
     /* Bits that index the lookup tables of values. Two symbols often fit, and the tables stay in
      * the L1 cache. */
@@ -148,6 +150,13 @@ void rsb_jpeg_build_skips(huffman *t);
 /* Reads the headers into scratch->jpeg and the entropy-coded bytes into `s`. Returns RSB_UNUSUAL
  * for a file that the fast decoder does not handle, or RSB_NO_MEMORY. */
 int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, scan *s);
+
+/* ---- jpeg_unstuff.c ---- */
+
+/* Copies the `n` bytes from the start of a scan without stuffed zeros, up to the marker EOI, and
+ * sets their `length`. Returns RSB_UNUSUAL for any other marker, and where there is none. Writes up
+ * to 31 bytes past the end. */
+int rsb_jpeg_unstuff(const uint8_t *in, size_t n, uint8_t *out, size_t *length);
 
 /* ---- jpeg.c ---- */
 

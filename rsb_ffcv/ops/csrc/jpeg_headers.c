@@ -13,7 +13,6 @@ enum {
     SOF1 = 0xC1, /* extended sequential, Huffman coding */
     DHT = 0xC4,  /* Huffman tables */
     SOI = 0xD8,
-    EOI = 0xD9,
     SOS = 0xDA,  /* start of scan */
     DQT = 0xDB,  /* quantization tables */
     APP0 = 0xE0, /* JFIF */
@@ -21,7 +20,6 @@ enum {
     APP14 = 0xEE, /* Adobe */
     APP15 = 0xEF,
     COM = 0xFE, /* comment */
-    MARKER = 0xFF,
 };
 enum {
     MAX_DC_SIZE = 11,     /* value bits of a DC difference with 8-bit samples */
@@ -182,27 +180,6 @@ static int read_headers(rsb_jpeg *j, const uint8_t *bytes, size_t size, size_t *
     }
 }
 
-/* Copies entropy-coded bytes without the zero that follows each 0xFF, up to the marker EOI. Any
- * other marker is rejected. */
-static int unstuff(const uint8_t *in, size_t n, uint8_t *out, size_t *length) {
-    uint8_t *start = out;
-    const uint8_t *end = in + n;
-    while (in < end) {
-        const uint8_t *mark = memchr(in, MARKER, end - in);
-        if (!mark || mark + 1 >= end) return RSB_UNUSUAL;
-        memcpy(out, in, mark - in);
-        out += mark - in;
-        in = mark + 2;
-        if (mark[1] == EOI) {
-            *length = out - start;
-            return RSB_OK;
-        }
-        if (mark[1] != 0) return RSB_UNUSUAL;
-        *out++ = 0xFF;
-    }
-    return RSB_UNUSUAL;
-}
-
 static rsb_jpeg *new_jpeg(void) {
     rsb_jpeg *j = calloc(1, sizeof *j);
     if (!j) return NULL;
@@ -224,7 +201,7 @@ int rsb_jpeg_open(const uint8_t *bytes, size_t size, rsb_scratch *scratch, scan 
     j->rows = (j->height + mcu_height - 1) / mcu_height;
     s->data = rsb_buffer(scratch, RSB_ENTROPY, size - start + ENTROPY_PADDING);
     if (!s->data) return RSB_NO_MEMORY;
-    status = unstuff(bytes + start, size - start, s->data, &s->length);
+    status = rsb_jpeg_unstuff(bytes + start, size - start, s->data, &s->length);
     if (status) return status;
     memset(s->data + s->length, 0, ENTROPY_PADDING);
     s->entries = NULL;
