@@ -56,7 +56,8 @@ class Contestant:
         self.sent = 3.0 * options.resolution**2
         if self.loader._decoder is not None:
             self.loader._decoder.driver = Idle()
-            self._given, give = [], self.loader._decoder.decode
+            self._given: list[float] = []
+            give = self.loader._decoder.decode
 
             def decode_and_count(slab):
                 self._given.append(slab.used / slab.shape[0])

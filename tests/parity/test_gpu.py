@@ -1,5 +1,6 @@
-"""The device kernels, emulated: their pixels are the CPU core's, byte for byte, in any order of
-threads. They compile for GPUs without spills, stacks or fused products."""
+"""The device kernels, emulated, and on a GPU if there is one: their pixels are the CPU core's, byte
+for byte, in any order of threads. They compile for GPUs without spills, stacks or fused
+products."""
 
 import itertools
 import os
@@ -18,7 +19,11 @@ from rsb_ffcv.loading.pool import Pool, Work
 from rsb_ffcv.ops import native
 from tests.images import KINDS, jpeg, photograph
 
-ORDERS = {"ascending": 0, "descending": 1, "random": 7}
+# where the kernels run, and the order of the threads of an emulated block
+PLACES = {"ascending": ("cpu", 0), "descending": ("cpu", 1), "random": ("cpu", 7)}
+if torch.cuda.is_available():
+    PLACES["GPU"] = ("cuda", 0)
+DEVICES = sorted({device for device, _ in PLACES.values()})
 
 
 def stored(data: bytes, entries: bytes, size: tuple[int, int], raw: bool = False):
@@ -50,15 +55,15 @@ def random_box(rng, height: int, width: int) -> tuple[float, ...]:
     return (top, left, *sides)
 
 
-def decode(images, out, layers=(), *, order=0, memory_mb=64, scratch_bytes=None):
-    """Decodes `images` of `stored` with the core and on the emulated device.
+def decode(images, out, layers=(), *, place=("cpu", 0), memory_mb=64, scratch_bytes=None):
+    """Decodes `images` of `stored` with the core and on a device.
 
     layers: LAYER records (n,) or (n, k) of each operation.
 
     Returns the pixels and statuses of both, and the kinds of the packed rows.
     """
     pool, file = Pool(2), os.memfd_create("images")
-    device = DeviceDecoder(torch.device("cpu"), memory_mb, order)
+    device = DeviceDecoder(torch.device(place[0]), memory_mb, place[1])
     if scratch_bytes is not None:
         device._scratch_bytes = scratch_bytes
     try:
@@ -72,7 +77,7 @@ def decode(images, out, layers=(), *, order=0, memory_mb=64, scratch_bytes=None)
         ]
         shape = (len(images), *out, 3)
         slab = device.slab(
-            samples, shape, draws=layers, memory=lambda size: pool.memory(size, False)
+            samples, shape, draws=layers, memory=lambda size: pool.memory(size, place[0] == "cuda")
         )
         plain = pool.memory(shape, False)
         works = [
@@ -89,7 +94,7 @@ def decode(images, out, layers=(), *, order=0, memory_mb=64, scratch_bytes=None)
         failed = decoded.status.numpy().copy()
         return (
             (plain.numpy().copy(), works[0].status),
-            (decoded.images.numpy().copy(), works[1].status),
+            (decoded.images.cpu().numpy().copy(), works[1].status),
             kinds,
             failed,
         )
@@ -108,9 +113,9 @@ def assert_equal(core, device):
     assert not differing, differing
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", [*KINDS, "grey", "raw"])
-def test_any_crop_equals_the_cores(kind, order):
+def test_any_crop_equals_the_cores(kind, place):
     rng, images = np.random.default_rng(len(kind)), []
     for trial in range(24):
         height, width = (int(side) for side in rng.integers(1, 260, 2))
@@ -125,7 +130,7 @@ def test_any_crop_equals_the_cores(kind, order):
         made[1]["box"] = random_box(rng, height, width)
         made[1]["filter"], made[1]["flip"], made[1]["rows_first"] = rng.integers(0, 2, 3)
         images.append(made)
-    core, device, kinds, failed = decode(images, (45, 61), order=ORDERS[order])
+    core, device, kinds, failed = decode(images, (45, 61), place=PLACES[place])
     assert_equal(core, device)
     assert not failed.any() and not core[1].any()
     usual = {"raw": native.PACKED_RAW, "progressive": 0, "restarts": 0}
@@ -134,7 +139,8 @@ def test_any_crop_equals_the_cores(kind, order):
     assert (kinds[wide] == usual.get(kind, native.PACKED_JPEG)).all(), kinds
 
 
-def test_crops_of_whole_large_images_equal_the_cores():
+@pytest.mark.parametrize("device", DEVICES)
+def test_crops_of_whole_large_images_equal_the_cores(device):
     """Enlarged, reduced more than 30 times, and with many segments in a block of threads."""
     rng = np.random.default_rng(5)
     images = []
@@ -144,8 +150,8 @@ def test_crops_of_whole_large_images_equal_the_cores():
             made[1]["filter"], made[1]["rows_first"] = filter, rows_first
             images.append(made)
     for out in ((1, 1), (30, 200)):
-        core, device, kinds, failed = decode(images, out)
-        assert_equal(core, device)
+        core, made, kinds, failed = decode(images, out, place=(device, 0))
+        assert_equal(core, made)
         assert (kinds == native.PACKED_JPEG).all() and not failed.any()
 
 
@@ -208,21 +214,22 @@ def test_each_operation_equals_the_cores(name, out):
     rng = np.random.default_rng(3)
     images = [raw_image(rng, out, kind) for kind in range(3) for _ in LAYERS[name]]
     drawn = np.array(LAYERS[name] * 3)
-    for order in ORDERS.values():
-        core, device, kinds, failed = decode(images, out, [drawn], order=order)
-        assert_equal(core, device)
+    for place in PLACES.values():
+        core, made, kinds, failed = decode(images, out, [drawn], place=place)
+        assert_equal(core, made)
         assert (kinds == native.PACKED_RAW).all() and not failed.any() and not core[1].any()
 
 
-def test_all_pairs_of_operations_equal_the_cores():
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_pairs_of_operations_equal_the_cores(device):
     rng = np.random.default_rng(4)
     pairs = [
         (layers[i % len(layers)], others[(i + 1) % len(others)])
         for i, (layers, others) in enumerate(itertools.product(LAYERS.values(), repeat=2))
     ]
     images = [raw_image(rng, (40, 33)) for _ in pairs]
-    core, device, kinds, failed = decode(images, (40, 33), [np.array(pairs)])
-    assert_equal(core, device)
+    core, made, kinds, failed = decode(images, (40, 33), [np.array(pairs)], place=(device, 0))
+    assert_equal(core, made)
     assert (kinds == native.PACKED_RAW).all() and not core[1].any()
     assert len({image.tobytes() for image in core[0]}) > 0.9 * len(pairs)
 
@@ -241,7 +248,8 @@ def test_invalid_layers_have_the_statuses_of_the_core():
     assert core[1].tolist() == device[1].tolist() == [8] * len(wrong)
 
 
-def test_damaged_images_equal_the_cores_or_fail_alike():
+@pytest.mark.parametrize("device", DEVICES)
+def test_damaged_images_equal_the_cores_or_fail_alike(device):
     """Bytes of the file and of the entry points. Where the segments of a row do not fit together,
     the core makes the row."""
     rng, images = np.random.default_rng(6), []
@@ -255,8 +263,8 @@ def test_damaged_images_equal_the_cores_or_fail_alike():
             damaged[int(rng.integers(start, len(data)))] = int(rng.integers(0, 256))
         sample["box"] = random_box(rng, height, width)
         images.append((bytes(damaged), sample))
-    core, device, kinds, failed = decode(images, (40, 40))
-    assert_equal(core, device)
+    core, made, kinds, failed = decode(images, (40, 40), place=(device, 0))
+    assert_equal(core, made)
     assert (kinds == native.PACKED_JPEG).sum() > 100 and failed.sum() > 50
     assert 0 < (core[1] != 0).sum() < 300
 
@@ -291,8 +299,9 @@ RECIPES: dict[str, dict] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_train_loader_gives_the_same_batches(betons, recipe):
+def test_train_loader_gives_the_same_batches(betons, recipe, device):
     given = [
         list(
             TrainLoader(
@@ -302,6 +311,7 @@ def test_train_loader_gives_the_same_batches(betons, recipe):
                 num_workers=2,
                 seed=3,
                 decode=decode,
+                device=device,
                 **RECIPES[recipe],
             ).epoch(2, start_step=1)
         )
@@ -313,7 +323,8 @@ def test_train_loader_gives_the_same_batches(betons, recipe):
         assert one.slots.tolist() == other.slots.tolist()
 
 
-def test_eval_loader_gives_the_same_batches(betons):
+@pytest.mark.parametrize("device", DEVICES)
+def test_eval_loader_gives_the_same_batches(betons, device):
     given = [
         list(
             EvalLoader(
@@ -323,6 +334,7 @@ def test_eval_loader_gives_the_same_batches(betons):
                 num_workers=2,
                 crop_ratio=0.95,
                 decode=decode,
+                device=device,
             )
         )
         for decode in ("cpu", "gpu")
