@@ -1,6 +1,5 @@
-"""Decoding on a GPU: its own stream beside a busy one, memory that stays bounded, and batches that no
-later batch overwrites. tests/parity/test_gpu.py compares the pixels. Skipped if there is no CUDA
-device."""
+"""Decoding on a GPU: its own stream beside a busy one, bounded memory, and batches that no later
+batch overwrites. tests/parity/test_gpu.py compares the pixels. Skipped without a CUDA device."""
 
 import pytest
 import torch
