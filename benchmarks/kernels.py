@@ -21,7 +21,8 @@ import runner
 from rsb_ffcv.gpu import driver
 
 # Of a multiprocessor (CUDA C++ Programming Guide, compute capabilities): threads, shared memory in
-# bytes, blocks. A block takes 1 KiB of shared memory for itself, which the compiler lists from 9.0 on.
+# bytes, blocks. A block takes 1 KiB of shared memory for itself, which the compiler lists from 9.0
+# on.
 LIMITS = {
     (8, 0): (2048, 164 << 10, 32),
     (9, 0): (2048, 228 << 10, 32),
