@@ -88,6 +88,11 @@ class DataOptions:
         low=16,
         high=65536,
     )
+    affinity: bool = option(
+        True,
+        "run on the cores of the NUMA node of the process's GPU, where the machine's topology is "
+        "known",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

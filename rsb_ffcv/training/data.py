@@ -12,7 +12,7 @@ from rsb_ffcv import InputError, option_names
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.reporting.console import Console
-from rsb_ffcv.training import build, facts
+from rsb_ffcv.training import affinity, build, facts
 from rsb_ffcv.training.compute import Compute, on_first_process
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.processes import check_same
@@ -105,6 +105,11 @@ def open_data(c: TrainConfig, where: Compute, console: Console) -> Iterator[Data
     the job do not have the same data, options and versions.
     """
     threads = where.loader_threads(c.data.num_workers)
+    if c.data.affinity and where.device.type == "cuda":
+        # after the number of threads is known: each process of the machine gets its share of all
+        moved = affinity.move_to_device(affinity.bus_id_of(where.device))
+        if moved:
+            console.info(moved)
     decode = _chosen_decode(c, where, threads, console=console)
     with (
         closing(build.train_loader(c, where, threads, decode=decode)) as train_loader,

@@ -21,6 +21,7 @@ OWN = {
     "data.val_dataset",
     "data.num_workers",
     "data.in_memory",
+    "data.affinity",
     "validation.labels",
     "checkpoint.warm_start",
     "logging.folder",
