@@ -404,6 +404,13 @@ class ComputeOptions:
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     compile: str = option("auto", "torch.compile; auto: on cuda only", choices=("auto", "0", "1"))
+    profile: int = option(
+        0,
+        "write a trace of this number of steps to trace.json in logging.folder, from the 11th step "
+        "of the process on; 0: none",
+        low=0,
+        high=1000,
+    )
     channels_last: bool = option(True, "use the channels_last memory layout for weights and images")
     threads: int = option(
         0,

@@ -23,7 +23,7 @@ from rsb_ffcv import InputError, check_choice, option_names
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.gpu.batch import Decoded, DeviceDecoder, Slab
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
-from rsb_ffcv.loading.pool import Pool, Work
+from rsb_ffcv.loading.pool import Pool, Work, trace_events
 from rsb_ffcv.ops.augment import ColorJitter, RandAugment
 from rsb_ffcv.ops.crop import CenterCrop, RandomResizedCrop
 from rsb_ffcv.ops.native import AUGMENT, DAMAGE, SAMPLE, reason
@@ -73,6 +73,8 @@ class _Loader:
     """A file, threads, and a list of operations: first a decoder, then ops that change each image
     in place."""
 
+    # if not None: the events of the threads are appended, see pool.trace_events
+    events: list[dict[str, Any]] | None = None
     _other_fix = ""  # what the user can do about a bad sample instead of writing the file again
 
     def __init__(
@@ -178,6 +180,7 @@ class _Loader:
             decoder=first.generate_code(),
             samples=samples,
             operations=operations,
+            measured=self.events is not None,
         )
         self._pool.submit(work, alone)
         return _Begun(work, address, indices)
@@ -190,6 +193,9 @@ class _Loader:
         work, _, indices = begun
         place = work.place
         self._pool.wait(work, lambda row: f"sample {indices[row]}")
+        if self.events is not None and work.times is not None:
+            names = [type(op).__name__ for op in ops for _ in range(op.passes)]
+            self.events += trace_events(work, names, indices)
         for row in np.flatnonzero(work.status):
             indices = indices.copy()  # it may be a view of the caller's array
             indices[row], image = self._replacement(

@@ -5,6 +5,7 @@ import faulthandler
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ class Work:
     samples: SAMPLE records (n,).
     operations: (address of a kernel, its draws, number of passes). The draws have the shape
         (n, ...), or (n, k, ...) with k passes.
+    measured: whether to set `times`, int64 (n, passes of all operations + 3): see rsb_job of
+        csrc/rsb.h. Otherwise it is None.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Work:
         decoder: int,
         samples: np.ndarray,
         operations: Sequence[tuple[int, np.ndarray, int]],
+        measured: bool = False,
     ) -> None:
         self.place = place
         rows, height, width, _ = place.shape
@@ -46,6 +50,7 @@ class Work:
             for kernel, draws, passes in operations
             for i in range(passes)
         ]
+        self.times = np.zeros((rows, len(steps) + 3), np.int64) if measured else None
         self._kept = samples, operations, np.array(steps, STEP)  # the job points into them
         self.job = Job(
             file,
@@ -59,7 +64,31 @@ class Work:
             0 if isinstance(place, Slab) else place.data_ptr(),
             self.status.ctypes.data,
             place.structure.ctypes.data if isinstance(place, Slab) else None,
+            None if self.times is None else self.times.ctypes.data,
         )
+
+
+def trace_events(work: Work, names: Sequence[str], indices: np.ndarray) -> list[dict[str, Any]]:
+    """The times of a measured batch as events of a Chrome trace: name, category, thread, and start
+    and duration in microseconds of CLOCK_MONOTONIC.
+
+    names: of the decoder and of each pass after it.
+    indices: of the images in the file.
+    """
+    assert work.times is not None  # it is measured
+    return [
+        {
+            "name": name,
+            "cat": "loader",
+            "tid": int(row[-1]),
+            "ts": int(row[step]) / 1000,
+            "dur": int(row[step + 1] - row[step]) / 1000,
+            "args": {"sample": int(index)},
+        }
+        for row, index in zip(work.times, indices)
+        for step, name in enumerate(names)
+        if row[step + 1]
+    ]
 
 
 class _State:

@@ -171,6 +171,7 @@ class Job(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
         ("slab", ctypes.c_void_p),
+        ("times", ctypes.c_void_p),
         ("next", ctypes.c_int32),
         ("done", ctypes.c_int32),
         ("after", ctypes.c_void_p),

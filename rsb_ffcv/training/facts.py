@@ -29,6 +29,7 @@ OWN = {
     "compute.device",
     "compute.precision",
     "compute.compile",
+    "compute.profile",
     "dist.address",
     "dist.port",
 }

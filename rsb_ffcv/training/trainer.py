@@ -26,6 +26,7 @@ from rsb_ffcv.training.health import GoBack, Stop
 from rsb_ffcv.training.interrupt import Interrupt
 from rsb_ffcv.training.plan import Epoch, Plan
 from rsb_ffcv.training.processes import Heartbeat, check_shared
+from rsb_ffcv.training.profile import Profile
 from rsb_ffcv.training.progress import Progress
 from rsb_ffcv.training.resume import Checkpointer, State, newest
 
@@ -105,6 +106,12 @@ class Trainer:
             c, state, store=store, where=where, console=self.console, interrupt=interrupt
         )
         stack.enter_context(self.checkpointer)
+        self.profile = Profile(
+            c.compute.profile if where.is_main else 0,
+            self.data.train_loader,
+            path=self.folder / "trace.json",
+            console=self.console,
+        )
         if found is not None:
             self.checkpointer.resume(*found, self.plan.total_steps)
         if c.data.in_memory:
@@ -150,6 +157,7 @@ class Trainer:
                 self.checkpointer.go_back(request)
             except Stop as request:
                 raise InputError(str(request)) from request
+        self.profile.close()
         if not self.checkpointer.store.finish() and self.compute.is_main:
             raise InputError(
                 f"{self.folder}: the last checkpoint could not be written; {checkpoint.FIX}, and "
@@ -198,6 +206,7 @@ class Trainer:
             self.console.bar(f"epoch {epoch.number + 1}", epoch.steps, done) as bar,
         ):
             for step in range(done, epoch.steps):
+                self.profile.before_step()
                 started = time.perf_counter()
                 lr = epoch.lr(step) * self.health.lr_factor
                 if progress.step in self.health.skipped_steps:
@@ -217,6 +226,7 @@ class Trainer:
                 if reads:
                     self.health.check_losses(*progress.read_losses())
                 progress.seconds += time.perf_counter() - started
+                self.profile.after_step()
                 if reads:
                     bar.set_postfix(progress.summary(lr))
                 bar.update()

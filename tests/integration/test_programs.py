@@ -181,6 +181,35 @@ def test_run_that_decodes_on_a_device_has_the_same_bits(betons, tmp_path, train)
         assert_same_run(tmp_path / "cpu", tmp_path / name)
 
 
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_profile_is_a_trace_with_the_work_of_the_loader(betons, tmp_path, train, decode):
+    """The run ends before the number of steps is reached: what there is, is written."""
+    more = {
+        "compute.profile": 50,
+        "data.decode": decode,
+        "training.epochs": 6,
+        "model.arch": "test_resnet",
+    }
+    statuses, out, err = train(options(betons, tmp_path / "run", **more)).wait()
+    assert statuses == [0] and f"{tmp_path / 'run' / 'trace.json'}: a trace" in out, err
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    ours = [event for event in events if event.get("cat") == "loader"]
+    names = {event["name"] for event in ours}
+    assert names == (
+        {"RandomResizedCrop", "RandAugment", "ColorJitter"}
+        if decode == "cpu"
+        else {"RandomResizedCrop"}
+    )
+    steps = [event for event in events if event.get("name", "").startswith("aten::conv")]
+    first, last = min(event["ts"] for event in steps), max(event["ts"] for event in steps)
+    assert len(steps) > 100 and {event["pid"] for event in ours} == {steps[0]["pid"]}
+    # on one time line: the loader works before and during the steps that it feeds
+    assert any(first < event["ts"] < last for event in ours) and len(ours) > 100
+    assert all(event["dur"] >= 0 and event["ts"] > first - 60e6 for event in ours)
+    assert len({event["tid"] for event in ours}) == 2
+    assert {"sample"} == set(ours[0]["args"])
+
+
 def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, train):
     """Such a thread occasionally aborts the interpreter, if it releases its last tensor only at the
     exit."""

@@ -4,10 +4,12 @@
  * other thread, and the end of one batch overlaps with the start of the next. The pixels of a row
  * do not depend on the thread that makes them. rsb.h documents the functions.
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "rsb.h"
 
@@ -31,33 +33,51 @@ static const void *draws_of(const rsb_step *step, int row) {
     return step->draws + row * step->stride;
 }
 
+/* Writes the time to element `which` of the row's times, if they are wanted. */
+static void note_time(const rsb_job *job, int row, int which) {
+    if (!job->times) return;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    job->times[(int64_t)row * (job->num_steps + 3) + which] =
+        (int64_t)now.tv_sec * NANOSECONDS_PER_SECOND + now.tv_nsec;
+}
+
 static int run_steps(const rsb_job *job, int row, uint8_t *image, rsb_scratch *scratch) {
     int status = RSB_OK;
-    for (int i = 0; i < job->num_steps && status == RSB_OK; i++)
+    for (int i = 0; i < job->num_steps && status == RSB_OK; i++) {
         status = job->steps[i].kernel(image, job->height, job->width, draws_of(&job->steps[i], row),
                                       scratch);
+        note_time(job, row, i + 2);
+    }
     return status;
 }
 
-/* Packs a row, after a check of the layers that the device will apply. */
-static int pack_row(const rsb_job *job, int row, rsb_scratch *scratch) {
-    uint8_t *image = NULL;
-    int status = RSB_OK;
-    for (int i = 0; i < job->num_steps && status == RSB_OK; i++)
-        status = rsb_check_layer(draws_of(&job->steps[i], row));
-    if (status == RSB_OK)
-        status = rsb_pack(job->file, job->samples + row, job->slab, row, job->height, job->width,
-                          scratch, &image);
-    return status || !image ? status : run_steps(job, row, image, scratch);
+/* Packs a row, after a check of the layers that the device will apply. Sets `*image` where the
+ * steps must be run here. */
+static int pack_row(const rsb_job *job, int row, uint8_t **image, rsb_scratch *scratch) {
+    for (int i = 0; i < job->num_steps; i++) {
+        int status = rsb_check_layer(draws_of(&job->steps[i], row));
+        if (status) return status;
+    }
+    return rsb_pack(job->file, job->samples + row, job->slab, row, job->height, job->width, scratch,
+                    image);
 }
 
 static int run_row(const rsb_job *job, int row, rsb_scratch *scratch) {
+    uint8_t *image = NULL;
+    int status;
     if (!scratch) return RSB_NO_MEMORY;
-    if (job->slab) return pack_row(job, row, scratch);
-    uint8_t *image = job->out + (size_t)row * job->height * job->width * 3;
-    int status =
-        job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
-    return status ? status : run_steps(job, row, image, scratch);
+    if (job->times) job->times[(int64_t)(row + 1) * (job->num_steps + 3) - 1] = gettid();
+    note_time(job, row, 0);
+    if (job->slab)
+        status = pack_row(job, row, &image, scratch);
+    else {
+        image = job->out + (size_t)row * job->height * job->width * 3;
+        status =
+            job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
+    }
+    note_time(job, row, 1);
+    return status || !image ? status : run_steps(job, row, image, scratch);
 }
 
 /* Takes the next row of the first job, which leaves the queue with its last row. */

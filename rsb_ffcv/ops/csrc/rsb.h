@@ -176,6 +176,9 @@ typedef struct rsb_job {
      * be rsb_augment, which the device applies. Rows that it cannot make are finished here, and
      * have the kind RSB_PIXELS. */
     rsb_slab *slab;
+    /* NULL, or rows x (num_steps + 3) elements, to measure: nanoseconds of CLOCK_MONOTONIC before
+     * the decoder, after it, and after each step; and the thread's id. 0: not reached. */
+    int64_t *times;
     /* The pool sets what follows. */
     int32_t next;          /* first row that no thread has taken */
     int32_t done;          /* rows that are finished */
