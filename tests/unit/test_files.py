@@ -635,7 +635,10 @@ def test_contact_sheet_equals_the_loaders_output(written, tmp_path, call_program
         (["--cfg.samples=1", "--cfg.classes=1"], "give one of them"),
         (["--cfg.classes=x"], "no class 'x'"),
         (["--cfg.samples=99"], "cfg.samples=99"),
-        (["--cfg.recipe=/nowhere.yaml"], "/nowhere.yaml"),
+        (["--cfg.recipe=/nowhere.yaml"], "error: cfg.recipe=/nowhere.yaml: cannot be read"),
+        (["--cfg.epochs=3"], "cfg.epochs=3: are the epochs of a recipe; give cfg.recipe"),
+        ([f"--cfg.write_path={tmp_path}/x.jpg"], "x.jpg: must end in .png"),
+        ([f"--cfg.write_path={tmp_path}/x"], "/x: must end in .png"),
     ):
         status, _, errors = call_program(
             "write_ffcv.py",
@@ -644,7 +647,33 @@ def test_contact_sheet_equals_the_loaders_output(written, tmp_path, call_program
             f"--cfg.write_path={tmp_path}/x.png",
             *arguments,
         )
-        assert status == 2 and message in errors and not (tmp_path / "x.png").exists()
+        assert status == 2 and message in errors and not list(tmp_path.glob("x*"))
+
+
+def test_columns_of_a_contact_sheet_count_epochs_from_1(
+    written, tmp_path, call_program, monkeypatch
+):
+    from rsb_ffcv.commands import show
+
+    drawn, draw = [], show._sheet
+
+    def kept(rows, texts):
+        drawn.extend(texts)
+        return draw(rows, texts)
+
+    monkeypatch.setattr(show, "_sheet", kept)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {arch: resnet18}\ntraining: {epochs: 1}\n")
+    status, _, errors = call_program(
+        "write_ffcv.py",
+        "show",
+        f"--cfg.path={written}/train.beton",
+        f"--cfg.write_path={tmp_path}/x.png",
+        "--cfg.samples=1",
+        f"--cfg.recipe={recipe}",
+    )
+    assert status == 0, errors
+    assert drawn[0][1:] == [f"epoch {number}" for number in (1, 2, 3, 4, 5)]
 
 
 def test_contact_sheet_of_classes_has_a_row_per_class(written, tmp_path, call_program):
