@@ -15,7 +15,10 @@ def print_plan(config: TrainConfig) -> None:
     which there is one unless training.distributed is on.
     Raises InputError if the data file has fewer images than a step.
     """
-    images = len(read_beton(config.data.train_dataset))
+    try:
+        images = len(read_beton(config.data.train_dataset))
+    except InputError as error:
+        raise InputError(f"data.train_dataset={error}") from error.__cause__
     c = config.training
     processes = config.dist.world_size if c.distributed else 1
     batch = c.global_batch or c.batch_size * processes

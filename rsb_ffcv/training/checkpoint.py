@@ -298,7 +298,10 @@ def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
 
     Raises InputError if the file has no such weights, or if they do not fit the model.
     """
-    state = read(path)
+    try:
+        state = read(path, "give a checkpoint of this program or a state_dict")
+    except InputError as error:
+        raise InputError(f"checkpoint.warm_start={error}") from error.__cause__
     if isinstance(state, dict) and state.keys() >= KEYS:
         average = state[which] or {}
         if which != "model" and not (average.get("updates") or average.get("finished")):
@@ -307,6 +310,11 @@ def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
                 f"yet; use model"
             )
         weights = average if which == "model" else average["module"]
+    elif which != "model":
+        raise InputError(
+            f"checkpoint.warm_start_from={which}: {path} is not a checkpoint with several sets of "
+            f"weights; use model to start from the weights in this file"
+        )
     else:
         weights = state
     own = model.state_dict()

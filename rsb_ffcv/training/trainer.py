@@ -80,6 +80,8 @@ class Trainer:
         )
         self.progress = Progress(where, self.train_step.groups / self.train_step.mean_groups)
         self.health = build.health(c, self._note)
+        if same := build.same_files(c, self.data.train_loader.beton, self.data.val_loader.beton):
+            self.console.warn(same)
         if left_out := build.left_out(c, self.data.train_loader):
             self.console.info(left_out)
         averages = {"ema_": self.ema, "swa_": self.swa}

@@ -596,7 +596,18 @@ def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path,
         status, _, err = call_program(
             "train_imagenet.py", *options(betons, tmp_path / "x", **{"checkpoint.warm_start": path})
         )
-        assert status == 2 and message in err.splitlines()[-1]
+        last = err.splitlines()[-1]
+        assert status == 2 and f"error: checkpoint.warm_start={path}: {message}" in last
+        assert last.endswith("; give a checkpoint of this program or a state_dict")
+    average = {
+        "checkpoint.warm_start": finished[0] / "final_weights.pt",
+        "checkpoint.warm_start_from": "ema",
+    }
+    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "x", **average))
+    assert status == 2 and re.search(
+        "error: checkpoint.warm_start_from=ema: .*weights.pt is not a checkpoint .*; use model",
+        err.splitlines()[-1],
+    )
     status, _, err = call_program(
         "train_imagenet.py",
         *options(
@@ -606,6 +617,57 @@ def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path,
         ),
     )
     assert status == 2 and "is of another model" in err.splitlines()[-1]
+
+
+def test_evaluation_on_the_training_images_is_a_warning(betons, tmp_path, call_program):
+    copy = tmp_path / "copy.beton"
+    copy.write_bytes((betons / "train.beton").read_bytes())
+    more = {"data.val_dataset": copy, "training.epochs": 1, "lr.warmup_epochs": 0}
+    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "x", **more))
+    assert status == 0 and err.count("warning: ") == 1, err
+    assert f"warning: data.val_dataset={copy}: has the same content as data.train_dataset=" in err
+
+
+@pytest.mark.parametrize("option", ["data.train_dataset", "data.val_dataset"])
+def test_option_of_a_file_that_is_no_beton_is_named(betons, tmp_path, call_program, option):
+    status, _, err = call_program(
+        "train_imagenet.py", *options(betons, tmp_path / "x", **{option: "README.md"})
+    )
+    assert status == 2 and f"error: {option}=README.md: not a .beton file" in err
+    if option == "data.train_dataset":
+        status, _, err = call_program(
+            "train_imagenet.py", "plan", *options(betons, tmp_path / "x", **{option: "README.md"})
+        )
+        assert status == 2 and f"error: {option}=README.md: not a .beton file" in err
+
+
+def test_batch_that_is_too_large_names_the_options_given(betons, tmp_path):
+    from dataclasses import replace
+
+    import torch
+
+    from rsb_ffcv.config.train import read_config
+    from rsb_ffcv.training.build import train_loader
+    from rsb_ffcv.training.compute import Compute
+
+    c = read_config(
+        None,
+        options(betons, tmp_path, **{"training.batch_size": 32, "training.global_batch": 0}),
+    )
+    where = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=True)
+    with pytest.raises(
+        InputError,
+        match="^training.batch_size=32 with 8 processes, 256 images per step: .* has only 96 "
+        "images; lower training.batch_size or start fewer processes, or write more images$",
+    ):
+        train_loader(c, replace(where, world_size=8), 1)
+    c = replace(c, training=replace(c.training, batch_size=100))
+    with pytest.raises(
+        InputError,
+        match="^training.batch_size=100 with 1 process, 100 images per step: .* has only 96 "
+        "images; lower training.batch_size, or write more images$",
+    ):
+        train_loader(c, where, 1)
 
 
 def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, monkeypatch):

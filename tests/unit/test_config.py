@@ -164,6 +164,7 @@ def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts
             ["augment.scale_min=0.9", "augment.scale_max=0.5"],
         ),
         ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
+        ("--ema.decay=1", ["ema.decay=1", "below 1"]),
         ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"]),
         ("--lr.warmup_epochs=2", ["lr.warmup_epochs=2", "lr.lr_schedule_type=cyclic"]),
     ],
