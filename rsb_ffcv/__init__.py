@@ -116,6 +116,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """The number and the noun, for messages: "1 image", "2 images", "2 classes". plural: if it is
+    not the noun with an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def warn(text: str) -> None:
     """Prints a one-line warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

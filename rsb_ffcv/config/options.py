@@ -111,9 +111,9 @@ class _Value(Checker):
             return "0 or 1"
         if self.kind is str:
             return "text, not empty" if self.needed else "text"
-        name = "whole number" if self.kind is int else "number"
+        name = "an integer" if self.kind is int else "a number"
         low, high = (
-            f"{x:g}" if abs(x) < 2**31 else str(x) if math.isfinite(x) else None
+            None if math.isinf(x) else str(x) if self.kind is int else f"{x:g}"
             for x in (self.low, self.high)
         )
         return (
@@ -377,4 +377,5 @@ def _checked(
     try:
         return checker.check(value)
     except ValueError as error:
-        raise InputError(f"{full_name}={value!r} {where}: must be {checker.help()}") from error
+        valid = "not be empty" if checker.needed and value == "" else f"be {checker.help()}"
+        raise InputError(f"{full_name}={value!r} {where}: must {valid}") from error
