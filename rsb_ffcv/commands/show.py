@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.config.train import ONLY_FOR_RUNS, read_config
@@ -82,8 +82,8 @@ def show(
     with atomic_file(write_path, "choose another cfg.write_path") as target:
         _sheet(rows, texts).save(target, "PNG")
     print(
-        f"{write_path}: {len(stored)} images of "
-        f"{path}{f', as {recipe} augments them in {epochs} epochs' if recipe else ''}"
+        f"{write_path}: {counted(len(stored), 'image')} of {path}"
+        + (f", as {recipe} augments them in {counted(epochs, 'epoch')}" if recipe else "")
     )
 
 

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, counted, option_names
 from rsb_ffcv.beton import Beton
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
@@ -156,12 +156,13 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     wanted = c.model.num_classes
     if wanted and train.num_classes != wanted:
         raise InputError(
-            f"model.num_classes={wanted}: data.train_dataset={train.path} has {train.num_classes} "
-            f"classes; correct one of them"
+            f"model.num_classes={wanted}: data.train_dataset={train.path} has "
+            f"{counted(train.num_classes, 'class', 'classes')}; correct one of them"
         )
     if val.num_classes > train.num_classes:
         raise InputError(
-            f"data.val_dataset={val.path}: has {val.num_classes} classes, and the training file "
+            f"data.val_dataset={val.path}: has "
+            f"{counted(val.num_classes, 'class', 'classes')}, and the training file "
             f"has {train.num_classes}; write both from the same list of classes"
         )
     if train.about and val.about:

@@ -826,7 +826,8 @@ def test_writer_shows_progress_and_a_line_per_file(pictures, tmp_path, call_prog
         "--cfg.max_resolution=60",
     )
     assert status == 0, err
-    assert "train.beton: 96 images, 3 classes" in out and "val.beton: 27 images" in out
+    assert "train.beton: 96 images, 3 classes" in out and "JPEGs copied unchanged" in out
+    assert "val.beton: 27 images" in out
     assert (
         "img/s" in err
         and "MB/s" in err
@@ -834,7 +835,8 @@ def test_writer_shows_progress_and_a_line_per_file(pictures, tmp_path, call_prog
         and "images per class: amber 32, blue 32, cyan 32" in out
     )
     assert re.search(
-        r"train.beton: about 0.01 GB and .+ with 2 workers, estimated from 96 of 96 images", out
+        r"train.beton: about [\d.]+ MB and .+ s with 2 workers, estimated from 96 of 96 ",
+        out,
     )
     status, out, err = call_program(
         "write_ffcv.py",

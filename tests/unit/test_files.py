@@ -129,7 +129,7 @@ def test_intact_file_verifies(written, decode, capsys):
     assert dataset.verify(written / "train.beton", decode, 2)
     assert (
         f"0 of 12 images damaged; structure valid, all checksums compared, {int(12 * decode)} "
-        f"images decoded" in capsys.readouterr().out
+        f"images decoded without a fault" in capsys.readouterr().out
     )
 
 
@@ -159,12 +159,21 @@ def test_damage_without_checksums_is_found_by_decoding(copy, tmp_path, capsys):
     assert "sample 4 (sample_00000004) is not a decodable JPEG" in capsys.readouterr().out
 
 
-def test_damaged_structure_is_an_error(copy):
+def test_damaged_image_is_not_counted_as_decoded(copy, capsys):
+    damage(copy, 2)
+    assert not dataset.verify(copy, 1.0, 2)
+    assert "all checksums compared, 11 images decoded without a fault" in capsys.readouterr().out
+    assert not dataset.verify(copy, 0.5, 2)
+    assert "all checksums compared, 6 images decoded without a fault" in capsys.readouterr().out
+
+
+def test_damaged_structure_is_reported(copy, tmp_path, capsys):
     with open(copy, "r+b") as file:
         file.seek(beton.front_bytes(3))
         file.write(b"\xff")
-    with pytest.raises(InputError, match="damaged"):
-        dataset.verify(copy, 1.0, 1)
+    assert not dataset.verify(copy, 1.0, 1, report=str(tmp_path / "bad.csv"))
+    assert f"{copy}: damaged" in capsys.readouterr().out
+    assert f',,"{copy}: damaged' in (tmp_path / "bad.csv").read_text()
 
 
 def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
@@ -211,6 +220,10 @@ def test_verify_sets_the_exit_status(copy, call_program):
     damage(copy, 0)
     status, shown, _ = call_program("write_ffcv.py", "verify", f"--cfg.path={copy}")
     assert status == 1 and "sample 0" in shown
+    with open(copy, "r+b") as file:
+        file.truncate(copy.stat().st_size - 1000)
+    status, shown, errors = call_program("write_ffcv.py", "verify", f"--cfg.path={copy}")
+    assert status == 1 and f"{copy}: " in shown and not errors
     assert call_program("write_ffcv.py", "verify", "--cfg.path=/nowhere.beton")[0] == 2
     status, _, errors = call_program("write_ffcv.py", "verfy")
     assert status == 2 and "did you mean verify?" in errors
@@ -323,7 +336,7 @@ def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
     gap = slice(beton.front_bytes(18), first)
     assert not any(copy.read_bytes()[gap])
-    with pytest.raises(InputError, match="would contain .* twice; 6 of the 6"):
+    with pytest.raises(InputError, match="would contain .* twice; 6 of the 6.*command subset"):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
 
