@@ -326,7 +326,7 @@ def _read_yaml(
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(
-            f"{where}: cannot be read ({error.strerror}); recipes are in rsb_configs/"
+            f"{where}: cannot be read ({error.strerror}); recipes are in {_recipes()}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
@@ -348,6 +348,12 @@ def _read_yaml(
             )
         for key, value in section.items():
             yield str(name), str(key), value, path
+
+
+def _recipes() -> str:
+    """Where the recipes are, for a message: a wheel does not contain them."""
+    folder = Path(__file__).parents[2] / "rsb_configs"
+    return str(folder) if folder.is_dir() else "rsb_configs/ of the project's repository"
 
 
 def _find(sections: Mapping[str, type[Any]], full_name: str, where: str) -> Field[Any]:

@@ -160,7 +160,7 @@ def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts
         ("--training.eval_only", ["--training.eval_only"]),
         ("--data.train_dataset=" + "x" * 300, ["xxx"]),
         ("--data.in_memory=maybe", ["data.in_memory='maybe'"]),
-        ("--config-file=nowhere.yaml", ["nowhere.yaml"]),
+        ("--config-file=nowhere.yaml", ["nowhere.yaml", f"recipes are in {ROOT}/rsb_configs"]),
         ("--data.train_dataset=nowhere.beton", ["data.train_dataset=nowhere.beton"]),
         (
             "--augment.scale_min=0.9 --augment.scale_max=0.5",
