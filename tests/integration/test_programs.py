@@ -337,7 +337,8 @@ def test_log_is_restored_from_the_checkpoint(betons, finished, tmp_path, call_pr
     log.unlink() if damage == "missing" else log.write_text(
         log.read_text()[:-5] if damage == "cut" else log.read_text() * 2
     )
-    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+    status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+    assert "training finished already, after step 9 of 9" in out and "resuming" not in out
     assert status == 0 and log.read_text() == (finished[0] / "metrics.jsonl").read_text(), err
 
 
@@ -346,6 +347,17 @@ def test_resume_with_another_global_batch_is_rejected(betons, finished, call_pro
         "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
     )
     assert status == 2 and "training.global_batch: 32 in the folder, 16 now" in err.splitlines()[-1]
+
+
+def test_message_about_another_recipe_is_short():
+    from rsb_ffcv.training.checkpoint import check_recipe
+
+    saved, now = ({"a": {f"k{n}": value for n in range(7)}} for value in (1, ""))
+    with pytest.raises(InputError) as caught:
+        check_recipe(saved, now, Path("run"))
+    message = str(caught.value)
+    assert "(a.k0: 1 in the folder, '' now; " in message and message.count(" now") == 5
+    assert "a.k4: 1 in the folder, '' now; and 2 more); use its options" in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a .beton"])
