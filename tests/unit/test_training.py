@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rsb_ffcv import InputError
+from rsb_ffcv.reporting import log
 from rsb_ffcv.training import checkpoint, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
@@ -448,3 +449,34 @@ def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, ca
     beat.__exit__(InputError, InputError("training.epochs=0"), None)
     beat._beat()
     assert ends == [processes.LOST] and not capsys.readouterr().err
+
+
+def test_each_loss_has_its_own_curve(tmp_path):
+    rows = [
+        {"epoch": 0, "loss": "bce", "train_loss": 0.7, "lr": 0.1},
+        {"epoch": 1, "loss": "bce", "train_loss": 0.5, "lr": 0.2, "top1": 20.0, "val_loss": 2.0},
+        {
+            "epoch": 2,
+            "loss": "ce",
+            "train_loss": 1.5,
+            "lr": 0.0,
+            "top1": 30.0,
+            "val_loss": 1.0,
+            "ema_top1": 40.0,
+            "ema_val_loss": 0.5,
+            "train_top1": 3.0,
+        },
+    ]
+    assert log._curves(rows) == [
+        ("validation top-1", "%", [("raw weights", [(2, 20.0), (3, 30.0)]), ("EMA", [(3, 40.0)])]),
+        ("training loss", "binary cross-entropy", [("", [(1, 0.7), (2, 0.5)])]),
+        ("training loss", "cross-entropy", [("", [(3, 1.5)])]),
+        (
+            "validation loss",
+            "cross-entropy",
+            [("raw weights", [(2, 2.0), (3, 1.0)]), ("EMA", [(3, 0.5)])],
+        ),
+        ("learning rate at the end of the epoch", "", [("", [(1, 0.1), (2, 0.2), (3, 0.0)])]),
+    ]
+    log.draw_curves(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
