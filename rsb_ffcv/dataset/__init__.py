@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsb_ffcv import InputError, beton, counted
+from rsb_ffcv import InputError, beton, counted, duration
 from rsb_ffcv.atomic import hidden
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
@@ -218,20 +218,6 @@ def _estimate(
         flush=True,
     )
     return needed
-
-
-def duration(seconds: float) -> str:
-    """A readable duration: less than 1 s, 12 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 1:
-        return "less than 1 s"
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{rest} s"
-        if not minutes
-        else f"{minutes} min {rest} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
 
 
 def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Path) -> None:

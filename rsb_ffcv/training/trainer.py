@@ -284,4 +284,4 @@ class Trainer:
                     log.write_metrics(self.folder, progress.rows)
             except InputError as error:  # the next epoch, or a restart, writes the complete log
                 self.console.warn(f"{error}; the run continues")
-        self.console.info(json.dumps(row))
+        self.console.epoch(row, self.plan.epochs)

@@ -271,7 +271,7 @@ def test_invalid_source_is_named_and_leaves_no_partial_file(tmp_path, damage, me
 
 
 def test_durations_are_readable():
-    from rsb_ffcv.dataset import duration
+    from rsb_ffcv import duration
 
     assert [duration(seconds) for seconds in (0.4, 1.2, 200, 7500)] == [
         "less than 1 s",

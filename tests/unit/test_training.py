@@ -10,6 +10,7 @@ from torch import nn
 
 from rsb_ffcv import InputError
 from rsb_ffcv.reporting import log
+from rsb_ffcv.reporting.console import epoch_line
 from rsb_ffcv.training import checkpoint, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
@@ -480,3 +481,14 @@ def test_each_loss_has_its_own_curve(tmp_path):
     ]
     log.draw_curves(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_line_of_an_epoch_shows_its_figures_and_the_time_left():
+    row = {"epoch": 2, "train_loss": 0.2931, "seconds": 8.0, "val_seconds": 0.4, "top1": 55.6}
+    assert epoch_line(row, 10) == "epoch 3/10: loss 0.293, top-1 55.6 %, 8.4 s, about 59 s left"
+    row |= {"ema_top1": 52.84, "swa_top1": 50.0, "seconds": 100.0}
+    assert epoch_line(row, 3) == (
+        "epoch 3/3: loss 0.293, top-1 55.6 % (EMA 52.8 %, SWA 50.0 %), 1 min 40 s"
+    )
+    unknown = {"epoch": 0, "train_loss": None, "seconds": 1.0}
+    assert epoch_line(unknown, 2) == "epoch 1/2: 1.0 s, about 1 s left"
