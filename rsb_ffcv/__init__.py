@@ -116,6 +116,26 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """The number and the noun, for messages: "1 image", "2 images", "2 classes". plural: if it is
+    not the noun with an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A readable duration: less than 1 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 1:
+        return "less than 1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{rest} s"
+        if not minutes
+        else f"{minutes} min {rest} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
 def warn(text: str) -> None:
     """Prints a one-line warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

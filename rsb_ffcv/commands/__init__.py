@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, __version__
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,18 @@ class Command:
 
 def dispatch(commands: Mapping[str, Command], default: str, about: str) -> int:
     """Runs the command that is the first word of this process's command line, or `default` if there
-    is none. about: the first lines of --help. Raises InputError if there is no such command."""
+    is none. about: the first lines of --help. Raises InputError if there is no such command.
+    """
     arguments = sys.argv[1:]
+    if "--version" in arguments:
+        print(f"rsb_ffcv {__version__}")
+        return 0
+    if arguments and arguments[0].startswith("-"):
+        for before, word in zip(arguments, arguments[1:]):
+            if word in commands and before != "--config-file":
+                raise InputError(
+                    f"{word}: the command comes first; write {word} before the options"
+                )
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1, 0.5)
@@ -40,6 +50,13 @@ def dispatch(commands: Mapping[str, Command], default: str, about: str) -> int:
         raise InputError(f"{name}: no such command; {hint} {', '.join(commands)}")
     lines = [f"  {other}: {command.text}" for other, command in commands.items()]
     description = "\n".join(
-        [about, "", f"commands, as the first word (default: {default}):", *lines]
+        [
+            about,
+            "",
+            "--version prints the version.",
+            "",
+            f"commands, as the first word (default: {default}):",
+            *lines,
+        ]
     )
     return commands[name].run(arguments, description) or 0

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, counted
 from rsb_ffcv.beton import read_beton
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.training.plan import Epoch, Plan
@@ -15,7 +15,10 @@ def print_plan(config: TrainConfig) -> None:
     which there is one unless training.distributed is on.
     Raises InputError if the data file has fewer images than a step.
     """
-    images = len(read_beton(config.data.train_dataset))
+    try:
+        images = len(read_beton(config.data.train_dataset))
+    except InputError as error:
+        raise InputError(f"data.train_dataset={error}") from error.__cause__
     c = config.training
     processes = config.dist.world_size if c.distributed else 1
     batch = c.global_batch or c.batch_size * processes
@@ -31,8 +34,8 @@ def print_plan(config: TrainConfig) -> None:
         )
     plan = Plan(config, images // batch)
     print(
-        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps of {batch} images: "
-        f"{plan.total_steps} steps"
+        f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')} of "
+        f"{batch} images: {counted(plan.total_steps, 'step')}"
     )
     head = ("epochs", "resolution", "mixing", "averaging (SWA)", "learning rate")
     rows = [head]
@@ -44,7 +47,9 @@ def print_plan(config: TrainConfig) -> None:
         highest = max(epoch.lr(step) for epoch in found for step in (0, last))
         rows.append(
             (
-                f"{found[0].number + 1} to {found[-1].number + 1}",
+                " to ".join(
+                    dict.fromkeys(str(epoch.number + 1) for epoch in (found[0], found[-1]))
+                ),
                 str(resolution),
                 "yes" if mixing else "no",
                 "yes" if averaging else "no",

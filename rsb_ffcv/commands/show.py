@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.beton import RAW, Beton, read_beton
 from rsb_ffcv.config.train import ONLY_FOR_RUNS, read_config
@@ -23,6 +23,7 @@ from rsb_ffcv.training.compute import Compute
 # Pixels: longer side of an image, height of its label, space between cells
 CELL, LABEL, GAP = 192, 32, 4
 MAX_CELLS = 4000
+DEFAULT_EPOCHS = 5
 
 
 def show(
@@ -31,13 +32,13 @@ def show(
     """Writes a contact sheet to a PNG file.
 
     path: the .beton file
-    write_path: the PNG file
+    write_path: the PNG file; its name ends in .png
     samples: numbers and ranges of samples, or empty
     classes: names or numbers of classes, or empty; the first `count` samples of each are shown
     count: number of images; without samples and classes, they are spread evenly over the file
     recipe: YAML file, or empty. Beside each stored image are its crop, flip, RandAugment, jitter
         and erasing in the recipe's first epochs (without mixup and cutmix, which need a batch)
-    epochs: number of these epochs
+    epochs: number of these epochs; 0: DEFAULT_EPOCHS if there is a recipe
 
     Raises InputError if a sample is damaged, an option does not fit the file, or a file cannot be
     read or written.
@@ -45,8 +46,13 @@ def show(
     file = read_beton(path)
     if os.path.realpath(path) == os.path.realpath(write_path):
         raise InputError(f"cfg.write_path={write_path}: is the file itself; choose another")
+    if not write_path.lower().endswith(".png"):
+        raise InputError(f"cfg.write_path={write_path}: must end in .png; the sheet is a PNG file")
+    if epochs and not recipe:
+        raise InputError(f"cfg.epochs={epochs}: are the epochs of a recipe; give cfg.recipe too")
+    epochs = epochs or DEFAULT_EPOCHS * bool(recipe)
     chosen = _chosen(file, samples, classes, count=count)
-    cells = 1 + epochs * bool(recipe)  # of an image
+    cells = 1 + epochs  # of an image
     if len(chosen) * cells > MAX_CELLS:
         given = {"samples": samples, "classes": classes, "count": "" if samples else count}
         given |= {"epochs": epochs} if recipe else {}
@@ -68,7 +74,7 @@ def show(
             for row in zip(*_augmented(path, chosen, recipe, epochs=epochs))
         ]
         rows = [[picture, *others] for picture, others in zip(stored, made)]
-        texts = [[label, *(f"epoch {epoch}" for epoch in range(epochs))] for label in labels]
+        texts = [[label, *(f"epoch {epoch + 1}" for epoch in range(epochs))] for label in labels]
     else:
         across = math.ceil(math.sqrt(len(stored)))
         rows = [stored[at : at + across] for at in range(0, len(stored), across)]
@@ -76,8 +82,8 @@ def show(
     with atomic_file(write_path, "choose another cfg.write_path") as target:
         _sheet(rows, texts).save(target, "PNG")
     print(
-        f"{write_path}: {len(stored)} images of "
-        f"{path}{f', as {recipe} augments them in {epochs} epochs' if recipe else ''}"
+        f"{write_path}: {counted(len(stored), 'image')} of {path}"
+        + (f", as {recipe} augments them in {counted(epochs, 'epoch')}" if recipe else "")
     )
 
 
@@ -120,17 +126,18 @@ def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
 
 def _augmented(path: str, chosen: np.ndarray, recipe: str, *, epochs: int) -> Iterator[np.ndarray]:
     """Yields the images of each epoch: uint8 (n, side, side, 3)."""
-    c = read_config(
-        None,
-        [
-            "--config-file",
-            recipe,
-            f"--data.train_dataset={path}",
-            "--training.batch_size=2",
-            "--training.global_batch=2",
-        ],
-        unread=ONLY_FOR_RUNS,
-    )
+    arguments = [
+        "--config-file",
+        recipe,
+        f"--data.train_dataset={path}",
+        "--training.batch_size=2",
+        "--training.global_batch=2",
+    ]
+    try:
+        c = read_config(None, arguments, unread=ONLY_FOR_RUNS)
+    except InputError as error:
+        message = str(error).replace("--config-file=", "cfg.recipe=")
+        raise InputError(message) from error.__cause__
     here = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=False)
     transform = build.batch_transform(c)
     with closing(build.train_loader(c, here, 1, decode="cpu")) as loader:

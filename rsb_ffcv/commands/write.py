@@ -166,7 +166,8 @@ COMMANDS = {
         _info,
     ),
     "verify": _command(
-        "check structure, checksums and decoding; exit status 1 if something is damaged",
+        "check structure, checksums and decoding. Exit status 0: valid, 1: damaged or not a "
+        ".beton file, 2: cannot be checked (no such file, wrong option)",
         options.VerifyOptions,
         _verify,
     ),

@@ -111,9 +111,9 @@ class _Value(Checker):
             return "0 or 1"
         if self.kind is str:
             return "text, not empty" if self.needed else "text"
-        name = "whole number" if self.kind is int else "number"
+        name = "an integer" if self.kind is int else "a number"
         low, high = (
-            f"{x:g}" if abs(x) < 2**31 else str(x) if math.isfinite(x) else None
+            None if math.isinf(x) else str(x) if self.kind is int else f"{x:g}"
             for x in (self.low, self.high)
         )
         return (
@@ -326,7 +326,7 @@ def _read_yaml(
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(
-            f"{where}: cannot be read ({error.strerror}); recipes are in rsb_configs/"
+            f"{where}: cannot be read ({error.strerror}); recipes are in {_recipes()}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
@@ -348,6 +348,12 @@ def _read_yaml(
             )
         for key, value in section.items():
             yield str(name), str(key), value, path
+
+
+def _recipes() -> str:
+    """Where the recipes are, for a message: a wheel does not contain them."""
+    folder = Path(__file__).parents[2] / "rsb_configs"
+    return str(folder) if folder.is_dir() else "rsb_configs/ of the project's repository"
 
 
 def _find(sections: Mapping[str, type[Any]], full_name: str, where: str) -> Field[Any]:
@@ -377,4 +383,5 @@ def _checked(
     try:
         return checker.check(value)
     except ValueError as error:
-        raise InputError(f"{full_name}={value!r} {where}: must be {checker.help()}") from error
+        valid = "not be empty" if checker.needed and value == "" else f"be {checker.help()}"
+        raise InputError(f"{full_name}={value!r} {where}: must {valid}") from error

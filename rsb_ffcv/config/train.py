@@ -237,7 +237,7 @@ class EmaOptions:
     raw weights"""
 
     decay: float = option(
-        0.0, "share that the average keeps at each step; 0: no average", low=0, high=1
+        0.0, "share that the average keeps at each step, below 1; 0: no average", low=0, high=1
     )
     warmup: bool = option(
         False, "limit the decay of step s to 1 - (1 + s) ** -warmup_power at the beginning"
@@ -495,6 +495,10 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
         raise InputError(
             f"lr.warmup_epochs={c.lr.warmup_epochs:g}: lr.lr_schedule_type="
             f"{c.lr.lr_schedule_type} has no warm-up; set it to 0 or choose another schedule"
+        )
+    if c.ema.decay == 1:
+        raise InputError(
+            "ema.decay=1: the average would never change; use a value below 1, or 0 for no average"
         )
     if (c.mix.mixup or c.mix.cutmix) and c.training.batch_size % 2:
         raise InputError(

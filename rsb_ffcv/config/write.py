@@ -144,7 +144,7 @@ class ShowOptions:
     """drawing a contact sheet"""
 
     path: str = option(REQUIRED, _PATH)
-    write_path: str = option(REQUIRED, "the PNG file")
+    write_path: str = option(REQUIRED, "the PNG file, <name>.png")
     samples: str = option(
         "", "numbers and ranges of samples, such as 0-7,200; empty: spread evenly over the file"
     )
@@ -158,7 +158,7 @@ class ShowOptions:
         "",
         "YAML file of a training recipe: show each image also as the recipe augments it",
     )
-    epochs: int = option(5, "recipe: number of epochs to show", low=1, high=100)
+    epochs: int = option(0, "recipe: number of epochs to show; 0: 5", low=0, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)

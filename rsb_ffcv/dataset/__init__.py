@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsb_ffcv import InputError, beton
+from rsb_ffcv import InputError, beton, counted, duration
 from rsb_ffcv.atomic import hidden
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
@@ -35,6 +35,13 @@ __all__ = [
     "write_splits",
 ]
 SAMPLED = 100  # number of pictures that an estimate encodes
+# For messages, what was done with a number of pictures; see beton.About.counts
+HOW = {
+    "kept": "JPEGs copied unchanged",
+    "encoded": "encoded",
+    "raw": "stored raw",
+    "left out": "left out",
+}
 
 
 @conversion()
@@ -203,24 +210,14 @@ def _estimate(
     each = float(np.mean(sizes)) if sizes else 0.0
     names = sum(map(len, source.names)) + 64 * len(source)
     needed = each * len(source) * (1 + each / 2 / beton.PAGE_BYTES) + names + beton.PAGE_BYTES
+    unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
     print(
-        f"{title}: about {needed / 1e9:.2f} GB and {duration(seconds)} with {num_workers} "
-        f"workers, estimated from {len(chosen)} of {len(source)} images",
+        f"{title}: about {needed / unit:.3g} {name} and {duration(seconds)} with "
+        f"{counted(num_workers, 'worker')}, estimated from {len(chosen)} of "
+        f"{counted(len(source), 'image')}",
         flush=True,
     )
     return needed
-
-
-def duration(seconds: float) -> str:
-    """A readable duration: 12 s, 3 min 20 s, 2 h 5 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{rest} s"
-        if not minutes
-        else f"{minutes} min {rest} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
 
 
 def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Path) -> None:
@@ -234,9 +231,10 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
             f"{written.path}: {found.sum()} of {total.sum()} images, {counts['left out']} left out"
         )
     print(
-        f"{written.path}: {len(written)} images, {len(source.classes)} classes, "
+        f"{written.path}: {counted(len(written), 'image')}, "
+        f"{counted(len(source.classes), 'class', 'classes')}, "
         f"{written.num_bytes / 1e6:.1f} MB, in {duration(seconds)} "
-        f"({', '.join(f'{count} {how}' for how, count in counts.items() if count)})"
+        f"({', '.join(f'{count} {HOW[how]}' for how, count in counts.items() if count)})"
     )
     print(
         "images per class: "
@@ -254,9 +252,9 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
             kind.reduceat(written.labels[order], firsts) for kind in (np.minimum, np.maximum)
         )
         print(
-            f"{len(order) - len(firsts)} images are byte-identical copies of others; "
-            f"{int((lowest < highest).sum())} distinct images are in two or more classes"
+            f"byte-identical copies of other images: {len(order) - len(firsts)}; distinct images "
+            f"in two or more classes: {int((lowest < highest).sum())}"
         )
     if counts["left out"]:
-        print(f"{counts['left out']} pictures were left out; {report} lists them")
+        print(f"{counted(counts['left out'], 'picture')} left out; see {report}")
     print(end="", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, beton
+from rsb_ffcv import InputError, beton, counted
 from rsb_ffcv.atomic import atomic_file, flush_folder, hidden, lock
 from rsb_ffcv.beton import PAGE_BYTES, About, Beton, read_beton
 from rsb_ffcv.dataset.assemble import (
@@ -150,7 +150,8 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
         if duplicates:
             raise InputError(
                 f"{append.path}: would contain '{duplicates[0]}' twice; {len(duplicates)} of the "
-                f"{len(samples)} samples to append are duplicates; leave them out"
+                f"{len(samples)} samples to append are duplicates; write the others to a new "
+                f"file with the command subset, and append that"
             )
         count = len(target) + len(samples)
         about = replace(
@@ -204,8 +205,9 @@ def _append(append: _Append, files: list[Beton], wanted: list[str], *, num_worke
     os.rename(append.hidden, append.path)
     append.finish()
     print(
-        f"{append.path}: {len(samples)} images appended, {len(moved)} moved; {count} images, "
-        f"{len(classes)} classes, {file.num_bytes / 1e6:.1f} MB",
+        f"{append.path}: {counted(len(samples), 'image')} appended, {len(moved)} moved; "
+        f"{counted(count, 'image')}, {counted(len(classes), 'class', 'classes')}, "
+        f"{file.num_bytes / 1e6:.1f} MB",
         flush=True,
     )
     return read_beton(append.path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.beton import JPG, Beton, read_beton
 from rsb_ffcv.dataset.inspect import read_verified
 from rsb_ffcv.dataset.picture import BadPicture, Stored, stored
@@ -339,7 +339,8 @@ def _write(write_path: str, samples: Samples, num_workers: int) -> Beton:
     finally:
         samples.close()
     print(
-        f"{path}: {len(written)} images, {written.num_classes} classes, "
+        f"{path}: {counted(len(written), 'image')}, "
+        f"{counted(written.num_classes, 'class', 'classes')}, "
         f"{written.num_bytes / 1e6:.1f} MB",
         flush=True,
     )

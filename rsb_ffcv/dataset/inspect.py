@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rsb_ffcv import InputError, first_line, warn
+from rsb_ffcv import InputError, counted, first_line, warn
 from rsb_ffcv.atomic import atomic_file, hidden, write_table
 from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
 from rsb_ffcv.dataset.workers import ordered
@@ -30,13 +30,15 @@ def info(path: str | Path) -> str:
     pixels, longer = file.heights.astype(int) * file.widths, np.maximum(file.heights, file.widths)
     counts = np.bincount(file.labels, minlength=file.num_classes)
     lines = [
-        f"{file.path}: {len(file)} images, {file.num_classes} classes, {file.num_bytes} bytes "
+        f"{file.path}: {counted(len(file), 'image')}, "
+        f"{counted(file.num_classes, 'class', 'classes')}, {file.num_bytes} bytes "
         f"({file.num_bytes / 1e9:.3f} GB)"
     ]
     for mode, name in ((JPG, "jpg"), (RAW, "raw")):
         if (chosen := file.modes == mode).any():
             lines.append(
-                f"{name}: {int(chosen.sum())} images, {int(file.sizes[chosen].sum())} bytes, mean "
+                f"{name}: {counted(int(chosen.sum()), 'image')}, "
+                f"{int(file.sizes[chosen].sum())} bytes, mean "
                 f"{file.sizes[chosen].mean() / 1e3:.1f} kB, "
                 f"{8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits per pixel"
             )
@@ -80,22 +82,29 @@ def info(path: str | Path) -> str:
 
 def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "") -> bool:
     """Checks a file and returns whether it is valid: its structure, the checksum of every image and
-    its entry points, and whether images decode to the size in the metadata. Prints the damaged
-    images.
+    its entry points, and whether images decode to the size in the metadata. Prints what is damaged:
+    the structure (then nothing else is checked), or images.
 
     decode: share of the images that are decoded, 0 .. 1, spread evenly
     num_workers: threads
     report: CSV file that lists the damaged images, or empty
 
     After an interruption, the next call with the same file and share continues. For that, a hidden
-    state file is kept beside the file if the folder is writable. Raises InputError if the file's
-    structure is damaged.
+    state file is kept beside the file if the folder is writable. Raises InputError if the file
+    cannot be read.
     """
-    file = read_beton(path)
     if report and os.path.realpath(report) == os.path.realpath(path):
         raise InputError(f"`report`={report}: is the file itself; choose another")
     if report:
         hidden(Path(report), "part")  # raises now if it names no file
+    try:
+        file = read_beton(path)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):  # no such file, or no permission
+            raise
+        _write_report(report, [("", "", str(error))])
+        print(error, flush=True)
+        return False
     note = hidden(file.path, "verify")
     known = os.stat(file.path)
     mark = {
@@ -104,6 +113,10 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
         "fingerprint": file.fingerprint(),
         "decode": decode,
     }
+
+    def chosen(index: int) -> bool:
+        return int((index + 1) * decode) > int(index * decode)
+
     done, bad = _remembered(note, mark)
     if done:
         print(f"{file.path}: continuing after {done} of {len(file)} images", flush=True)
@@ -116,12 +129,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
 
         def check(index: int) -> str | None:
             try:
-                read_verified(
-                    opened.fileno(),
-                    file,
-                    index,
-                    decode=int((index + 1) * decode) > int(index * decode),
-                )
+                read_verified(opened.fileno(), file, index, decode=chosen(index))
             except (ValueError, OSError) as error:
                 return first_line(error)
             return None
@@ -149,21 +157,20 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
         print(f"sample {index} ({names[index]}) {why}")
     if len(bad) > SHOWN:
         print(f"and {len(bad) - SHOWN} more")
-    if report:
-        write_table(
-            report,
-            ["sample", "path", "reason"],
-            [(index, names[index], why) for index, why in bad],
-            fix="choose another `report`",
-        )
-    decoded = int(len(file) * decode)
+    _write_report(report, [(index, names[index], why) for index, why in bad])
+    decoded = int(len(file) * decode) - sum(chosen(index) for index, _ in bad)
     checked = "no checksums in the file" if file.extras is None else "all checksums compared"
     print(
-        f"{file.path}: {len(bad)} of {len(file)} images damaged; structure valid, {checked}, "
-        f"{decoded} images decoded",
+        f"{file.path}: {len(bad)} of {counted(len(file), 'image')} damaged; structure valid, "
+        f"{checked}, {counted(decoded, 'image')} decoded without a fault",
         flush=True,
     )
     return not bad
+
+
+def _write_report(report: str, rows: list[tuple]) -> None:
+    if report:
+        write_table(report, ["sample", "path", "reason"], rows, fix="choose another `report`")
 
 
 def read_verified(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
@@ -262,7 +269,8 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
             f"same command again, or choose another"
         ) from error
     print(
-        f"{target}: {len(file)} images in {len({place.parent for place in places})} classes",
+        f"{target}: {counted(len(file), 'image')} in "
+        f"{counted(len({place.parent for place in places}), 'class', 'classes')}",
         flush=True,
     )
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.dataset import synthetic
 from rsb_ffcv.dataset.files import Files, inside, open_root, opened, read_text, tar_members
 from rsb_ffcv.dataset.sources import IMAGE_SUFFIXES, Index, Place, Source, is_image, label_numbers
@@ -58,10 +58,10 @@ def image_folder(place: Place, split: str) -> Source:
     files = _root(place)
     if not files.is_folder(split):
         found = files.folders("")[:5]
+        content = f"the folders {', '.join(found)}" if found else "no folders"
         raise InputError(
-            f"`split`: {place.data_dir} has no folder '{split}' (it has "
-            f"{', '.join(found) or 'no folder'}); give the folder that contains train/<class>/ "
-            f"and val/<class>/"
+            f"`data_dir`={place.data_dir}: has no folder '{split}' (it contains {content}); give "
+            f"the folder that contains train/<class>/ and val/<class>/"
         )
     classes = _subfolders(files, split)
     other = "val" if split == "train" else "train"
@@ -112,7 +112,7 @@ def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str 
 def _report_skipped(where: str, count: int) -> None:
     if count:
         print(
-            f"{where}: {count} files left out; their names do not end in "
+            f"{where}: {counted(count, 'file')} left out; their names do not end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}",
             file=sys.stderr,
         )

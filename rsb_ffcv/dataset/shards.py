@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from rsb_ffcv import InputError, first_line
+from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.dataset.files import Files, open_root, opened, tar_members
 from rsb_ffcv.dataset.picture import BadPicture
 from rsb_ffcv.dataset.sources import (
@@ -110,8 +110,9 @@ def webdataset(place: Place, split: str) -> Source:
             )
     if without:
         print(
-            f"{place.data_dir}: {len(without)} members left out (no image with their key, or a "
-            f"second one): {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
+            f"{place.data_dir}: {counted(len(without), 'member')} left out (no image "
+            f"with their key, or a second one): {', '.join(without[:5])}"
+            f"{' ...' if len(without) > 5 else ''}",
             file=sys.stderr,
         )
     classes, numbers = label_numbers(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rsb_ffcv import warn
+from rsb_ffcv import duration, warn
 from rsb_ffcv.reporting.log import table
 
 
@@ -38,6 +38,10 @@ class Console:
             mininterval=0.5,
         )
 
+    def epoch(self, row: dict, epochs: int) -> None:
+        """Prints a line about a finished epoch. row: of the log. epochs: of the run."""
+        self.info(epoch_line(row, epochs))
+
     def closing_table(
         self, rows: list[dict], best: dict, prefixes: list[str], *, folder: Path
     ) -> None:
@@ -68,3 +72,28 @@ class Console:
             ("weights, metrics, curves", f"{folder}/"),
         ]
         self.info(table(lines))
+
+
+def epoch_line(row: dict, epochs: int) -> str:
+    """The main figures of a finished epoch, and the time left if the others take as long.
+
+    row: of the log.
+    epochs: of the run.
+    """
+    done, seconds = row["epoch"] + 1, row["seconds"] + row.get("val_seconds", 0.0)
+    parts = []
+    if row["train_loss"] is not None:  # all steps of the epoch may have been left out
+        parts.append(f"loss {row['train_loss']:.3f}")
+    if "top1" in row:
+        averages = [
+            f"{name} {row[key]:.1f} %"
+            for name, key in (("EMA", "ema_top1"), ("SWA", "swa_top1"))
+            if key in row
+        ]
+        parts.append(
+            f"top-1 {row['top1']:.1f} %" + (f" ({', '.join(averages)})" if averages else "")
+        )
+    parts.append(f"{seconds:.1f} s" if seconds < 60 else duration(seconds))
+    if done < epochs:
+        parts.append(f"about {duration(seconds * (epochs - done))} left")
+    return f"epoch {done}/{epochs}: {', '.join(parts)}"

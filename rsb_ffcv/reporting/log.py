@@ -31,36 +31,59 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """Writes a PNG with accuracy, loss and learning rate over epochs."""
+    """Writes a PNG with accuracy, losses and learning rate over epochs, counted from 1.
+
+    rows: of the log.
+    """
     import matplotlib  # here, because the import takes a second and a run needs it only once
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    epochs = [row["epoch"] + 1 for row in rows]
-    figure, (accuracy, loss, rate) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    evaluated = [row for row in rows if row.get("top1") is not None]
-    for key, label in (("top1", "raw"), ("ema_top1", "EMA"), ("swa_top1", "SWA")):
-        points = [(row["epoch"] + 1, row[key]) for row in evaluated if row.get(key) is not None]
-        if points:
-            accuracy.plot(*zip(*points), marker=".", label=label)
-    accuracy.set(xlabel="epoch", ylabel="top-1, %", title="validation accuracy")
-    accuracy.legend()
-    # One line per loss function: their values are not comparable.
-    for kind in dict.fromkeys(row["loss"] for row in rows):
-        loss.plot(
-            *zip(*[(row["epoch"] + 1, row["train_loss"]) for row in rows if row["loss"] == kind]),
-            marker=".",
-            label={"bce": "binary cross-entropy", "ce": "cross-entropy"}[kind],
-        )
-    loss.set(xlabel="epoch", title="training loss")
-    loss.legend()
-    rate.plot(epochs, [row["lr"] for row in rows], marker=".")
-    rate.set(xlabel="epoch", title="learning rate at the epoch's end")
-    for axis in (accuracy, loss, rate):
+    curves = _curves(rows)
+    size = (4.5 * len(curves), 4)
+    figure, axes = plt.subplots(1, len(curves), figsize=size, layout="constrained")
+    for axis, (title, unit, lines) in zip(axes, curves):
+        for label, points in lines:
+            axis.plot(*zip(*points), marker=".", label=label)
+        axis.set(xlabel="epoch", ylabel=unit, title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
+        if any(label for label, _ in lines):
+            axis.legend()
     png = io.BytesIO()
     figure.savefig(png, dpi=100, format="png")
     plt.close(figure)
     with atomic_file(path, FIX) as file:
         file.write(png.getbuffer())
+
+
+Points = list[tuple[int, float]]
+
+
+def _curves(rows: list[dict]) -> list[tuple[str, str, list[tuple[str, Points]]]]:
+    """The panels of the figure: title, unit, and lines of (label, points). Each loss has its own
+    panel: values of different losses are not comparable."""
+
+    def points(key: str, chosen: list[dict] = rows) -> Points:
+        return [(row["epoch"] + 1, row[key]) for row in chosen if row.get(key) is not None]
+
+    def of_weights(key: str) -> list[tuple[str, Points]]:
+        names = (("", "raw weights"), ("ema_", "EMA"), ("swa_", "SWA"))
+        return [(name, points(prefix + key)) for prefix, name in names if points(prefix + key)]
+
+    names = {"bce": "binary cross-entropy", "ce": "cross-entropy"}
+    kinds = dict.fromkeys(row["loss"] for row in rows)
+    return [
+        ("validation top-1", "%", of_weights("top1")),
+        *(
+            (
+                "training loss",
+                names[kind],
+                [("", points("train_loss", [row for row in rows if row["loss"] == kind]))],
+            )
+            for kind in kinds
+        ),
+        ("validation loss", names["ce"], of_weights("val_loss")),
+        ("learning rate at the end of the epoch", "", [("", points("lr"))]),
+    ]

@@ -3,12 +3,16 @@
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 from types import FrameType
 
 from rsb_ffcv import InputError, exit_status, option_names
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
+
+# After a process has failed, time for the others to detect it and to end before they are terminated
+GRACE_SECONDS = 10.0
 
 
 def run(config: TrainConfig) -> None:
@@ -54,7 +58,11 @@ def run(config: TrainConfig) -> None:
 
 
 def _spawn(config: TrainConfig) -> None:
-    """Starts dist.world_size processes on this machine, as ffcv-imagenet does."""
+    """Starts dist.world_size processes on this machine, as ffcv-imagenet does.
+
+    Raises SystemExit, with the status of the job, if one of them fails. It has printed why, or the
+    heartbeat of another one has. A message is printed here only if neither was possible.
+    """
     try:
         socket.create_server((config.dist.address, config.dist.port)).close()
     except OSError as error:
@@ -66,6 +74,8 @@ def _spawn(config: TrainConfig) -> None:
     received = forward_signals(children)
     from torch import multiprocessing
 
+    from rsb_ffcv.training.processes import LOST
+
     processes = multiprocessing.spawn(
         _child, args=(config,), nprocs=config.dist.world_size, join=False
     )
@@ -73,16 +83,21 @@ def _spawn(config: TrainConfig) -> None:
     if received:  # before there were processes to forward it to
         signal.raise_signal(received[0])
     try:
-        while not processes.join():
+        while not processes.join(grace_period=GRACE_SECONDS):
             pass
     except multiprocessing.ProcessExitedException as error:
         # A child that a signal killed had not started to train. Nothing is lost: requeue the job.
         if error.exit_code == REQUEUE or any(error.exit_code == -number for number in received):
             raise SystemExit(REQUEUE) from None
-        raise InputError(
-            f"process {error.error_index} of {config.dist.world_size} ended ({error}); its error "
-            f"message is above"
-        ) from error
+        statuses = [process.exitcode for process in processes.processes]
+        if error.exit_code < 0 and LOST not in statuses:
+            print(
+                f"error: process {error.error_index} of {config.dist.world_size} ended "
+                f"({error.signal_name}); start the job again, and it resumes from the last "
+                f"checkpoint, if there is one",
+                file=sys.stderr,
+            )
+        raise SystemExit(LOST if error.exit_code < 0 else error.exit_code) from None
 
 
 def forward_signals(children: list[int]) -> list[signal.Signals]:

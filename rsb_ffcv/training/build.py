@@ -3,15 +3,15 @@
 Files and options that do not fit together raise InputError, which names them.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, counted, option_names
 from rsb_ffcv.beton import Beton
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
@@ -53,9 +53,41 @@ VAL_OPTIONS = {
 }
 
 
-@option_names(TRAIN_OPTIONS)
+@contextmanager
+def _options_named(names: Mapping[str, str], option: str, path: str) -> Iterator[None]:
+    """option_names, which also names the `option` of the file at `path` in an error of reading
+    it."""
+    with option_names(names):
+        try:
+            yield
+        except InputError as error:
+            if not str(error).startswith(f"{Path(path)}: "):
+                raise
+            raise InputError(f"{option}={error}") from error.__cause__
+
+
 def train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> TrainLoader:
     """The loader of data.train_dataset, at resolution.min_res. num_workers: threads."""
+    try:
+        with _options_named(TRAIN_OPTIONS, "data.train_dataset", c.data.train_dataset):
+            return _train_loader(c, where, num_workers, decode=decode)
+    except InputError as error:
+        if c.training.global_batch:
+            raise
+        # The value is not an option, but computed from others
+        images = c.training.batch_size * where.world_size
+        message = str(error).replace(
+            f"training.global_batch={images}:",
+            f"training.batch_size={c.training.batch_size} with {where.world_size} "
+            f"process{'es' if where.world_size > 1 else ''}, {images} images per step:",
+        )
+        message = message.replace(
+            " or training.global_batch", " or start fewer processes" * (where.world_size > 1)
+        )
+        raise InputError(message) from error.__cause__
+
+
+def _train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> TrainLoader:
     a = c.augment
     return TrainLoader(
         c.data.train_dataset,
@@ -80,22 +112,22 @@ def train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: st
     )
 
 
-@option_names(VAL_OPTIONS)
 def val_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> EvalLoader:
     """The loader of data.val_dataset. num_workers: threads."""
-    return EvalLoader(
-        c.data.val_dataset,
-        batch_size=c.validation.batch_size,
-        resolution=c.validation.resolution,
-        crop_ratio=c.validation.crop_ratio,
-        interpolation=c.validation.interpolation,
-        num_workers=num_workers,
-        rank=where.rank,
-        world_size=where.world_size,
-        device=where.device,
-        decode=decode,
-        memory_mb=c.data.decode_memory_mb,
-    )
+    with _options_named(VAL_OPTIONS, "data.val_dataset", c.data.val_dataset):
+        return EvalLoader(
+            c.data.val_dataset,
+            batch_size=c.validation.batch_size,
+            resolution=c.validation.resolution,
+            crop_ratio=c.validation.crop_ratio,
+            interpolation=c.validation.interpolation,
+            num_workers=num_workers,
+            rank=where.rank,
+            world_size=where.world_size,
+            device=where.device,
+            decode=decode,
+            memory_mb=c.data.decode_memory_mb,
+        )
 
 
 def left_out(c: TrainConfig, loader: TrainLoader) -> str:
@@ -114,6 +146,16 @@ def left_out(c: TrainConfig, loader: TrainLoader) -> str:
     )
 
 
+def same_files(c: TrainConfig, train: Beton, val: Beton) -> str:
+    """A warning if the run is evaluated on its training images; empty if not."""
+    if c.training.eval_only or train.fingerprint() != val.fingerprint():
+        return ""
+    return (
+        f"data.val_dataset={val.path}: has the same content as data.train_dataset={train.path}, so "
+        f"top-1 is that of training images; use a file of other images"
+    )
+
+
 def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     """Returns the number of classes.
 
@@ -122,12 +164,13 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     wanted = c.model.num_classes
     if wanted and train.num_classes != wanted:
         raise InputError(
-            f"model.num_classes={wanted}: data.train_dataset={train.path} has {train.num_classes} "
-            f"classes; correct one of them"
+            f"model.num_classes={wanted}: data.train_dataset={train.path} has "
+            f"{counted(train.num_classes, 'class', 'classes')}; correct one of them"
         )
     if val.num_classes > train.num_classes:
         raise InputError(
-            f"data.val_dataset={val.path}: has {val.num_classes} classes, and the training file "
+            f"data.val_dataset={val.path}: has "
+            f"{counted(val.num_classes, 'class', 'classes')}, and the training file "
             f"has {train.num_classes}; write both from the same list of classes"
         )
     if train.about and val.about:

@@ -24,6 +24,7 @@ from rsb_ffcv.atomic import atomic_file, flush_folder, lock
 from rsb_ffcv.reporting.log import METRICS
 
 FIX = "free space or choose another logging.folder"
+SHOWN = 5  # number of differences between recipes that a message lists
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 # The names that a run writes to its folder atomically, as patterns
 WRITTEN = (
@@ -275,18 +276,25 @@ def _step(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
+def _shown(value: object) -> object:
+    return value if value != "" else "''"
+
+
 def check_recipe(saved: dict, current: dict, folder: Path) -> None:
     """Raises InputError if the run in `folder` has another recipe. The message names the options
     that differ."""
     differing = sorted(
-        f"{section}.{key}: {saved.get(section, {}).get(key)} in the folder, {value} now"
+        f"{section}.{key}: {_shown(saved.get(section, {}).get(key))} in the folder, "
+        f"{_shown(value)} now"
         for section, options in current.items()
         for key, value in options.items()
         if saved.get(section, {}).get(key) != value
     )
     if differing:
+        more = len(differing) - SHOWN
+        listed = "; ".join(differing[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
         raise InputError(
-            f"{folder} contains a run of another recipe ({'; '.join(differing)}); use its options, "
+            f"{folder} contains a run of another recipe ({listed}); use its options, "
             f"another logging.folder, or checkpoint.warm_start to start from its weights"
         )
 
@@ -298,7 +306,10 @@ def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
 
     Raises InputError if the file has no such weights, or if they do not fit the model.
     """
-    state = read(path)
+    try:
+        state = read(path, "give a checkpoint of this program or a state_dict")
+    except InputError as error:
+        raise InputError(f"checkpoint.warm_start={error}") from error.__cause__
     if isinstance(state, dict) and state.keys() >= KEYS:
         average = state[which] or {}
         if which != "model" and not (average.get("updates") or average.get("finished")):
@@ -307,6 +318,11 @@ def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
                 f"yet; use model"
             )
         weights = average if which == "model" else average["module"]
+    elif which != "model":
+        raise InputError(
+            f"checkpoint.warm_start_from={which}: {path} is not a checkpoint with several sets of "
+            f"weights; use model to start from the weights in this file"
+        )
     else:
         weights = state
     own = model.state_dict()

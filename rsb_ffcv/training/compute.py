@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from rsb_ffcv import InputError, first_line, warn
+from rsb_ffcv import InputError, counted, first_line, warn
 
 
 class _Joined(NamedTuple):
@@ -113,7 +113,7 @@ class Compute:
         name = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
+            else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
         )
         return (
             f"device {self.device.type} ({name}), precision {self.precision}, "
@@ -243,7 +243,8 @@ def _place_in_job() -> tuple[int, int, int, int]:
         text = os.environ.get(name, str(default))
         if not text.isdecimal():
             raise InputError(
-                f"{name}={text}: must be a whole number; start the job with torchrun, or unset it"
+                f"{name}={text}: must be an integer, 0 or more; start the job with torchrun, or "
+                f"unset it"
             )
         found[name] = int(text)
     rank, world_size, local_rank, local_world_size = found.values()

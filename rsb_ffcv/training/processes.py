@@ -192,7 +192,7 @@ class Heartbeat:
             # The leading newline ends the line of a progress bar.
             print(
                 f"\nerror: {self._message(lost, 'silent' in reports.values())}; start the job "
-                f"again, and it resumes from the last checkpoint",
+                f"again, and it resumes from the last checkpoint, if there is one",
                 file=sys.stderr,
                 flush=True,
             )

@@ -219,7 +219,13 @@ class Checkpointer:
             and self.progress.best["step"] == self.progress.step
         ):
             self.store.mark_best(path)  # the run may have been killed before it got this name
-        self.console.info(f"resuming {folder} after step {self.progress.step} of {total_steps}")
+        step = self.progress.step
+        if len(self.progress.rows) == self.config.training.epochs:
+            self.console.info(
+                f"{folder}: training finished already, after step {step} of {total_steps}"
+            )
+        else:
+            self.console.info(f"resuming {folder} after step {step} of {total_steps}")
 
     def _load(self, saved: dict) -> None:
         checkpoint.check_recipe(saved["recipe"], self.state.recipe, self.store.folder)

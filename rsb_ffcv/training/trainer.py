@@ -81,6 +81,8 @@ class Trainer:
         )
         self.progress = Progress(where, self.train_step.groups / self.train_step.mean_groups)
         self.health = build.health(c, self._note)
+        if same := build.same_files(c, self.data.train_loader.beton, self.data.val_loader.beton):
+            self.console.warn(same)
         if left_out := build.left_out(c, self.data.train_loader):
             self.console.info(left_out)
         averages = {"ema_": self.ema, "swa_": self.swa}
@@ -292,4 +294,4 @@ class Trainer:
                     log.write_metrics(self.folder, progress.rows)
             except InputError as error:  # the next epoch, or a restart, writes the complete log
                 self.console.warn(f"{error}; the run continues")
-        self.console.info(json.dumps(row))
+        self.console.epoch(row, self.plan.epochs)

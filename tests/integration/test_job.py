@@ -5,13 +5,18 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from rsb_ffcv import InputError
 from rsb_ffcv.dataset import Place, write_splits
 from rsb_ffcv.training import compute
+from tests.conftest import ROOT
 from tests.integration.runs import assert_same_run, options, rows
+from tests.stops import wait_until
 
 TWO = {"training.batch_size": 8, "data.num_workers": 1}
 
@@ -130,6 +135,49 @@ def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, sil
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()
     assert statuses == [0, 0] and "resuming" in out, err
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parent_reports_a_killed_child_in_one_line(betons, tmp_path, free_port, training):
+    """A child is killed in training, when the heartbeat of the other one detects it; or all are
+    killed while they start, and only the parent is left to report it."""
+    more = {
+        **TWO,
+        "training.epochs": 10000,
+        "training.distributed": 1,
+        "dist.world_size": 2,
+        "dist.port": free_port,
+    }
+    job = subprocess.Popen(
+        [sys.executable, "train_imagenet.py", *options(betons, tmp_path / "run", **more)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def children():
+        return [
+            child
+            for child in psutil.Process(job.pid).children()
+            if "spawn_main" in " ".join(child.cmdline())
+        ]
+
+    try:
+        wait_until(lambda: len(children()) == 2, job)
+        if training:
+            wait_until((tmp_path / "run" / "metrics.jsonl").exists, job)
+        for child in children()[: 1 if training else 2]:
+            child.kill()
+        _, err = job.communicate(timeout=300)
+    finally:
+        job.kill()
+    assert job.returncode == 3 and "Traceback" not in err, err
+    (line,) = re.findall("error: .*", err)
+    assert re.match(r"error: process [01] .*of 2 ended", line) and line.endswith(
+        "start the job again, and it resumes from the last checkpoint, if there is one"
+    )
+    assert "SIGTERM" not in err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from rsb_ffcv import InputError
+from rsb_ffcv.reporting.console import epoch_line
 from tests.integration.runs import assert_same, assert_same_run, options, rows, state
 from tests.stops import Stop, wait_until
 
@@ -62,7 +63,9 @@ def test_run_prints_its_setup_and_writes_the_documented_files(finished):
             and row["images_per_s"] > 0
             and row["peak_memory_mb"] > 50
         )
-    assert [json.loads(line) for line in out.splitlines() if line.startswith("{")] == written
+    assert [line for line in out.splitlines() if line.startswith("epoch ")] == [
+        epoch_line(row, 3) for row in written
+    ]
     for part in ("loss=", "top1=", "lr=", "img_s="):
         assert part in err
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -157,7 +160,7 @@ def test_any_split_of_a_step_over_processes_trains_the_same_model(
 ):
     statuses, out, err = train(options(betons, tmp_path / "run", **FIFTY), world).wait()
     assert statuses == [0] * world, err
-    assert f"{world} processes" in out and out.count('{"epoch": 0') == 1
+    assert f"{world} processes" in out and out.count("epoch 1/") == 1
     assert_same_course(tmp_path / "run", alone)
 
 
@@ -377,7 +380,8 @@ def test_log_is_restored_from_the_checkpoint(betons, finished, tmp_path, call_pr
     log.unlink() if damage == "missing" else log.write_text(
         log.read_text()[:-5] if damage == "cut" else log.read_text() * 2
     )
-    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+    status, out, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+    assert "training finished already, after step 9 of 9" in out and "resuming" not in out
     assert status == 0 and log.read_text() == (finished[0] / "metrics.jsonl").read_text(), err
 
 
@@ -386,6 +390,17 @@ def test_resume_with_another_global_batch_is_rejected(betons, finished, call_pro
         "train_imagenet.py", *options(betons, finished[0], **{"training.global_batch": 16})
     )
     assert status == 2 and "training.global_batch: 32 in the folder, 16 now" in err.splitlines()[-1]
+
+
+def test_message_about_another_recipe_is_short():
+    from rsb_ffcv.training.checkpoint import check_recipe
+
+    saved, now = ({"a": {f"k{n}": value for n in range(7)}} for value in (1, ""))
+    with pytest.raises(InputError) as caught:
+        check_recipe(saved, now, Path("run"))
+    message = str(caught.value)
+    assert "(a.k0: 1 in the folder, '' now; " in message and message.count(" now") == 5
+    assert "a.k4: 1 in the folder, '' now; and 2 more); use its options" in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a .beton"])
@@ -636,7 +651,18 @@ def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path,
         status, _, err = call_program(
             "train_imagenet.py", *options(betons, tmp_path / "x", **{"checkpoint.warm_start": path})
         )
-        assert status == 2 and message in err.splitlines()[-1]
+        last = err.splitlines()[-1]
+        assert status == 2 and f"error: checkpoint.warm_start={path}: {message}" in last
+        assert last.endswith("; give a checkpoint of this program or a state_dict")
+    average = {
+        "checkpoint.warm_start": finished[0] / "final_weights.pt",
+        "checkpoint.warm_start_from": "ema",
+    }
+    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "x", **average))
+    assert status == 2 and re.search(
+        "error: checkpoint.warm_start_from=ema: .*weights.pt is not a checkpoint .*; use model",
+        err.splitlines()[-1],
+    )
     status, _, err = call_program(
         "train_imagenet.py",
         *options(
@@ -646,6 +672,57 @@ def test_warm_start_loads_the_weights_of_another_run(betons, finished, tmp_path,
         ),
     )
     assert status == 2 and "is of another model" in err.splitlines()[-1]
+
+
+def test_evaluation_on_the_training_images_is_a_warning(betons, tmp_path, call_program):
+    copy = tmp_path / "copy.beton"
+    copy.write_bytes((betons / "train.beton").read_bytes())
+    more = {"data.val_dataset": copy, "training.epochs": 1, "lr.warmup_epochs": 0}
+    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "x", **more))
+    assert status == 0 and err.count("warning: ") == 1, err
+    assert f"warning: data.val_dataset={copy}: has the same content as data.train_dataset=" in err
+
+
+@pytest.mark.parametrize("option", ["data.train_dataset", "data.val_dataset"])
+def test_option_of_a_file_that_is_no_beton_is_named(betons, tmp_path, call_program, option):
+    status, _, err = call_program(
+        "train_imagenet.py", *options(betons, tmp_path / "x", **{option: "README.md"})
+    )
+    assert status == 2 and f"error: {option}=README.md: not a .beton file" in err
+    if option == "data.train_dataset":
+        status, _, err = call_program(
+            "train_imagenet.py", "plan", *options(betons, tmp_path / "x", **{option: "README.md"})
+        )
+        assert status == 2 and f"error: {option}=README.md: not a .beton file" in err
+
+
+def test_batch_that_is_too_large_names_the_options_given(betons, tmp_path):
+    from dataclasses import replace
+
+    import torch
+
+    from rsb_ffcv.config.train import read_config
+    from rsb_ffcv.training.build import train_loader
+    from rsb_ffcv.training.compute import Compute
+
+    c = read_config(
+        None,
+        options(betons, tmp_path, **{"training.batch_size": 32, "training.global_batch": 0}),
+    )
+    where = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=True)
+    with pytest.raises(
+        InputError,
+        match="^training.batch_size=32 with 8 processes, 256 images per step: .* has only 96 "
+        "images; lower training.batch_size or start fewer processes, or write more images$",
+    ):
+        train_loader(c, replace(where, world_size=8), 1)
+    c = replace(c, training=replace(c.training, batch_size=100))
+    with pytest.raises(
+        InputError,
+        match="^training.batch_size=100 with 1 process, 100 images per step: .* has only 96 "
+        "images; lower training.batch_size, or write more images$",
+    ):
+        train_loader(c, where, 1)
 
 
 def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, monkeypatch):
@@ -804,7 +881,8 @@ def test_writer_shows_progress_and_a_line_per_file(pictures, tmp_path, call_prog
         "--cfg.max_resolution=60",
     )
     assert status == 0, err
-    assert "train.beton: 96 images, 3 classes" in out and "val.beton: 27 images" in out
+    assert "train.beton: 96 images, 3 classes" in out and "JPEGs copied unchanged" in out
+    assert "val.beton: 27 images" in out
     assert (
         "img/s" in err
         and "MB/s" in err
@@ -812,7 +890,8 @@ def test_writer_shows_progress_and_a_line_per_file(pictures, tmp_path, call_prog
         and "images per class: amber 32, blue 32, cyan 32" in out
     )
     assert re.search(
-        r"train.beton: about 0.01 GB and .+ with 2 workers, estimated from 96 of 96 images", out
+        r"train.beton: about [\d.]+ MB and .+ s with 2 workers, estimated from 96 of 96 ",
+        out,
     )
     status, out, err = call_program(
         "write_ffcv.py",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, __version__, option_names
 from rsb_ffcv.commands import train, write
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import read_config
@@ -111,24 +111,27 @@ def test_invalid_extends_is_named(given, tmp_path, text, message):
     [
         ("training:\n  epocs: 3\n", ["training.epocs", "training.epochs"]),
         ("trainig:\n  epochs: 3\n", ["trainig.epochs", "training.epochs"]),
-        ("training:\n  epochs: many\n", ["training.epochs='many'", "whole number"]),
+        (
+            "training:\n  epochs: many\n",
+            ["training.epochs='many'", "must be an integer, 1 or more"],
+        ),
         ("training:\n  epochs: 2.5\n", ["training.epochs=2.5"]),
         ("training:\n  epochs: -1\n", ["training.epochs=-1", "1 or more"]),
         ("training:\n  epochs: [3]\n", ["training.epochs=[3]"]),
         ("lr:\n  lr: .nan\n", ["lr.lr=nan"]),
         ("lr:\n  lr_schedule_type: cosin\n", ["lr.lr_schedule_type='cosin'", "cosine"]),
-        ("mix:\n  prob: 1.5\n", ["mix.prob=1.5", "from 0 to 1"]),
+        ("mix:\n  prob: 1.5\n", ["mix.prob=1.5", "must be a number from 0 to 1"]),
         ("ema:\n  warmup: yes please\n", ["ema.warmup='yes please'", "0 or 1"]),
         ("data:\n  num_workers: 0\n", ["data.num_workers=0", "1"]),
         (
             "data:\n  num_workers: many\n",
-            ["data.num_workers='many'", "whole number from 1 to 1024 or auto"],
+            ["data.num_workers='many'", "must be an integer from 1 to 1024 or auto"],
         ),
         ("training: 3\n", ["section 'training'"]),
         ("just text\n", ["contains no sections"]),
         ("lr:\n  lr: 0.1\nlr:\n  min_lr: 0.01\n", ["the key 'lr' occurs twice"]),
         ("lr:\n  lr: 0.1\n  lr: 0.2\n", ["the key 'lr' occurs twice"]),
-        ("logging:\n  folder: ''\n", ["logging.folder=''", "not empty"]),
+        ("logging:\n  folder: ''\n", ["logging.folder=''", "must not be empty"]),
         ("training:\n  seed: " + "9" * 400 + "\n", ["training.seed="]),
         ("data:\n  num_workers:\n", ["data.num_workers=None"]),
         ("a: [\n", ["not valid YAML"]),
@@ -157,13 +160,14 @@ def test_invalid_recipe_error_names_option_and_file(given, tmp_path, text, parts
         ("--training.eval_only", ["--training.eval_only"]),
         ("--data.train_dataset=" + "x" * 300, ["xxx"]),
         ("--data.in_memory=maybe", ["data.in_memory='maybe'"]),
-        ("--config-file=nowhere.yaml", ["nowhere.yaml"]),
+        ("--config-file=nowhere.yaml", ["nowhere.yaml", f"recipes are in {ROOT}/rsb_configs"]),
         ("--data.train_dataset=nowhere.beton", ["data.train_dataset=nowhere.beton"]),
         (
             "--augment.scale_min=0.9 --augment.scale_max=0.5",
             ["augment.scale_min=0.9", "augment.scale_max=0.5"],
         ),
         ("--mix.mixup=0.2 --training.batch_size=33", ["training.batch_size=33"]),
+        ("--ema.decay=1", ["ema.decay=1", "below 1"]),
         ("--lr.warmup_epochs=31", ["lr.warmup_epochs=31"]),
         ("--lr.warmup_epochs=2", ["lr.warmup_epochs=2", "lr.lr_schedule_type=cyclic"]),
     ],
@@ -222,13 +226,32 @@ def test_help_shows_every_option_with_its_default(commands, name, capsys):
             assert f"--{section}.{item.name}  [" in shown and item.metadata["text"] in shown
 
 
+@pytest.mark.parametrize("program", ["train_imagenet.py", "write_ffcv.py"])
+def test_programs_print_their_version(call_program, program, capfd):
+    assert call_program(program, "--version") == (0, f"rsb_ffcv {__version__}\n", "")
+    with pytest.raises(SystemExit):
+        call_program(program, "--help")
+    assert "--version prints the version" in capfd.readouterr().out
+
+
+def test_limits_of_large_integers_are_exact(call_program):
+    status, _, err = call_program("write_ffcv.py", "--cfg.data_dir=x", "--cfg.max_pixels=1e9")
+    assert status == 2 and "must be an integer from 1 to 268435456" in err
+
+
 def test_command_requires_only_the_options_it_reads(given, call_program, tmp_path):
     options = [given[0], "--training.epochs=16", "--training.batch_size=32"]
     status, out, err = call_program("train_imagenet.py", "plan", *options)
     assert status == 0 and not err
     assert out.splitlines()[0] == "16 epochs of 3 steps of 32 images: 48 steps"
+    status, out, err = call_program("train_imagenet.py", "plan", *options, "--training.epochs=1")
+    assert out.splitlines()[2].startswith("1  ")
     status, out, err = call_program("train_imagenet.py", *options)
     assert status == 2 and "data.val_dataset is missing" in err
+    status, out, err = call_program("train_imagenet.py", *options, "plan")
+    assert status == 2 and err == (
+        "error: plan: the command comes first; write plan before the options\n"
+    )
     status, out, err = call_program("train_imagenet.py", "plam", *options)
     assert status == 2 and "plam: no such command; did you mean plan? All: train, plan" in err
 
@@ -237,7 +260,7 @@ def test_command_requires_only_the_options_it_reads(given, call_program, tmp_pat
     "options, steps",
     [
         ({"dist.world_size": 2, "training.distributed": 0}, "3 steps of 32 images"),
-        ({"dist.world_size": 2, "training.distributed": 1}, "1 steps of 64 images"),
+        ({"dist.world_size": 2, "training.distributed": 1}, "1 step of 64 images"),
         (
             {"training.batch_size": 100},
             "training.batch_size=100: data.train_dataset=",

@@ -228,10 +228,10 @@ def make(tmp_path, *, skip=()):
     "damage, message",
     [
         ("missing folder", "in is not a folder"),
-        ("empty folder", "has no folder 'train'"),
+        ("empty folder", "`data_dir`=.*in: has no folder 'train' .it contains no folders.;"),
         ("no classes", "has no class folder"),
         ("class without images", "class 'b' has no image"),
-        ("missing split", "has no folder 'val'"),
+        ("missing split", "`data_dir`=.*in: has no folder 'val' .it contains the folders train.;"),
         ("unreadable picture", "2.jpg: not a readable picture"),
         ("truncated picture", "2.jpg: not a readable picture"),
         ("empty file", "2.jpg: not a readable picture"),
@@ -268,6 +268,17 @@ def test_invalid_source_is_named_and_leaves_no_partial_file(tmp_path, damage, me
         [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
     )
     assert {name for name in left if not name.startswith(".")} <= {"train.beton"}
+
+
+def test_durations_are_readable():
+    from rsb_ffcv import duration
+
+    assert [duration(seconds) for seconds in (0.4, 1.2, 200, 7500)] == [
+        "less than 1 s",
+        "1 s",
+        "3 min 20 s",
+        "2 h 5 min",
+    ]
 
 
 def test_unwritable_target_is_named(pictures, tmp_path):

@@ -129,7 +129,7 @@ def test_intact_file_verifies(written, decode, capsys):
     assert dataset.verify(written / "train.beton", decode, 2)
     assert (
         f"0 of 12 images damaged; structure valid, all checksums compared, {int(12 * decode)} "
-        f"images decoded" in capsys.readouterr().out
+        f"images decoded without a fault" in capsys.readouterr().out
     )
 
 
@@ -159,12 +159,21 @@ def test_damage_without_checksums_is_found_by_decoding(copy, tmp_path, capsys):
     assert "sample 4 (sample_00000004) is not a decodable JPEG" in capsys.readouterr().out
 
 
-def test_damaged_structure_is_an_error(copy):
+def test_damaged_image_is_not_counted_as_decoded(copy, capsys):
+    damage(copy, 2)
+    assert not dataset.verify(copy, 1.0, 2)
+    assert "all checksums compared, 11 images decoded without a fault" in capsys.readouterr().out
+    assert not dataset.verify(copy, 0.5, 2)
+    assert "all checksums compared, 6 images decoded without a fault" in capsys.readouterr().out
+
+
+def test_damaged_structure_is_reported(copy, tmp_path, capsys):
     with open(copy, "r+b") as file:
         file.seek(beton.front_bytes(3))
         file.write(b"\xff")
-    with pytest.raises(InputError, match="damaged"):
-        dataset.verify(copy, 1.0, 1)
+    assert not dataset.verify(copy, 1.0, 1, report=str(tmp_path / "bad.csv"))
+    assert f"{copy}: damaged" in capsys.readouterr().out
+    assert f',,"{copy}: damaged' in (tmp_path / "bad.csv").read_text()
 
 
 def test_interrupted_verify_resumes(copy, monkeypatch, capsys):
@@ -211,6 +220,10 @@ def test_verify_sets_the_exit_status(copy, call_program):
     damage(copy, 0)
     status, shown, _ = call_program("write_ffcv.py", "verify", f"--cfg.path={copy}")
     assert status == 1 and "sample 0" in shown
+    with open(copy, "r+b") as file:
+        file.truncate(copy.stat().st_size - 1000)
+    status, shown, errors = call_program("write_ffcv.py", "verify", f"--cfg.path={copy}")
+    assert status == 1 and f"{copy}: " in shown and not errors
     assert call_program("write_ffcv.py", "verify", "--cfg.path=/nowhere.beton")[0] == 2
     status, _, errors = call_program("write_ffcv.py", "verfy")
     assert status == 2 and "did you mean verify?" in errors
@@ -323,7 +336,7 @@ def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.beton"]
     gap = slice(beton.front_bytes(18), first)
     assert not any(copy.read_bytes()[gap])
-    with pytest.raises(InputError, match="would contain .* twice; 6 of the 6"):
+    with pytest.raises(InputError, match="would contain .* twice; 6 of the 6.*command subset"):
         dataset.concat(str(copy), [str(written / "val.beton")], 2)
 
 
@@ -635,7 +648,10 @@ def test_contact_sheet_equals_the_loaders_output(written, tmp_path, call_program
         (["--cfg.samples=1", "--cfg.classes=1"], "give one of them"),
         (["--cfg.classes=x"], "no class 'x'"),
         (["--cfg.samples=99"], "cfg.samples=99"),
-        (["--cfg.recipe=/nowhere.yaml"], "/nowhere.yaml"),
+        (["--cfg.recipe=/nowhere.yaml"], "error: cfg.recipe=/nowhere.yaml: cannot be read"),
+        (["--cfg.epochs=3"], "cfg.epochs=3: are the epochs of a recipe; give cfg.recipe"),
+        ([f"--cfg.write_path={tmp_path}/x.jpg"], "x.jpg: must end in .png"),
+        ([f"--cfg.write_path={tmp_path}/x"], "/x: must end in .png"),
     ):
         status, _, errors = call_program(
             "write_ffcv.py",
@@ -644,7 +660,33 @@ def test_contact_sheet_equals_the_loaders_output(written, tmp_path, call_program
             f"--cfg.write_path={tmp_path}/x.png",
             *arguments,
         )
-        assert status == 2 and message in errors and not (tmp_path / "x.png").exists()
+        assert status == 2 and message in errors and not list(tmp_path.glob("x*"))
+
+
+def test_columns_of_a_contact_sheet_count_epochs_from_1(
+    written, tmp_path, call_program, monkeypatch
+):
+    from rsb_ffcv.commands import show
+
+    drawn, draw = [], show._sheet
+
+    def kept(rows, texts):
+        drawn.extend(texts)
+        return draw(rows, texts)
+
+    monkeypatch.setattr(show, "_sheet", kept)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {arch: resnet18}\ntraining: {epochs: 1}\n")
+    status, _, errors = call_program(
+        "write_ffcv.py",
+        "show",
+        f"--cfg.path={written}/train.beton",
+        f"--cfg.write_path={tmp_path}/x.png",
+        "--cfg.samples=1",
+        f"--cfg.recipe={recipe}",
+    )
+    assert status == 0, errors
+    assert drawn[0][1:] == [f"epoch {number}" for number in (1, 2, 3, 4, 5)]
 
 
 def test_contact_sheet_of_classes_has_a_row_per_class(written, tmp_path, call_program):

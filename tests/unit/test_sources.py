@@ -401,7 +401,7 @@ def test_bad_image_is_an_error_or_skipped_and_reported(fault, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert (
         f"{WNIDS[1]} 4 of 5" in shown
-        and "1 pictures were left out" in shown
+        and "1 picture left out; see " in shown
         and "continuing after" in shown
     )
     head, row = (out / "train.beton.skipped.csv").read_text().splitlines()
@@ -571,7 +571,7 @@ def test_duplicate_images_are_counted(tmp_path, capsys):
     put(tmp_path / "in/train" / WNIDS[2] / "copy.jpg", sources.jpeg(0, 1))
     write(tmp_path, Place(dataset="imagenet", data_dir=str(tmp_path / "in")), "train")
     assert (
-        "1 images are byte-identical copies of others; 1 distinct images are in two or more classes"
+        "byte-identical copies of other images: 1; distinct images in two or more classes: 1"
         in capsys.readouterr().out
     )
 
