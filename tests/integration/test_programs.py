@@ -715,14 +715,14 @@ def test_batch_that_is_too_large_names_the_options_given(betons, tmp_path):
         match="^training.batch_size=32 with 8 processes, 256 images per step: .* has only 96 "
         "images; lower training.batch_size or start fewer processes, or write more images$",
     ):
-        train_loader(c, replace(where, world_size=8), 1)
+        train_loader(c, replace(where, world_size=8), 1, decode="cpu")
     c = replace(c, training=replace(c.training, batch_size=100))
     with pytest.raises(
         InputError,
         match="^training.batch_size=100 with 1 process, 100 images per step: .* has only 96 "
         "images; lower training.batch_size, or write more images$",
     ):
-        train_loader(c, where, 1)
+        train_loader(c, where, 1, decode="cpu")
 
 
 def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, monkeypatch):
