@@ -45,6 +45,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         num_workers=options.workers,
         rand_augment="rand-m7-mstd0.5-inc1",
         device=where.device,
+        decode=options.decode,
     )
     model: Any = build_model(options.arch, loader.beton.num_classes)
     model = model.to(where.device, memory_format=where.memory_format)
@@ -159,6 +160,7 @@ def main():
         "--formats", nargs="+", default=["channels_last"], choices=["channels_last", "contiguous"]
     )
     parser.add_argument("--compile", default="auto", choices=["auto", "0", "1"])
+    parser.add_argument("--decode", default="cpu", choices=["cpu", "gpu"])
     options = parser.parse_args()
     results: dict[str, Any] = {
         "command": " ".join(sys.argv),

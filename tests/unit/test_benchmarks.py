@@ -187,3 +187,74 @@ def test_pack_table_shows_ratios_bytes_and_verdicts(betons):
     results["the same with RandAugment"]["ratio"] = 11.9
     results["random-resized crop + flip"]["bytes"] = 80_000
     assert [text.endswith("MISSED") for _, text in pack.lines(results)[1:]] == [True, True]
+
+
+def test_gpu_check_runs_every_part_and_lists_what_fails(betons, tmp_path, monkeypatch):
+    """On a CPU, which emulates the device, in the smallest form."""
+    import gpu_check
+    import torch
+
+    def broken(options):
+        raise RuntimeError("this part fails")
+
+    monkeypatch.setattr(gpu_check, "limits", broken)
+    options = argparse.Namespace(
+        out=tmp_path / "record",
+        train=betons / "train.beton",
+        device=torch.device("cpu"),
+        batch=16,
+        resolution=32,
+        workers=2,
+        repeats=1,
+        epochs=1,
+        parts=["limits", "decode", "step", "transforms"],
+        precisions=["fp32"],
+        compile=["0"],
+        arch="test_resnet",
+        steps=2,
+    )
+    monkeypatch.setattr(gpu_check, "write_demo", lambda options: None)
+    results = gpu_check.check(options)
+    assert results["failed"] == {"limits": "RuntimeError: this part fails"}
+    assert set(results["decode"]["crop"]["ms_per_batch"]) == set(gpu_check.driver.NAMES)
+    assert results["decode"]["RandAugment"]["ms_per_batch"]["augment"] > 0
+    assert results["step"]["fp32"]["loaded_images_per_s"] > 0
+    text = (tmp_path / "record" / "README.md").read_text()
+    assert "FAILED: limits: RuntimeError: this part fails" in text
+    assert text.count("not measured") == 5 and text.count("MISSED") == 2
+    assert (tmp_path / "record" / "rates.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "record" / "check.json").read_text())["environment"]["source"]
+
+
+def test_gpu_check_measures_limits_and_a_short_training(betons, tmp_path):
+    import gpu_check
+    import torch
+
+    options = argparse.Namespace(
+        out=tmp_path,
+        device=torch.device("cpu"),
+        limit_bytes=1 << 16,
+        repeats=1,
+        workers=2,
+        demo=betons,
+        training=[
+            *("--training.epochs=1", "--model.arch=test_resnet", "--training.batch_size=16"),
+            *("--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32"),
+            *("--model.num_classes=3", "--lr.warmup_epochs=0", "--mix.off_epochs=0"),
+        ],
+    )
+    assert all(value > 0 for value in gpu_check.limits(options).values())
+    found = gpu_check.short_training(options)
+    assert found["epoch"] == 0 and found["top1"] >= 0
+
+
+def test_gpu_check_table_shows_limits_and_verdicts():
+    import gpu_check
+
+    fast = {"loaded_images_per_s": 3700.0, "waiting_for_data": 0.02, "loaded_of_synthetic": 0.98}
+    results = {
+        "decode": {"crop": {"gpu": 50000.0}, "RandAugment": {"gpu": 20000.0}},
+        "step": {"fp16 compile": fast},
+    }
+    verdicts = [line.split("|")[-2].strip() for line in gpu_check.lines(results)[2:]]
+    assert verdicts == ["reached", "MISSED", "reached", "MISSED", "reached", "", ""]
