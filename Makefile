@@ -10,7 +10,7 @@ RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
 C_FILES = $(foreach folder,rsb_ffcv/ops/csrc rsb_ffcv/ops/csrc/shared benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
 
-.PHONY: demo check test test-all gpu-check set-up clean
+.PHONY: demo check test test-all gpu-check gpu-bundle set-up clean
 
 set-up: $(CORE)
 
@@ -41,6 +41,9 @@ test-all: set-up
 
 gpu-check: set-up
 	$(RUN) benchmarks/gpu_check.py --out records/$$(date +%F)_gpu $(if $(TRAIN),--train $(TRAIN))
+
+gpu-bundle: set-up
+	$(RUN) benchmarks/gpu_bundle.py --out gpu_bundle.tar.xz
 
 clean:
 	rm -rf .venv demo build *.egg-info $(CORE)

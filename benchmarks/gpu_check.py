@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def environment() -> dict:
         **runner.environment(["torch", "torchvision", "timm", "numba", "triton", "cuda-bindings"]),
         "gpu": output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
-        "commit": output("git", "rev-parse", "HEAD"),
+        # a bundle is no repository, and names its commit
+        "commit": os.environ.get("RSB_COMMIT") or output("git", "rev-parse", "HEAD"),
         "changed_files": output("git", "status", "--porcelain"),
         "source": source_hash(),
     }
