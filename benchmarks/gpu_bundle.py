@@ -79,6 +79,7 @@ def add_packages(folder: Path) -> None:
     )
     pip = (sys.executable, "-m", "pip")
     options = ("-q", "--no-deps", "--disable-pip-version-check")
+    compact = ("--no-compile", "--target")
     with tempfile.TemporaryDirectory() as wheels:
         run(*pip, "wheel", *options, "--wheel-dir", wheels, *SOURCE)
         for version in PYTHONS:
@@ -87,7 +88,7 @@ def add_packages(folder: Path) -> None:
                 names = [name for name in PACKAGES if (name in PURE) == pure and name not in SOURCE]
                 platforms = ["any"] if pure else [f"manylinux_2_{n}_x86_64" for n in (28, 27, 17)]
                 run(
-                    *(*pip, "install", *options, "--target", target, "--only-binary=:all:"),
+                    *(*pip, "install", *options, *compact, target, "--only-binary=:all:"),
                     *("--python-version", version, "--implementation", "cp"),
                     *(part for platform in platforms for part in ("--platform", platform)),
                     *(f"{name}=={pins[name]}" if name in pins else name for name in names),
