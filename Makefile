@@ -10,7 +10,7 @@ RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
 C_FILES = $(foreach folder,rsb_ffcv/ops/csrc rsb_ffcv/ops/csrc/shared benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
 
-.PHONY: demo check test test-all gpu-check gpu-bundle set-up clean
+.PHONY: demo check test test-all gpu-check gpu-bundle reproduce set-up clean
 
 set-up: $(CORE)
 
@@ -41,6 +41,12 @@ test-all: set-up
 
 gpu-check: set-up
 	$(RUN) benchmarks/gpu_check.py --out records/$$(date +%F)_gpu $(if $(TRAIN),--train $(TRAIN))
+
+RECIPE ?= paper_a3_100
+PROCESSES ?= 1
+reproduce: set-up
+	$(RUN) benchmarks/reproduce.py --recipe $(RECIPE) --processes $(PROCESSES) \
+	    --out records/$$(date +%F)_$(RECIPE) $(OPTIONS)
 
 gpu-bundle: set-up
 	$(RUN) benchmarks/gpu_bundle.py --out gpu_bundle.tar.xz

@@ -258,3 +258,62 @@ def test_gpu_check_table_shows_limits_and_verdicts():
     }
     verdicts = [line.split("|")[-2].strip() for line in gpu_check.lines(results)[2:]]
     assert verdicts == ["reached", "MISSED", "reached", "MISSED", "reached", "", ""]
+
+
+def test_every_recipe_with_figures_exists_and_points_lie_within_its_epochs(betons):
+    import reproduce
+    import yaml
+
+    from rsb_ffcv.config.train import read_config
+
+    data = [f"--data.{name}_dataset={betons / name}.beton" for name in ("train", "val")]
+    curves = yaml.safe_load((ROOT / "benchmarks" / "curves.yaml").read_text())
+    for name, curve in curves.items():
+        recipe = str(ROOT / "rsb_configs" / f"{name}.yaml")
+        epochs = read_config(None, ["--config-file", recipe, *data]).training.epochs
+        assert all(0 < point <= epochs for point in curve["top1"]), name
+        assert reproduce.curve_of(name, ROOT / "benchmarks" / "curves.yaml") == curve
+        assert curve["kind"] in ("published", "measured", "target") and curve["source"]
+
+
+def test_reproduce_trains_compares_and_writes_a_record(betons, tmp_path):
+    """The second command continues the finished run."""
+    (tmp_path / "curves.yaml").write_text(
+        "demo: {source: a test, kind: target, tolerance: 1, top1: {1: 0.5, 2: 100, 9: 50}}"
+    )
+    command = [
+        *(sys.executable, "benchmarks/reproduce.py", "--recipe", "demo"),
+        *("--out", tmp_path / "record", "--curves", tmp_path / "curves.yaml"),
+        *(f"--data.train_dataset={betons / 'train.beton'}",),
+        *(f"--data.val_dataset={betons / 'val.beton'}", f"--logging.folder={tmp_path / 'run'}"),
+        *("--training.epochs=2", "--model.arch=test_resnet", "--training.batch_size=16"),
+        *("--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32"),
+        *("--model.num_classes=3", "--lr.warmup_epochs=0", "--mix.off_epochs=0"),
+        *("--compute.device=cpu", "--lr.lr=1e-9"),
+    ]
+    for _ in range(2):
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+    text = (tmp_path / "record" / "README.md").read_text()
+    assert "# demo: 2 of 2 epochs" in text and text.count("verified") == 2
+    assert [text.count(verdict) for verdict in ("reached |", "MISSED |", "not measured |")] == [
+        1,
+        1,
+        1,
+    ]
+    assert (tmp_path / "record" / "curve.png").stat().st_size > 10_000
+    assert len((tmp_path / "record" / "metrics.jsonl").read_text().splitlines()) == 2
+    damaged = tmp_path / "damaged.beton"
+    damaged.write_bytes((betons / "train.beton").read_bytes()[:-1000])
+    command.append(f"--data.train_dataset={damaged}")
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "damaged.beton" in done.stderr + done.stdout
+
+
+def test_reproduce_names_a_recipe_without_figures(tmp_path):
+    import reproduce
+
+    from rsb_ffcv import InputError
+
+    with pytest.raises(InputError, match="--recipe=nope: curves.yaml has no figures of it; choose"):
+        reproduce.curve_of("nope", ROOT / "benchmarks" / "curves.yaml")
