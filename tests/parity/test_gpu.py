@@ -378,3 +378,23 @@ def test_gpus_that_cannot_be_compiled_for_are_named():
         driver.compile_for(3, 5)
     ptx, _ = driver.compile_for(99, 0)  # newer than NVRTC: the driver compiles it
     assert b".visible .entry rsb_entropy" in ptx
+
+
+def test_driver_that_fails_is_named_in_one_line(monkeypatch):
+    """A driver that is too old for the compiled kernels, as the CUDA driver reports it."""
+
+    class OldDriver:
+        def cuGetErrorString(self, status):
+            return 0, b"the provided PTX was compiled with an unsupported toolchain"
+
+        def cuModuleLoadData(self, image):
+            return 222, None
+
+    cuda = driver.Cuda.__new__(driver.Cuda)
+    cuda._driver = OldDriver()
+    with pytest.raises(
+        InputError,
+        match=r"^`decode`=gpu: cuModuleLoadData failed \(the provided PTX was compiled with an "
+        r"unsupported toolchain\); update the NVIDIA driver, or use `decode`=cpu$",
+    ):
+        cuda._call(cuda._driver.cuModuleLoadData, b"")
