@@ -1,13 +1,14 @@
 """Runs the device kernels: on a GPU, compiled at start by torch's NVRTC, or emulated on a CPU."""
 
 import ctypes
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
 from rsb_ffcv.ops.native import CSRC, library
 
 # Kernels in the order of csrc/shared/kernels.h, with the threads of a block
@@ -46,8 +47,7 @@ class Cuda:
     """
 
     def __init__(self, device: torch.device) -> None:
-        from cuda.bindings import driver
-
+        driver = bindings("driver")
         torch.cuda.init()
         self._driver = driver
         with torch.cuda.device(device):
@@ -83,6 +83,17 @@ class Cuda:
         )
 
 
+def bindings(name: str) -> Any:
+    """The module cuda.bindings.`name`. Raises InputError if it is not installed."""
+    try:
+        return import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise InputError(
+            f"`decode`=gpu: cuda-bindings cannot be imported ({first_line(error)}); install it "
+            f"with `pip install cuda-bindings`, or {FIX}"
+        ) from error
+
+
 def compile_for(major: int, minor: int, ptx: bool = False) -> tuple[bytes, str]:
     """Compiles the kernels for a compute capability. Returns a cubin and the compiler's log.
 
@@ -91,10 +102,16 @@ def compile_for(major: int, minor: int, ptx: bool = False) -> tuple[bytes, str]:
 
     Raises InputError if NVRTC cannot compile them for the device.
     """
-    from cuda.bindings import nvrtc
+    nvrtc = bindings("nvrtc")
 
     def call(function: Any, *arguments: object) -> Any:
-        status, *results = function(*arguments)
+        try:
+            status, *results = function(*arguments)
+        except RuntimeError as error:  # its library cannot be loaded
+            raise InputError(
+                f"`decode`=gpu: NVRTC cannot be loaded ({first_line(error)}); install "
+                f"nvidia-cuda-nvrtc, or {FIX}"
+            ) from error
         if status:
             raise InputError(
                 f"`decode`=gpu: the kernels cannot be compiled for compute capability "

@@ -398,3 +398,20 @@ def test_driver_that_fails_is_named_in_one_line(monkeypatch):
         r"unsupported toolchain\); update the NVIDIA driver, or use `decode`=cpu$",
     ):
         cuda._call(cuda._driver.cuModuleLoadData, b"")
+
+
+def test_missing_cuda_packages_are_named_in_one_line(monkeypatch):
+    with pytest.raises(InputError, match="cuda-bindings cannot be imported .*; install it with"):
+        driver.bindings("no_such_module")
+
+    class WithoutLibrary:
+        @staticmethod
+        def nvrtcGetSupportedArchs():
+            raise RuntimeError("Failure finding libnvrtc.so\nmore")
+
+    monkeypatch.setattr(driver, "bindings", lambda name: WithoutLibrary)
+    with pytest.raises(
+        InputError,
+        match=r"NVRTC cannot be loaded \(Failure finding libnvrtc.so\); install nvidia-cuda-nvrtc",
+    ):
+        driver.compile_for(9, 0)
