@@ -156,12 +156,14 @@ def test_parent_reports_a_killed_child_in_one_line(betons, tmp_path, free_port, 
         text=True,
     )
 
+    def is_worker(process):
+        try:
+            return "spawn_main" in " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # it ended in between
+            return False
+
     def children():
-        return [
-            child
-            for child in psutil.Process(job.pid).children()
-            if "spawn_main" in " ".join(child.cmdline())
-        ]
+        return [child for child in psutil.Process(job.pid).children() if is_worker(child)]
 
     try:
         wait_until(lambda: len(children()) == 2, job)
