@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from rsb_ffcv import InputError
+from rsb_ffcv import InputError, first_line
 from rsb_ffcv.gpu import driver
 from rsb_ffcv.ops.native import (
     LAUNCH,
@@ -127,7 +127,8 @@ class Decoded(NamedTuple):
 
 
 class DeviceDecoder:
-    """Decodes packed batches on a device, on its own stream.
+    """Decodes packed batches on a device. Batches are copied to it on one stream and decoded on
+    another, beside the streams of the caller.
 
     device: "cpu" emulates the kernels.
     memory_mb: bound of the memory for slabs and scratch on the device, in MiB.
@@ -141,6 +142,7 @@ class DeviceDecoder:
         is_gpu = device.type == "cuda"
         self.driver: driver.Driver = driver.Cuda(device) if is_gpu else driver.Emulator(order)
         self.stream = torch.cuda.Stream(device) if is_gpu else None
+        self._copying = torch.cuda.Stream(device) if is_gpu else None
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         # Two slabs may be on the device: that of the batch in progress, and the next one.
         self._scratch_bytes = (memory_mb << 20) // 2
@@ -195,33 +197,54 @@ class DeviceDecoder:
 
     def decode(self, slab: Slab) -> Decoded:
         """Starts a batch that the host has packed. Its kernels run after those of the batches
-        before it."""
-        if self.stream is None:
-            return self._decode(slab)
-        with torch.cuda.stream(self.stream):
-            return self._decode(slab)
+        before it, its copy beside them.
 
-    def _decode(self, slab: Slab) -> Decoded:
-        rows, height, width, _ = slab.shape
-        records = slab.records
-        parts = _parts(records["scratch_bytes"].astype(np.int64), self._scratch_bytes)
+        Raises InputError if the device has too little free memory.
+        """
+        try:
+            with torch.cuda.stream(self._copying):  # None, on a CPU, changes nothing
+                parts = self._place(slab.records)
+                packed = slab.memory[: slab.used + SLAB_PADDING]
+                packed = packed.to(self.device, non_blocking=True)
+            if self.stream is None or self._copying is None:
+                return self._decode(slab, packed, parts)
+            self.stream.wait_event(self._copying.record_event())
+            packed.record_stream(self.stream)
+            with torch.cuda.stream(self.stream):
+                return self._decode(slab, packed, parts)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"`memory_mb`={self.memory_mb}: the device has too little free memory to decode "
+                f"({first_line(error)}); lower it or the batch size, or {driver.FIX}"
+            ) from error
+
+    def _place(self, records: np.ndarray) -> list[tuple[int, int]]:
+        """Cuts the rows into parts that the bound allows, and gives each row its place in the
+        scratch memory of its part."""
+        sizes = records["scratch_bytes"]
+        parts = _parts(sizes.astype(np.int64), self._scratch_bytes)
         for start, stop in parts:
-            ends = np.cumsum(records["scratch_bytes"][start:stop])
-            records["scratch"][start:stop] = ends - records["scratch_bytes"][start:stop]
-        needed = max(int(records["scratch_bytes"][start:stop].sum()) for start, stop in parts)
+            records["scratch"][start:stop] = np.cumsum(sizes[start:stop]) - sizes[start:stop]
+        return parts
+
+    def _decode(
+        self, slab: Slab, packed: torch.Tensor, parts: Sequence[tuple[int, int]]
+    ) -> Decoded:
+        """Runs the kernels on the current stream. packed: the slab on the device."""
+        rows, height, width, _ = slab.shape
+        needed = max(int(slab.records["scratch_bytes"][start:stop].sum()) for start, stop in parts)
         if len(self._scratch) < needed + ALIGNMENT:
             self._scratch = torch.empty(0, dtype=torch.uint8)  # freed before the larger one
             self._scratch = torch.empty(needed + ALIGNMENT, dtype=torch.uint8, device=self.device)
-        on_device = slab.memory[: slab.used + SLAB_PADDING].to(self.device, non_blocking=True)
         images = torch.empty(slab.shape, dtype=torch.uint8, device=self.device)
         status = torch.zeros(rows, dtype=torch.int32, device=self.device)
         for start, stop in parts:
             launch = np.zeros(1, LAUNCH)
-            launch["slab"], launch["out"] = on_device.data_ptr(), images.data_ptr()
+            launch["slab"], launch["out"] = packed.data_ptr(), images.data_ptr()
             launch["scratch"] = self._scratch.data_ptr() + -self._scratch.data_ptr() % ALIGNMENT
             launch["status"], launch["first"] = status.data_ptr(), start
             launch["height"], launch["width"] = height, width
-            self._run(launch, records[start:stop], slab.layers)
+            self._run(launch, slab.records[start:stop], slab.layers)
         if self.stream is None:
             return Decoded(images, status, None)
         on_host = status.to("cpu", non_blocking=True)

@@ -295,6 +295,19 @@ def test_memory_bounds_do_not_change_the_pixels():
     assert [side for side, kind in zip(sides, kinds) if kind == native.PACKED_PIXELS] == [300, 400]
 
 
+def test_too_little_device_memory_is_named_in_one_line(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(DeviceDecoder, "_decode", fail)
+    with pytest.raises(
+        InputError,
+        match=r"^`memory_mb`=64: the device has too little free memory to decode \(CUDA out of "
+        r"memory. Tried to allocate\); lower it or the batch size, or use `decode`=cpu$",
+    ):
+        decode([raw_image(np.random.default_rng(0), (8, 8))], (8, 8))
+
+
 RECIPES: dict[str, dict] = {
     "crop": {},
     "RandAugment": {"rand_augment": "rand-m9-n3-mstd0.5-inc1"},
