@@ -98,6 +98,7 @@ def test_damaged_images_cause_no_invalid_memory_access(seeds, tmp_path, report, 
     report(done.stdout.strip())
 
 
+@pytest.mark.long
 def test_threads_of_a_device_block_do_not_race(seeds, tmp_path):
     build(
         tmp_path / "threads", "-O1", "-fsanitize=thread", "-pthread", HERE / "threads.c", *SOURCES

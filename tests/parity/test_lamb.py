@@ -87,6 +87,7 @@ def test_fifty_steps_equal_timms(settings, foreach):
     assert_equal(theirs, ours)
 
 
+@pytest.mark.long
 def test_fifty_compiled_steps_equal_timms():
     theirs, ours = pair(
         lambda groups: timm.optim.Lamb(groups, lr=0.005),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -276,38 +277,66 @@ def test_every_recipe_with_figures_exists_and_points_lie_within_its_epochs(beton
         assert curve["kind"] in ("published", "measured", "target") and curve["source"]
 
 
-def test_reproduce_trains_compares_and_writes_a_record(betons, tmp_path):
-    """The second command continues the finished run."""
+def test_reproduce_trains_compares_and_writes_a_record(betons, tmp_path, monkeypatch):
+    import reproduce
+
     (tmp_path / "curves.yaml").write_text(
         "demo: {source: a test, kind: target, tolerance: 1, top1: {1: 0.5, 2: 100, 9: 50}}"
     )
-    command = [
-        *(sys.executable, "benchmarks/reproduce.py", "--recipe", "demo"),
-        *("--out", tmp_path / "record", "--curves", tmp_path / "curves.yaml"),
-        *(f"--data.train_dataset={betons / 'train.beton'}",),
-        *(f"--data.val_dataset={betons / 'val.beton'}", f"--logging.folder={tmp_path / 'run'}"),
+    arguments = [
+        *("reproduce.py", "--recipe", "demo", "--out", tmp_path / "record"),
+        *("--curves", tmp_path / "curves.yaml", f"--data.val_dataset={betons / 'val.beton'}"),
         *("--training.epochs=2", "--model.arch=test_resnet", "--training.batch_size=16"),
         *("--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32"),
         *("--model.num_classes=3", "--lr.warmup_epochs=0", "--mix.off_epochs=0"),
-        *("--compute.device=cpu", "--lr.lr=1e-9"),
+        *("--compute.device=cpu", "--lr.lr=1e-9", f"--logging.folder={tmp_path / 'run'}"),
     ]
-    for _ in range(2):
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1, done.stderr
-    text = (tmp_path / "record" / "README.md").read_text()
-    assert "# demo: 2 of 2 epochs" in text and text.count("verified") == 2
-    assert [text.count(verdict) for verdict in ("reached |", "MISSED |", "not measured |")] == [
-        1,
-        1,
-        1,
-    ]
-    assert (tmp_path / "record" / "curve.png").stat().st_size > 10_000
-    assert len((tmp_path / "record" / "metrics.jsonl").read_text().splitlines()) == 2
+
+    def run(train):
+        given = [*map(str, arguments), f"--data.train_dataset={train}"]
+        monkeypatch.setattr(sys, "argv", given)
+        return reproduce.main()
+
     damaged = tmp_path / "damaged.beton"
     damaged.write_bytes((betons / "train.beton").read_bytes()[:-1000])
-    command.append(f"--data.train_dataset={damaged}")
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "damaged.beton" in done.stderr + done.stdout
+    with pytest.raises(SystemExit) as ended:
+        run(damaged)
+    assert ended.value.code == 1 and not (tmp_path / "run").exists()
+
+    assert run(betons / "train.beton") == 1
+    text = (tmp_path / "record" / "README.md").read_text()
+    assert "# demo: 2 of 2 epochs" in text and text.count("verified") == 2
+    for verdict in ("reached |", "MISSED |", "not measured |"):
+        assert text.count(verdict) == 1
+    assert (tmp_path / "record" / "curve.png").stat().st_size > 10_000
+    assert len((tmp_path / "record" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.long
+def test_bundle_has_the_core_its_library_and_the_packages(tmp_path):
+    """It needs the network, and a minute."""
+    import tarfile
+
+    import gpu_bundle
+
+    gpu_bundle.bundle(tmp_path / "bundle.tar.xz")
+    with tarfile.open(tmp_path / "bundle.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    root = tmp_path / "rsb_ffcv_check"
+    core = next((root / "rsb_ffcv" / "ops").glob("_native*.so"))
+    listed = subprocess.run(["ldd", core], capture_output=True, text=True, check=True).stdout
+    assert f"{core.parent}/libturbojpeg.so.0" in listed
+    for version in gpu_bundle.PYTHONS:
+        found = {path.name for path in (root / "packages" / version).iterdir()}
+        assert {"pytest", "matplotlib", "fastargs", "psutil", "kiwisolver", "fontTools"} <= found
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [root / "gpu_check.sh"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
 def test_reproduce_names_a_recipe_without_figures(tmp_path):
