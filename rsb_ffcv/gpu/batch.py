@@ -14,6 +14,7 @@ import torch
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.gpu import driver
 from rsb_ffcv.ops.native import (
+    BLOCK_SIDE,
     LAUNCH,
     LAYER,
     PACKED,
@@ -31,6 +32,11 @@ MAX_PASSES = 16  # of all operations on an image, as far as `check` plans for th
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _row_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a slab that each row of a batch (n, H, W, 3) may take: its finished pixels."""
+    return _aligned(int(np.prod(shape[1:])))
 
 
 def _blocks(count: int | np.integer, threads: int) -> int:
@@ -84,12 +90,7 @@ class Slab:
         self.structure["capacity"] = len(self.memory) - SLAB_PADDING
         self.structure["scratch"] = scratch_bytes
         self.structure["used"] = at
-        self.structure["committed"] = at + rows * self.row_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that each row may take: its finished pixels."""
-        return _aligned(int(np.prod(self.shape[1:])))
+        self.structure["committed"] = at + rows * _row_bytes(shape)
 
     @property
     def used(self) -> int:
@@ -101,7 +102,7 @@ class Slab:
         at = int(record["pixels"]) if record["kind"] == PACKED_PIXELS else 0
         if at == 0:
             at = self.used
-            self.structure["used"] += self.row_bytes
+            self.structure["used"] += _row_bytes(self.shape)
         record["kind"], record["pixels"], record["scratch_bytes"] = PACKED_PIXELS, at, 0
         self._array[at : at + image.size] = image.ravel()
 
@@ -166,7 +167,7 @@ class DeviceDecoder:
         Raises InputError if `memory_mb` is too little for the batch.
         """
         fixed = _aligned(shape[0] * PACKED.itemsize) + sum(_aligned(part.nbytes) for part in draws)
-        row_bytes = _aligned(int(np.prod(shape[1:])))
+        row_bytes = _row_bytes(shape)
         least = fixed + shape[0] * row_bytes
         if least > self._slab_bytes:
             self._raise_too_large(shape, least)
@@ -258,9 +259,9 @@ class DeviceDecoder:
         packed = records["kind"] != PACKED_PIXELS
         by_rows = records["rows_first"] == 1
         narrow = np.where(by_rows, height * window[:, 3], window[:, 2] * width)
-        counts = {
+        counts = {  # threads for each row, see csrc/shared
             driver.ENTROPY: records["segments"] * jpeg,
-            driver.IDCT: records["blocks"].astype(np.int64) * jpeg * 8,  # eight threads per block
+            driver.IDCT: records["blocks"].astype(np.int64) * jpeg * BLOCK_SIDE,
             driver.PIXELS: window[:, 2] * window[:, 3] * jpeg,
             driver.TAPS: np.full(len(records), 2 * driver.THREADS[driver.TAPS]) * packed,
             driver.FIRST_PASS: narrow * packed,

@@ -224,9 +224,12 @@ class _Loader:
         stream = self._copying if decoded is None or self._decoder is None else self._decoder.stream
         for row in decoded.failed_rows() if decoded is not None else ():
             indices = indices.copy()
-            indices[row], image = self._made_alone(
-                ops, begun, int(row), index=indices[row], order=order
-            )
+            address = begun.address._replace(slots=begun.address.slots[row : row + 1])
+            wrong, image = self._alone(ops, address, indices[row : row + 1])
+            if wrong:
+                indices[row], image = self._replacement(
+                    ops, begun, int(row), status=wrong, order=order
+                )
             with torch.cuda.stream(stream):  # of a CPU: None, which changes nothing
                 images[row].copy_(image, non_blocking=True)
         labels = torch.from_numpy(self.beton.labels[indices])
@@ -241,24 +244,15 @@ class _Loader:
             part.record_stream(current)
         return Batch(images, labels, slots)
 
-    def _made_alone(
-        self,
-        ops: Sequence[DrawnOperation],
-        begun: _Begun,
-        row: int,
-        *,
-        index: int,
-        order: np.ndarray | None,
+    def _alone(
+        self, ops: Sequence[DrawnOperation], address: Address, index: np.ndarray
     ) -> tuple[int, torch.Tensor]:
-        """Makes one row of a batch on the CPU. Returns the index of its image, which is another one
-        if sample `index` cannot be read, and its pixels."""
-        address = begun.address._replace(slots=begun.address.slots[row : row + 1])
-        single = self._submit(ops, address, np.array([index]), alone=True).work
+        """Makes one image on the CPU, ahead of all batches. Returns its status and its pixels.
+        index: int64 (1,), in the file."""
+        single = self._submit(ops, address, index, alone=True).work
         self._pool.wait(single)
-        if single.status[0]:
-            return self._replacement(ops, begun, row, status=single.status[0], order=order)
         assert isinstance(single.place, torch.Tensor)  # the CPU has decoded it
-        return index, single.place[0]
+        return int(single.status[0]), single.place[0]
 
     def _replacement(
         self,
@@ -539,11 +533,9 @@ class TrainLoader(_Loader):
         others = min(MAX_REPLACEMENTS, len(order) - 1)
         for further in range(1, others + 1):
             index = order[(slot // self.repeats + further) % len(order)]
-            single = self._submit(ops, address._replace(slots=slot), index, alone=True).work
-            self._pool.wait(single)
-            if not single.status[0]:
-                assert isinstance(single.place, torch.Tensor)  # the CPU has decoded it
-                return int(index[0]), single.place[0]
+            wrong, image = self._alone(ops, address._replace(slots=slot), index)
+            if not wrong:
+                return int(index[0]), image
         raise InputError(
             f"{self._error_text(indices[row], status)}; the {others} samples that follow it cannot "
             f"be read either"

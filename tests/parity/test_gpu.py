@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from rsb_ffcv import InputError
 from rsb_ffcv.gpu import driver
-from rsb_ffcv.gpu.batch import DeviceDecoder
+from rsb_ffcv.gpu.batch import Decoded, DeviceDecoder
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.pool import Pool, Work
 from rsb_ffcv.ops import native
@@ -289,7 +290,8 @@ def test_memory_bounds_do_not_change_the_pixels():
     images = [jpeg_sample(photograph(rng, side, side)) for side in sides]
     drawn = np.array([layer(native.SHARPNESS, 1.5)] * len(images))
     core, device, kinds, _ = decode(images, (48, 48), [drawn])
-    assert_equal(core, device) and (kinds == native.PACKED_JPEG).all()
+    assert_equal(core, device)
+    assert (kinds == native.PACKED_JPEG).all()
     core, device, kinds, _ = decode(images, (48, 48), [drawn], scratch_bytes=300_000)
     assert_equal(core, device)
     assert [side for side, kind in zip(sides, kinds) if kind == native.PACKED_PIXELS] == [300, 400]
@@ -338,6 +340,22 @@ def test_train_loader_gives_the_same_batches(betons, recipe, device):
     for one, other in zip(*given):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
         assert one.slots.tolist() == other.slots.tolist()
+
+
+def test_rows_that_the_device_leaves_to_the_core_are_in_the_batch(betons, monkeypatch):
+    """As if the segments of two rows of each batch did not fit together."""
+    options: dict[str, Any] = {"batch_size": 8, "resolution": 40, "num_workers": 2}
+
+    def leave_two(decoded):
+        decoded.images[[0, 5]] = 0
+        return np.array([0, 5])
+
+    monkeypatch.setattr(Decoded, "failed_rows", leave_two)
+    plain, made = (
+        TrainLoader(betons / "train.beton", decode=decode, **options) for decode in ("cpu", "gpu")
+    )
+    for one, other in zip(plain.epoch(1), made.epoch(1), strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,7 +19,6 @@
 enum {
     AUGMENT_THREADS = 512,
     AUGMENT_GROUPS = 32,
-    MAX_ARGUMENT = 65536, /* far beyond the range of every operation */
 };
 
 typedef struct {
