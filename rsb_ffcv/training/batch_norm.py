@@ -32,6 +32,11 @@ def _counters(norms: list[_BatchNorm]) -> list[torch.Tensor]:
     return [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
 
 
+def _copies(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    # torch._foreach_clone came with torch 2.12; this takes as few launches
+    return torch._foreach_mul(tensors, 1)
+
+
 class RunningStatistics:
     """Updates the batch-norm buffers of `module` once per step, with the mean over the step's
     groups. The buffers are the same on all processes.
@@ -54,7 +59,7 @@ class RunningStatistics:
         if self._alone or not self._buffers:
             return
         if group == 0:
-            self._start = torch._foreach_clone(self._buffers), torch._foreach_clone(self._counters)
+            self._start = _copies(self._buffers), _copies(self._counters)
             return
         self._add()
         assert self._start is not None  # set by group 0
@@ -76,7 +81,7 @@ class RunningStatistics:
 
     def _add(self) -> None:
         if self._sum is None:
-            self._sum = torch._foreach_clone(self._buffers)
+            self._sum = _copies(self._buffers)
         else:
             torch._foreach_add_(self._sum, self._buffers)
 
