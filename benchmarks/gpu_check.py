@@ -102,23 +102,41 @@ def environment() -> dict:
 
 
 def tests(options) -> dict:
-    report = options.out / "tests.xml"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("tests/gpu", "tests/parity/test_gpu.py", f"--junitxml={report}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=options.test_seconds,
-    )
-    (options.out / "tests.txt").write_text(done.stdout + done.stderr)
-    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    if done.returncode:
-        raise RuntimeError(f"{counts}; see tests.txt")
-    return {**counts, "seconds": float(suite.get("time", 0))}
+    """Runs each file of tests in a process of its own, all at the same time: most of their time is
+    that of compilers and of starting programs."""
+    files = options.tests
+    reports = [options.out / f"tests_{path.parent.name}_{path.stem}.xml" for path in files]
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    wrong, deadline = [], time.monotonic() + options.test_seconds
+    with contextlib.ExitStack() as stack:
+        running = []
+        for path, report in zip(files, reports):
+            output = stack.enter_context(report.with_suffix(".txt").open("w"))
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+                    *(str(path), f"--junitxml={report}"),
+                ],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            running.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for process, report in zip(running, reports):
+            try:
+                status: object = process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                status = f"not finished after {options.test_seconds} s"
+            if status:
+                wrong.append(f"{report.stem}: {status}")
+            if report.exists():
+                suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+                for name in counts:
+                    counts[name] += int(suite.get(name, 0))
+    if wrong:
+        raise RuntimeError(f"{counts}; {'; '.join(wrong)}; see the files tests_*.txt")
+    return counts
 
 
 def synchronize(device: torch.device) -> None:
@@ -164,10 +182,10 @@ class Timed:
         self.inner, self.device = inner, device
         self.ms = dict.fromkeys(driver.NAMES, 0.0)
 
-    def launch(self, kernel: int, argument: np.ndarray, *, parts: int, rows: int) -> None:
+    def launch(self, kernel: int, argument: np.ndarray, blocks: int) -> None:
         synchronize(self.device)
         started = time.perf_counter()
-        self.inner.launch(kernel, argument, parts=parts, rows=rows)
+        self.inner.launch(kernel, argument, blocks)
         synchronize(self.device)
         self.ms[driver.NAMES[kernel]] += 1000 * (time.perf_counter() - started)
 
@@ -419,6 +437,7 @@ def main() -> int:
     vars(options).update(
         device=torch.device("cuda"),
         limit_bytes=1 << 28,
+        tests=[*sorted((ROOT / "tests/gpu").glob("*.py")), ROOT / "tests/parity/test_gpu.py"],
         test_seconds=240,
         epochs=4,
         precisions=["fp16", "bf16"],

@@ -35,7 +35,7 @@ TARGET_BYTES = 0.5  # of those of the pixels
 class Idle:
     """A driver that runs nothing."""
 
-    def launch(self, kernel: int, argument: np.ndarray, *, parts: int, rows: int) -> None:
+    def launch(self, kernel: int, argument: np.ndarray, blocks: int) -> None:
         pass
 
 

@@ -14,19 +14,19 @@ import torch
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.gpu import driver
 from rsb_ffcv.ops.native import (
-    BLOCK_SIDE,
     LAUNCH,
     LAYER,
     PACKED,
-    PACKED_JPEG,
     PACKED_PIXELS,
     SLAB,
     SLAB_PADDING,
+    library,
 )
 
 ALIGNMENT = 64
 CAPACITY_STEP = 4 << 20  # slabs have few sizes, so that their memory is reused
 HEAD_BYTES = 4096  # of a packed JPEG, beside its bytes and entry points
+PRIORITY = -1
 MAX_PASSES = 16  # of all operations on an image, as far as `check` plans for them
 
 
@@ -39,8 +39,9 @@ def _row_bytes(shape: Sequence[int]) -> int:
     return _aligned(int(np.prod(shape[1:])))
 
 
-def _blocks(count: int | np.integer, threads: int) -> int:
-    return -(-int(count) // threads)
+def _starts_bytes(rows: int) -> int:
+    """Bytes of the `starts` of all kernels, if each row were a part of its own."""
+    return _aligned(len(driver.NAMES) * 2 * rows * 4)
 
 
 class Layers(NamedTuple):
@@ -48,6 +49,21 @@ class Layers(NamedTuple):
 
     offset: int
     stride: int
+
+
+class Part(NamedTuple):
+    """Consecutive rows of a batch that are decoded together.
+
+    starts: uint32 (kernels, rows + 1), the first block of each row and the number of all blocks.
+    offset: of `starts` in the slab.
+    scratch_bytes: of all rows.
+    """
+
+    first: int
+    rows: int
+    starts: np.ndarray
+    offset: int
+    scratch_bytes: int
 
 
 class Slab:
@@ -85,6 +101,8 @@ class Slab:
                 Layers(at + i * LAYER.itemsize, passes.strides[0]) for i in range(passes.shape[1])
             ]
             at += _aligned(passes.nbytes)
+        self._starts = at
+        at += _starts_bytes(rows)
         self.structure = np.zeros(1, SLAB)
         self.structure["memory"] = self.memory.data_ptr()
         self.structure["capacity"] = len(self.memory) - SLAB_PADDING
@@ -95,6 +113,23 @@ class Slab:
     @property
     def used(self) -> int:
         return int(self.structure["used"][0])
+
+    def parts(self, bound: int) -> list[Part]:
+        """Cuts the packed rows into parts of at most `bound` bytes of scratch memory, and gives
+        each row its place there."""
+        sizes, found, at = self.records["scratch_bytes"].astype(np.int64), [], self._starts
+        _, height, width, _ = self.shape
+        for first, end in _ranges(sizes, bound):
+            own = sizes[first:end]
+            self.records["scratch"][first:end] = np.cumsum(own) - own
+            rows = end - first
+            size = len(driver.NAMES) * (rows + 1) * 4
+            starts = self._array[at : at + size].view(np.uint32).reshape(-1, rows + 1)
+            records = self.records[first:end]
+            library.rsb_block_starts(records.ctypes.data, rows, height, width, starts.ctypes.data)
+            found.append(Part(first, rows, starts, at, int(own.sum())))
+            at += size
+        return found
 
     def put(self, row: int, image: np.ndarray) -> None:
         """Replaces a row that the threads could not make. image: uint8 (H, W, 3)."""
@@ -142,7 +177,8 @@ class DeviceDecoder:
         self.device, self.memory_mb = device, memory_mb
         is_gpu = device.type == "cuda"
         self.driver: driver.Driver = driver.Cuda(device) if is_gpu else driver.Emulator(order)
-        self.stream = torch.cuda.Stream(device) if is_gpu else None
+        # before the kernels of a training step: these are long, and wait for the next batch
+        self.stream = torch.cuda.Stream(device, priority=PRIORITY) if is_gpu else None
         self._copying = torch.cuda.Stream(device) if is_gpu else None
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         # Two slabs may be on the device: that of the batch in progress, and the next one.
@@ -167,6 +203,7 @@ class DeviceDecoder:
         Raises InputError if `memory_mb` is too little for the batch.
         """
         fixed = _aligned(shape[0] * PACKED.itemsize) + sum(_aligned(part.nbytes) for part in draws)
+        fixed += _starts_bytes(shape[0])
         row_bytes = _row_bytes(shape)
         least = fixed + shape[0] * row_bytes
         if least > self._slab_bytes:
@@ -187,6 +224,7 @@ class DeviceDecoder:
         `side` pixels."""
         draws = MAX_PASSES * LAYER.itemsize
         least = rows * (PACKED.itemsize + draws + 3 * side * side + ALIGNMENT) + CAPACITY_STEP
+        least += _starts_bytes(rows)
         if least > self._slab_bytes:
             self._raise_too_large((rows, side, side, 3), least)
 
@@ -204,7 +242,7 @@ class DeviceDecoder:
         """
         try:
             with torch.cuda.stream(self._copying):  # None, on a CPU, changes nothing
-                parts = self._place(slab.records)
+                parts = slab.parts(self._scratch_bytes)
                 packed = slab.memory[: slab.used + SLAB_PADDING]
                 packed = packed.to(self.device, non_blocking=True)
             if self.stream is None or self._copying is None:
@@ -219,66 +257,47 @@ class DeviceDecoder:
                 f"({first_line(error)}); lower it or the batch size, or {driver.FIX}"
             ) from error
 
-    def _place(self, records: np.ndarray) -> list[tuple[int, int]]:
-        """Cuts the rows into parts that the bound allows, and gives each row its place in the
-        scratch memory of its part."""
-        sizes = records["scratch_bytes"]
-        parts = _parts(sizes.astype(np.int64), self._scratch_bytes)
-        for start, stop in parts:
-            records["scratch"][start:stop] = np.cumsum(sizes[start:stop]) - sizes[start:stop]
-        return parts
-
-    def _decode(
-        self, slab: Slab, packed: torch.Tensor, parts: Sequence[tuple[int, int]]
-    ) -> Decoded:
+    def _decode(self, slab: Slab, packed: torch.Tensor, parts: Sequence[Part]) -> Decoded:
         """Runs the kernels on the current stream. packed: the slab on the device."""
         rows, height, width, _ = slab.shape
-        needed = max(int(slab.records["scratch_bytes"][start:stop].sum()) for start, stop in parts)
+        needed = max(part.scratch_bytes for part in parts)
         if len(self._scratch) < needed + ALIGNMENT:
             self._scratch = torch.empty(0, dtype=torch.uint8)  # freed before the larger one
             self._scratch = torch.empty(needed + ALIGNMENT, dtype=torch.uint8, device=self.device)
         images = torch.empty(slab.shape, dtype=torch.uint8, device=self.device)
         status = torch.zeros(rows, dtype=torch.int32, device=self.device)
-        for start, stop in parts:
+        for part in parts:
             launch = np.zeros(1, LAUNCH)
             launch["slab"], launch["out"] = packed.data_ptr(), images.data_ptr()
             launch["scratch"] = self._scratch.data_ptr() + -self._scratch.data_ptr() % ALIGNMENT
-            launch["status"], launch["first"] = status.data_ptr(), start
+            launch["status"], launch["first"], launch["rows"] = (
+                status.data_ptr(),
+                part.first,
+                part.rows,
+            )
             launch["height"], launch["width"] = height, width
-            self._run(launch, slab.records[start:stop], slab.layers)
+            self._run(launch, part, slab.layers)
         if self.stream is None:
             return Decoded(images, status, None)
         on_host = status.to("cpu", non_blocking=True)
         return Decoded(images, on_host, self.stream.record_event())
 
-    def _run(self, launch: np.ndarray, records: np.ndarray, layers: Sequence[Layers]) -> None:
-        """Runs all kernels on consecutive rows."""
-        height, width = int(launch["height"][0]), int(launch["width"][0])
-        window = records["window"].astype(np.int64)
-        jpeg = records["kind"] == PACKED_JPEG
-        packed = records["kind"] != PACKED_PIXELS
-        by_rows = records["rows_first"] == 1
-        narrow = np.where(by_rows, height * window[:, 3], window[:, 2] * width)
-        counts = {  # threads for each row, see csrc/shared
-            driver.ENTROPY: records["segments"] * jpeg,
-            driver.IDCT: records["blocks"].astype(np.int64) * jpeg * BLOCK_SIDE,
-            driver.PIXELS: window[:, 2] * window[:, 3] * jpeg,
-            driver.TAPS: np.full(len(records), 2 * driver.THREADS[driver.TAPS]) * packed,
-            driver.FIRST_PASS: narrow * packed,
-            driver.SECOND_PASS: np.full(len(records), height * width),
-        }
-        for kernel, count in counts.items():
-            if most := count.max():
-                parts = _blocks(most, driver.THREADS[kernel])
-                self.driver.launch(kernel, launch, parts=parts, rows=len(records))
-        for layer in layers if packed.any() else ():
-            argument = launch.copy()
-            argument["layers"] = argument["slab"] + layer.offset
-            argument["layer_stride"] = layer.stride
-            self.driver.launch(driver.AUGMENT, argument, parts=1, rows=len(records))
+    def _run(self, launch: np.ndarray, part: Part, layers: Sequence[Layers]) -> None:
+        """Runs all kernels on the rows of a part."""
+        slab = int(launch["slab"][0])
+        for kernel, starts in enumerate(part.starts):
+            blocks = int(starts[-1])
+            if blocks == 0:
+                continue
+            launch["starts"] = slab + part.offset + kernel * starts.nbytes
+            for layer in layers if kernel == driver.AUGMENT else (None,):
+                if layer is not None:
+                    launch["layers"] = slab + layer.offset
+                    launch["layer_stride"] = layer.stride
+                self.driver.launch(kernel, launch, blocks)
 
 
-def _parts(sizes: np.ndarray, bound: int) -> list[tuple[int, int]]:
+def _ranges(sizes: np.ndarray, bound: int) -> list[tuple[int, int]]:
     """Cuts rows of these sizes into consecutive parts of at most `bound`, but of one row at
     least."""
     parts, start, total = [], 0, 0

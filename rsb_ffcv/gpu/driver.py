@@ -21,10 +21,11 @@ FIX = "use `decode`=cpu"
 class Driver(Protocol):
     """Runs a kernel."""
 
-    def launch(self, kernel: int, argument: np.ndarray, *, parts: int, rows: int) -> None:
-        """Runs `kernel` in parts x rows blocks, after the work that was submitted before.
+    def launch(self, kernel: int, argument: np.ndarray, blocks: int) -> None:
+        """Runs `kernel` after the work that was submitted before.
 
         argument: a LAUNCH record.
+        blocks: the number of all blocks of its `starts`.
         """
 
 
@@ -35,8 +36,8 @@ class Emulator:
     def __init__(self, order: int = 0) -> None:
         self.order = order
 
-    def launch(self, kernel: int, argument: np.ndarray, *, parts: int, rows: int) -> None:
-        status = library.rsb_emulate(kernel, argument.ctypes.data, parts, rows, self.order)
+    def launch(self, kernel: int, argument: np.ndarray, blocks: int) -> None:
+        status = library.rsb_emulate(kernel, argument.ctypes.data, self.order)
         assert status == 0, status
 
 
@@ -69,12 +70,12 @@ class Cuda:
             )
         return results[0] if results else None
 
-    def launch(self, kernel: int, argument: np.ndarray, *, parts: int, rows: int) -> None:
+    def launch(self, kernel: int, argument: np.ndarray, blocks: int) -> None:
         pointers = (ctypes.c_void_p * 1)(argument.ctypes.data)
         self._call(
             self._driver.cuLaunchKernel,
             self._functions[kernel],
-            *(parts, rows, 1),
+            *(blocks, 1, 1),
             *(THREADS[kernel], 1, 1),
             0,
             torch.cuda.current_stream().cuda_stream,

@@ -102,7 +102,9 @@ LAUNCH = np.dtype(
         ("status", "<u8"),
         ("layers", "<u8"),
         ("layer_stride", "<i8"),
+        ("starts", "<u8"),
         ("first", "<i4"),
+        ("rows", "<i4"),
         ("height", "<i4"),
         ("width", "<i4"),
     ],
@@ -213,7 +215,8 @@ def bind(path: str | Path) -> ctypes.CDLL:
         ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
         ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
         ("rsb_augment", integer, pointer, integer, integer, pointer, pointer),
-        ("rsb_emulate", integer, integer, pointer, integer, integer, integer),
+        ("rsb_block_starts", None, pointer, integer, integer, integer, pointer),
+        ("rsb_emulate", integer, integer, pointer, integer),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

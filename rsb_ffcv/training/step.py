@@ -66,6 +66,8 @@ class TrainStep:
         self.mean_groups = mean_groups
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.statistics = RunningStatistics(model, groups, mean_groups)
+        # of the newest work for the device
+        self._work = torch.cuda.Event() if compute.device.type == "cuda" else None
         if ema is not None:
             # To skip a step, the scaler does not call the optimizer, or sets its `found_inf` on the
             # device.
@@ -82,7 +84,8 @@ class TrainStep:
         mixing: bool,
     ) -> tuple[torch.Tensor, float]:
         """Takes one step. Returns float64 (loss x images, correct, images) on the device, and the
-        seconds spent waiting for `batches`.
+        seconds spent waiting for `batches`. A wait counts unless the device still has work after
+        it.
 
         epoch: counted from 0, for the random draws.
         batches: the step takes `groups` of them.
@@ -95,7 +98,8 @@ class TrainStep:
         for number in range(self.groups):
             started = time.perf_counter()
             images, labels, slots = next(batches)
-            waited += time.perf_counter() - started
+            if self._work is None or self._work.query():
+                waited += time.perf_counter() - started
             images, lam = self.transform(images, epoch, slots, mixing=mixing)
             images = images.contiguous(memory_format=self.compute.memory_format)
             torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
@@ -112,6 +116,8 @@ class TrainStep:
                 totals += torch.stack(
                     [loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]
                 )
+            if self._work is not None:
+                self._work.record()
         self.statistics.end_step()
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -119,4 +125,6 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._work is not None:
+            self._work.record()
         return totals, waited

@@ -9,11 +9,13 @@
 #include "shared/kernels.h"
 
 /* Runs a kernel as rsb_emulate does. */
-typedef int (*kernel_runner)(int kernel, const void *launch, int parts, int rows, int order);
+typedef int (*kernel_runner)(int kernel, const void *launch, int order);
 
-static uint64_t blocks_of(uint64_t count, uint64_t threads) {
-    return (count + threads - 1) / threads;
-}
+enum {
+#define KERNEL(name, shared, threads, phases) NUMBER_OF_##name,
+    RSB_KERNELS(KERNEL, ) NUMBER_OF_KERNELS
+#undef KERNEL
+};
 
 /* Runs all kernels on the row that `slab` has. layer: NULL for none. Returns the status that the
  * kernels write. */
@@ -27,24 +29,15 @@ static int run_kernels(kernel_runner run, const uint8_t *slab, const rsb_layer *
                     .out = out,
                     .status = status,
                     .layers = (const uint8_t *)layer,
+                    .rows = 1,
                     .height = height,
                     .width = width};
-    uint64_t window = (uint64_t)p->window.height * p->window.width;
-    uint64_t narrow =
-        p->rows_first ? (uint64_t)height * p->window.width : (uint64_t)p->window.height * width;
-    int jpeg = p->kind == RSB_JPEG;
-    int packed = p->kind != RSB_PIXELS;
-    uint64_t parts[] = {
-        jpeg ? blocks_of(p->segments, ENTROPY_THREADS) : 0,
-        jpeg ? blocks_of(p->blocks, IDCT_BLOCKS) : 0,
-        jpeg ? blocks_of(window, PIXELS_THREADS) : 0,
-        packed ? 2 : 0,
-        packed ? blocks_of(narrow, RESAMPLE_THREADS) : 0,
-        blocks_of((uint64_t)height * width, RESAMPLE_THREADS),
-        layer ? 1 : 0,
-    };
-    for (int kernel = 0; kernel < (int)(sizeof parts / sizeof *parts); kernel++)
-        if (parts[kernel]) run(kernel, &a, (int)parts[kernel], 1, order);
+    uint32_t starts[NUMBER_OF_KERNELS][2];
+    rsb_block_starts(p, 1, height, width, starts[0]);
+    for (int kernel = 0; kernel < NUMBER_OF_KERNELS; kernel++) {
+        a.starts = starts[kernel];
+        if (layer || kernel != NUMBER_OF_augment) run(kernel, &a, order);
+    }
     int result = *status;
     free(status);
     free(scratch);

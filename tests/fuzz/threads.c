@@ -78,21 +78,15 @@ static void run_block(const kernel *k, const rsb_launch *a, int part, int row) {
     free(memory);
 }
 
-/* The number of a kernel in the list. */
-enum {
-#define KERNEL(name, shared, threads, phases) NUMBER_OF_##name,
-    RSB_KERNELS(KERNEL, )
-#undef KERNEL
-};
-
 static int decode_in_threads; /* not only the operation */
 
-static int run_threads(int which, const void *launch, int parts, int rows, int order) {
+static int run_threads(int which, const void *launch, int order) {
     int decodes = which == NUMBER_OF_entropy || which == NUMBER_OF_idct || which == NUMBER_OF_taps;
     if (which != NUMBER_OF_augment && !(decodes && decode_in_threads))
-        return rsb_emulate(which, launch, parts, rows, order);
-    for (int row = 0; row < rows; row++)
-        for (int part = 0; part < parts; part++) run_block(&KERNELS[which], launch, part, row);
+        return rsb_emulate(which, launch, order);
+    const rsb_launch *a = launch;
+    for (uint32_t block = 0; block < a->starts[1]; block++)
+        run_block(&KERNELS[which], a, (int)block, 0);
     return RSB_OK;
 }
 

@@ -213,7 +213,8 @@ def raw_image(rng, size: tuple[int, int], kind: int = 0):
     return stored(np.ascontiguousarray(image).tobytes(), b"", size, raw=True)
 
 
-@pytest.mark.parametrize("out", [(1, 1), (2, 3), (3, 3), (64, 64), (37, 90)], ids=str)
+# pixels that are a multiple of 4, and that are not; more rows and columns than a block does at once
+@pytest.mark.parametrize("out", [(1, 1), (2, 3), (3, 3), (64, 64), (37, 90), (5, 140)], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_each_operation_equals_the_cores(name, out):
     rng = np.random.default_rng(3)
@@ -223,6 +224,32 @@ def test_each_operation_equals_the_cores(name, out):
         core, made, kinds, failed = decode(images, out, [drawn], place=place)
         assert_equal(core, made)
         assert (kinds == native.PACKED_RAW).all() and not failed.any() and not core[1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("out", [(24, 50), (51, 23), (1, 90), (70, 1)], ids=str)
+def test_any_affine_operation_equals_the_cores(out, device):
+    """Also coefficients that are 0, tiny or huge, and whole numbers: borders of the image then lie
+    on the centres of pixels."""
+    rng = np.random.default_rng(out[0])
+    drawn = []
+    for trial in range(300):
+        rows = rng.normal(0, 1, (2, 3))
+        if trial % 3 == 0:
+            rows = rng.integers(-2, 3, (2, 3)) / 2.0
+        rows *= rng.choice([1, 1, 1, 1e-9, 1e4, 0], (2, 3))
+        # a pixel within the image, or near it, that the middle of the output comes from
+        middle = rng.uniform(-0.2, 1.2, 2) * out[::-1]
+        rows[:, 2] = middle - rows[:, :2] @ (np.array(out[::-1]) / 2)
+        if trial % 3 == 0:
+            rows[:, 2] = np.round(2 * rows[:, 2]) / 2
+        drawn.append(layer(native.AFFINE, *rows.clip(-1e6, 1e6).ravel(), filter=trial % 2))
+    images = [raw_image(rng, out, 2) for _ in drawn]
+    core, made, *_, failed = decode(images, out, [np.array(drawn)], place=(device, 0))
+    assert_equal(core, made)
+    assert not failed.any() and not core[1].any()
+    filled = (core[0] == (124, 116, 104)).all(axis=-1)
+    assert 0.1 < filled.mean() < 0.9
 
 
 @pytest.mark.parametrize("device", DEVICES)

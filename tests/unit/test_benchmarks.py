@@ -249,6 +249,23 @@ def test_gpu_check_measures_limits_and_a_short_training(betons, tmp_path):
     assert found["epoch"] == 0 and found["top1"] >= 0
 
 
+def test_gpu_check_counts_the_results_of_several_files_of_tests(tmp_path):
+    import gpu_check
+
+    files = [tmp_path / "test_one.py", tmp_path / "test_two.py"]
+    files[0].write_text("def test_a(): pass\n\n\ndef test_b(): pass\n")
+    files[1].write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_c(): pass\n")
+    options = argparse.Namespace(out=tmp_path, tests=files, test_seconds=100)
+    assert gpu_check.tests(options) == {"tests": 3, "failures": 0, "errors": 0, "skipped": 1}
+    files[1].write_text("def test_c():\n    assert False\n")
+    with pytest.raises(RuntimeError, match="'failures': 1, .*test_two: 1; see the files tests_"):
+        gpu_check.tests(options)
+    files[1].write_text("import time\n\n\ndef test_c():\n    time.sleep(600)\n")
+    options.tests, options.test_seconds = files[1:], 0.1
+    with pytest.raises(RuntimeError, match="test_two: not finished after 0.1 s"):
+        gpu_check.tests(options)
+
+
 def test_gpu_check_table_shows_limits_and_verdicts():
     import gpu_check
 

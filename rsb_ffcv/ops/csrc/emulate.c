@@ -33,19 +33,34 @@ RSB_KERNELS(KERNEL, PHASE)
 
 typedef struct {
     void (*run)(const rsb_launch *, int, int, const int *);
+    uint32_t (*blocks)(const rsb_packed *, int, int);
     int threads;
 } kernel;
 
-#define KERNEL(name, memory, threads, phases) {run_##name, threads},
+#define KERNEL(name, memory, threads, phases) {run_##name, name##_blocks, threads},
 static const kernel KERNELS[] = {RSB_KERNELS(KERNEL, )};
 #undef KERNEL
 
-int rsb_emulate(int which, const void *launch, int parts, int rows, int order) {
+enum { KERNEL_COUNT = sizeof KERNELS / sizeof *KERNELS };
+
+void rsb_block_starts(const void *records, int rows, int height, int width, uint32_t *starts) {
+    for (int which = 0; which < KERNEL_COUNT; which++) {
+        const rsb_packed *p = records;
+        *starts = 0;
+        for (int row = 0; row < rows; row++, starts++)
+            starts[1] = starts[0] + KERNELS[which].blocks(&p[row], height, width);
+        starts++;
+    }
+}
+
+int rsb_emulate(int which, const void *launch, int order) {
     const rsb_launch *a = launch;
     int list[MAX_THREADS];
-    if (which < 0 || which >= (int)(sizeof KERNELS / sizeof *KERNELS)) return RSB_BAD_CALL;
+    if (which < 0 || which >= KERNEL_COUNT) return RSB_BAD_CALL;
     order_threads(list, KERNELS[which].threads, order);
-    for (int row = 0; row < rows; row++)
-        for (int part = 0; part < parts; part++) KERNELS[which].run(a, part, a->first + row, list);
+    for (uint32_t block = 0; block < a->starts[a->rows]; block++) {
+        int place = place_of_block(a, block);
+        KERNELS[which].run(a, (int)(block - a->starts[place]), a->first + place, list);
+    }
     return RSB_OK;
 }

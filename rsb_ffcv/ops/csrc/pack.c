@@ -43,7 +43,7 @@ static void lay_out(rsb_packed *p, rsb_size out, uint64_t first, uint64_t second
     uint64_t columns = p->rows_first ? (uint64_t)p->window.width : (uint64_t)out.width;
     if (p->kind == RSB_JPEG)
         first = larger(first, (uint64_t)4 * p->window.height * p->window.width);
-    first = larger(first, (uint64_t)3 * out.height * out.width);
+    first = larger(first, (uint64_t)4 * out.height * out.width);
     second = larger(second, larger(4 * rows * columns, (uint64_t)8 * out.height));
     axis across = {p->box.left, p->box.width, p->width, out.width, p->filter};
     axis down = {p->box.top, p->box.height, p->height, out.height, p->filter};

@@ -202,11 +202,14 @@ int rsb_pack(int file, const rsb_sample *sample, rsb_slab *slab, int row, int he
 /* RSB_OK or RSB_BAD_CALL: what rsb_augment returns for this layer if there is memory. */
 int rsb_check_layer(const rsb_layer *layer);
 
-/* Runs a device kernel, by its number in the list of shared/kernels.h, on the CPU: all blocks of a
- * grid of parts x rows. order: of the threads in each phase: 0: ascending, 1: descending, others:
- * the seed of a random one. The result does not depend on it. Returns RSB_BAD_CALL for another
- * number. */
-int rsb_emulate(int kernel, const void *launch, int parts, int rows, int order);
+/* Counts the blocks of threads that each device kernel needs for rows of a packed batch. starts:
+ * [kernels][rows + 1]: the first block of each row, and the number of all blocks. */
+void rsb_block_starts(const void *records, int rows, int height, int width, uint32_t *starts);
+
+/* Runs a device kernel, by its number in the list of shared/kernels.h, on the CPU. order: of the
+ * threads in each phase: 0: ascending, 1: descending, others: the seed of a random one. The result
+ * does not depend on it. Returns RSB_BAD_CALL for another number. */
+int rsb_emulate(int kernel, const void *launch, int order);
 
 /* XXH64 of `size` bytes, with seed 0. */
 uint64_t rsb_checksum(const uint8_t *bytes, size_t size);

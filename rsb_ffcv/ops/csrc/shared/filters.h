@@ -11,7 +11,9 @@ enum {
     MIN_SHIFT = 14,
     MAX_SHIFT = 20,
     MAX_WEIGHT = 32767,
-    TAPS_HEADER = 4, /* int32 elements before the device's tables of an axis: the shift */
+    /* int32 elements before the device's tables of an axis: the shift, and the most taps of an
+     * output pixel */
+    TAPS_HEADER = 4,
 };
 
 /* Pixels along one axis: first .. first + count - 1. */

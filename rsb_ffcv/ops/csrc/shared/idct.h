@@ -17,6 +17,11 @@ typedef struct {
     int32_t value[IDCT_BLOCKS][BLOCK_SIDE * IDCT_STRIDE];
 } idct_block;
 
+RSB_SHARED uint32_t idct_blocks(const rsb_packed *p, int height, int width) {
+    (void)height, (void)width;
+    return p->kind == RSB_JPEG ? blocks_for(p->blocks, IDCT_BLOCKS) : 0;
+}
+
 /* One pass on eight values. Constants have 13 fractional bits. `bias` is added to the result.
  * Coefficients of damaged images may overflow: the arithmetic is unsigned, and wraps. */
 RSB_SHARED void idct_pass(uint32_t r[8], int shift, uint32_t bias) {
@@ -51,12 +56,12 @@ RSB_SHARED void idct_columns(const rsb_launch *a, idct_block *s, int part, int r
     const rsb_packed *p = packed_row(a, row);
     int slot = thread / BLOCK_SIDE, x = thread % BLOCK_SIDE;
     uint32_t which = (uint32_t)part * IDCT_BLOCKS + slot;
-    if (p->kind != RSB_JPEG || which >= p->blocks) return;
-    const uint16_t *quant = part_of_block(p, which)->quant;
-    const int16_t *from = (const int16_t *)scratch_of(a, p) + (int64_t)which * BLOCK_SIZE;
+    if (which >= p->blocks) return;
+    const uint16_t *quant = part_of_block(p, which)->quant + x;
+    const int16_t *from = (const int16_t *)scratch_of(a, p) + (int64_t)which * BLOCK_SIZE + x;
     uint32_t r[8];
     for (int y = 0; y < BLOCK_SIDE; y++) {
-        int i = y * BLOCK_SIDE + x;
+        int i = y * BLOCK_SIDE;
         /* 16 bits, as in the core */
         r[y] = (uint32_t)(int16_t)((uint32_t)from[i] * quant[i]);
     }
@@ -69,7 +74,7 @@ RSB_SHARED void idct_rows(const rsb_launch *a, idct_block *s, int part, int row,
     const rsb_packed *p = packed_row(a, row);
     int slot = thread / BLOCK_SIDE, y = thread % BLOCK_SIDE;
     uint32_t which = (uint32_t)part * IDCT_BLOCKS + slot;
-    if (p->kind != RSB_JPEG || which >= p->blocks) return;
+    if (which >= p->blocks) return;
     const rsb_packed_part *c = part_of_block(p, which);
     uint32_t r[8];
     for (int x = 0; x < BLOCK_SIDE; x++) r[x] = (uint32_t)s->value[slot][y * IDCT_STRIDE + x];

@@ -1,5 +1,6 @@
 /* The device kernels. Each is a chain of phases: all threads of a block finish a phase before the
- * next one begins. KERNEL(name, threads, phases) is defined by the includer.
+ * next one begins. The includer defines KERNEL: name, shared memory, threads of a block and phases.
+ * The function <name>_blocks returns the number of blocks that an image needs.
  *
  * Launched in this order; augment once for each layer.
  */

@@ -8,7 +8,7 @@
  *          +--------------------------+--------------------------+------------+
  *          | coefficients             | planes (samples)         | weights of |
  *          | then: window (RGBX)      | then: narrow (RGBX)      | the resize |
- *          | then: copy for an op     | then: row limits         |            |
+ *          | then: op's copy (RGBX)   | then: row limits         |            |
  *          +--------------------------+--------------------------+------------+
  *
  * window: the decoded pixels that the resize reads. narrow: between the two passes of the resize.
@@ -88,17 +88,37 @@ typedef struct {
     rsb_packed_part part[MAX_COMPONENTS];
 } rsb_packed;
 
-/* What a launch of a kernel gets. Block (x, y) of the grid works on part x of row first + y. */
+/* What a launch of a kernel gets. The blocks of the grid are those of row `first`, then those of
+ * the next row: as many for each row as it needs. */
 typedef struct {
     const uint8_t *slab; /* begins with the records of all rows */
     uint8_t *scratch;
-    uint8_t *out;          /* rows x height x width x 3 */
+    uint8_t *out;          /* rows x height x width x 3, at a multiple of 4 */
     int32_t *status;       /* of each row: not 0 where the core must make the row */
     const uint8_t *layers; /* of the kernel `augment`: the first row's rsb_layer */
     int64_t layer_stride;  /* bytes from a row's layer to the next row's */
-    int32_t first, height, width;
-    int32_t unused;
+    /* [rows + 1]: the first block of each row, and the number of all blocks */
+    const uint32_t *starts;
+    int32_t first, rows, height, width;
 } rsb_launch;
+
+/* The place of a block's row in the launch. */
+RSB_SHARED int place_of_block(const rsb_launch *a, uint32_t block) {
+    int low = 0, high = a->rows; /* starts[low] <= block < starts[high] */
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (a->starts[middle] <= block)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The number of blocks that do `count` items, `each` of them a block. */
+RSB_SHARED uint32_t blocks_for(uint64_t count, uint32_t each) {
+    return (uint32_t)((count + each - 1) / each);
+}
 
 RSB_SHARED const rsb_packed *packed_row(const rsb_launch *a, int row) {
     return (const rsb_packed *)a->slab + row;
