@@ -6,7 +6,7 @@ The machine has Linux on x86-64 with glibc 2.34 or later, Python 3.11 or 3.12, P
 torchvision, timm, numba and OpenCV. The bundle has the committed files, the compiled core with
 libturbojpeg beside it, and the other packages for both Pythons. Unpack it there, and run
 
-    ./gpu_check.sh [train.beton]
+    ./gpu_check.sh [--train /absolute/path/train.beton]
 
 It installs nothing: packages of the bundle are found after those of the machine.
 """
@@ -33,11 +33,12 @@ PACKAGES = (
 PURE = ("fonttools",)  # its compiled form is larger and does not help here
 SOURCE = ("fastargs",)  # has no wheel
 SCRIPT = """#!/bin/sh
-# Runs the check on this machine. $1: a .beton file of photographs. The record is in ./record.
+# Runs the check on this machine. The options are those of benchmarks/gpu_check.py, such as
+# --train /absolute/path/train.beton, a file of photographs. The record is in ./record.
 set -eu
 cd "$(dirname "$0")"
 export PYTHONPATH="$PWD/packages:$PWD" RSB_COMMIT={commit}
-exec python3 benchmarks/gpu_check.py --out record ${{1:+--train "$1"}}
+exec python3 benchmarks/gpu_check.py --out record "$@"
 """
 # Python imports it at its start; the packages come last, behind those of the machine.
 CUSTOMIZE = """import os

@@ -3,9 +3,9 @@
     python benchmarks/step.py --train train.beton --out records/<date>_step
 
 For each precision and memory format: images/s on one batch that stays on the device (synthetic) and
-on batches of the loader (loaded), the share of a loaded step that waits for data, the share of a
-step that the optimizer and the average take, and the peak memory. Synthetic and loaded steps run
-interleaved. Out: step.json, and the table on stdout.
+on batches of the loader (loaded), for each way to decode; the share of a loaded step that waits for
+data, the share of a step that the optimizer and the average take, and the peak memory. Synthetic
+and loaded steps run interleaved. Out: step.json, and the table on stdout.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,21 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         "auto", precision, compile=options.compile, channels_last=channels_last, threads=0
     )
     cuda = where.device.type == "cuda"
-    loader = TrainLoader(
-        options.train,
-        batch_size=options.batch,
-        resolution=options.resolution,
-        num_workers=options.workers,
-        rand_augment="rand-m7-mstd0.5-inc1",
-        device=where.device,
-        decode=options.decode,
-    )
-    model: Any = build_model(options.arch, loader.beton.num_classes)
+    started = time.perf_counter()
+    loaders = {
+        way: TrainLoader(
+            options.train,
+            batch_size=options.batch,
+            resolution=options.resolution,
+            num_workers=options.workers,
+            rand_augment="rand-m7-mstd0.5-inc1",
+            device=where.device,
+            decode=way,
+        )
+        for way in options.decode
+    }
+    classes = next(iter(loaders.values())).beton.num_classes
+    model: Any = build_model(options.arch, classes)
     model = model.to(where.device, memory_format=where.memory_format)
     ema = Ema(model, 0.9999)
     optimizer = build_optimizer(
@@ -85,8 +91,10 @@ def measure(options, precision: str, channels_last: bool) -> dict:
             np.arange(options.batch),
         )
     )
-    epochs = itertools.count()
-    loaded = (batch for epoch in epochs for batch in loader.epoch(epoch))
+    loaded = {
+        way: itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+        for way, loader in loaders.items()
+    }
 
     def steps(batches) -> tuple[float, float]:
         """Returns (seconds per step, share of that time spent waiting for data)."""
@@ -98,32 +106,44 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         seconds = time.perf_counter() - started
         return seconds / options.steps, waited / seconds
 
-    def update() -> float:
-        """Returns the seconds of one optimizer step, including the weight average."""
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(options.steps):
-            for parameter in model.parameters():
-                parameter.grad = gradients[parameter]
-            optimizer.step()
-        if cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - started) / options.steps
+    def update() -> None:
+        for parameter in model.parameters():
+            parameter.grad = gradients[parameter]
+        optimizer.step()
 
-    steps(synthetic), steps(loaded)  # compile, tune and fill the caches
+    def update_seconds() -> float:
+        """Returns the seconds of one optimizer step, including the weight average. On a GPU they
+        are the device's: during a step, the host is ahead of it."""
+        if not cuda:
+            started = time.perf_counter()
+            for _ in range(options.steps):
+                update()
+            return (time.perf_counter() - started) / options.steps
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        step(0, synthetic, lr=1e-6, mixing=True)  # the device computes it while the host goes on
+        start.record()
+        update()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    for batches in (synthetic, *loaded.values()):  # compile, tune and fill the caches
+        steps(batches)
+    first_seconds = time.perf_counter() - started
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     gradients = {parameter: torch.full_like(parameter, 1e-6) for parameter in model.parameters()}
     update()
-    found: dict[str, list[float]] = {"synthetic": [], "loaded": [], "waiting": [], "update": []}
+    found: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(options.repeats):
         found["synthetic"].append(steps(synthetic)[0])
-        seconds, share = steps(loaded)
-        found["loaded"].append(seconds)
-        found["waiting"].append(share)
-        found["update"].append(update())
-    loader.close()
+        for way, batches in loaded.items():
+            seconds, share = steps(batches)
+            found[f"loaded, {way}"].append(seconds)
+            found[f"waiting, {way}"].append(share)
+        found["update"].append(update_seconds())
+    for loader in loaders.values():
+        loader.close()
     middle = {name: statistics.median(values) for name, values in found.items()}
     return {
         "precision": where.precision,
@@ -131,11 +151,17 @@ def measure(options, precision: str, channels_last: bool) -> dict:
         "compile": where.compile,
         "device": where.describe(),
         "synthetic_images_per_s": options.batch / middle["synthetic"],
-        "loaded_images_per_s": options.batch / middle["loaded"],
-        "loaded_of_synthetic": middle["synthetic"] / middle["loaded"],
-        "waiting_for_data": middle["waiting"],
+        "loaded": {
+            way: {
+                "images_per_s": options.batch / middle[f"loaded, {way}"],
+                "of_synthetic": middle["synthetic"] / middle[f"loaded, {way}"],
+                "waiting_for_data": middle[f"waiting, {way}"],
+            }
+            for way in loaders
+        },
         "optimizer_and_ema_of_step": middle["update"] / middle["synthetic"],
         "peak_memory_mb": where.peak_memory_mb(),
+        "seconds_to_start": first_seconds,
         "seconds": {name: [round(value, 5) for value in values] for name, values in found.items()},
     }
 
@@ -160,7 +186,7 @@ def main():
         "--formats", nargs="+", default=["channels_last"], choices=["channels_last", "contiguous"]
     )
     parser.add_argument("--compile", default="auto", choices=["auto", "0", "1"])
-    parser.add_argument("--decode", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--decode", nargs="+", default=["cpu"], choices=["cpu", "gpu"])
     options = parser.parse_args()
     results: dict[str, Any] = {
         "command": " ".join(sys.argv),
@@ -168,20 +194,21 @@ def main():
         "rows": [],
     }
     print(
-        "| precision | format | synthetic img/s | loaded img/s | loaded / synthetic | waiting | "
-        "optimizer + EMA | peak MB |"
+        "| precision | format | decode | synthetic img/s | loaded img/s | loaded / synthetic | "
+        "waiting | optimizer + EMA | peak MB |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for precision, form in itertools.product(options.precisions, options.formats):
         row = measure(options, precision, form == "channels_last")
         results["rows"].append(row)
-        print(
-            f"| {row['precision']} | {form} | {row['synthetic_images_per_s']:,.1f} | "
-            f"{row['loaded_images_per_s']:,.1f} | {row['loaded_of_synthetic']:.3f} | "
-            f"{100 * row['waiting_for_data']:.1f} % | "
-            f"{100 * row['optimizer_and_ema_of_step']:.1f} % | {row['peak_memory_mb']:,.0f} |",
-            flush=True,
-        )
+        for way, loaded in row["loaded"].items():
+            print(
+                f"| {row['precision']} | {form} | {way} | {row['synthetic_images_per_s']:,.1f} | "
+                f"{loaded['images_per_s']:,.1f} | {loaded['of_synthetic']:.3f} | "
+                f"{100 * loaded['waiting_for_data']:.1f} % | "
+                f"{100 * row['optimizer_and_ema_of_step']:.1f} % | {row['peak_memory_mb']:,.0f} |",
+                flush=True,
+            )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "step.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -27,6 +27,7 @@ ALIGNMENT = 64
 CAPACITY_STEP = 4 << 20  # slabs have few sizes, so that their memory is reused
 HEAD_BYTES = 4096  # of a packed JPEG, beside its bytes and entry points
 PRIORITY = -1
+MAX_SCRATCH_BYTES = (1 << 31) - 1  # of an image: the kernels number its pixels with 32 bits
 MAX_PASSES = 16  # of all operations on an image, as far as `check` plans for them
 
 
@@ -216,7 +217,7 @@ class DeviceDecoder:
             memory((capacity + ALIGNMENT + SLAB_PADDING,)),
             shape,
             draws=draws,
-            scratch_bytes=self._scratch_bytes,
+            scratch_bytes=min(self._scratch_bytes, MAX_SCRATCH_BYTES),
         )
 
     def check(self, rows: int, side: int) -> None:

@@ -208,7 +208,7 @@ def test_gpu_check_runs_every_part_and_lists_what_fails(betons, tmp_path, monkey
         workers=2,
         repeats=1,
         epochs=1,
-        parts=["limits", "decode", "step", "transforms"],
+        parts=["limits", "decode", "transforms", "step"],
         precisions=["fp32"],
         compile=["0"],
         arch="test_resnet",
@@ -219,7 +219,7 @@ def test_gpu_check_runs_every_part_and_lists_what_fails(betons, tmp_path, monkey
     assert results["failed"] == {"limits": "RuntimeError: this part fails"}
     assert set(results["decode"]["crop"]["ms_per_batch"]) == set(gpu_check.driver.NAMES)
     assert results["decode"]["RandAugment"]["ms_per_batch"]["augment"] > 0
-    assert results["step"]["fp32"]["loaded_images_per_s"] > 0
+    assert all(row["images_per_s"] > 0 for row in results["step"]["fp32"]["loaded"].values())
     text = (tmp_path / "record" / "README.md").read_text()
     assert "FAILED: limits: RuntimeError: this part fails" in text
     assert text.count("not measured") == 5 and text.count("MISSED") == 2
@@ -227,11 +227,14 @@ def test_gpu_check_runs_every_part_and_lists_what_fails(betons, tmp_path, monkey
     assert json.loads((tmp_path / "record" / "check.json").read_text())["environment"]["source"]
 
 
-def test_gpu_check_measures_limits_and_a_short_training(betons, tmp_path):
+def test_gpu_check_measures_limits_and_runs_tests_and_a_short_training(betons, tmp_path):
     import gpu_check
     import torch
 
+    (tmp_path / "test_one.py").write_text("def test_a(): pass\n")
     options = argparse.Namespace(
+        tests=[tmp_path / "test_one.py"],
+        test_seconds=100,
         out=tmp_path,
         device=torch.device("cpu"),
         limit_bytes=1 << 16,
@@ -245,8 +248,13 @@ def test_gpu_check_measures_limits_and_a_short_training(betons, tmp_path):
         ],
     )
     assert all(value > 0 for value in gpu_check.limits(options).values())
-    found = gpu_check.short_training(options)
-    assert found["epoch"] == 0 and found["top1"] >= 0
+    results: dict = {"failed": {}, "seconds": {}}
+    gpu_check.programs(options, results)
+    assert results["training"]["epoch"] == 0 and results["training"]["top1"] >= 0
+    assert results["tests"]["tests"] == 1 and not results["failed"]
+    options.training.append("--training.epochs=none")
+    gpu_check.programs(options, results)
+    assert "training.epochs='none'" in results["failed"]["training"]
 
 
 def test_gpu_check_counts_the_results_of_several_files_of_tests(tmp_path):
@@ -269,7 +277,8 @@ def test_gpu_check_counts_the_results_of_several_files_of_tests(tmp_path):
 def test_gpu_check_table_shows_limits_and_verdicts():
     import gpu_check
 
-    fast = {"loaded_images_per_s": 3700.0, "waiting_for_data": 0.02, "loaded_of_synthetic": 0.98}
+    loaded = {"images_per_s": 3700.0, "waiting_for_data": 0.02, "of_synthetic": 0.98}
+    fast = {"loaded": {"gpu": loaded}}
     results = {
         "decode": {"crop": {"gpu": 50000.0}, "RandAugment": {"gpu": 20000.0}},
         "step": {"fp16 compile": fast},

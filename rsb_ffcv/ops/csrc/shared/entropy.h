@@ -12,7 +12,8 @@
 
 enum {
     ENTROPY_THREADS = 128,
-    ENTROPY_LOOKUP = 9, /* bits that index `symbol` */
+    ENTROPY_LOOKUP = 10, /* bits that index `symbol` */
+    SECTOR_BYTES = 32,   /* what a cache loads at once */
 };
 
 typedef struct {
@@ -124,11 +125,11 @@ RSB_SHARED int next_symbol(bit_reader *r, const entropy_block *s, int table) {
     return code_symbol(s, table, bits, length);
 }
 
-/* Reads `size` value bits, 1 .. 15. */
+/* Reads `size` value bits, 0 .. 15, and applies EXTEND of the standard. No bits: 0. */
 RSB_SHARED int next_value(bit_reader *r, int size) {
-    int value = (int)(r->bits >> (64 - size));
+    int value = (int)(r->bits >> 1 >> (63 - size));
     drop_bits(r, size);
-    return extend(value, size);
+    return value < 1 << size >> 1 ? value - (1 << size) + 1 : value;
 }
 
 /* Reads a block with the tables `dc` and `ac`. Its coefficients are written to `to`, in natural
@@ -137,8 +138,7 @@ RSB_SHARED int decode_block(bit_reader *r, const entropy_block *s, int dc, int a
                             int32_t *prediction, int16_t *to) {
     int size = next_symbol(r, s, dc);
     if (size < 0) return -1;
-    int value = *prediction;
-    if (size) value += next_value(r, size);
+    int value = *prediction + next_value(r, size);
     *prediction = value;
     if (to) {
         for (int i = 0; i < BLOCK_SIZE / 4; i++) ((rsb_long *)to)[i] = 0;
@@ -151,8 +151,7 @@ RSB_SHARED int decode_block(bit_reader *r, const entropy_block *s, int dc, int a
         if (!size && symbol != ZERO_RUN) return symbol ? -1 : 0;
         place += (symbol >> 4) + 1;
         if (place > LAST_PLACE) return -1;
-        if (!size) continue;
-        value = next_value(r, size);
+        value = next_value(r, size); /* of ZERO_RUN: 0 */
         if (to) to[s->natural[place]] = (int16_t)value;
     }
     return 0;
@@ -171,6 +170,9 @@ RSB_SHARED void entropy_decode(const rsb_launch *a, entropy_block *s, int part, 
     entry += (int64_t)mcu_row * (p->segments_per_row + 1) + segment;
     uint32_t base = ((const uint32_t *)(a->slab + p->bases))[mcu_row];
     uint32_t start = base + entry->bit / 8;
+    /* Threads that run together wait for each other's loads: these are to be short. */
+    for (uint32_t at = start; at < base + entry[1].bit / 8; at += SECTOR_BYTES)
+        rsb_prefetch(a->slab + at);
 
     bit_reader r;
     r.next = (const rsb_word *)a->slab + start / 4;

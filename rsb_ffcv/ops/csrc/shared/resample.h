@@ -1,4 +1,4 @@
-/* Device kernels: the weights of a resize, and its two passes. One output pixel per thread.
+/* Device kernels: the weights of a resize, and its two passes.
  *
  * The result is that of resample.c, where the formats of weights and sums are explained.
  */
@@ -12,6 +12,7 @@ enum {
     TAPS_THREADS = 256,
     TAPS_GROUPS = 16, /* of threads, in the search for the largest weight */
     RESAMPLE_THREADS = 256,
+    RESAMPLE_EACH = 4, /* output pixels of a thread */
 };
 
 /* The vertical axis of a resize, or the horizontal one. */
@@ -117,47 +118,70 @@ typedef struct {
     int32_t unused;
 } resample_block;
 
-/* Pixels of 3 or 4 bytes. stride: bytes from a row to the next. */
+/* A pass: its weights, and the pixels that it reads. */
 typedef struct {
-    const uint8_t *at;
-    int64_t stride;
-    int pixel_bytes;
-} source_pixels;
+    const int32_t *taps;
+    const int16_t *weights;
+    int shift, most;
+    const uint8_t *from;
+    int pixel_bytes;       /* 3 or 4 */
+    uint32_t along, aside; /* pixels from a tap to the next, and from a line to the next */
+} resample_pass;
 
-/* RGBX, or RGB and another byte. Pixels of 4 bytes are aligned. */
-RSB_SHARED uint32_t load_pixel(const uint8_t *at, int pixel_bytes) {
-    if (pixel_bytes == 4) return *(const rsb_word *)at;
-    return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16;
+RSB_SHARED resample_pass pass_of(const rsb_launch *a, const rsb_packed *p, int down,
+                                 const uint8_t *from, int pixel_bytes, int from_width) {
+    resample_pass r;
+    axis x = axis_of(a, p, down);
+    int32_t *taps = taps_of(a, p, down);
+    r.taps = taps;
+    r.weights = weights_of(taps, &x);
+    r.shift = taps[0];
+    r.most = taps[1];
+    r.from = from;
+    r.pixel_bytes = pixel_bytes;
+    r.along = down ? (uint32_t)from_width : 1;
+    r.aside = down ? 1 : (uint32_t)from_width;
+    return r;
 }
 
-/* One output pixel of a pass: output pixel `i` of `out` of the axis, in row (or column) `other` of
- * the source. Returns RGBX. */
-RSB_SHARED uint32_t pass_pixel(const int32_t *taps, int out, source_pixels from, int down, int i,
-                               int other) {
-    int shift = taps[0], most = taps[1];
-    int first = taps[TAPS_HEADER + 2 * i], count = taps[TAPS_HEADER + 2 * i + 1];
-    const int16_t *w = (const int16_t *)(taps + TAPS_HEADER + 2 * out) + (int64_t)i * most;
-    int64_t step = down ? from.stride : from.pixel_bytes;
-    const uint8_t *at = from.at + first * step + other * (down ? from.pixel_bytes : from.stride);
-    int r = 1 << (shift - 1), g = r, b = r;
-    for (int k = 0; k < count; k++, at += step) {
-        uint32_t pixel = load_pixel(at, from.pixel_bytes);
+/* RGBX, or RGB and another byte. Pixels of 4 bytes are aligned. */
+RSB_SHARED uint32_t load_pixel(const uint8_t *from, uint32_t which, int pixel_bytes) {
+    if (pixel_bytes == 4) return ((const rsb_word *)from)[which];
+    from += 3 * (uint64_t)which;
+    return (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16;
+}
+
+/* Output pixel `i` of the pass, of line `line`. Returns RGBX. */
+RSB_SHARED uint32_t pass_pixel(const resample_pass *p, int i, int line) {
+    int first = p->taps[TAPS_HEADER + 2 * i], count = p->taps[TAPS_HEADER + 2 * i + 1];
+    const int16_t *w = p->weights + i * p->most;
+    uint32_t at = (uint32_t)first * p->along + (uint32_t)line * p->aside;
+    int r = 1 << (p->shift - 1), g = r, b = r;
+    for (int k = 0; k < count; k++, at += p->along) {
+        uint32_t pixel = load_pixel(p->from, at, p->pixel_bytes);
         r += (int)(pixel & 255) * w[k];
         g += (int)(pixel >> 8 & 255) * w[k];
         b += (int)(pixel >> 16 & 255) * w[k];
     }
-    return (uint32_t)(clamp(r >> shift) | clamp(g >> shift) << 8 | clamp(b >> shift) << 16);
+    return (uint32_t)(clamp(r >> p->shift) | clamp(g >> p->shift) << 8 |
+                      clamp(b >> p->shift) << 16);
 }
 
 RSB_SHARED uint32_t first_pass_blocks(const rsb_packed *p, int height, int width) {
     if (p->kind == RSB_PIXELS) return 0;
     uint64_t rows = (uint64_t)(p->rows_first ? height : p->window.height);
-    return blocks_for(rows * (uint64_t)(p->rows_first ? p->window.width : width), RESAMPLE_THREADS);
+    return blocks_for(rows * (uint64_t)(p->rows_first ? p->window.width : width),
+                      RESAMPLE_THREADS * RESAMPLE_EACH);
 }
 
 RSB_SHARED uint32_t second_pass_blocks(const rsb_packed *p, int height, int width) {
     (void)p;
-    return blocks_for((uint64_t)height * (uint64_t)width, RESAMPLE_THREADS);
+    return blocks_for((uint64_t)height * (uint64_t)width, RESAMPLE_THREADS * RESAMPLE_EACH);
+}
+
+/* Pixel `k` of a thread. */
+RSB_SHARED uint32_t resample_place(int part, int thread, int k) {
+    return ((uint32_t)part * RESAMPLE_EACH + (uint32_t)k) * RESAMPLE_THREADS + (uint32_t)thread;
 }
 
 /* The first pass, from the window to `narrow`: horizontal, unless p->rows_first. */
@@ -165,19 +189,18 @@ RSB_SHARED void resample_first(const rsb_launch *a, resample_block *s, int part,
                                int thread) {
     (void)s;
     const rsb_packed *p = packed_row(a, row);
-    uint32_t which = (uint32_t)part * RESAMPLE_THREADS + (uint32_t)thread;
-    uint32_t height = (uint32_t)(p->rows_first ? a->height : p->window.height);
-    uint32_t width = (uint32_t)(p->rows_first ? p->window.width : a->width);
-    if (which >= height * width) return;
-    source_pixels from;
-    from.pixel_bytes = p->kind == RSB_RAW ? 3 : 4;
-    from.stride = (int64_t)p->window.width * from.pixel_bytes;
-    from.at = p->kind == RSB_RAW ? a->slab + p->pixels : scratch_of(a, p);
-    int y = (int)(which / width), x = (int)(which % width);
+    int down = p->rows_first, raw = p->kind == RSB_RAW;
+    uint32_t height = (uint32_t)(down ? a->height : p->window.height);
+    uint32_t width = (uint32_t)(down ? p->window.width : a->width);
+    resample_pass pass = pass_of(a, p, down, raw ? a->slab + p->pixels : scratch_of(a, p),
+                                 raw ? 3 : 4, p->window.width);
     uint32_t *narrow = (uint32_t *)(scratch_of(a, p) + p->second);
-    int down = p->rows_first;
-    narrow[which] = pass_pixel(taps_of(a, p, down), down ? a->height : a->width, from, down,
-                               down ? y : x, down ? x : y);
+    for (int k = 0; k < RESAMPLE_EACH; k++) {
+        uint32_t which = resample_place(part, thread, k);
+        if (which >= height * width) return;
+        int y = (int)(which / width), x = (int)(which % width);
+        narrow[which] = pass_pixel(&pass, down ? y : x, down ? x : y);
+    }
 }
 
 /* The second pass, from `narrow` to the batch. Copies finished pixels. */
@@ -185,25 +208,30 @@ RSB_SHARED void resample_second(const rsb_launch *a, resample_block *s, int part
                                 int thread) {
     (void)s;
     const rsb_packed *p = packed_row(a, row);
-    uint32_t which = (uint32_t)part * RESAMPLE_THREADS + (uint32_t)thread;
-    uint32_t width = (uint32_t)a->width;
-    if (which >= (uint32_t)a->height * width) return;
-    uint8_t *to = out_of(a, row) + 3 * (uint64_t)which;
+    uint32_t width = (uint32_t)a->width, count = (uint32_t)a->height * width;
+    uint8_t *out = out_of(a, row);
     if (p->kind == RSB_PIXELS) {
-        for (int c = 0; c < 3; c++) to[c] = a->slab[p->pixels + 3 * (uint64_t)which + c];
+        const uint8_t *pixels = a->slab + p->pixels;
+        for (int k = 0; k < RESAMPLE_EACH; k++) {
+            uint64_t which = resample_place(part, thread, k);
+            if (which >= count) return;
+            for (int c = 0; c < 3; c++) out[3 * which + c] = pixels[3 * which + c];
+        }
         return;
     }
-    source_pixels from;
-    from.pixel_bytes = 4;
-    from.stride = 4 * (int64_t)(p->rows_first ? p->window.width : a->width);
-    from.at = scratch_of(a, p) + p->second;
-    int y = (int)(which / width), x = (int)(which % width);
     int down = !p->rows_first;
-    uint32_t rgbx = pass_pixel(taps_of(a, p, down), down ? a->height : a->width, from, down,
-                               down ? y : x, down ? x : y);
-    to[0] = (uint8_t)rgbx;
-    to[1] = (uint8_t)(rgbx >> 8);
-    to[2] = (uint8_t)(rgbx >> 16);
+    resample_pass pass =
+        pass_of(a, p, down, scratch_of(a, p) + p->second, 4, down ? a->width : p->window.width);
+    for (int k = 0; k < RESAMPLE_EACH; k++) {
+        uint32_t which = resample_place(part, thread, k);
+        if (which >= count) return;
+        int y = (int)(which / width), x = (int)(which % width);
+        uint32_t rgbx = pass_pixel(&pass, down ? y : x, down ? x : y);
+        uint8_t *to = out + 3 * (uint64_t)which;
+        to[0] = (uint8_t)rgbx;
+        to[1] = (uint8_t)(rgbx >> 8);
+        to[2] = (uint8_t)(rgbx >> 16);
+    }
 }
 
 #endif

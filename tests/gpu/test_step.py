@@ -1,11 +1,6 @@
-"""Training on CUDA: fp16 with the gradient scaler, torch.compile, weight averages, and steps that
-do not synchronize. Skipped if there is no CUDA device."""
+"""The training step on CUDA: it does not synchronize, and LAMB takes few kernel launches. Skipped
+if there is no CUDA device."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,89 +17,8 @@ from rsb_ffcv.loading import Batch
 from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.step import TrainStep
-from tests.stops import Stop, wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-ROOT = Path(__file__).parents[2]
-
-
-def command(betons, folder, precision, **more):
-    flags = {
-        "data.train_dataset": betons / "train.beton",
-        "data.val_dataset": betons / "val.beton",
-        "data.num_workers": 4,
-        "data.in_memory": 1,
-        "logging.folder": folder,
-        "model.arch": "resnet18",
-        "resolution.min_res": 32,
-        "resolution.max_res": 32,
-        "mix.mixup": 0.2,
-        "lr.lr": 0.01,
-        "lr.lr_schedule_type": "cosine",
-        "lr.warmup_epochs": 1,
-        "training.epochs": 8,
-        "training.batch_size": 16,
-        "training.global_batch": 32,
-        "training.optimizer": "lamb",
-        "training.weight_decay": 0.02,
-        "ema.decay": 0.9,
-        "ema.warmup": 1,
-        "validation.batch_size": 10,
-        "validation.resolution": 32,
-        "compute.precision": precision,
-        **more,
-    }
-    return [
-        sys.executable,
-        "train_imagenet.py",
-        *(f"--{name}={value}" for name, value in flags.items()),
-    ]
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_compiled_run_and_its_average_learn(betons, tmp_path, precision):
-    done = subprocess.run(
-        command(betons, tmp_path / "run", precision),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"precision {precision}, compile on" in done.stdout.splitlines()[0]
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["top1"] > 60 and last["ema_top1"] > 60 and last["val_images"] == 27
-
-
-def test_a_killed_run_resumes_to_losses_near_those_of_an_uninterrupted_run(betons, tmp_path):
-    """CUDA's sums are not reproducible bit for bit, so losses are compared with a tolerance."""
-    more = {"compute.compile": 0, "checkpoint.every_steps": 1, "model.drop_path": 0.1}
-    whole, killed = (
-        command(betons, tmp_path / name, "fp16", **more) for name in ("whole", "killed")
-    )
-    assert subprocess.run(whole, cwd=ROOT, timeout=900).returncode == 0
-    stop = Stop(("epoch 2", 1), tmp_path, 1)
-    process = subprocess.Popen(
-        [sys.executable, "tests/stops.py", *killed[2:]], cwd=ROOT, env={**os.environ, **stop.env}
-    )
-    wait_until(
-        lambda: stop.reached() and len(list((tmp_path / "killed").glob("checkpoint_*"))) == 2,
-        process,
-    )
-    process.kill()
-    process.wait()
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "killed")
-    ]
-    assert len(logs[1]) == 8
-    for one, other in zip(*logs):
-        assert (
-            one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
-            and one["lr"] == other["lr"]
-        )
 
 
 @pytest.mark.parametrize("precision, clip", [("fp16", 0.0), ("fp16", 1.0), ("bf16", 0.0)])
@@ -145,8 +59,7 @@ def test_no_step_synchronizes_with_the_device(precision, clip, optimizer):
 
 
 def test_lamb_on_the_device_equals_timms_with_a_fifth_of_its_kernel_launches():
-    """Kernel launches as counted by the profiler, of the foreach and of the compiled step, for
-    ResNet-50."""
+    """Kernel launches as counted by the profiler, of the foreach and of the compiled step."""
     torch.manual_seed(0)
     found = {}
     for name, make in (
@@ -155,7 +68,7 @@ def test_lamb_on_the_device_equals_timms_with_a_fifth_of_its_kernel_launches():
         ("compiled", lambda groups: Lamb(groups, lr=0.005, compiled=True)),
     ):
         torch.manual_seed(0)
-        model = build_model("resnet50", 1000).cuda()
+        model = build_model("resnet18", 1000).cuda()
         optimizer = make(decay_groups(model, 0.02))
         for number in range(6):
             generator = torch.Generator("cuda").manual_seed(number)
