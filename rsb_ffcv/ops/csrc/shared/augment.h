@@ -33,15 +33,15 @@ enum {
     GROUP_VALUES = VALUES / VALUE_GROUPS,
 };
 
-/* The values of a group that pixels have. */
+/* Of a group of values: the number of pixels, and the smallest and largest value that they have. */
 typedef struct {
     uint32_t pixels;
     int32_t low, high; /* VALUES, -1: none */
-} used_values;
+} value_group;
 
 typedef struct {
     uint32_t counts[3][VALUES];
-    used_values used[3][VALUE_GROUPS];
+    value_group groups[3][VALUE_GROUPS];
     uint8_t tables[3][VALUES];
     uint32_t sums[AUGMENT_THREADS];
     uint64_t of_group[AUGMENT_GROUPS];
@@ -201,7 +201,7 @@ RSB_SHARED void histogram_phase(const augment_task *t, augment_block *s, int thr
     }
     if (phase == 2 && thread < 3 * VALUE_GROUPS) {
         int c = thread / VALUE_GROUPS, group = thread % VALUE_GROUPS;
-        used_values used = {0, VALUES, -1};
+        value_group used = {0, VALUES, -1};
         for (int v = group * GROUP_VALUES; v < (group + 1) * GROUP_VALUES; v++) {
             uint32_t count = s->counts[c][v];
             used.pixels += count;
@@ -209,7 +209,7 @@ RSB_SHARED void histogram_phase(const augment_task *t, augment_block *s, int thr
             used.low = used.low < v ? used.low : v;
             used.high = v;
         }
-        s->used[c][group] = used;
+        s->groups[c][group] = used;
     }
 }
 
@@ -241,42 +241,34 @@ RSB_SHARED int mean_grey(const augment_task *t, const augment_block *s) {
     return (int)((double)sum / t->pixels + 0.5);
 }
 
-/* The lowest and the highest value of a channel, and the number of pixels below value `v`. */
-RSB_SHARED used_values used_below(const augment_block *s, int c, int v) {
-    used_values found = {0, VALUES, -1};
+/* The values of a channel. below: the number of pixels of smaller values than `v`. */
+RSB_SHARED used_values used_in(const augment_block *s, int c, int v, uint32_t *below) {
+    used_values found = {VALUES, -1, 0};
+    uint32_t sum = 0;
     for (int i = 0; i < VALUE_GROUPS; i++) {
-        used_values used = s->used[c][i];
-        found.pixels += i < v / GROUP_VALUES ? used.pixels : 0;
-        found.low = found.low < used.low ? found.low : used.low;
-        found.high = found.high > used.high ? found.high : used.high;
+        value_group group = s->groups[c][i];
+        sum += i < v / GROUP_VALUES ? group.pixels : 0;
+        found.low = found.low < group.low ? found.low : group.low;
+        found.high = found.high > group.high ? found.high : group.high;
     }
-    for (int i = v / GROUP_VALUES * GROUP_VALUES; i < v; i++) found.pixels += s->counts[c][i];
+    for (int i = v / GROUP_VALUES * GROUP_VALUES; i < v; i++) sum += s->counts[c][i];
+    found.last = s->counts[c][found.high];
+    *below = sum;
     return found;
-}
-
-/* autocontrast_table of pillow.h, for one value */
-RSB_SHARED int autocontrast_value(used_values used, int v) {
-    double scale = used.high > used.low ? 255.0 / (used.high - used.low) : 1;
-    double offset = used.high > used.low ? -used.low * scale : 0;
-    return clamp((int)(v * scale + offset));
-}
-
-/* equalize_table of pillow.h, for one value: 32 bits, as images have fewer than 2^29 pixels. */
-RSB_SHARED int equalize_value(const augment_task *t, used_values used, uint32_t last, int v) {
-    uint32_t step = ((uint32_t)t->pixels - last) / 255;
-    if (used.low == used.high || !step) return v;
-    uint32_t value = (step / 2 + used.pixels) / step;
-    return value > 255 ? 255 : (int)value;
 }
 
 /* What value `v` of channel `c` becomes. */
 RSB_SHARED int changed_value(const augment_task *t, const augment_block *s, int c, int v) {
     double x = t->layer->argument[0];
     switch (t->layer->op) {
-    case RSB_AUTOCONTRAST: return autocontrast_value(used_below(s, c, v), v);
+    case RSB_AUTOCONTRAST: {
+        uint32_t below;
+        return autocontrast_value(used_in(s, c, v, &below), v);
+    }
     case RSB_EQUALIZE: {
-        used_values used = used_below(s, c, v);
-        return equalize_value(t, used, s->counts[c][used.high], v);
+        uint32_t below;
+        used_values used = used_in(s, c, v, &below);
+        return equalize_value(used, (uint32_t)t->pixels, below, v);
     }
     case RSB_INVERT: return 255 - v;
     case RSB_POSTERIZE: return v & posterize_mask(x);

@@ -6,32 +6,47 @@
 
 /* ---- tables of 256 values ---- */
 
+/* The values of a channel that occur: the smallest and the largest one, and the number of pixels of
+ * the largest. */
+typedef struct {
+    int low, high;
+    uint32_t last;
+} used_values;
+
+RSB_SHARED used_values find_used(const uint32_t *counts) {
+    used_values u = {0, 255, 0};
+    while (u.low < 255 && !counts[u.low]) u.low++;
+    while (u.high > 0 && !counts[u.high]) u.high--;
+    u.last = counts[u.high];
+    return u;
+}
+
+RSB_SHARED int autocontrast_value(used_values u, int v) {
+    double scale = u.high > u.low ? 255.0 / (u.high - u.low) : 1;
+    double offset = u.high > u.low ? -u.low * scale : 0;
+    return clamp((int)(v * scale + offset));
+}
+
+/* pixels: of the image. below: of them, those of smaller values than `v`. */
+RSB_SHARED int equalize_value(used_values u, uint32_t pixels, uint32_t below, int v) {
+    uint32_t step = (pixels - u.last) / 255;
+    if (u.low == u.high || !step) return v;
+    uint32_t value = (step / 2 + below) / step;
+    return value > 255 ? 255 : (int)value;
+}
+
 RSB_SHARED void autocontrast_table(const uint32_t *counts, uint8_t *table) {
-    int low = 0;
-    int high = 255;
-    while (low < 255 && !counts[low]) low++;
-    while (high > 0 && !counts[high]) high--;
-    double scale = high > low ? 255.0 / (high - low) : 1;
-    double offset = high > low ? -low * scale : 0;
-    for (int v = 0; v < 256; v++) table[v] = (uint8_t)clamp((int)(v * scale + offset));
+    used_values used = find_used(counts);
+    for (int v = 0; v < 256; v++) table[v] = (uint8_t)autocontrast_value(used, v);
 }
 
 RSB_SHARED void equalize_table(const uint32_t *counts, uint8_t *table) {
-    uint64_t total = 0;
-    uint64_t last = 0; /* pixels of the largest value */
-    int used = 0;      /* different values */
+    used_values used = find_used(counts);
+    uint32_t pixels = 0, below = 0;
+    for (int v = 0; v < 256; v++) pixels += counts[v];
     for (int v = 0; v < 256; v++) {
-        if (!counts[v]) continue;
-        last = counts[v];
-        total += last;
-        used++;
-    }
-    uint64_t step = (total - last) / 255;
-    uint64_t n = step / 2;
-    for (int v = 0; v < 256; v++) {
-        uint64_t value = used > 1 && step ? n / step : (uint64_t)v;
-        table[v] = (uint8_t)(value > 255 ? 255 : value);
-        n += counts[v];
+        table[v] = (uint8_t)equalize_value(used, pixels, below, v);
+        below += counts[v];
     }
 }
 
