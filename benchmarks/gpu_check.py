@@ -251,8 +251,8 @@ def decode(options) -> dict:
     return found
 
 
-def training_step(options, found: dict) -> None:
-    for compiled, precision in itertools.product(options.compile, options.precisions):
+def training_step(options, results: dict) -> None:
+    for precision, compiled in itertools.product(options.precisions, options.compile):
         settings = SimpleNamespace(
             train=options.train,
             arch=options.arch,
@@ -266,7 +266,8 @@ def training_step(options, found: dict) -> None:
             decode=["gpu", "cpu"],
         )
         name = f"{precision}{' compile' if compiled == '1' else ''}"
-        found[name] = step.measure(settings, precision, True)
+        results["step"][name] = step.measure(settings, precision, True)
+        write_record(results, options)  # a compiler may take minutes for the next one
 
 
 def transforms(options) -> dict:
@@ -425,7 +426,7 @@ def check(options) -> dict:
         "limits": lambda: results.update(limits=limits(options)),
         "decode": lambda: results.update(decode=decode(options)),
         "transforms": lambda: results.update(transforms=transforms(options)),
-        "step": lambda: training_step(options, results["step"]),
+        "step": lambda: training_step(options, results),
     }
     for name in options.parts:
         with part(results, name):
@@ -467,7 +468,7 @@ def main() -> int:
     vars(options).update(
         device=torch.device("cuda"),
         limit_bytes=1 << 28,
-        tests=[*sorted((ROOT / "tests/gpu").glob("*.py")), ROOT / "tests/parity/test_gpu.py"],
+        tests=[*sorted((ROOT / "tests/gpu").glob("test_*.py")), ROOT / "tests/parity/test_gpu.py"],
         test_seconds=240,
         epochs=4,
         compile=["1", "0"],
