@@ -31,7 +31,6 @@ class Lamb(Optimizer):
     trust_clip: limit trust ratios to 1 (LAMBC).
     always_adapt: use trust ratios for groups without weight decay too.
     decoupled_decay: multiply the weights by 1 - lr x weight_decay instead, as in AdamW.
-    compiled: compile the step with torch.compile.
 
     A state_dict can be loaded into timm's Lamb, and timm's into this one. A state that uses
     `caution` or `corrected_weight_decay` raises InputError. `step` overwrites the gradients.
@@ -40,7 +39,6 @@ class Lamb(Optimizer):
     # torch.amp.GradScaler then passes found_inf and the scale to `step`, on the device, instead of
     # waiting for their values.
     _step_supports_amp_scaling = True
-    _compiled = False
 
     def __init__(
         self,
@@ -56,13 +54,7 @@ class Lamb(Optimizer):
         trust_clip: bool = False,
         always_adapt: bool = False,
         decoupled_decay: bool = False,
-        compiled: bool = False,
     ) -> None:
-        if compiled:
-            self._compiled = True
-            self._prepare, self._update = (
-                torch.compile(part, fullgraph=True, dynamic=False) for part in (_prepare, _update)
-            )
         super().__init__(
             params,
             {
@@ -128,7 +120,7 @@ class Lamb(Optimizer):
         if found_inf is not None:
             applied = 1 - found_inf.to(grads[0].device)
             scale = None if scale is None else scale.to(grads[0].device)
-        self._prepare(grads, applied, scale, limit=self.defaults["max_grad_norm"])
+        _prepare(grads, applied, scale, limit=self.defaults["max_grad_norm"])
         for group, params, group_grads in work:
             self._step_group(group, params, group_grads, applied=applied)
         return loss
@@ -150,8 +142,7 @@ class Lamb(Optimizer):
         bias_correction1, bias_correction2 = (
             (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
         )
-        # As tensors: `applied` is on the device, and a compiler would specialize on numbers.
-        if applied is not None or self._compiled:
+        if applied is not None:  # as tensors, because it is on the device
             device = params[0].device
             bias_correction1, bias_correction2, lr = (
                 value.float()
@@ -159,12 +150,11 @@ class Lamb(Optimizer):
                 else torch.full((), value, device=device)
                 for value in (bias_correction1, bias_correction2, lr)
             )
-            applied = torch.ones((), device=device) if applied is None else applied
             bias_correction1 = torch.where(applied > 0, bias_correction1, 1.0)
             bias_correction2 = torch.where(applied > 0, bias_correction2, 1.0)
         for chunk in _chunks(params):
             states = [self.state[p] for p in params[chunk]]
-            self._update(
+            _update(
                 params[chunk],
                 grads[chunk],
                 exp_avgs=[state["exp_avg"] for state in states],
@@ -211,11 +201,14 @@ def _prepare(
     if applied is not None:
         for grad in grads:
             grad.nan_to_num_(0, 0, 0)
-        if scale is not None:
-            torch._foreach_div_(grads, scale)
+    divisor = scale
     if limit is not None:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        torch._foreach_div_(grads, (norm / limit).clamp_(min=1.0))
+        # One division by the product saves a pass over the gradients. The scale is a power of 2.
+        divisor = (norm / limit if scale is None else norm / scale / limit).clamp_(min=1.0)
+        divisor = divisor if scale is None else divisor * scale
+    if divisor is not None:
+        torch._foreach_div_(grads, divisor)
 
 
 def _update(
@@ -299,6 +292,3 @@ def _update(
     else:
         torch._foreach_mul_(updates, -step_size * scale)
         torch._foreach_add_(params, updates)
-
-
-Lamb._prepare, Lamb._update = staticmethod(_prepare), staticmethod(_update)

@@ -46,7 +46,6 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     momentum: float,
-    compiled: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds an optimizer by name.
 
@@ -59,7 +58,6 @@ def build_optimizer(
     lr: the peak learning rate.
     weight_decay: for the tensors that `decay_groups` decays.
     momentum: of "sgd" and of timm's optimizers with momentum.
-    compiled: compile the step of "lamb".
 
     Raises InputError if timm has no such optimizer, or if it cannot be built.
     """
@@ -76,7 +74,7 @@ def build_optimizer(
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
     if optimizer == "lamb":
-        return Lamb(groups, lr=lr, compiled=compiled)
+        return Lamb(groups, lr=lr)
     check_optimizer(optimizer)
     try:
         return timm.optim.create_optimizer_v2(

@@ -294,7 +294,6 @@ def train_step(
             lr=c.lr.lr,
             weight_decay=c.training.weight_decay,
             momentum=c.training.momentum,
-            compiled=where.compile and where.device.type == "cuda",
         ),
         loss=Loss(
             kind=c.training.loss,

@@ -87,16 +87,6 @@ def test_fifty_steps_equal_timms(settings, foreach):
     assert_equal(theirs, ours)
 
 
-@pytest.mark.long
-def test_fifty_compiled_steps_equal_timms():
-    theirs, ours = pair(
-        lambda groups: timm.optim.Lamb(groups, lr=0.005),
-        lambda groups: Lamb(groups, lr=0.005, compiled=True),
-    )
-    steps(50, theirs, ours)
-    assert_equal(theirs, ours, 3e-6)  # for the tensor of one element; the others are within 1e-6
-
-
 def test_state_dicts_are_exchangeable_with_timms():
     theirs, ours = pair(
         lambda groups: timm.optim.Lamb(groups, lr=0.005), lambda groups: Lamb(groups, lr=0.005)
