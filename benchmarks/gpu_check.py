@@ -395,7 +395,7 @@ def plot(results: dict, path: Path) -> None:
         axes[0].bar(np.arange(len(rows)) + offset, rows, 0.4, label=f"decode={way}")
     axes[0].set_xticks(range(len(results["decode"])), list(results["decode"]))
     axes[0].set_ylabel("images/s")
-    axes[0].legend()
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2, frameon=False)
     bottom = np.zeros(len(results["decode"]))
     for kernel in driver.NAMES:
         ms = np.array([row["ms_per_batch"][kernel] for row in results["decode"].values()])
@@ -403,7 +403,7 @@ def plot(results: dict, path: Path) -> None:
         bottom += ms
     axes[1].set_xticks(range(len(bottom)), list(results["decode"]))
     axes[1].set_ylabel("ms per batch, kernels one after another")
-    axes[1].legend()
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
 

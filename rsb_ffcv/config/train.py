@@ -76,10 +76,10 @@ class DataOptions:
         choices=("raise", "skip"),
     )
     decode: str = option(
-        "cpu",
+        "auto",
         "what decodes, crops and augments; gpu: the training device (with compute.device=cpu it is "
-        "emulated, which is slow); auto: the faster one, measured at the start. The images have "
-        "the same bytes",
+        "emulated, which is slow); auto: the faster one, measured at the start of a run on a GPU. "
+        "The images have the same bytes",
         choices=("cpu", "gpu", "auto"),
     )
     decode_memory_mb: int = option(

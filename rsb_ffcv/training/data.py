@@ -50,10 +50,10 @@ class Data:
 def faster_decode(make: Callable[[str], TrainLoader]) -> tuple[str, str]:
     """Measures both ways to decode. Returns the faster one, "cpu" or "gpu", and the reason.
 
-    make: returns a loader that decodes in the given way. If it raises InputError for "gpu", the
-        choice is "cpu".
+    make: returns a loader that decodes in the given way. If it raises InputError for "gpu", or if
+        the first batch has other bytes, the choice is "cpu".
     """
-    rates = {}
+    rates, images_of = {}, {}
     for decode in ("cpu", "gpu"):
         try:
             loader = make(decode)
@@ -62,13 +62,15 @@ def faster_decode(make: Callable[[str], TrainLoader]) -> tuple[str, str]:
                 raise
             return "cpu", f"gpu cannot be used: {error}"
         with closing(loader), closing(loader.epoch(0)) as batches:
-            next(batches)  # starts the threads and the kernels
+            images_of[decode] = next(batches).images.cpu()  # starts the threads and the kernels
             started, images = perf_counter(), 0
             for batch in islice(batches, MEASURED_BATCHES):
                 images += len(batch.labels)
             if loader.device.type == "cuda":
                 torch.cuda.synchronize(loader.device)
             rates[decode] = images / (perf_counter() - started)
+    if not torch.equal(images_of["cpu"], images_of["gpu"]):
+        return "cpu", "the images that the gpu makes are wrong; please report it"
     best = "gpu" if rates["gpu"] > rates["cpu"] else "cpu"
     return best, f"{rates['cpu']:.0f} images/s with cpu, {rates['gpu']:.0f} with gpu"
 
@@ -84,7 +86,6 @@ def _chosen_decode(c: TrainConfig, where: Compute, threads: int, *, console: Con
     if c.data.decode != "auto":
         return c.data.decode
     if on_cpu:
-        console.info("data.decode=auto: cpu, because this run has no GPU")
         return "cpu"
 
     def measure() -> str:

@@ -479,6 +479,17 @@ def test_auto_decode_takes_the_faster_way_and_says_why(betons, monkeypatch):
     Clock.slower = "gpu"
     assert data.faster_decode(make) == ("cpu", "16 images/s with cpu, 8 with gpu")
 
+    def wrong(decode):
+        loader = make(decode)
+        if decode == "gpu":
+            loader.seed = 1
+        return loader
+
+    assert data.faster_decode(wrong) == (
+        "cpu",
+        "the images that the gpu makes are wrong; please report it",
+    )
+
     def fails(decode):
         if decode == "gpu":
             raise InputError("no driver")
