@@ -2,7 +2,7 @@
 must print the same lines before and after a refactoring.
 
 A line has the name of a run and the SHA-256 (first 16 digits) of its newest checkpoint, its log and
-its final weights, without timings and without the wording of events. The hash covers every loss,
+its final weights, without timings, options and the wording of events. The hash covers every loss,
 weight, average, count and decision of the run. Hashes are comparable between two commits on the
 same machine with the same versions, not between machines.
 """
@@ -54,6 +54,8 @@ def digest(folder: Path) -> str:
         torch.load(path, weights_only=True) for path in sorted(folder.glob("final_weights*.pt"))
     ]
     log, saved = rows(folder), state(folder)
+    for name in ("recipe", "lineage"):  # not results; a new option adds to them
+        saved.pop(name, None)
     for row in log + saved["rows"]:  # the number of events, not their wording
         row["events"] = len(row.get("events", []))
     for part in parts([saved, log, weights]):

@@ -180,6 +180,12 @@ class LrOptions:
     lr_peak_epoch: int = option(2, "cyclic: epoch (counted from 0) of the peak", low=0)
     step_ratio: float = option(0.1, "step: factor of the learning rate at each step", low=0)
     step_length: int = option(30, "step: epochs between two steps", low=1)
+    from_epoch: int = option(
+        0,
+        "epoch (counted from 0) at whose beginning warm-up and schedule begin, over the epochs "
+        "that are left; for a branch, which otherwise follows the schedule of all epochs",
+        low=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +333,17 @@ class CheckpointOptions:
     )
     warm_start_from: str = option(
         "model", "which weights of that checkpoint to use", choices=("model", "ema", "swa")
+    )
+    branch: str = option(
+        "",
+        "run folder or checkpoint that a new run continues under a changed recipe: it takes over "
+        "weights, optimizer, averages and epoch; from the middle of an epoch only if order, images "
+        "and batches stay the same",
+    )
+    branch_optimizer: str = option(
+        "keep",
+        "branch: keep the optimizer's state (moments), or begin a new one",
+        choices=("keep", "new"),
     )
 
 
@@ -495,6 +512,17 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
         raise InputError(
             f"lr.warmup_epochs={c.lr.warmup_epochs:g}: lr.lr_schedule_type="
             f"{c.lr.lr_schedule_type} has no warm-up; set it to 0 or choose another schedule"
+        )
+    if c.lr.from_epoch + c.lr.warmup_epochs > c.training.epochs - (c.lr.from_epoch > 0):
+        raise InputError(
+            f"lr.from_epoch={c.lr.from_epoch}: the schedule would begin at or after the end, with "
+            f"training.epochs={c.training.epochs} and lr.warmup_epochs={c.lr.warmup_epochs:g}; "
+            f"lower it or train more epochs"
+        )
+    if c.checkpoint.branch and c.checkpoint.warm_start:
+        raise InputError(
+            f"checkpoint.branch={c.checkpoint.branch}: checkpoint.warm_start gives other initial "
+            f"weights; remove one of them"
         )
     if c.ema.decay == 1:
         raise InputError(

@@ -29,6 +29,8 @@ class Schedule:
     warmup_lr: learning rate of the first step of the warm-up.
     min_lr: learning rate at the end of the cosine or polynomial.
     peak_epoch, step_ratio, step_length, power: see kind.
+    from_epoch: the epoch at whose beginning warm-up and schedule begin, over the epochs that are
+        left. Earlier steps have the first value. The epochs of cyclic and step count from it.
     swa_epochs: number of last epochs that use swa_lr; 0: none. At their beginning, the learning
         rate falls from the schedule's value to swa_lr, and then stays there.
     swa_lr: see swa_epochs.
@@ -48,6 +50,7 @@ class Schedule:
     step_ratio: float = 0.1
     step_length: int = 30
     power: float = 1.0
+    from_epoch: int = 0
     swa_epochs: int = 0
     swa_lr: float = 0.0
     swa_anneal_epochs: float = 0.0
@@ -82,6 +85,7 @@ class Schedule:
         )
 
     def _base(self, step: int) -> float:
+        step = max(0, step - self.from_epoch * self.steps_per_epoch)
         if self.kind in ("cyclic", "step"):
             at_epoch = self._cyclic if self.kind == "cyclic" else self._step
             epoch, fraction = (
@@ -95,7 +99,8 @@ class Schedule:
         if self.kind == "constant":
             return self.peak
         start = 0 if self.kind == "cosine_spanning" else warmup
-        progress = (step - start) / max(1, self.total_steps - start)
+        total = (self.epochs - self.from_epoch) * self.steps_per_epoch
+        progress = (step - start) / max(1, total - start)
         if self.kind == "polynomial":
             return self.min_lr + (self.peak - self.min_lr) * (1 - progress) ** self.power
         return self.min_lr + 0.5 * (self.peak - self.min_lr) * (1 + math.cos(math.pi * progress))
@@ -103,11 +108,12 @@ class Schedule:
     def _cyclic(self, epoch: int) -> float:
         if epoch <= self.peak_epoch and self.peak_epoch > 0:
             return self.peak * (1e-4 + (1 - 1e-4) * epoch / self.peak_epoch)
-        return self.peak * max(0.0, (self.epochs - epoch) / max(1, self.epochs - self.peak_epoch))
+        epochs = self.epochs - self.from_epoch
+        return self.peak * max(0.0, (epochs - epoch) / max(1, epochs - self.peak_epoch))
 
     def _step(self, epoch: int) -> float:
         return (
             0.0
-            if epoch >= self.epochs
+            if epoch >= self.epochs - self.from_epoch
             else self.peak * self.step_ratio ** (epoch // self.step_length)
         )

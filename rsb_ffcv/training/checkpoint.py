@@ -22,6 +22,7 @@ import torch
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
 from rsb_ffcv.reporting.log import METRICS
+from rsb_ffcv.training import facts
 
 FIX = "free space or choose another logging.folder"
 SHOWN = 5  # number of differences between recipes that a message lists
@@ -276,26 +277,20 @@ def _step(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
-def _shown(value: object) -> object:
-    return value if value != "" else "''"
-
-
 def check_recipe(saved: dict, current: dict, folder: Path) -> None:
     """Raises InputError if the run in `folder` has another recipe. The message names the options
     that differ."""
-    differing = sorted(
-        f"{section}.{key}: {_shown(saved.get(section, {}).get(key))} in the folder, "
-        f"{_shown(value)} now"
-        for section, options in current.items()
-        for key, value in options.items()
-        if saved.get(section, {}).get(key) != value
-    )
+    differing = [
+        f"{option}: {facts.shown(old)} in the folder, {facts.shown(new)} now"
+        for option, (old, new) in facts.changes(saved, current).items()
+    ]
     if differing:
         more = len(differing) - SHOWN
         listed = "; ".join(differing[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
         raise InputError(
-            f"{folder} contains a run of another recipe ({listed}); use its options, "
-            f"another logging.folder, or checkpoint.warm_start to start from its weights"
+            f"{folder} contains a run of another recipe ({listed}); use its options, or another "
+            f"logging.folder with checkpoint.branch={folder} to continue it under this recipe, or "
+            f"with checkpoint.warm_start to start from its weights"
         )
 
 

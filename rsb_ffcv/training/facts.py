@@ -2,6 +2,7 @@
 be equal on all processes of a job."""
 
 import platform
+from dataclasses import fields
 
 import numpy
 import timm
@@ -9,7 +10,7 @@ import torch
 
 from rsb_ffcv import __version__
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import TrainConfig
+from rsb_ffcv.config.train import SECTIONS, TrainConfig
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.ops.native import checksum
 from rsb_ffcv.training.compute import Compute
@@ -56,8 +57,28 @@ def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
         "train_fingerprint": beton.fingerprint(),
         "order": c.data.order,
     }
-    kept["checkpoint"] = {"warm_start": c.checkpoint.warm_start}
+    kept["checkpoint"] = {
+        name: every["checkpoint"][name] for name in ("warm_start", "branch", "branch_optimizer")
+    }
     return kept
+
+
+def changes(saved: dict, current: dict) -> dict[str, tuple[object, object]]:
+    """What differs between the recipe of a checkpoint and another one: {option: (old, new)}. An
+    option that the version of the checkpoint did not have counts as its default."""
+    found = {}
+    for section, options in current.items():
+        before = {item.name: item.default for item in fields(SECTIONS[section])}
+        before |= saved.get(section, {})
+        for name, value in options.items():
+            if before.get(name) != value:
+                found[f"{section}.{name}"] = (before.get(name), value)
+    return dict(sorted(found.items()))
+
+
+def shown(value: object) -> object:
+    """An option's value in a message."""
+    return value if value != "" else "''"
 
 
 def shared(

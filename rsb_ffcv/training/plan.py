@@ -65,6 +65,10 @@ class Plan:
             schedule=self._schedule,
         )
 
+    def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0 over the run."""
+        return self._schedule.lr(step)
+
     def is_regular(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is a regular one: at the end of an epoch, or at
         a multiple of checkpoint.every_steps. Every run of the recipe saves these."""
@@ -99,6 +103,7 @@ def _schedule(c: TrainConfig, steps_per_epoch: int) -> Schedule:
         step_ratio=c.lr.step_ratio,
         step_length=c.lr.step_length,
         power=c.lr.power,
+        from_epoch=c.lr.from_epoch,
         swa_epochs=c.swa.epochs,
         swa_lr=c.swa.lr,
         swa_anneal_epochs=c.swa.anneal_epochs,

@@ -23,6 +23,7 @@ class Progress:
     step: number of optimizer steps done.
     rows: the log, one dict per finished epoch.
     best: top-1 in per cent, epoch and step of the best epoch so far.
+    lineage: the runs that this one continues, the oldest first, see `branch.take_over`.
 
     weight: mix groups of a step that this process takes, as a multiple of the mean over processes.
     """
@@ -32,6 +33,7 @@ class Progress:
         self.step = 0
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Any] = dict(NO_BEST)
+        self.lineage: list[dict[str, Any]] = []
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -142,6 +144,7 @@ class Progress:
             "step": self.step,
             "rows": self.rows,
             "best": self.best,
+            "lineage": self.lineage,
             "epoch": {
                 "processes": compute.gather([counted]),
                 "unread": self.unread,
@@ -153,6 +156,7 @@ class Progress:
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.rows, self.best = state["step"], list(state["rows"]), state["best"]
+        self.lineage = state.get("lineage", [])  # earlier versions have none
         self.begin_epoch()
         epoch = state["epoch"]
         mine = _shared_out(epoch["processes"], self._compute.world_size)[self._compute.rank]

@@ -19,7 +19,7 @@ from rsb_ffcv.learning.model import check_arch
 from rsb_ffcv.learning.optimizer import check_optimizer
 from rsb_ffcv.reporting import log
 from rsb_ffcv.reporting.console import Console
-from rsb_ffcv.training import batch_norm, build, checkpoint, compute
+from rsb_ffcv.training import batch_norm, branch, build, checkpoint, compute
 from rsb_ffcv.training.data import open_data
 from rsb_ffcv.training.evaluate import Evaluator
 from rsb_ffcv.training.health import GoBack, Stop
@@ -72,7 +72,8 @@ class Trainer:
             if where.world_size > 1:
                 check_shared(self.folder)
         found = newest(store)
-        model = build.model(c, self.data.num_classes, where, new=found is None)
+        source = branch.find(c.checkpoint.branch) if c.checkpoint.branch and not found else None
+        model = build.model(c, self.data.num_classes, where, new=found is None and source is None)
         if found is None and c.checkpoint.warm_start:
             self.console.info(f"starting from the weights of {c.checkpoint.warm_start}")
         self.ema, self.swa = build.averages(c, model, self.data.train_loader.global_batch)
@@ -116,6 +117,12 @@ class Trainer:
         )
         if found is not None:
             self.checkpointer.resume(*found, self.plan.total_steps)
+        elif source is not None:
+            path, saved = source
+            for line in branch.take_over(c, state, self.plan, path=path, saved=saved):
+                self.console.info(line)
+            if not c.training.eval_only:
+                self.checkpointer.save_epoch(None)  # from here on, the run needs no other folder
         if c.data.in_memory:
             self.data.preload(lambda: interrupt.received is not None)
 
@@ -147,7 +154,8 @@ class Trainer:
         if self.compute.is_main:
             # The log may be ahead of the checkpoint if the run was killed between the two.
             log.write_metrics(self.folder, self.progress.rows)
-            log.write_json(self.folder / "config.json", as_dict(self.config))
+            lineage = {"lineage": self.progress.lineage} if self.progress.lineage else {}
+            log.write_json(self.folder / "config.json", as_dict(self.config) | lineage)
         while len(self.progress.rows) < self.plan.epochs:
             try:
                 epoch = self.plan[len(self.progress.rows)]
