@@ -82,7 +82,7 @@ def take_over(c: TrainConfig, state: State, plan: Plan, *, path: Path, saved: di
         "swa": swa is not None and swa["models"] > 0 and not swa["finished"] and averaging,
     }
     try:
-        _load(c, state, saved, goes_on)
+        _load(c, state, saved, goes_on=goes_on)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(
             f"checkpoint.branch={path}: does not fit the recipe ({first_line(error)}); use its "
@@ -114,11 +114,11 @@ def take_over(c: TrainConfig, state: State, plan: Plan, *, path: Path, saved: di
         f"branch of {path}, after {counted(done, 'epoch')}"
         + ("" if at_end else " and a part of the next one"),
         *(f"  {line}" for line in settings or ["no setting is changed"]),
-        *(f"  {line}" for line in _follows(c, state, plan, goes_on)),
+        *(f"  {line}" for line in _follows(c, state, plan, goes_on=goes_on)),
     ]
 
 
-def _load(c: TrainConfig, state: State, saved: dict, goes_on: dict[str, bool]) -> None:
+def _load(c: TrainConfig, state: State, saved: dict, *, goes_on: dict[str, bool]) -> None:
     state.model.load_state_dict(saved["model"])
     if c.checkpoint.branch_optimizer == "keep":
         old = saved["recipe"]["training"]["optimizer"]
@@ -140,7 +140,7 @@ def _load(c: TrainConfig, state: State, saved: dict, goes_on: dict[str, bool]) -
     state.progress.load_state_dict(saved)
 
 
-def _follows(c: TrainConfig, state: State, plan: Plan, goes_on: dict[str, bool]) -> list[str]:
+def _follows(c: TrainConfig, state: State, plan: Plan, *, goes_on: dict[str, bool]) -> list[str]:
     """What the new recipe means for the run from here on."""
     done, factor = len(state.progress.rows), state.health.lr_factor
     steps = plan.steps_per_epoch
