@@ -59,7 +59,7 @@ def add_core(folder: Path) -> None:
     ops = folder / "rsb_ffcv" / "ops"
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--force"],
-        cwd=ROOT,
+        cwd=folder,  # the committed source, as all of the bundle
         check=True,
         env={**os.environ, "LDFLAGS": "-Wl,-rpath,$ORIGIN -Wl,--disable-new-dtags"},
     )

@@ -69,14 +69,17 @@ def compare(curve: dict, rows: list[dict]) -> list[tuple[int, float, float | Non
 
 def readme(options, c: TrainConfig, *, curve: dict, rows: list[dict]) -> str:
     about = runner.environment(["torch", "torchvision", "timm", "numba"])
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+    )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     hours = sum(row["seconds"] + row.get("val_seconds", 0) for row in rows) / 3600
     text = [
         f"# {options.recipe}: {len(rows)} of {c.training.epochs} epochs",
         "",
         f"`{' '.join(['benchmarks/reproduce.py', *sys.argv[1:]])}`, {about['date']}, commit "
-        f"{done.stdout.strip() or 'unknown'}.",
+        f"{commit or 'unknown'}{' with changed files' if changed else ''}.",
         f"{options.processes} process{'es' if options.processes > 1 else ''}; "
         f"{', '.join(gpus) or 'no GPU'}; {about['cores']} cores of {about['processor']}; "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())

@@ -31,6 +31,7 @@ from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.learning.optimizer import build_optimizer
 from rsb_ffcv.loading import Batch, TrainLoader
 from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.loading.loader import BATCHES_AHEAD, IMAGES_AHEAD
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.step import TrainStep
 
@@ -118,6 +119,11 @@ def measure(options, precision: str, channels_last: bool) -> dict:
 
     def steps(batches) -> tuple[float, float]:
         """Returns (seconds per step, share of that time spent waiting for data)."""
+        if batches is not synthetic:  # the loader has prefetched in the meantime
+            for _ in range(max(BATCHES_AHEAD, -(-IMAGES_AHEAD // options.batch)) + 2):
+                step(0, batches, lr=1e-6, mixing=True)
+            if cuda:
+                torch.cuda.synchronize()
         started, waited = time.perf_counter(), 0.0
         for _ in range(options.steps):
             waited += step(0, batches, lr=1e-6, mixing=True)[1]
@@ -129,7 +135,8 @@ def measure(options, precision: str, channels_last: bool) -> dict:
     def update() -> None:
         for parameter in model.parameters():
             parameter.grad = gradients[parameter]
-        optimizer.step()
+        step.scaler.step(optimizer)  # in fp16 the optimizer does more
+        step.scaler.update()
 
     for batches in (synthetic, *loaded.values()):  # compile, tune and fill the caches
         steps(batches)

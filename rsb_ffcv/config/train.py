@@ -84,14 +84,15 @@ class DataOptions:
     )
     decode_memory_mb: int = option(
         1024,
-        "decode=gpu: bound of the device memory for packed and partly decoded images, in MiB",
+        "decode=gpu: bound of the device memory for packed and partly decoded images, in MiB; for "
+        "each of the two loaders",
         low=16,
         high=65536,
     )
     affinity: bool = option(
         True,
         "run on the cores of the NUMA node of the process's GPU, where the machine's topology is "
-        "known",
+        "known; a process alone on the machine does so only if the GPU decodes",
     )
 
 

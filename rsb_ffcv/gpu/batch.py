@@ -24,9 +24,9 @@ from rsb_ffcv.ops.native import (
 )
 
 ALIGNMENT = 64
-CAPACITY_STEP = 4 << 20  # slabs have few sizes, so that their memory is reused
+LEAST_SLAB = 4 << 20
+MAX_SLAB = (1 << 32) - (1 << 20)  # offsets in a slab have 32 bits
 HEAD_BYTES = 4096  # of a packed JPEG, beside its bytes and entry points
-PRIORITY = -1
 MAX_SCRATCH_BYTES = (1 << 31) - 1  # of an image: the kernels number its pixels with 32 bits
 MAX_PASSES = 16  # of all operations on an image, as far as `check` plans for them
 
@@ -178,13 +178,12 @@ class DeviceDecoder:
         self.device, self.memory_mb = device, memory_mb
         is_gpu = device.type == "cuda"
         self.driver: driver.Driver = driver.Cuda(device) if is_gpu else driver.Emulator(order)
-        # before the kernels of a training step: these are long, and wait for the next batch
-        self.stream = torch.cuda.Stream(device, priority=PRIORITY) if is_gpu else None
+        self.stream = torch.cuda.Stream(device) if is_gpu else None
         self._copying = torch.cuda.Stream(device) if is_gpu else None
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         # Two slabs may be on the device: that of the batch in progress, and the next one.
         self._scratch_bytes = (memory_mb << 20) // 2
-        self._slab_bytes = (memory_mb << 20) // 4
+        self._slab_bytes = min((memory_mb << 20) // 4, MAX_SLAB)
 
     def slab(
         self,
@@ -211,10 +210,11 @@ class DeviceDecoder:
             self._raise_too_large(shape, least)
         packed = samples["size"] + 3 * samples["entry_bytes"].astype(np.uint64) + HEAD_BYTES
         most = fixed + int(np.maximum(packed, row_bytes).sum())
-        capacity = -(-min(most, self._slab_bytes) // CAPACITY_STEP) * CAPACITY_STEP
-        capacity = max(least, min(capacity, self._slab_bytes))
+        # A power of 2, as torch's allocator of pinned memory takes: few sizes, which are reused
+        extra = ALIGNMENT + SLAB_PADDING
+        size = max(LEAST_SLAB, 1 << (most + extra - 1).bit_length())
         return Slab(
-            memory((capacity + ALIGNMENT + SLAB_PADDING,)),
+            memory((min(size, self._slab_bytes + extra),)),
             shape,
             draws=draws,
             scratch_bytes=min(self._scratch_bytes, MAX_SCRATCH_BYTES),
@@ -224,12 +224,17 @@ class DeviceDecoder:
         """Raises InputError if `memory_mb` is too little for batches of `rows` images of `side` x
         `side` pixels."""
         draws = MAX_PASSES * LAYER.itemsize
-        least = rows * (PACKED.itemsize + draws + 3 * side * side + ALIGNMENT) + CAPACITY_STEP
+        least = rows * (PACKED.itemsize + draws + 3 * side * side + ALIGNMENT) + LEAST_SLAB
         least += _starts_bytes(rows)
         if least > self._slab_bytes:
             self._raise_too_large((rows, side, side, 3), least)
 
     def _raise_too_large(self, shape: tuple[int, int, int, int], least: int) -> NoReturn:
+        if least > MAX_SLAB:
+            raise InputError(
+                f"`batch_size`={shape[0]}: images of {shape[1]} px are too many to decode on the "
+                f"device; lower it, or {driver.FIX}"
+            )
         raise InputError(
             f"`memory_mb`={self.memory_mb}: too little to decode batches of {shape[0]} images of "
             f"{shape[1]} px on the device; use {-(-4 * least >> 20)} or more, or {driver.FIX}"
@@ -264,7 +269,9 @@ class DeviceDecoder:
         needed = max(part.scratch_bytes for part in parts)
         if len(self._scratch) < needed + ALIGNMENT:
             self._scratch = torch.empty(0, dtype=torch.uint8)  # freed before the larger one
-            self._scratch = torch.empty(needed + ALIGNMENT, dtype=torch.uint8, device=self.device)
+            # with room for larger batches, so that it seldom grows
+            size = max(needed, min(needed + needed // 4, self._scratch_bytes)) + ALIGNMENT
+            self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
         images = torch.empty(slab.shape, dtype=torch.uint8, device=self.device)
         status = torch.zeros(rows, dtype=torch.int32, device=self.device)
         for part in parts:

@@ -1,6 +1,7 @@
 """Runs the device kernels: on a GPU, compiled at start by torch's NVRTC, or emulated on a CPU."""
 
 import ctypes
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +45,8 @@ class Emulator:
 class Cuda:
     """Runs the kernels on a GPU, on torch's current stream.
 
-    Raises InputError if they cannot be compiled for the device or loaded.
+    Raises InputError if they cannot be compiled for the device or loaded. `launch` raises
+    RuntimeError, as torch does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,21 +55,26 @@ class Cuda:
         self._driver = driver
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # creates the context
-            image, _ = compile_for(*torch.cuda.get_device_capability(device))
-            self._module = self._call(driver.cuModuleLoadData, image)
+            self._load(compile_for(*torch.cuda.get_device_capability(device))[0])
+
+    def _load(self, image: bytes) -> None:
+        try:
+            self._module = self._call(self._driver.cuModuleLoadData, image)
             self._functions = [
-                self._call(driver.cuModuleGetFunction, self._module, b"rsb_" + name.encode())
+                self._call(self._driver.cuModuleGetFunction, self._module, b"rsb_" + name.encode())
                 for name in NAMES
             ]
+        except RuntimeError as error:
+            raise InputError(
+                f"`decode`=gpu: {error}; update the NVIDIA driver if it is older than CUDA "
+                f"{torch.version.cuda}, or {FIX}"
+            ) from error
 
     def _call(self, function: Any, *arguments: object) -> Any:
         status, *results = function(*arguments)
         if status:
             text = self._driver.cuGetErrorString(status)[1]
-            raise InputError(
-                f"`decode`=gpu: {function.__name__} failed ({text.decode() if text else status}); "
-                f"update the NVIDIA driver, or {FIX}"
-            )
+            raise RuntimeError(f"{function.__name__} failed ({text.decode() if text else status})")
         return results[0] if results else None
 
     def launch(self, kernel: int, argument: np.ndarray, blocks: int) -> None:
@@ -95,6 +102,7 @@ def bindings(name: str) -> Any:
         ) from error
 
 
+@cache
 def compile_for(major: int, minor: int, ptx: bool = False) -> tuple[bytes, str]:
     """Compiles the kernels for a compute capability. Returns a cubin and the compiler's log.
 
@@ -114,10 +122,7 @@ def compile_for(major: int, minor: int, ptx: bool = False) -> tuple[bytes, str]:
                 f"nvidia-cuda-nvrtc, or {FIX}"
             ) from error
         if status:
-            raise InputError(
-                f"`decode`=gpu: the kernels cannot be compiled for compute capability "
-                f"{major}.{minor} ({function.__name__}: {status.name}); {FIX}"
-            )
+            raise InputError(f"`decode`=gpu: {function.__name__} failed ({status.name}); {FIX}")
         return results[0] if results else None
 
     wanted = 10 * major + minor
@@ -143,9 +148,15 @@ def compile_for(major: int, minor: int, ptx: bool = False) -> tuple[bytes, str]:
         # products must not be fused into sums: the results are the CPU core's to the bit
         b"--fmad=false",
     ]
-    call(nvrtc.nvrtcCompileProgram, program, len(options), options)
-    log = bytes(call(nvrtc.nvrtcGetProgramLogSize, program))
-    call(nvrtc.nvrtcGetProgramLog, program, log)
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    buffer = bytes(call(nvrtc.nvrtcGetProgramLogSize, program))
+    call(nvrtc.nvrtcGetProgramLog, program, buffer)
+    log = buffer.rstrip(b"\0").decode()
+    if status:
+        raise InputError(
+            f"`decode`=gpu: the kernels cannot be compiled for compute capability {major}.{minor} "
+            f"({status.name}: {log.strip().partition(chr(10))[0]}); {FIX}"
+        )
     size_of, get = (
         (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
         if exact
@@ -153,4 +164,4 @@ def compile_for(major: int, minor: int, ptx: bool = False) -> tuple[bytes, str]:
     )
     image = bytes(call(size_of, program))
     call(get, program, image)
-    return image, log.rstrip(b"\0").decode()
+    return image, log

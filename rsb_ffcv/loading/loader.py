@@ -221,7 +221,8 @@ class _Loader:
         """Completes a batch: makes the rows that the device has left to the CPU, and lets the
         current stream wait for the rest."""
         begun, images, indices, decoded = sent
-        stream = self._copying if decoded is None or self._decoder is None else self._decoder.stream
+        # not on the stream of the decoder, which is busy with the next batch
+        stream = self._copying
         for row in decoded.failed_rows() if decoded is not None else ():
             indices = indices.copy()
             address = begun.address._replace(slots=begun.address.slots[row : row + 1])
@@ -230,6 +231,7 @@ class _Loader:
                 indices[row], image = self._replacement(
                     ops, begun, int(row), status=wrong, order=order
                 )
+            # The device has finished the other rows: failed_rows has waited for it.
             with torch.cuda.stream(stream):  # of a CPU: None, which changes nothing
                 images[row].copy_(image, non_blocking=True)
         labels = torch.from_numpy(self.beton.labels[indices])
@@ -240,6 +242,9 @@ class _Loader:
             labels = labels.pin_memory().to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(stream)
+        if decoded is not None and decoded.finished is not None:
+            current.wait_event(decoded.finished)
+            images.record_stream(stream)
         for part in (images, labels):
             part.record_stream(current)
         return Batch(images, labels, slots)
@@ -344,7 +349,7 @@ class TrainLoader(_Loader):
     world_size: number of processes that share each step.
     device: device of the batches.
     decode: "cpu", or "gpu": the device decodes, crops and augments; the batches have the same
-        bytes. If `device` is a CPU, it emulates the device. `ops` must be "cpu".
+        bytes. If `device` is a CPU, it emulates the device. `ops` must be empty.
     memory_mb: bound of the device memory for decoding, beside the batches, in MiB.
 
     Raises InputError if the file is damaged or holds fewer images than a step takes, or if a

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, first_line, option_names
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.reporting.console import Console
@@ -50,29 +50,31 @@ class Data:
 def faster_decode(make: Callable[[str], TrainLoader]) -> tuple[str, str]:
     """Measures both ways to decode. Returns the faster one, "cpu" or "gpu", and the reason.
 
-    make: returns a loader that decodes in the given way. If it raises InputError for "gpu", or if
-        the first batch has other bytes, the choice is "cpu".
+    make: returns a loader that decodes in the given way. If "gpu" fails, or if its first batch has
+        other bytes, the choice is "cpu".
     """
-    rates, images_of = {}, {}
-    for decode in ("cpu", "gpu"):
-        try:
-            loader = make(decode)
-        except InputError as error:
-            if decode == "cpu":
-                raise
-            return "cpu", f"gpu cannot be used: {error}"
-        with closing(loader), closing(loader.epoch(0)) as batches:
-            images_of[decode] = next(batches).images.cpu()  # starts the threads and the kernels
-            started, images = perf_counter(), 0
+
+    def measure(decode: str) -> tuple[float, torch.Tensor]:
+        """Returns images/s from the first batch on, and the images of the first batch."""
+        with closing(make(decode)) as loader, closing(loader.epoch(0)) as batches:
+            started, first = perf_counter(), next(batches)
+            images = len(first.labels)
             for batch in islice(batches, MEASURED_BATCHES):
                 images += len(batch.labels)
             if loader.device.type == "cuda":
                 torch.cuda.synchronize(loader.device)
-            rates[decode] = images / (perf_counter() - started)
-    if not torch.equal(images_of["cpu"], images_of["gpu"]):
+            return images / (perf_counter() - started), first.images.cpu()
+
+    measure("cpu")  # brings the images into the page cache, for both ways
+    with_cpu, expected = measure("cpu")
+    try:
+        with_gpu, made = measure("gpu")
+    except (InputError, RuntimeError) as error:  # RuntimeError: of CUDA
+        return "cpu", f"gpu cannot be used: {first_line(error)}"
+    if not torch.equal(made, expected):
         return "cpu", "the images that the gpu makes are wrong; please report it"
-    best = "gpu" if rates["gpu"] > rates["cpu"] else "cpu"
-    return best, f"{rates['cpu']:.0f} images/s with cpu, {rates['gpu']:.0f} with gpu"
+    best = "gpu" if with_gpu > with_cpu else "cpu"
+    return best, f"{with_cpu:.0f} images/s with cpu, {with_gpu:.0f} with gpu"
 
 
 def _chosen_decode(c: TrainConfig, where: Compute, threads: int, *, console: Console) -> str:
@@ -88,10 +90,15 @@ def _chosen_decode(c: TrainConfig, where: Compute, threads: int, *, console: Con
     if on_cpu:
         return "cpu"
 
+    def make(decode: str) -> TrainLoader:
+        if decode == "gpu":  # whether the validation fits too
+            build.val_loader(c, where, 1, decode=decode).close()
+        loader = build.train_loader(c, where, threads, decode=decode)
+        loader.check_memory(c.resolution.max_res)
+        return loader
+
     def measure() -> str:
-        decode, reason = faster_decode(
-            lambda decode: build.train_loader(c, where, threads, decode=decode)
-        )
+        decode, reason = faster_decode(make)
         console.info(f"data.decode=auto: {decode} ({reason})")
         return decode
 
@@ -106,12 +113,21 @@ def open_data(c: TrainConfig, where: Compute, console: Console) -> Iterator[Data
     the job do not have the same data, options and versions.
     """
     threads = where.loader_threads(c.data.num_workers)
-    if c.data.affinity and where.device.type == "cuda":
-        # after the number of threads is known: each process of the machine gets its share of all
-        moved = affinity.move_to_device(affinity.bus_id_of(where.device))
-        if moved:
-            console.info(moved)
+
+    def move() -> None:
+        if c.data.affinity and where.device.type == "cuda":
+            moved = affinity.move_to_device(affinity.bus_id_of(where.device))
+            if moved:
+                console.info(moved)
+
+    # After the number of threads is known: each process of the machine gets its share of all cores.
+    # A process alone on the machine needs all of them, unless the device decodes.
+    alone = where.local_world_size == 1
+    if not alone:
+        move()
     decode = _chosen_decode(c, where, threads, console=console)
+    if alone and decode == "gpu":
+        move()
     with (
         closing(build.train_loader(c, where, threads, decode=decode)) as train_loader,
         closing(build.val_loader(c, where, threads, decode=decode)) as val_loader,

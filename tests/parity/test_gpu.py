@@ -324,6 +324,26 @@ def test_memory_bounds_do_not_change_the_pixels():
     assert [side for side, kind in zip(sides, kinds) if kind == native.PACKED_PIXELS] == [300, 400]
 
 
+def test_slabs_stay_within_32_bit_offsets():
+    """Whatever `memory_mb` allows: more images than fit are left to the core."""
+    device = DeviceDecoder(torch.device("cpu"), 65536)
+    samples = np.zeros(4096, native.SAMPLE)
+    samples["size"] = 4 << 20
+    sizes = []
+
+    def memory(shape):
+        sizes.extend(shape)
+        return torch.empty(1 << 26, dtype=torch.uint8)
+
+    shape = (4096, 32, 32, 3)
+    device.slab(samples, shape, draws=[], memory=memory)
+    assert (1 << 31) < sizes[0] < 1 << 32
+    with pytest.raises(
+        InputError, match="`batch_size`=30000: images of 224 px are too many to dec"
+    ):
+        device.check(30_000, 224)
+
+
 def test_too_little_device_memory_is_named_in_one_line(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
@@ -453,9 +473,18 @@ def test_driver_that_fails_is_named_in_one_line(monkeypatch):
     with pytest.raises(
         InputError,
         match=r"^`decode`=gpu: cuModuleLoadData failed \(the provided PTX was compiled with an "
-        r"unsupported toolchain\); update the NVIDIA driver, or use `decode`=cpu$",
+        r"unsupported toolchain\); update the NVIDIA driver if it is older than CUDA [\d.]+, or "
+        r"use `decode`=cpu$",
     ):
-        cuda._call(cuda._driver.cuModuleLoadData, b"")
+        cuda._load(b"")
+
+
+def test_kernels_that_do_not_compile_are_named_with_the_compilers_reason(monkeypatch, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "kernels.h").write_text("#error no such luck\n")
+    monkeypatch.setattr(driver, "CSRC", tmp_path)
+    with pytest.raises(InputError, match=r"for compute capability 9.0 \(.*no such luck"):
+        driver.compile_for.__wrapped__(9, 0)
 
 
 def test_missing_cuda_packages_are_named_in_one_line(monkeypatch):
@@ -472,4 +501,4 @@ def test_missing_cuda_packages_are_named_in_one_line(monkeypatch):
         InputError,
         match=r"NVRTC cannot be loaded \(Failure finding libnvrtc.so\); install nvidia-cuda-nvrtc",
     ):
-        driver.compile_for(9, 0)
+        driver.compile_for.__wrapped__(9, 0)

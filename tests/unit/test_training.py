@@ -497,6 +497,17 @@ def test_auto_decode_takes_the_faster_way_and_says_why(betons, monkeypatch):
 
     assert data.faster_decode(fails) == ("cpu", "gpu cannot be used: no driver")
 
+    def out_of_memory(slab):
+        raise RuntimeError("CUDA error\nmore")
+
+    def fails_later(decode):
+        loader = make(decode)
+        if decode == "gpu":
+            monkeypatch.setattr(loader._decoder, "decode", out_of_memory)
+        return loader
+
+    assert data.faster_decode(fails_later) == ("cpu", "gpu cannot be used: CUDA error")
+
 
 def test_decode_on_a_device_that_is_not_there_is_an_error(betons, tmp_path, call_program):
     flags = {

@@ -20,11 +20,6 @@ typedef unsigned long long uint64_t;
 #define RSB_CONSTANT static __device__ const
 #define RSB_ADD(address, value) atomicAdd(address, value)
 
-/* Loads the memory at an address into the cache, and waits for nothing. */
-RSB_SHARED void rsb_prefetch(const void *address) {
-    asm volatile("prefetch.global.L1 [%0];" : : "l"(address));
-}
-
 /* the nearest integer, ties to even, of a double within the range of int */
 RSB_SHARED int rsb_round(double x) { return __double2int_rn(x); }
 
@@ -40,7 +35,6 @@ RSB_SHARED uint32_t rsb_swap(uint32_t word) { return __byte_perm(word, 0, 0x0123
 #define RSB_CONSTANT static const __attribute__((unused))
 #define RSB_ADD(address, value) __atomic_fetch_add(address, value, __ATOMIC_RELAXED)
 
-RSB_SHARED void rsb_prefetch(const void *address) { (void)address; }
 RSB_SHARED int rsb_round(double x) { return (int)lrint(x); }
 RSB_SHARED uint32_t rsb_swap(uint32_t word) { return __builtin_bswap32(word); }
 

@@ -13,7 +13,6 @@
 enum {
     ENTROPY_THREADS = 128,
     ENTROPY_LOOKUP = 10, /* bits that index `symbol` */
-    SECTOR_BYTES = 32,   /* what a cache loads at once */
 };
 
 typedef struct {
@@ -170,9 +169,6 @@ RSB_SHARED void entropy_decode(const rsb_launch *a, entropy_block *s, int part, 
     entry += (int64_t)mcu_row * (p->segments_per_row + 1) + segment;
     uint32_t base = ((const uint32_t *)(a->slab + p->bases))[mcu_row];
     uint32_t start = base + entry->bit / 8;
-    /* Threads that run together wait for each other's loads: these are to be short. */
-    for (uint32_t at = start; at < base + entry[1].bit / 8; at += SECTOR_BYTES)
-        rsb_prefetch(a->slab + at);
 
     bit_reader r;
     r.next = (const rsb_word *)a->slab + start / 4;
