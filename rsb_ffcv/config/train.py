@@ -326,6 +326,9 @@ class CheckpointOptions:
         "steps between checkpoints, in addition to the one at each epoch's end; 0: none",
         low=0,
     )
+    archive_every: int = option(
+        0, "epochs from one checkpoint that is kept for good to the next; 0: none", low=0
+    )
     every_minutes: float = option(
         10.0, "save if the last checkpoint is older than this number of minutes; 0: off", low=0
     )

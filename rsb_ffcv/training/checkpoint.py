@@ -27,10 +27,12 @@ from rsb_ffcv.training import facts
 FIX = "free space or choose another logging.folder"
 SHOWN = 5  # number of differences between recipes that a message lists
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
+BEST_WEIGHTS = "best_weights.pt"
 # The names that a run writes to its folder atomically, as patterns
 WRITTEN = (
     PATTERN,
     BEST,
+    BEST_WEIGHTS,
     METRICS,
     "config.json",
     "training_curves.png",
@@ -105,12 +107,18 @@ class Store:
     keep: number of newest checkpoints to keep.
     regular: whether a step has a regular checkpoint. The newest regular checkpoint is kept too, so
         that the checkpoint that a run goes back to does not depend on when it was interrupted.
+    archived: whether a step's checkpoint is kept for good.
     """
 
     def __init__(
-        self, folder: Path, keep: int, regular: Callable[[int], bool] = lambda step: True
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        regular: Callable[[int], bool] = lambda step: True,
+        archived: Callable[[int], bool] = lambda step: False,
     ) -> None:
-        self.folder, self.keep, self.regular = folder, keep, regular
+        self.folder, self.keep, self.regular, self.archived = folder, keep, regular, archived
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._lock: TextIO | None = None
@@ -177,16 +185,20 @@ class Store:
             )
         return None
 
-    def save(self, state: dict, best: bool) -> None:
+    def save(self, state: dict, best: bool, best_weights: dict | None = None) -> None:
         """Starts to write a copy of `state` in the background.
 
         best: give it the second name `best.pt` as well.
+        best_weights: the content of `best_weights.pt`, if that changes. It is written first: if the
+            process is killed in between, the epoch is repeated, and writes the same again.
 
         A failed write is reported as a warning by `finish`. The run continues, and the earlier
         checkpoints stay intact.
         """
         self.finish()
-        self._pending = self._writer.submit(self._write, on_host(state), best)
+        self._pending = self._writer.submit(
+            self._write, on_host(state), best, on_host(best_weights)
+        )
 
     def finish(self) -> bool:
         """Waits for the last `save`. Returns False if it failed."""
@@ -239,10 +251,11 @@ class Store:
             path for path in sorted(self.folder.glob(PATTERN), reverse=True) if _step(path) > step
         ]
         best = self.folder / BEST
-        # A missing or damaged best.pt is ignored: nothing resumes from it.
-        with suppress(InputError):
-            if read(best)["step"] > step:
-                later.append(best)
+        for path in (best, self.folder / BEST_WEIGHTS):
+            # A missing or damaged one is ignored: nothing resumes from it.
+            with suppress(InputError):
+                if read(path)["step"] > step:
+                    later.append(path)
         try:
             for path in later:
                 path.unlink()
@@ -254,7 +267,9 @@ class Store:
         flush_folder(self.folder)
         return best in later
 
-    def _write(self, state: dict, best: bool) -> None:
+    def _write(self, state: dict, best: bool, best_weights: dict | None) -> None:
+        if best_weights is not None:
+            write(best_weights, self.folder / BEST_WEIGHTS)
         path = self.folder / NAME.format(state["step"])
         write(state, path)
         if best:
@@ -266,7 +281,7 @@ class Store:
             *[old for old in existing if self.regular(_step(old))][-1:],
         }
         for old in existing:
-            if old not in keep:
+            if old not in keep and not self.archived(_step(old)):
                 try:
                     old.unlink()
                 except OSError as error:

@@ -164,18 +164,26 @@ class Evaluator:
         self.config, self.models, self._loader = config, models, loader
         self._label_sets, self._compute, self._console = label_sets, where, console
 
-    def __call__(self, *, with_swa: bool, after_batch: Callable[[], None] | None = None) -> dict:
+    def __call__(
+        self,
+        *,
+        swa: torch.nn.Module | None,
+        after_batch: Callable[[], None] | None = None,
+    ) -> dict:
         """The results of `evaluate` for each of the models under its prefix, with "val_images" and
         "val_seconds".
 
-        with_swa: also evaluate the SWA model. It has no batch-norm statistics before the end.
+        swa: the averaged model with batch-norm statistics, if there is one. That of the run has
+            none before its end.
         after_batch: called after each batch that every process has.
         """
         loader, row, started = self._loader, dict[str, Any](), time.perf_counter()
         common = len(loader.beton) // (loader.batch_size * self._compute.world_size)
         for prefix, model in self.models.items():
-            if prefix == "swa_" and not with_swa:
-                continue
+            if prefix == "swa_":
+                if swa is None:
+                    continue
+                model = swa
             title = f"validation {prefix[:-1].upper()}".strip()
             with (
                 build.within_memory(self.config, "validation", self.config.validation.resolution),

@@ -75,6 +75,11 @@ class Plan:
         every = self._config.checkpoint.every_steps
         return step % self.steps_per_epoch == 0 or bool(every) and step % every == 0
 
+    def is_archived(self, step: int) -> bool:
+        """Whether the checkpoint after `step` steps is kept for good (checkpoint.archive_every)."""
+        every = self._config.checkpoint.archive_every * self.steps_per_epoch
+        return bool(every) and step % every == 0
+
 
 def resolution(c: TrainConfig, epoch: int) -> int:
     """The side of the training images in pixels: ffcv-imagenet's progressive resizing."""

@@ -13,7 +13,7 @@ from rsb_ffcv.training import compute
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.plan import Epoch
 
-NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1}
+NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1, "weights": ""}
 SYNC_EVERY = 20  # steps between two loss readings: each one synchronizes with the device
 
 
@@ -22,7 +22,8 @@ class Progress:
 
     step: number of optimizer steps done.
     rows: the log, one dict per finished epoch.
-    best: top-1 in per cent, epoch and step of the best epoch so far.
+    best: top-1 in per cent, epoch and step of the best epoch so far, and the weights that reached
+        it: "model", "ema" or "swa".
     lineage: the runs that this one continues, the oldest first, see `branch.take_over`.
 
     weight: mix groups of a step that this process takes, as a multiple of the mean over processes.
@@ -65,11 +66,21 @@ class Progress:
     def new_best(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Updates `best` from a validated epoch's `row`. Returns the previous best if this epoch is
         better, else None."""
-        top1 = max(row[name] for name in ("top1", "ema_top1", "swa_top1") if name in row)
+        results = {
+            weights: row[name]
+            for name, weights in (("top1", "model"), ("ema_top1", "ema"), ("swa_top1", "swa"))
+            if name in row
+        }
+        weights = max(results, key=lambda name: results[name])
         previous_best = self.best
-        if top1 <= previous_best["top1"]:
+        if results[weights] <= previous_best["top1"]:
             return None
-        self.best = {"top1": top1, "epoch": row["epoch"], "step": self.step}
+        self.best = {
+            "top1": results[weights],
+            "epoch": row["epoch"],
+            "step": self.step,
+            "weights": weights,
+        }
         return previous_best
 
     @property

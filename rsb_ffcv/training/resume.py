@@ -182,17 +182,22 @@ class Checkpointer:
             self.health.check_losses(*progress.read_losses())
         self.health.check_weights(progress.step - 1, self.state.model.state_dict().values())
 
-    def save_epoch(self, previous_best: dict | None) -> None:
-        """Saves after an epoch's row is complete. previous_best: the best before this epoch if this
-        epoch is better, else None."""
-        self._save(previous_best is not None)
+    def save_epoch(
+        self, previous_best: dict | None = None, best_weights: dict | None = None
+    ) -> None:
+        """Saves after an epoch's row is complete.
+
+        previous_best: the best before this epoch if this epoch is better, else None.
+        best_weights: then the content of `best_weights.pt`.
+        """
+        self._save(previous_best is not None, best_weights)
         self._previous_best = previous_best
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: bool, best_weights: dict | None = None) -> None:
         self.wait_for_save()
         state = self.state.state_dict()
         if self.compute.is_main:
-            self.store.save(state, best)
+            self.store.save(state, best, best_weights)
         self._saved_at = time.monotonic()
 
     def wait_for_save(self) -> None:

@@ -6,11 +6,14 @@ generator (stochastic depth) is set to before each group. `resume.State` contain
 step changes.
 """
 
+import copy
 import json
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
+
+import torch
 
 from rsb_ffcv import InputError, option_names
 from rsb_ffcv.config.options import as_dict
@@ -65,7 +68,12 @@ class Trainer:
         self.data = stack.enter_context(open_data(c, where, self.console))
         self.plan = Plan(c, self.data.train_loader.steps_per_epoch)
         self.folder = Path(c.logging.folder)
-        store = checkpoint.Store(self.folder, c.checkpoint.keep, self.plan.is_regular)
+        store = checkpoint.Store(
+            self.folder,
+            c.checkpoint.keep,
+            regular=self.plan.is_regular,
+            archived=self.plan.is_archived,
+        )
         stack.enter_context(closing(store))
         if not c.training.eval_only:
             compute.on_first_process(store.lock)
@@ -122,7 +130,7 @@ class Trainer:
             for line in branch.take_over(c, state, self.plan, path=path, saved=saved):
                 self.console.info(line)
             if not c.training.eval_only:
-                self.checkpointer.save_epoch(None)  # from here on, the run needs no other folder
+                self.checkpointer.save_epoch()  # from here on, the run needs no other folder
         if c.data.in_memory:
             self.data.preload(lambda: interrupt.received is not None)
 
@@ -160,8 +168,6 @@ class Trainer:
             try:
                 epoch = self.plan[len(self.progress.rows)]
                 self._train_epoch(epoch)
-                if epoch.last:
-                    self._estimate_batch_norm(epoch)
                 self._close_epoch(epoch)
             except GoBack as request:
                 self.checkpointer.go_back(request)
@@ -195,7 +201,8 @@ class Trainer:
                 f"logging.folder to a run's folder, or use model.pretrained=1 or "
                 f"checkpoint.warm_start"
             )
-        result = self.evaluate(with_swa=len(self.progress.rows) == self.plan.epochs)
+        swa = self.swa.module if self.swa is not None and self.swa.finished else None
+        result = self.evaluate(swa=swa)
         epoch = step // self.plan.steps_per_epoch - 1
         self.console.info(json.dumps({"epoch": epoch, "step": step, **result}))
 
@@ -242,28 +249,33 @@ class Trainer:
                 bar.update()
                 self.checkpointer.after_step(not last and self.plan.is_regular(progress.step))
 
-    def _estimate_batch_norm(self, epoch: Epoch) -> None:
-        """Estimates the averaged model's batch-norm statistics, if there is one."""
-        if self.swa is None:
-            return
+    def _averaged_model(self, epoch: Epoch) -> torch.nn.Module | None:
+        """The SWA model after an epoch with batch-norm statistics, if there is one: the run's own
+        at its end, before that a copy, so that the run does not depend on its evaluation."""
+        if self.swa is None or not epoch.averaging:
+            return None
+        swa = self.swa if epoch.last else copy.deepcopy(self.swa)
         self.data.train_loader.resolution = epoch.resolution
         with build.within_memory(self.config, "training", epoch.resolution):
             batch_norm.estimate(
-                self.swa,
+                swa,
                 self.data.train_loader,
                 self.compute,
                 epoch=self.plan.epochs,  # the order of an epoch that is not trained
                 steps=min(self.config.swa.bn_steps or epoch.steps, epoch.steps),
-                save_every=self.config.checkpoint.every_steps,
+                save_every=self.config.checkpoint.every_steps if epoch.last else 0,
                 console=self.console,
                 after_round=self.checkpointer.after_step,
             )
+        return swa.module
 
     # ---------------------------------------------------------------- closing it
 
     def _close_epoch(self, epoch: Epoch) -> None:
         """Validates, and writes the epoch's row and a checkpoint."""
         progress, health = self.progress, self.health
+        evaluates = bool(self.config.logging.log_level) or epoch.last
+        swa = self._averaged_model(epoch) if evaluates else None
         self.checkpointer.check()
         self.checkpointer.wait_for_save()
         row = progress.row(
@@ -271,11 +283,9 @@ class Trainer:
             loss=self.train_step.loss.name(epoch.mixing),
             lr=epoch.lr(epoch.steps - 1) * health.lr_factor,
         )
-        previous_best = None
-        if self.config.logging.log_level or epoch.last:
-            row |= self.evaluate(
-                with_swa=epoch.last, after_batch=lambda: self.checkpointer.after_step(False)
-            )
+        previous_best = best_weights = None
+        if evaluates:
+            row |= self.evaluate(swa=swa, after_batch=lambda: self.checkpointer.after_step(False))
             if health.check_accuracy(
                 epoch.number,
                 row,
@@ -286,6 +296,8 @@ class Trainer:
                 assert self.ema is not None  # check_accuracy has compared it with the model
                 self.ema.restart()
             previous_best = progress.new_best(row)
+            if previous_best is not None:
+                best_weights = self._best_weights(row, swa)
         if progress.events:
             row["events"] = progress.events
         health.end_epoch()
@@ -295,7 +307,7 @@ class Trainer:
             if (following.mixing, following.resolution) != (epoch.mixing, epoch.resolution):
                 health.reset_history()
         progress.begin_epoch()
-        self.checkpointer.save_epoch(previous_best)
+        self.checkpointer.save_epoch(previous_best, best_weights)
         if self.compute.is_main:
             try:
                 with option_names(build.TRAIN_OPTIONS):
@@ -303,3 +315,20 @@ class Trainer:
             except InputError as error:  # the next epoch, or a restart, writes the complete log
                 self.console.warn(f"{error}; the run continues")
         self.console.epoch(row, self.plan.epochs)
+
+    def _best_weights(self, row: dict, swa: torch.nn.Module | None) -> dict:
+        """The content of `best_weights.pt` after an epoch that is the best one so far. swa: the
+        averaged model that was evaluated."""
+        best = self.progress.best
+        prefix = {"model": "", "ema": "ema_", "swa": "swa_"}[best["weights"]]
+        module = swa if prefix == "swa_" and swa is not None else self.evaluate.models[prefix]
+        metrics = ("top1", "top5", "val_loss", "relabelled_top1")
+        return {
+            "state_dict": module.state_dict(),
+            "weights": best["weights"],
+            "epoch": best["epoch"],
+            "step": best["step"],
+            "metrics": {name: row[prefix + name] for name in metrics if prefix + name in row},
+            "arch": self.config.model.arch,
+            "num_classes": self.data.num_classes,
+        }
