@@ -2,7 +2,7 @@
 
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
-from rsb_ffcv.config.train import ONLY_FOR_RUNS, SECTIONS, read_config
+from rsb_ffcv.config.train import SECTIONS, PlanOptions, read_config, read_plan
 
 ABOUT = """Trains an image classifier on .beton files:
   python train_imagenet.py --config-file rsb_configs/a2_300.yaml"""
@@ -16,15 +16,19 @@ def _train(arguments: list[str], description: str) -> None:
 
 
 def _plan(arguments: list[str], description: str) -> None:
-    config = read_config(description, arguments, unread=ONLY_FOR_RUNS)
+    config, options = read_plan(description, arguments)
     from rsb_ffcv.commands.plan import print_plan
 
-    print_plan(config)
+    print_plan(config, options)
 
 
 COMMANDS = {
     "train": Command("start or resume the run in logging.folder", SECTIONS, _train),
-    "plan": Command("print the epochs of a recipe, without training", SECTIONS, _plan),
+    "plan": Command(
+        "print the epochs, size and hours of a recipe, without training",
+        SECTIONS | {"plan": PlanOptions},
+        _plan,
+    ),
 }
 
 

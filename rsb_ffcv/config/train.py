@@ -463,6 +463,23 @@ class TrainConfig:
     compute: ComputeOptions
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """what plan prints in addition"""
+
+    against: str = option(
+        "", "another recipe's YAML file: list the options that differ, with both values"
+    )
+    images_per_s: str = option(
+        "",
+        "estimate the hours at this number of images/s of all GPUs, or at the median of the run in "
+        "this folder",
+    )
+    gpus: int = option(1, "number of GPUs, for the costs", low=1, high=65536)
+    price: float = option(0.0, "price of a GPU-hour, for the costs; 0: none", low=0)
+    picture: str = option("", "PNG file: learning rate and resolution over the epochs")
+
+
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
 # Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
@@ -487,6 +504,35 @@ def read_config(
     )
     _check_together(config, unread)
     return config
+
+
+def read_plan(description: str | None, arguments: Sequence[str]) -> tuple[TrainConfig, PlanOptions]:
+    """Reads the configuration and the options of the command plan; see read_config."""
+    options = read_options(
+        SECTIONS | {"plan": PlanOptions},
+        description,
+        arguments,
+        ignored=IGNORED,
+        unread=ONLY_FOR_RUNS,
+    )
+    plan = options.pop("plan")
+    config = TrainConfig(**options)
+    _check_together(config, ONLY_FOR_RUNS)
+    return config, plan
+
+
+def read_recipe(path: str) -> TrainConfig:
+    """Reads a recipe's YAML file. Its data files need not exist. Raises InputError as read_config
+    does."""
+    return TrainConfig(
+        **read_options(
+            SECTIONS,
+            None,
+            ["--config-file", path],
+            ignored=IGNORED,
+            unread={*ONLY_FOR_RUNS, "data.train_dataset"},
+        )
+    )
 
 
 def _check_together(c: TrainConfig, unread: Collection[str]) -> None:

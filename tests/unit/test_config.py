@@ -1,9 +1,12 @@
 """An invalid option is an error with its name, value, file and the nearest valid name."""
 
+import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import timm
 
 from rsb_ffcv import InputError, __version__, option_names
 from rsb_ffcv.commands import train, write
@@ -254,6 +257,41 @@ def test_command_requires_only_the_options_it_reads(given, call_program, tmp_pat
     )
     status, out, err = call_program("train_imagenet.py", "plam", *options)
     assert status == 2 and "plam: no such command; did you mean plan? All: train, plan" in err
+
+
+def test_plan_estimates_hours_compares_and_draws(given, call_program, tmp_path):
+    (tmp_path / "run").mkdir()
+    rows = [{"images_per_s": rate, "val_seconds": 36.0} for rate in (1.0, 2.0, 9.0)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "other.yaml").write_text("lr: {lr: 0.25}\nema: {decay: 0.5}\n")
+    options = [
+        *(
+            given[0],
+            "--training.epochs=10",
+            "--training.batch_size=32",
+            "--training.optimizer=lamb",
+        ),
+        *("--plan.gpus=4", "--plan.price=2.5", f"--plan.picture={tmp_path / 'plan.png'}"),
+        *(f"--plan.against={tmp_path / 'other.yaml'}", "--model.arch=resnet10t"),
+    ]
+    status, out, err = call_program(
+        "train_imagenet.py", "plan", *options, f"--plan.images_per_s={tmp_path / 'run'}"
+    )
+    assert status == 0, err
+    # 10 epochs of 3 steps of 32 images at 2/s, and 10 validations of 36 s
+    assert "estimated hours  0.2 at 2 images/s, with validation" in out
+    assert "estimated costs  2.33 for 4 GPUs at 2.5 an hour" in out
+    model = timm.create_model("resnet10t", num_classes=3)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"resnet10t        {parameters / 1e6:,.1f} M parameters" in out
+    assert f"{16 * parameters / 1e9:.2f} GB for weights, gradients, optimizer and averages" in out
+    assert "5 options differ from" in out and re.search(r"ema.decay +0.5 +0.0\n", out)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    for value in ("fast", "-1", "nan", str(tmp_path)):
+        status, _, err = call_program(
+            "train_imagenet.py", "plan", *options, f"--plan.images_per_s={value}"
+        )
+        assert status == 2 and f"plan.images_per_s={value}: " in err
 
 
 @pytest.mark.parametrize(
