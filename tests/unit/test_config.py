@@ -285,7 +285,7 @@ def test_plan_estimates_hours_compares_and_draws(given, call_program, tmp_path):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert f"resnet10t        {parameters / 1e6:,.1f} M parameters" in out
     assert f"{16 * parameters / 1e9:.2f} GB for weights, gradients, optimizer and averages" in out
-    assert "5 options differ from" in out and re.search(r"ema.decay +0.5 +0.0\n", out)
+    assert "6 options differ from" in out and re.search(r"ema.decay +0.5 +0.0\n", out)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     for value in ("fast", "-1", "nan", str(tmp_path)):
         status, _, err = call_program(

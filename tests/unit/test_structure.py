@@ -29,7 +29,17 @@ MAY_IMPORT = {
         "atomic",
         "beton",
     },
-    "commands": {"training", "dataset", "loading", "ops", "config", "atomic", "beton"},
+    "commands": {
+        "training",
+        "learning",
+        "dataset",
+        "loading",
+        "reporting",
+        "ops",
+        "config",
+        "atomic",
+        "beton",
+    },
 }
 
 
