@@ -116,7 +116,8 @@ class AugmentOptions:
     rand_augment: str = option(
         "",
         "timm's RandAugment spec, for example rand-m7-mstd0.5-inc1; or 3a; or torchvision's "
-        "ta_wide; empty: none",
+        "ra-n2-m9-b31 (RandAugment), aa-imagenet, aa-cifar10, aa-svhn (AutoAugment) or ta_wide; "
+        "empty: none",
     )
     color_jitter: float = option(
         0.0,
@@ -124,10 +125,17 @@ class AugmentOptions:
         low=0,
         high=10,
     )
+    hue: float = option(
+        0.0,
+        "strength of hue jitter, as a share of the colour circle; in random order with "
+        "color_jitter",
+        low=0,
+        high=0.5,
+    )
     interpolation: str = option(
         "random",
-        "interpolation of the crop and of geometric ops; random: bilinear or bicubic for each "
-        "draw, as in timm",
+        "interpolation of the crop, and of geometric ops unless rand_augment is torchvision's; "
+        "random: bilinear or bicubic for each draw, as in timm",
         choices=("random", "bilinear", "bicubic"),
     )
     erase_prob: float = option(0.0, "random erasing: probability per image", low=0, high=1)

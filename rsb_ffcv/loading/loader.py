@@ -332,11 +332,12 @@ class TrainLoader(_Loader):
     scale: range of the area of torchvision's RandomResizedCrop.
     ratio: range of its aspect.
     flip_prob: probability of a horizontal flip.
-    rand_augment: timm's format (rand-m7-mstd0.5-inc1), "3a", "ta_wide", or "" for none.
+    rand_augment: a spec (see ops.policies.parse_policy), for example rand-m7-mstd0.5-inc1 or
+        ra-n2-m9, or "" for none.
     color_jitter: brightness, contrast, saturation, hue (see ops.augment.ColorJitter), applied after
         rand_augment.
-    interpolation: of the crop and of geometric ops: "bilinear", "bicubic", or "random", which
-        chooses one of the two for each image, as timm does.
+    interpolation: of the crop, and of geometric ops unless the spec has its own: "bilinear",
+        "bicubic", or "random", which chooses one of the two for each image, as timm does.
     ops: further operations (see ops.operation), applied last.
     repeats: repeated augmentation: the number of copies of an image in an epoch. The copies have
         different draws and are in different groups of a step. The number of steps does not change.

@@ -1,17 +1,13 @@
-"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter: which ops are applied to an image,
-and how strong they are.
+"""RandAugment, AutoAugment, 3-Augment, TrivialAugmentWide and ColorJitter: which ops are applied to
+an image, and how strong they are.
 
-Sources matched: `timm/data/auto_augment.py` of timm 1.0.31 (`rand_augment_transform`,
-`AugmentOp.__call__`, the `_*_level_to_arg` functions, `auto_augment_policy_3a`), torchvision's
-`TrivialAugmentWide` and `ColorJitter`. This module draws the parameters, with the same
-distributions, from addressed random numbers. `csrc/augment.c` computes the pixels.
+Sources matched: `timm/data/auto_augment.py` of timm 1.0.31 (`AugmentOp.__call__`, the
+`_*_level_to_arg` functions), torchvision's `transforms/autoaugment.py` and `ColorJitter`. This
+module draws the parameters of a `policies.Policy`, with the same distributions, from addressed
+random numbers. `csrc/augment.c` computes the pixels.
 """
 
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -21,235 +17,34 @@ from rsb_ffcv.ops import draws as d
 from rsb_ffcv.ops import native as n
 from rsb_ffcv.ops.crop import filter_number
 from rsb_ffcv.ops.operation import Address, DrawnOperation
-
-# round(255 x ImageNet's mean): timm's colour for pixels that a geometric op leaves uncovered
-FILL = (124, 116, 104)
-
-# The functions that turn a level and a sign into the argument of an op (timm's `level_fn`). timm's
-# use level / 10, torchvision's use the magnitude itself.
-(
-    NONE,
+from rsb_ffcv.ops.policies import (
+    ADD,
+    BITS,
+    BITS_INC,
+    DEGREES,
+    DESATURATE,
+    ENHANCE,
+    ENHANCE_INC,
+    PIXELS_X,
+    PIXELS_Y,
+    PLAIN,
+    REACH_X,
+    REACH_Y,
     ROTATE,
     SHEAR_X,
     SHEAR_Y,
-    TRANSLATE_X,
-    TRANSLATE_Y,
-    BITS,
-    BITS_INC,
-    THRESHOLD,
-    THRESHOLD_INC,
-    ADD,
-    ENHANCE,
-    ENHANCE_INC,
-    DESATURATE,
     SIGMA,
     SIGMA_RANDOM,
-    PLAIN,
     SIGNED,
-    DEGREES,
     SLANT_X,
     SLANT_Y,
-    PIXELS_X,
-    PIXELS_Y,
-) = range(23)
-
-# name: (op of the compiled core, level_fn). The names are timm's.
-TIMM = {
-    "AutoContrast": (n.AUTOCONTRAST, NONE),
-    "Equalize": (n.EQUALIZE, NONE),
-    "Invert": (n.INVERT, NONE),
-    "Rotate": (n.AFFINE, ROTATE),
-    "ShearX": (n.AFFINE, SHEAR_X),
-    "ShearY": (n.AFFINE, SHEAR_Y),
-    "TranslateXRel": (n.AFFINE, TRANSLATE_X),
-    "TranslateYRel": (n.AFFINE, TRANSLATE_Y),
-    "Posterize": (n.POSTERIZE, BITS),
-    "PosterizeIncreasing": (n.POSTERIZE, BITS_INC),
-    "Solarize": (n.SOLARIZE, THRESHOLD),
-    "SolarizeIncreasing": (n.SOLARIZE, THRESHOLD_INC),
-    "SolarizeAdd": (n.SOLARIZE_ADD, ADD),
-    "Color": (n.COLOR, ENHANCE),
-    "ColorIncreasing": (n.COLOR, ENHANCE_INC),
-    "Contrast": (n.CONTRAST, ENHANCE),
-    "ContrastIncreasing": (n.CONTRAST, ENHANCE_INC),
-    "Brightness": (n.BRIGHTNESS, ENHANCE),
-    "BrightnessIncreasing": (n.BRIGHTNESS, ENHANCE_INC),
-    "Sharpness": (n.SHARPNESS, ENHANCE),
-    "SharpnessIncreasing": (n.SHARPNESS, ENHANCE_INC),
-    "Desaturate": (n.COLOR, DESATURATE),
-    "GaussianBlur": (n.BLUR, SIGMA),
-    "GaussianBlurRand": (n.BLUR, SIGMA_RANDOM),
-}
-OPS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "SolarizeAdd",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
+    THRESHOLD,
+    THRESHOLD_INC,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+    linspace,
+    parse_policy,
 )
-INCREASING_OPS = tuple(f"{name}Increasing" if f"{name}Increasing" in TIMM else name for name in OPS)
-# timm's other sets (-tweights, -t3a, -t3aw); if a set has weights, an image gets no op twice
-SETS: dict[str, dict[str, float | None]] = {
-    "3a": dict.fromkeys(("SolarizeIncreasing", "Desaturate", "GaussianBlur")),
-    "3aw": {
-        "SolarizeIncreasing": 6,
-        "Desaturate": 6,
-        "GaussianBlur": 6,
-        "Rotate": 3,
-        "ShearX": 2,
-        "ShearY": 2,
-        "PosterizeIncreasing": 1,
-        "AutoContrast": 1,
-        "ColorIncreasing": 1,
-        "SharpnessIncreasing": 1,
-        "ContrastIncreasing": 1,
-        "BrightnessIncreasing": 1,
-        "Equalize": 1,
-        "Invert": 1,
-    },
-    "weights": {
-        "Rotate": 3,
-        "ShearX": 2,
-        "ShearY": 2,
-        "TranslateXRel": 1,
-        "TranslateYRel": 1,
-        "ColorIncreasing": 0.25,
-        "SharpnessIncreasing": 0.25,
-        "AutoContrast": 0.25,
-        "SolarizeIncreasing": 0.05,
-        "SolarizeAdd": 0.05,
-        "ContrastIncreasing": 0.05,
-        "BrightnessIncreasing": 0.05,
-        "Equalize": 0.05,
-        "PosterizeIncreasing": 0.05,
-        "Invert": 0.05,
-    },
-}
-# torchvision's TrivialAugmentWide: (op, level_fn, magnitude of the first bin, of the last bin)
-WIDE = {
-    "Identity": (n.IDENTITY, NONE, 0, 0),
-    "ShearX": (n.AFFINE, SLANT_X, 0, 0.99),
-    "ShearY": (n.AFFINE, SLANT_Y, 0, 0.99),
-    "TranslateX": (n.AFFINE, PIXELS_X, 0, 32),
-    "TranslateY": (n.AFFINE, PIXELS_Y, 0, 32),
-    "Rotate": (n.AFFINE, DEGREES, 0, 135),
-    "Brightness": (n.BRIGHTNESS, SIGNED, 0, 0.99),
-    "Color": (n.COLOR, SIGNED, 0, 0.99),
-    "Contrast": (n.CONTRAST, SIGNED, 0, 0.99),
-    "Sharpness": (n.SHARPNESS, SIGNED, 0, 0.99),
-    "Posterize": (n.POSTERIZE, PLAIN, 8, 2),
-    "Solarize": (n.SOLARIZE, PLAIN, 255, 0),
-    "AutoContrast": (n.AUTOCONTRAST, NONE, 0, 0),
-    "Equalize": (n.EQUALIZE, NONE, 0, 0),
-}
-WIDE_BINS = 31
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """The ops that may be applied to an image, and how they are drawn.
-
-    ops: (op, level_fn) pairs, one of which is chosen in each layer.
-    layers: number of choices per image.
-    prob: probability that the chosen op is applied.
-    magnitude: level of an op if `bins` is None, on timm's scale of 10.
-    magnitude_std: standard deviation of normal noise that is added to the level; inf: the level is
-        uniform from 0 to `magnitude`.
-    magnitude_max: upper limit of the level with its noise; the lower limit is 0.
-    bins: a row per op, from which its level is drawn.
-    weights: weights of the choice, which is then without replacement.
-    """
-
-    ops: tuple[tuple[int, int], ...]
-    layers: int = 2
-    prob: float = 0.5
-    magnitude: float = 10.0
-    magnitude_std: float = 0.0
-    magnitude_max: float = 10.0
-    bins: np.ndarray | None = None
-    weights: tuple[float, ...] = ()
-
-
-def parse_policy(policy: str) -> Policy:
-    """Parses timm's `rand-m7-n2-mstd0.5-inc1-p0.5-mmax10-tweights` (all parts after `rand` are
-    optional and in any order) and `3a`, or torchvision's `ta_wide`. Raises InputError for anything
-    else."""
-    if policy == "3a":
-        return Policy(
-            ops=tuple(TIMM[name] for name in ("Solarize", "Desaturate", "GaussianBlurRand")),
-            layers=1,
-            prob=1.0,
-            bins=np.array([[5.0], [10.0], [10.0]]),
-        )
-    if policy == "ta_wide":
-        return Policy(
-            ops=tuple(row[:2] for row in WIDE.values()),
-            layers=1,
-            prob=1.0,
-            bins=np.stack([_wide_bins(row) for row in WIDE.values()]),
-        )
-    names: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "m": ("magnitude", int),
-        "n": ("layers", int),
-        "p": ("prob", float),
-        "mstd": ("magnitude_std", float),
-        "mmax": ("magnitude_max", int),
-        "inc": ("inc", lambda digits: bool(int(digits))),
-    }
-    head, *parts = policy.split("-")
-    if head != "rand":
-        raise InputError(
-            f"`policy`={policy!r}: is not a valid policy; use timm's format, for example "
-            f"rand-m7-mstd0.5-inc1, or 3a or ta_wide"
-        )
-    found: dict[str, Any] = {}
-    chosen = None
-    for part in parts:
-        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        if part.startswith("t") and part[1:] in SETS:
-            chosen = SETS[part[1:]]
-        elif match and match[1] in names and (names[match[1]][1] is float or "." not in match[2]):
-            key, read = names[match[1]]
-            found[key] = read(match[2])
-        else:
-            raise InputError(
-                f"`policy`={policy!r}: part '{part}' is invalid; use parts like m7 n2 p0.5 mstd0.5 "
-                f"mmax10 inc1 t{' t'.join(SETS)}"
-            )
-    if found.get("magnitude_std", 0) > 100:
-        found["magnitude_std"] = math.inf
-    chosen = chosen or dict.fromkeys(INCREASING_OPS if found.pop("inc", False) else OPS)
-    found.pop("inc", None)
-    weights = tuple(weight for weight in chosen.values() if weight is not None)
-    made = Policy(ops=tuple(TIMM[name] for name in chosen), weights=weights, **found)
-    most = len(weights) or 16
-    if not 1 <= made.layers <= most or not 0 <= made.prob <= 1:
-        raise InputError(
-            f"`policy`={policy!r}: n must be 1 to {most}, and p must be 0 to 1; correct it"
-        )
-    return made
-
-
-def _wide_bins(row: tuple[int, int, float, float]) -> np.ndarray:
-    """The magnitudes of an op's bins, as torch.linspace computes them in float32; integers for
-    posterize. row: an entry of WIDE."""
-    op, level_fn, first, last = row
-    if op == n.POSTERIZE:
-        return 8 - np.round(np.arange(WIDE_BINS) / ((WIDE_BINS - 1) / 6))
-    step = float((np.float32(last) - np.float32(first)) / np.float32(WIDE_BINS - 1))
-    first, last, i = float(np.float32(first)), float(np.float32(last)), np.arange(WIDE_BINS)
-    bins = np.where(i < WIDE_BINS // 2, first + step * i, last - step * (WIDE_BINS - 1 - i))
-    return bins.astype(np.float32).astype(np.float64)
 
 
 @njit(cache=True, nogil=True)
@@ -262,6 +57,12 @@ def _rotation(argument: np.ndarray, degrees: float, height: float, width: float)
 
 
 @njit(cache=True, nogil=True)
+def _reach(bin_number: float, num_bins: int, side: float) -> float:
+    """torchvision's translation in pixels, a bin of up to 150 / 331 of the image's side."""
+    return linspace(0.0, 150.0 / 331.0 * side, num_bins, int(bin_number))
+
+
+@njit(cache=True, nogil=True)
 def op_argument(
     argument: np.ndarray,
     level_fn: int,
@@ -270,16 +71,18 @@ def op_argument(
     uniform: float,
     height: float,
     width: float,
+    num_bins: int,
 ) -> None:
     """Computes the argument of an op.
 
     argument: 6 numbers, overwritten with the result.
-    level_fn: one of the numbers above.
-    level: timm's level or torchvision's magnitude, see above.
+    level_fn: one of the numbers of policies.py.
+    level: timm's level, torchvision's magnitude or the number of a bin, see there.
     sign: +1 or -1.
     uniform: a draw in [0, 1).
     height: of the image, in pixels.
     width: of the image, in pixels.
+    num_bins: see Policy.
     """
     share = level / 10.0
     argument[:] = 0.0
@@ -318,6 +121,10 @@ def op_argument(
         argument[:] = (1.0, 0.0, -float(int(sign * level)), 0.0, 1.0, 0.0)
     elif level_fn == PIXELS_Y:
         argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, -float(int(sign * level)))
+    elif level_fn == REACH_X:
+        argument[:] = (1.0, 0.0, -float(int(sign * _reach(level, num_bins, width))), 0.0, 1.0, 0.0)
+    elif level_fn == REACH_Y:
+        argument[:] = (1.0, 0.0, 0.0, 0.0, 1.0, -float(int(sign * _reach(level, num_bins, height))))
     elif level_fn == BITS:
         argument[0] = int(share * 4)
     elif level_fn == BITS_INC:
@@ -374,7 +181,9 @@ def _draw_layers(
     bins: np.ndarray,
     weights: np.ndarray,
     layers: int,
-    prob: float,
+    joint: bool,
+    probs: np.ndarray,
+    num_bins: int,
     magnitude: float,
     std: float,
     upper: float,
@@ -392,7 +201,9 @@ def _draw_layers(
     bins: float64 (m, bins) levels of each op; (m, 0): `magnitude` is used.
     weights: float64 (m,), see Policy; (0,): none.
     layers: see Policy.
-    prob: see Policy.
+    joint: see Policy.
+    probs: float64 (m,), see Policy.
+    num_bins: see Policy.
     magnitude: see Policy.
     std: magnitude_std of the Policy.
     upper: magnitude_max of the Policy.
@@ -402,15 +213,20 @@ def _draw_layers(
     arguments = np.zeros((len(slots), layers, 6))
     for i in range(len(slots)):
         chosen = np.zeros(len(weights), np.bool_)
+        sub_policy = 0
+        if joint:
+            sub_policy = d.below(seed, epoch, slots[i], d.RAND_AUGMENT, 0, len(ops) // layers)
         for layer in range(layers):
             k = 8 * layer
             if len(weights):
                 which = _choose(
                     d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k), weights, chosen
                 )
+            elif joint:
+                which = sub_policy * layers + layer
             else:
                 which = d.below(seed, epoch, slots[i], d.RAND_AUGMENT, k, len(ops))
-            if d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 1) >= prob:
+            if d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 1) >= probs[which]:
                 continue
             level = magnitude
             if bins.shape[1]:
@@ -434,6 +250,7 @@ def _draw_layers(
                 d.uniform(seed, epoch, slots[i], d.RAND_AUGMENT, k + 6),
                 float(heights[i]),
                 float(widths[i]),
+                num_bins,
             )
     return drawn, cubic, arguments
 
@@ -448,23 +265,25 @@ class _Layers(DrawnOperation):
 class RandAugment(_Layers):
     """Applies a policy to each image.
 
-    policy: see `parse_policy`.
-    fill: RGB, 0 .. 255, of the pixels that a geometric op leaves uncovered.
-    interpolation: of the geometric ops: "bilinear", "bicubic", or "random", which chooses one of
-        the two for each op, as timm does.
+    policy: see `policies.parse_policy`.
+    fill: RGB, 0 .. 255, of the pixels that a geometric op leaves uncovered; None: the policy's.
+    interpolation: of the geometric ops, for a policy with no filter of its own: "bilinear",
+        "bicubic", or "random", which chooses one of the two for each op, as timm does.
 
     Raises InputError if `policy` or `interpolation` is invalid.
     """
 
     def __init__(
-        self, policy: str, fill: tuple[int, ...] = FILL, interpolation: str = "random"
+        self,
+        policy: str,
+        fill: tuple[int, ...] | None = None,
+        interpolation: str = "random",
     ) -> None:
         super().__init__()
-        self.policy, self.fill, self.filter = (
-            parse_policy(policy),
-            tuple(fill),
-            filter_number(interpolation),
-        )
+        self.policy, self.filter = parse_policy(policy), filter_number(interpolation)
+        if self.policy.filter is not None:
+            self.filter = self.policy.filter
+        self.fill = self.policy.fill if fill is None else tuple(fill)
         self.passes = self.policy.layers
 
     def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
@@ -483,7 +302,9 @@ class RandAugment(_Layers):
             bins,
             np.array(p.weights, np.float64),
             p.layers,
-            float(p.prob),
+            p.joint,
+            np.array(np.broadcast_to(p.prob, len(ops)), np.float64),
+            p.num_bins,
             float(p.magnitude),
             float(p.magnitude_std),
             float(p.magnitude_max),

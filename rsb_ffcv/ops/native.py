@@ -130,7 +130,7 @@ SLAB_PADDING = 2048  # readable bytes after a slab
     HUE,
     AFFINE,
 ) = range(14)
-BILINEAR, BICUBIC = 0, 1
+BILINEAR, BICUBIC, NEAREST = 0, 1, 2  # NEAREST: of AFFINE only
 
 CSRC = Path(__file__).parent / "csrc"
 

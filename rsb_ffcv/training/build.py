@@ -98,7 +98,7 @@ def _train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: s
         scale=(a.scale_min, a.scale_max),
         flip_prob=a.hflip,
         rand_augment=a.rand_augment,
-        color_jitter=(a.color_jitter,) * 3 + (0.0,),
+        color_jitter=(a.color_jitter,) * 3 + (a.hue,),
         interpolation=a.interpolation,
         repeats=a.repeats,
         order=c.data.order,

@@ -184,7 +184,7 @@ static rsb_sample make_sample(const seed_file *f, size_t size, size_t entered) {
 static rsb_layer random_layer(void) {
     rsb_layer layer = {0};
     layer.op = (int)below(16) - 1;
-    layer.filter = (uint8_t)below(3);
+    layer.filter = (uint8_t)below(4);
     for (int i = 0; i < 6; i++) {
         double share = uniform() - 0.5;
         layer.argument[i] = share * (double[]){2, 10, 300, 1e9}[below(4)];

@@ -180,7 +180,7 @@ def test_the_portable_code_and_the_vector_code_give_the_same_bytes(seeds, tmp_pa
                             )
                         )
                 layers = np.zeros(14, native.LAYER)
-                layers["op"], layers["filter"] = np.arange(14), rng.integers(0, 2, 14)
+                layers["op"], layers["filter"] = np.arange(14), rng.integers(0, 3, 14)
                 layers["argument"] = rng.uniform(0.2, 1.4, (14, 6)) * (1, 0.3, 9, 0.3, 1, 9)
                 layers["argument"][native.POSTERIZE : native.SOLARIZE_ADD + 1, 0] = 3, 128, 77
                 images += [native.augment(images[-1], layer) for layer in layers]

@@ -117,7 +117,7 @@ int main(int count, char **arguments) {
         sample.rows_first = i / 2 % 2;
         for (int op = RSB_IDENTITY; op <= RSB_AFFINE; op++) {
             static uint8_t pixels[2][3 * 16 * 24];
-            rsb_layer layer = {.op = op, .filter = i % 2, .argument = {0.8, 0.2, 1, -0.2, 0.8, 2}};
+            rsb_layer layer = {.op = op, .filter = i % 3, .argument = {0.8, 0.2, 1, -0.2, 0.8, 2}};
             int refused[2], status[2];
             kernel_runner runners[] = {rsb_emulate, run_threads};
             decode_in_threads = op == RSB_IDENTITY;

@@ -1,6 +1,7 @@
-"""RandAugment, 3-Augment, TrivialAugmentWide and ColorJitter equal timm's and torchvision's:
-arguments and pixels of the ops, and distributions of the draws."""
+"""RandAugment, AutoAugment, 3-Augment, TrivialAugmentWide and ColorJitter equal timm's and
+torchvision's: arguments and pixels of the ops, and distributions of the draws."""
 
+import itertools
 import math
 from typing import Any
 
@@ -16,24 +17,31 @@ from torchvision.transforms import functional as F
 
 from rsb_ffcv import InputError
 from rsb_ffcv.ops import augment as ours
+from rsb_ffcv.ops import draws as draws_of
 from rsb_ffcv.ops import native
-from rsb_ffcv.ops.augment import (
+from rsb_ffcv.ops.augment import ColorJitter, RandAugment
+from rsb_ffcv.ops.operation import Address
+from rsb_ffcv.ops.policies import (
+    AUTO,
+    BLACK,
+    FILL,
     INCREASING_OPS,
     OPS,
     SETS,
+    SPACE,
     TIMM,
     WIDE,
-    ColorJitter,
-    RandAugment,
+    bins_of,
+    linspace,
     parse_policy,
 )
-from rsb_ffcv.ops.operation import Address
 
 SLOTS = np.arange(6000)
 SIDES = np.full(6000, 224)
 RESAMPLING = {
     0: (Image.Resampling.BILINEAR, InterpolationMode.BILINEAR),
     1: (Image.Resampling.BICUBIC, InterpolationMode.BICUBIC),
+    2: (Image.Resampling.NEAREST, InterpolationMode.NEAREST),
 }
 
 
@@ -53,18 +61,18 @@ def images():
     yield np.full((20, 30, 3), 77, np.uint8)
 
 
-def layer(op, *argument, cubic=0):
+def layer(op, *argument, filter=0, fill=FILL):
     record = np.zeros((), native.LAYER)
     record["op"], record["argument"][: len(argument)], record["filter"], record["fill"] = (
         op,
         argument,
-        cubic,
-        ours.FILL,
+        filter,
+        fill,
     )
     return record
 
 
-def apply(image, pair, level, sign, cubic=0):
+def apply(image, pair, level, sign, filter=0, num_bins=31, fill=FILL):
     argument = np.empty(6)
     ours.op_argument(
         argument,
@@ -74,8 +82,9 @@ def apply(image, pair, level, sign, cubic=0):
         0.5,
         float(image.shape[0]),
         float(image.shape[1]),
+        num_bins,
     )
-    return native.augment(image, layer(pair[0], *argument, cubic=cubic))
+    return native.augment(image, layer(pair[0], *argument, filter=filter, fill=fill))
 
 
 def check(result, reference, geometric: bool):
@@ -109,7 +118,7 @@ def test_every_op_equals_timms(name, monkeypatch):
                 check(
                     result,
                     apply_theirs(
-                        picture, *arguments, fillcolor=ours.FILL, resample=RESAMPLING[cubic][0]
+                        picture, *arguments, fillcolor=FILL, resample=RESAMPLING[cubic][0]
                     ),
                     geometric,
                 )
@@ -120,7 +129,7 @@ def test_every_op_equals_timms(name, monkeypatch):
 @pytest.mark.parametrize("name", WIDE)
 def test_every_op_equals_torchvisions_trivial_augment(name):
     magnitudes, signed = autoaugment.TrivialAugmentWide()._augmentation_space(31)[name]
-    bins = ours._wide_bins(WIDE[name])
+    bins = bins_of(WIDE[name], 31)
     if magnitudes.ndim:
         assert magnitudes.tolist() == bins.tolist()
     for image in images():
@@ -131,13 +140,137 @@ def test_every_op_equals_torchvisions_trivial_augment(name):
                     name,
                     float(bins[number]) * sign,
                     RESAMPLING[cubic][1],
-                    list(map(float, ours.FILL)),
+                    list(map(float, FILL)),
                 )
                 check(
                     apply(image, WIDE[name][:2], bins[number], sign, cubic),
                     reference,
                     WIDE[name][0] == native.AFFINE,
                 )
+
+
+@pytest.mark.parametrize("filter", RESAMPLING)
+@pytest.mark.parametrize("name", SPACE)
+def test_every_op_equals_torchvisions_rand_augment_and_auto_augment(name, filter):
+    """Byte for byte with the nearest filter, torchvision's default."""
+    op, level_fn = SPACE[name][:2]
+    rng = np.random.default_rng(1)
+    # 150 / 331 of the side: bins that are whole pixels
+    more = (rng.integers(0, 256, shape, np.uint8) for shape in ((331, 34, 3), (33, 331, 3)))
+    for image in (*images(), *more):
+        for num_bins, numbers in ((31, (0, 9, 16, 30)), (10, (2, 9))):
+            policies = (autoaugment.RandAugment(), autoaugment.AutoAugment())
+            spaces = [each._augmentation_space(num_bins, image.shape[:2]) for each in policies]
+            magnitudes, signed = (spaces[0] | spaces[1])[name]
+            for number in numbers:
+                level = bins_of(SPACE[name], num_bins)[number]
+                magnitude = magnitudes[number].item() if magnitudes.ndim else 0.0
+                for sign in (1.0, -1.0) if signed else (1.0,):
+                    reference = autoaugment._apply_op(
+                        Image.fromarray(image),
+                        name,
+                        magnitude * sign,
+                        RESAMPLING[filter][1],
+                        None,
+                    )
+                    check(
+                        apply(
+                            image,
+                            (op, level_fn),
+                            level,
+                            sign,
+                            filter=filter,
+                            num_bins=num_bins,
+                            fill=BLACK,
+                        ),
+                        reference,
+                        op == native.AFFINE and filter != native.NEAREST,
+                    )
+
+
+def test_bins_equal_torchvisions():
+    for num_bins in (2, 3, 5, 10, 31, 64, 1000):
+        space = autoaugment.RandAugment()._augmentation_space(num_bins, (1, 1))
+        assert list(space) == list(WIDE)
+        for name, (magnitudes, _) in space.items():
+            if magnitudes.ndim and SPACE[name][3] is not None:
+                assert magnitudes.tolist() == bins_of(SPACE[name], num_bins).tolist()
+        if num_bins > 31:
+            continue
+        for side in range(1, 700):
+            magnitudes, _ = autoaugment.RandAugment()._augmentation_space(num_bins, (9, side))[
+                "TranslateX"
+            ]
+            last = 150.0 / 331.0 * side
+            assert magnitudes.tolist() == [
+                linspace(0.0, last, num_bins, i) for i in range(num_bins)
+            ]
+
+
+def forced(monkeypatch, spec, slot):
+    """torchvision's policy of `spec`, with the draws that ours has in `slot`."""
+
+    def at(kind, layer, k, *more):
+        return kind(0, 0, slot, draws_of.RAND_AUGMENT, 8 * layer + k, *more)
+
+    def sign(layer):  # 1 is negative, except in AutoAugment
+        return int(at(draws_of.uniform, layer, 4) >= 0.5)
+
+    layer = -1
+
+    def randint(high, size, **_):
+        nonlocal layer
+        layer += high == len(WIDE)
+        value = (
+            at(draws_of.below, layer, 0, high)
+            if high == len(WIDE)
+            else sign(layer)
+            if high == 2
+            else at(draws_of.below, layer, 2, high)
+        )
+        return torch.tensor([value])
+
+    monkeypatch.setattr(torch, "randint", randint)
+    head, *parts = spec.split("-")
+    if head == "ra":
+        return autoaugment.RandAugment(*(int(part[1:]) for part in parts))
+    if head == "ta_wide":
+        return autoaugment.TrivialAugmentWide()
+    theirs = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(parts[0]))
+    params = (
+        at(draws_of.below, 0, 0, 25),
+        torch.tensor([at(draws_of.uniform, i, 1) for i in (0, 1)], dtype=torch.float64),
+        torch.tensor([1 - sign(i) for i in (0, 1)]),
+    )
+    monkeypatch.setattr(theirs, "get_params", lambda number: params)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "ra-n2-m9",
+        "ra-n4-m30-b31",
+        "ra-n1-m2-b5",
+        "aa-imagenet",
+        "aa-cifar10",
+        "aa-svhn",
+        "ta_wide-nearest",
+    ],
+)
+def test_torchvisions_policies_give_its_bytes_with_the_same_draws(spec, monkeypatch):
+    operation, pictures, changed = RandAugment(spec), list(images()), 0
+    for slot in range(150):
+        image = pictures[slot % len(pictures)]
+        height, width = image.shape[:2]
+        ours = image
+        at = Address(0, 0, np.array([slot]))
+        for record in operation.draw(at, np.array([height]), np.array([width]))[0]:
+            ours = native.augment(ours, record)
+        theirs = forced(monkeypatch, spec, slot)(Image.fromarray(image))
+        assert np.array_equal(ours, np.asarray(theirs)), (slot, image.shape)
+        changed += not np.array_equal(ours, image)
+    assert changed > 50
 
 
 def test_hue_and_blur_equal_torchvisions_and_pillows():
@@ -165,10 +298,10 @@ def test_hue_of_all_colours_equals_torchvisions():
         )
 
 
-@pytest.mark.parametrize("cubic", [0, 1])
-def test_any_affine_map_equals_pillows(cubic):
+@pytest.mark.parametrize("filter", RESAMPLING)
+def test_any_affine_map_equals_pillows(filter):
     """Including zooms, mirrors and maps that only reach points outside the image."""
-    rng = np.random.default_rng(cubic)
+    rng = np.random.default_rng(filter)
     image = next(images())
     maps = [tuple(rng.normal(0, 1, 6) * (1, 1, 30, 1, 1, 30)) for _ in range(40)]
     for coefficients in [
@@ -185,11 +318,13 @@ def test_any_affine_map_equals_pillows(cubic):
             (48, 64),
             Image.Transform.AFFINE,
             coefficients,
-            RESAMPLING[cubic][0],
-            fillcolor=ours.FILL,
+            RESAMPLING[filter][0],
+            fillcolor=FILL,
         )
         check(
-            native.augment(image, layer(native.AFFINE, *coefficients, cubic=cubic)), reference, True
+            native.augment(image, layer(native.AFFINE, *coefficients, filter=filter)),
+            reference,
+            filter != native.NEAREST,
         )
 
 
@@ -200,6 +335,8 @@ def test_unknown_ops_and_non_finite_arguments_are_rejected():
         layer(-1),
         layer(native.AFFINE, math.nan, 0, 0, 0, 1, 0),
         layer(native.AFFINE, 1, 0, math.inf, 0, 1, 0),
+        layer(native.AFFINE, 1, 0, 0, 0, 1, 0, filter=3),
+        layer(native.AFFINE, 1, 0, 0, 4e4, 1, 0, filter=native.NEAREST),
     ):
         with pytest.raises(ValueError, match="parameters that are out of range"):
             native.augment(image, wrong)
@@ -259,6 +396,50 @@ def test_policies_are_parsed_as_in_timm():
         "augmix",
     ):
         with pytest.raises(InputError, match="`policy`="):
+            parse_policy(wrong)
+
+
+def test_torchvisions_policies_are_parsed():
+    assert str(parse_policy("ra")) == str(parse_policy("ra-n2-m9-b31-nearest"))
+    theirs = autoaugment.RandAugment(3, 4, 12)
+    policy = parse_policy("ra-n3-m4-b12")
+    assert (policy.layers, policy.num_bins, policy.prob) == (3, 12, 1.0)
+    assert policy.ops == tuple(SPACE[name][:2] for name in theirs._augmentation_space(12, (9, 9)))
+    for name, table in AUTO.items():
+        cells = iter(table.split())
+        parsed = [
+            (op, float(prob), None if k == "-" else int(k)) for op, prob, k in zip(*[cells] * 3)
+        ]
+        policies = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(name)).policies
+        assert parsed == [op for pair in policies for op in pair]
+        policy = parse_policy(f"aa-{name}")
+        assert policy.joint and policy.layers == 2
+        assert policy.prob == tuple(prob for _, prob, _ in parsed)
+        assert policy.ops == tuple(SPACE[op][:2] for op, *_ in parsed)
+    for ending, filter in (("nearest", 2), ("bilinear", 0), ("bicubic", 1)):
+        for head in ("ra", "ra-n1", "aa-svhn", "ta_wide"):
+            policy = parse_policy(f"{head}-{ending}")
+            assert (policy.filter, policy.fill) == (filter, BLACK)
+    assert (parse_policy("aa-svhn").filter, parse_policy("ra").fill) == (native.NEAREST, BLACK)
+    assert (parse_policy("ta_wide").filter, parse_policy("ta_wide").fill) == (None, FILL)
+    for wrong in (
+        "ra-m31",
+        "ra-n0",
+        "ra-n17",
+        "ra-b1-m0",
+        "ra-b1001",
+        "ra-m9-n2",
+        "ra-m9.5",
+        "ra-",
+        "aa",
+        "aa-",
+        "aa-cifar100",
+        "aa-imagenet-n2",
+        "ta_wide-lanczos",
+        "ra-bilinear-n2",
+        "ra-n\u0662",
+    ):
+        with pytest.raises(InputError, match=r"^`policy`='.*'.*$"):
             parse_policy(wrong)
 
 
@@ -358,6 +539,52 @@ def test_three_augment_and_trivial_augment_draws():
         and abs((factors > 1).mean() - 0.5) < 0.1
         and abs(factors - 1).max() > 0.98
     )
+
+
+def test_torchvisions_rand_augment_draws_each_op_always_and_either_sign():
+    drawn = draws("ra-n2-m15")
+    expected = np.bincount([row[0] for name, row in SPACE.items() if name in WIDE], minlength=14)
+    for layer in range(2):
+        counts = np.bincount(drawn["op"][:, layer], minlength=14)
+        assert (counts[expected == 0] == 0).all()
+        assert (
+            stats.chisquare(counts[expected > 0], expected[expected > 0] * 6000 / 14).pvalue > 0.01
+        )
+    assert abs(np.corrcoef(drawn["op"].T)[0, 1]) < 0.05
+    factors = drawn["argument"][drawn["op"] == native.CONTRAST, 0]
+    assert np.allclose(np.abs(factors - 1), 0.45) and abs((factors > 1).mean() - 0.5) < 0.05
+    assert (drawn["filter"] == native.NEAREST).all() and not drawn["fill"].any()
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_augment_draws_a_sub_policy_and_its_probabilities(name):
+    drawn, policy = draws(f"aa-{name}"), parse_policy(f"aa-{name}")
+    assert isinstance(policy.prob, tuple)
+    # for each sub-policy, which of its two ops are applied
+    expected: dict[tuple[int, int], float] = {}
+    for i in range(0, 50, 2):
+        for pair in itertools.product((False, True), repeat=2):
+            share = 1 / 25
+            for applied, prob in zip(pair, policy.prob[i : i + 2]):
+                share *= prob if applied else 1 - prob
+            first, second = (
+                policy.ops[i + k][0] if applied else native.IDENTITY
+                for k, applied in enumerate(pair)
+            )
+            expected[first, second] = expected.get((first, second), 0) + share
+    counts = dict.fromkeys(expected, 0)
+    for first, second in drawn["op"].tolist():
+        counts[first, second] += 1  # fails for a pair that no sub-policy has
+    common = sorted(expected, key=lambda pair: expected[pair])
+    common = common[sum(share * 6000 < 10 for share in expected.values()) + 1 :]
+    # the others count together
+    found, shares = ([of[pair] for pair in common] for of in (counts, expected))
+    found, shares = [*found, 6000 - sum(found)], [*shares, 1 - sum(shares)]
+    assert stats.chisquare(found, [6000 * share for share in shares]).pvalue > 0.01
+
+
+def test_an_explicit_fill_is_used():
+    assert (draws("ra", fill=(1, 2, 3))["fill"] == (1, 2, 3)).all()
 
 
 def test_colour_jitter_has_torchvisions_distribution():

@@ -201,6 +201,19 @@ LAYERS = {
             turned(0, 500, 0),
         )
     ],
+    "nearest": [
+        layer(native.AFFINE, *coefficients, filter=native.NEAREST, fill=(0, 0, 0))
+        for coefficients in (
+            turned(0, 0, 0),
+            turned(90, 0, 40),
+            turned(-170, 60, 50.25),
+            turned(40, 30, 1, 2.5),
+            (1, 0, -7, 0, 1, 0),
+            (1, 0.4, -7, 0, 1, 0),
+            (1, 0, 0.5, 1e-9, 1, -0.5),
+            (3e4, 3, 0, 1, 1e4, 0),
+        )
+    ],
 }
 
 
@@ -243,7 +256,9 @@ def test_any_affine_operation_equals_the_cores(out, device):
         rows[:, 2] = middle - rows[:, :2] @ (np.array(out[::-1]) / 2)
         if trial % 3 == 0:
             rows[:, 2] = np.round(2 * rows[:, 2]) / 2
-        drawn.append(layer(native.AFFINE, *rows.clip(-1e6, 1e6).ravel(), filter=trial % 2))
+        filter = trial // 3 % 3
+        most = 3e4 if filter == native.NEAREST else 1e6
+        drawn.append(layer(native.AFFINE, *rows.clip(-most, most).ravel(), filter=filter))
     images = [raw_image(rng, out, 2) for _ in drawn]
     core, made, *_, failed = decode(images, out, [np.array(drawn)], place=(device, 0))
     assert_equal(core, made)
@@ -274,6 +289,8 @@ def test_invalid_layers_have_the_statuses_of_the_core():
         layer(native.COLOR, 1e9),
         layer(native.AFFINE, 1, 0, 0, 0, np.inf, 0),
         layer(native.AFFINE, 1, 0, 0, 0, 2e6, 0),
+        layer(native.AFFINE, 1, 0, 0, 0, 4e4, 0, filter=native.NEAREST),
+        layer(native.AFFINE, 1, 0, 0, 0, 1, 0, filter=3),
     ]
     images = [raw_image(np.random.default_rng(0), (8, 8)) for _ in wrong]
     core, device, *_ = decode(images, (8, 8), [np.array(wrong)])
@@ -362,6 +379,8 @@ RECIPES: dict[str, dict] = {
     "RandAugment": {"rand_augment": "rand-m9-n3-mstd0.5-inc1"},
     "3-Augment, jitter": {"rand_augment": "3a", "color_jitter": (0.3, 0.3, 0.3, 0.1)},
     "TrivialAugment, repeats": {"rand_augment": "ta_wide", "repeats": 3},
+    "torchvision's RandAugment": {"rand_augment": "ra-n3-m9"},
+    "AutoAugment": {"rand_augment": "aa-cifar10"},
 }
 
 

@@ -6,14 +6,17 @@ batch.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rsb_ffcv.loading.batch import erase_boxes
 from rsb_ffcv.ops import augment as a
 from rsb_ffcv.ops import crop, draws
+from rsb_ffcv.ops import policies as s
 from rsb_ffcv.ops.operation import Address
 
 MASK = 0xFFFFFFFF
@@ -149,40 +152,48 @@ def slant(shear):
     return math.tan(math.radians(math.degrees(math.atan(shear))))
 
 
-LEVEL_FNS = {
-    a.NONE: lambda level, sign, u, h, w: (),
-    a.ROTATE: lambda level, sign, u, h, w: rotation(sign * (level / 10 * 30.0), h, w),
-    a.DEGREES: lambda level, sign, u, h, w: rotation(sign * level, h, w),
-    a.SHEAR_X: lambda level, sign, u, h, w: (1, sign * (level / 10 * 0.3), 0, 0, 1, 0),
-    a.SHEAR_Y: lambda level, sign, u, h, w: (1, 0, 0, sign * (level / 10 * 0.3), 1, 0),
-    a.TRANSLATE_X: lambda level, sign, u, h, w: (1, 0, sign * (level / 10 * 0.45) * w, 0, 1, 0),
-    a.TRANSLATE_Y: lambda level, sign, u, h, w: (1, 0, 0, 0, 1, sign * (level / 10 * 0.45) * h),
-    a.SLANT_X: lambda level, sign, u, h, w: (1, slant(sign * level), 0, 0, 1, 0),
-    a.SLANT_Y: lambda level, sign, u, h, w: (1, 0, 0, slant(sign * level), 1, 0),
-    a.PIXELS_X: lambda level, sign, u, h, w: (1, 0, -int(sign * level), 0, 1, 0),
-    a.PIXELS_Y: lambda level, sign, u, h, w: (1, 0, 0, 0, 1, -int(sign * level)),
-    a.BITS: lambda level, *_: (int(level / 10 * 4),),
-    a.BITS_INC: lambda level, *_: (4 - int(level / 10 * 4),),
-    a.THRESHOLD: lambda level, *_: (min(256, int(level / 10 * 256)),),
-    a.THRESHOLD_INC: lambda level, *_: (256 - min(256, int(level / 10 * 256)),),
-    a.ADD: lambda level, *_: (min(128, int(level / 10 * 110)),),
-    a.ENHANCE: lambda level, *_: (level / 10 * 1.8 + 0.1,),
-    a.ENHANCE_INC: lambda level, sign, *_: (max(0.1, 1.0 + sign * (level / 10 * 0.9)),),
-    a.DESATURATE: lambda level, *_: (
+def reach(sign, number, bins, side):
+    """torchvision's translation in pixels."""
+    return int(sign * torch.linspace(0.0, 150.0 / 331.0 * side, bins)[int(number)].item())
+
+
+LEVEL_FNS: dict[int, Callable[..., tuple]] = {
+    s.NONE: lambda level, sign, u, h, w, *_: (),
+    s.ROTATE: lambda level, sign, u, h, w, *_: rotation(sign * (level / 10 * 30.0), h, w),
+    s.DEGREES: lambda level, sign, u, h, w, *_: rotation(sign * level, h, w),
+    s.SHEAR_X: lambda level, sign, u, h, w, *_: (1, sign * (level / 10 * 0.3), 0, 0, 1, 0),
+    s.SHEAR_Y: lambda level, sign, u, h, w, *_: (1, 0, 0, sign * (level / 10 * 0.3), 1, 0),
+    s.TRANSLATE_X: lambda level, sign, u, h, w, *_: (1, 0, sign * (level / 10 * 0.45) * w, 0, 1, 0),
+    s.TRANSLATE_Y: lambda level, sign, u, h, w, *_: (1, 0, 0, 0, 1, sign * (level / 10 * 0.45) * h),
+    s.SLANT_X: lambda level, sign, u, h, w, *_: (1, slant(sign * level), 0, 0, 1, 0),
+    s.SLANT_Y: lambda level, sign, u, h, w, *_: (1, 0, 0, slant(sign * level), 1, 0),
+    s.PIXELS_X: lambda level, sign, u, h, w, *_: (1, 0, -int(sign * level), 0, 1, 0),
+    s.PIXELS_Y: lambda level, sign, u, h, w, *_: (1, 0, 0, 0, 1, -int(sign * level)),
+    s.REACH_X: lambda level, sign, u, h, w, bins: (1, 0, -reach(sign, level, bins, w), 0, 1, 0),
+    s.REACH_Y: lambda level, sign, u, h, w, bins: (1, 0, 0, 0, 1, -reach(sign, level, bins, h)),
+    s.BITS: lambda level, *_: (int(level / 10 * 4),),
+    s.BITS_INC: lambda level, *_: (4 - int(level / 10 * 4),),
+    s.THRESHOLD: lambda level, *_: (min(256, int(level / 10 * 256)),),
+    s.THRESHOLD_INC: lambda level, *_: (256 - min(256, int(level / 10 * 256)),),
+    s.ADD: lambda level, *_: (min(128, int(level / 10 * 110)),),
+    s.ENHANCE: lambda level, *_: (level / 10 * 1.8 + 0.1,),
+    s.ENHANCE_INC: lambda level, sign, *_: (max(0.1, 1.0 + sign * (level / 10 * 0.9)),),
+    s.DESATURATE: lambda level, *_: (
         min(1.0, max(0.0, 1.0 - max(0.5, min(1.0, 0.5 + 0.5 * (level / 10))))),
     ),
-    a.SIGMA: lambda level, *_: (max(0.1, min(2.0, 0.1 + (2.0 - 0.1) * (level / 10))),),
-    a.SIGMA_RANDOM: lambda level, sign, u, h, w: (
+    s.SIGMA: lambda level, *_: (max(0.1, min(2.0, 0.1 + (2.0 - 0.1) * (level / 10))),),
+    s.SIGMA_RANDOM: lambda level, sign, u, h, w, *_: (
         0.1 + (2.0 * max(0.0, min(1.0, level / 10)) - 0.1) * u,
     ),
-    a.SIGNED: lambda level, sign, *_: (1.0 + sign * level,),
-    a.PLAIN: lambda level, *_: (level,),
+    s.SIGNED: lambda level, sign, *_: (1.0 + sign * level,),
+    s.PLAIN: lambda level, *_: (level,),
 }
 
 
 def layers_of(stream, policy, height, width):
     """Yields (op, filter, argument) of each layer of one image."""
     left = dict(enumerate(policy.weights))
+    probs = policy.prob if isinstance(policy.prob, tuple) else [policy.prob] * len(policy.ops)
     for k in range(0, 8 * policy.layers, 8):
         which = stream.below(k, len(policy.ops))
         if policy.weights:
@@ -192,8 +203,10 @@ def layers_of(stream, policy, height, width):
                 if share < 0.0:
                     break
             del left[which]
-        if stream.uniform(k + 1) >= policy.prob:
-            yield 0, 0, ()
+        if policy.joint:
+            which = policy.layers * stream.below(0, len(policy.ops) // policy.layers) + k // 8
+        if stream.uniform(k + 1) >= probs[which]:
+            yield 0, policy.filter or 0, ()
             continue
         if policy.bins is not None:
             level = float(policy.bins[which, stream.below(k + 2, policy.bins.shape[1])])
@@ -208,8 +221,8 @@ def layers_of(stream, policy, height, width):
         op, level_fn = policy.ops[which]
         yield (
             op,
-            stream.below(k + 5, 2),
-            LEVEL_FNS[level_fn](level, sign, stream.uniform(k + 6), height, width),
+            stream.below(k + 5, 2) if policy.filter is None else policy.filter,
+            LEVEL_FNS[level_fn](level, sign, stream.uniform(k + 6), height, width, policy.num_bins),
         )
 
 
@@ -224,23 +237,30 @@ def layers_of(stream, policy, height, width):
         "rand-m12-n2-t3a-mmax10",
         "3a",
         "ta_wide",
+        "ta_wide-bilinear",
+        "ra-n5-m9",
+        "ra-n3-m7-b10-bicubic",
+        "aa-imagenet",
+        "aa-cifar10",
+        "aa-svhn",
     ],
 )
 def test_layers_equal_plain_python(seed, epoch, spec):
     operation, seen = a.RandAugment(spec), set()
+    policy = operation.policy
     drawn = operation.draw(Address(seed, epoch, SLOTS), HEIGHTS, WIDTHS)
     for slot, height, width, layers in zip(SLOTS, HEIGHTS.tolist(), WIDTHS.tolist(), drawn):
-        expected = layers_of(
-            Stream(seed, epoch, slot, draws.RAND_AUGMENT), operation.policy, height, width
-        )
-        for layer, (op, cubic, argument) in zip(layers, expected, strict=True):
-            assert (layer["op"], layer["filter"]) == (op, cubic) and tuple(layer["fill"]) == a.FILL
+        expected = layers_of(Stream(seed, epoch, slot, draws.RAND_AUGMENT), policy, height, width)
+        for layer, (op, filter, argument) in zip(layers, expected, strict=True):
+            assert (layer["op"], layer["filter"]) == (op, filter)
+            assert tuple(layer["fill"]) == (s.FILL if policy.filter is None else s.BLACK)
             # a tolerance, because Python rounds a rotation's cosine to 15 places in decimal
             assert layer["argument"].tolist() == pytest.approx(
                 [*argument, *[0] * (6 - len(argument))], rel=1e-13, abs=1e-12
             )
             seen.add(op)
-    assert seen >= {op for op, _ in operation.policy.ops}
+    # an op of few sub-policies may be applied to none of the images
+    assert len({op for op, _ in policy.ops} - seen) <= policy.joint
 
 
 @pytest.mark.parametrize("seed, epoch", PLACES)

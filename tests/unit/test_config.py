@@ -424,3 +424,23 @@ def test_paper_recipes_equal_table_2(
         c.augment.rand_augment == f"rand-m{magnitude}-mstd0.5-inc1"
         and c.augment.erase_prob == 0 == c.ema.decay
     )
+
+
+def test_deit_recipe_equals_the_published_command(given):
+    """The command for ViT-S in README_revenge.md, and defaults of main.py, of
+    facebookresearch/deit."""
+    c = read([f"--config-file={ROOT}/rsb_configs/deit3_small_800.yaml", *given])
+    t, a = c.training, c.augment
+    assert (c.model.arch, c.model.drop_path) == ("deit3_small_patch16_224", 0.05)
+    assert (t.optimizer, t.global_batch, t.epochs, t.weight_decay) == ("lamb", 2048, 800, 0.05)
+    assert (c.lr.lr, c.lr.lr_schedule_type, c.lr.warmup_epochs) == (4e-3, "cosine_spanning", 5)
+    assert (c.lr.warmup_lr, c.lr.min_lr) == (1e-6, 1e-5)
+    assert (a.rand_augment, a.color_jitter, a.repeats, a.interpolation) == ("3a", 0.3, 3, "bicubic")
+    assert (c.mix.mixup, c.mix.cutmix, c.mix.mode, a.erase_prob) == (0.8, 1.0, "batch", 0)
+    assert (t.loss, t.label_smoothing, c.ema.decay, c.validation.crop_ratio) == ("bce", 0, 0, 1.0)
+    assert 0 < t.bce_threshold <= 1e-6
+
+
+def test_sgd_recipe_has_torchvisions_rand_augment(given):
+    c = read([f"--config-file={ROOT}/rsb_configs/sgd_100_swa.yaml", *given])
+    assert (c.augment.rand_augment, c.mix.mixup, c.mix.cutmix) == ("ra-n2-m9", 0.2, 1.0)

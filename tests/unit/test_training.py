@@ -3,16 +3,21 @@
 import json
 import os
 import re
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from rsb_ffcv import InputError
+from rsb_ffcv.config.train import read_config
 from rsb_ffcv.loading import TrainLoader
+from rsb_ffcv.ops import native
 from rsb_ffcv.reporting import log
 from rsb_ffcv.reporting.console import epoch_line
-from rsb_ffcv.training import checkpoint, data, processes
+from rsb_ffcv.training import build, checkpoint, data, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
 from rsb_ffcv.training.step import RunningStatistics
@@ -579,3 +584,25 @@ def test_line_of_an_epoch_shows_its_figures_and_the_time_left():
     )
     unknown = {"epoch": 0, "train_loss": None, "seconds": 1.0}
     assert epoch_line(unknown, 2) == "epoch 1/2: 1.0 s, about 1 s left"
+
+
+def test_jitter_and_hue_reach_the_loader(betons):
+    given = [f"--data.{name}_dataset={betons / name}.beton" for name in ("train", "val")]
+    given += ["--data.in_memory=0", "--logging.folder=run", "--training.batch_size=8"]
+    where = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+
+    def strengths(*more):
+        config = read_config("", [*given, *more])
+        with closing(build.train_loader(config, cast(Any, where), 1, decode="cpu")) as loader:
+            jitter: Any = loader._ops[-1]
+            return dict(zip(jitter.ops.astype(int).tolist(), jitter.high.tolist()))
+
+    assert strengths("--augment.color_jitter=0.25", "--augment.hue=0.125") == {
+        native.BRIGHTNESS: 1.25,
+        native.CONTRAST: 1.25,
+        native.COLOR: 1.25,
+        native.HUE: 0.125,
+    }
+    assert strengths("--augment.hue=0.5") == {native.HUE: 0.5} and strengths() == {}
+    with pytest.raises(InputError, match=r"augment.hue.*0\.6"):
+        strengths("--augment.hue=0.6")

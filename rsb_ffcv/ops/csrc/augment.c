@@ -3,8 +3,8 @@
  *
  * They match Pillow's functions as timm and torchvision call them: ImageOps.autocontrast, equalize,
  * invert, posterize and solarize, the four of ImageEnhance, hue through Image.convert("HSV"),
- * GaussianBlur and Image.transform(AFFINE). The affine operation (affine.c) differs from Pillow by
- * one grey level at most. All others give Pillow's bytes.
+ * GaussianBlur and Image.transform(AFFINE). The affine operation (affine.c) with an interpolating
+ * filter differs from Pillow by one grey level at most. All others give Pillow's bytes.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -154,8 +154,12 @@ static int saturate(const kernels *k, uint8_t *image, int pixels, float factor,
 
 int rsb_check_layer(const rsb_layer *layer) {
     if (layer->op < RSB_IDENTITY || layer->op > RSB_AFFINE) return RSB_BAD_CALL;
+    double most = MAX_ARGUMENT;
+    if (layer->op == RSB_AFFINE) {
+        if (layer->filter > RSB_NEAREST) return RSB_BAD_CALL;
+        most = layer->filter == RSB_NEAREST ? MAX_NEAREST_COEFFICIENT : MAX_COEFFICIENT;
+    }
     for (int i = 0; i < (layer->op == RSB_AFFINE ? 6 : 1); i++) {
-        double most = layer->op == RSB_AFFINE ? MAX_COEFFICIENT : MAX_ARGUMENT;
         if (!(fabs(layer->argument[i]) <= most)) return RSB_BAD_CALL; /* NaN too */
     }
     return !(fabs(layer->argument[0]) <= MAX_ARGUMENT) ? RSB_BAD_CALL : RSB_OK;
@@ -191,8 +195,7 @@ int rsb_augment(uint8_t *image, int height, int width, const void *draw, rsb_scr
         for (int i = 0; i < pixels; i++) shift_hue(image + (size_t)3 * i, (int)(a * 255));
         return RSB_OK;
     case RSB_AFFINE:
-        return rsb_affine(image, size, layer->argument, layer->filter == RSB_BICUBIC, layer->fill,
-                          scratch);
+        return rsb_affine(image, size, layer->argument, layer->filter, layer->fill, scratch);
     default: return RSB_BAD_CALL; /* rsb_check_layer excludes it */
     }
 }

@@ -548,14 +548,36 @@ RSB_SHARED void affine_row(const augment_task *t, int y, int column) {
     }
 }
 
-RSB_SHARED void affine_phase(const augment_task *t, int thread, int phase) {
-    if (phase == 0) {
-        affine_limits(t, thread);
-        copy_image(t, thread);
+/* The same with the nearest filter. */
+RSB_SHARED void nearest_row(const augment_task *t, int y, int column) {
+    const double *m = t->layer->argument;
+    uint32_t fill = pixel_of(t->layer->fill[0], t->layer->fill[1], t->layer->fill[2]);
+    nearest_axis across = make_nearest_axis(m), down = make_nearest_axis(m + 3);
+    int64_t u = nearest_position(across, column, y), v = nearest_position(down, column, y);
+    for (int x = column; x < t->width; x += AUGMENT_COLUMNS) {
+        uint32_t pixel = fill;
+        if (is_on_axis(u, t->width) && is_on_axis(v, t->height))
+            pixel = ((const rsb_word *)t->copy)[(int)(v >> 16) * t->width + (int)(u >> 16)];
+        store_pixel(t, y * t->width + x, pixel);
+        u += AUGMENT_COLUMNS * across.across;
+        v += AUGMENT_COLUMNS * down.across;
     }
-    if (phase == 1)
-        for (int y = thread / AUGMENT_COLUMNS; y < t->height; y += AUGMENT_ROWS)
+}
+
+RSB_SHARED void affine_phase(const augment_task *t, int thread, int phase) {
+    int is_nearest = t->layer->filter == RSB_NEAREST;
+    if (phase == 0) {
+        if (!is_nearest) affine_limits(t, thread);
+        copy_image(t, thread);
+        return;
+    }
+    if (phase != 1) return;
+    for (int y = thread / AUGMENT_COLUMNS; y < t->height; y += AUGMENT_ROWS) {
+        if (is_nearest)
+            nearest_row(t, y, thread % AUGMENT_COLUMNS);
+        else
             affine_row(t, y, thread % AUGMENT_COLUMNS);
+    }
 }
 
 /* ---- all operations ---- */

@@ -57,7 +57,7 @@ typedef struct {
     double top, left, height, width;
 } rsb_box;
 
-enum { RSB_BILINEAR = 0, RSB_BICUBIC = 1 };
+enum { RSB_BILINEAR = 0, RSB_BICUBIC = 1, RSB_NEAREST = 2 /* of RSB_AFFINE only */ };
 
 /* The ops of rsb_augment, with their arguments. ops/native.py has the same numbers. */
 enum {

@@ -154,6 +154,33 @@ RSB_SHARED void shift_hue(uint8_t *p, int shift) {
 
 #define MAX_COEFFICIENT 1e6 /* beyond it, `is_inside` and positions may round differently */
 
+/* An axis of the nearest filter, to the bit: Geometry.c's affine_fixed. A position in the image has
+ * 16 fractional bits, and lies in the pixel that its whole part counts. */
+typedef struct {
+    int64_t first, across, down; /* of the centre of output pixel (0, 0); steps to the next pixel */
+} nearest_axis;
+
+/* beyond it, positions do not fit in 64 bits; Pillow's have 32 */
+#define MAX_NEAREST_COEFFICIENT 32768
+
+RSB_SHARED int64_t fixed_point(double v) { return (int64_t)floor(v * 65536.0 + 0.5); }
+
+/* m: the axis' coefficients. */
+RSB_SHARED nearest_axis make_nearest_axis(const double *m) {
+    nearest_axis n = {fixed_point(m[2] + m[0] * 0.5 + m[1] * 0.5), fixed_point(m[0]),
+                      fixed_point(m[1])};
+    return n;
+}
+
+RSB_SHARED int64_t nearest_position(nearest_axis n, int x, int y) {
+    return n.first + n.across * x + n.down * y;
+}
+
+/* Whether a position lies in an axis of `size` pixels. */
+RSB_SHARED int is_on_axis(int64_t position, int size) {
+    return position >= 0 && position >> 16 < size;
+}
+
 /* Whether the centre of output pixel (x, y) lies within the source image: Geometry.c, to the bit.
  */
 RSB_SHARED int is_inside(const double *a, int x, int y, int height, int width) {
