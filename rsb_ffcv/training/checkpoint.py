@@ -21,7 +21,9 @@ import torch
 
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.reporting.curves import CURVES
 from rsb_ffcv.reporting.log import METRICS
+from rsb_ffcv.reporting.trackers import RUN_ID
 
 FIX = "free space or choose another logging.folder"
 SHOWN = 5  # number of differences between recipes that a message lists
@@ -32,7 +34,8 @@ WRITTEN = (
     BEST,
     METRICS,
     "config.json",
-    "training_curves.png",
+    CURVES,
+    RUN_ID,
     "final_weights.pt",
     "final_weights_*.pt",
 )

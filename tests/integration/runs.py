@@ -4,7 +4,15 @@ import json
 
 import torch
 
-TIMINGS = {"images_per_s", "seconds", "data_wait_s", "peak_memory_mb", "val_seconds"}
+TIMINGS = {
+    "images_per_s",
+    "images_per_s_with_val",
+    "seconds",
+    "val_seconds",
+    "eta_s",
+    "data_wait_s",
+    "peak_memory_mb",
+}
 
 
 def options(betons, folder, **more):

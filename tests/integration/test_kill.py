@@ -32,7 +32,7 @@ MAX_MOVES = 16
 
 
 def phase(err: str) -> str:
-    """The name of the progress bar that was drawn last."""
+    """The name of the progress bar that was made last; see stops."""
     found = max(((err.rfind(name), name) for name in PHASES), default=(-1, ""))
     return found[1] if found[0] >= 0 else "start"
 
