@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def until(arguments: list[str], sign: bytes, stream: str) -> float:
     """Returns the seconds from the start of a process until it writes `sign` to its stdout or
     stderr, a terminal for it, and kills it then."""
     ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
     began = time.perf_counter()
     streams: dict[str, Any] = {
         "stdout": subprocess.DEVNULL,

@@ -5,6 +5,7 @@ In a terminal, progress is a bar on stderr. Elsewhere (a file, a pipe, a job's o
 on stderr whenever nothing was printed for a minute.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,11 @@ from rsb_ffcv.reporting.log import table
 
 LOG = "training.log"
 QUIET_SECONDS = 60.0  # without a terminal: longest time without a line about the progress
+
+
+def has_terminal() -> bool:
+    """Whether stderr is a terminal of known size; tqdm shows nothing in one of unknown size."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
 
 
 class Bar(Protocol):
@@ -103,7 +109,7 @@ class Console:
 
     def bar(self, title: str, total: int, done: int = 0) -> Bar:
         """Returns the progress of `total` steps, `done` of them done."""
-        if not sys.stderr.isatty():
+        if not has_terminal():
             return _Lines(self, title, total=total, done=done)
         return tqdm(
             total=total,

@@ -1042,7 +1042,7 @@ def test_internal_error_keeps_its_traceback(betons, tmp_path, call_program, monk
 def test_leftover_images_are_reported_once_and_the_bar_shows_the_rate(
     betons, tmp_path, call_program, monkeypatch
 ):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("rsb_ffcv.reporting.console.has_terminal", lambda: True)
     more = {
         "training.batch_size": 80,
         "training.global_batch": 80,

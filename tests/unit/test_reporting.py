@@ -1,8 +1,12 @@
 """What a run shows while it runs: console and training.log, the line of an epoch, the figure, and
 experiment trackers."""
 
+import os
+import pty
 import random
+import subprocess
 import sys
+import termios
 import threading
 import types
 
@@ -128,7 +132,7 @@ def test_without_a_terminal_a_line_a_minute_shows_the_progress(tmp_path, capsys,
 
 
 def test_a_terminal_has_a_bar_that_lines_do_not_break(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(console, "has_terminal", lambda: True)
     with Console(True) as shown, shown.bar("epoch 1", 4) as bar:
         shown.log_to(tmp_path)
         bar.update()
@@ -138,6 +142,17 @@ def test_a_terminal_has_a_bar_that_lines_do_not_break(tmp_path, capsys, monkeypa
     assert "\r" in err and "loss=0.5" in err
     assert "\rwarning: a warning\n" in err  # the bar was cleared before it
     assert without_times(tmp_path / "training.log") == ["warning: a warning"]
+
+
+@pytest.mark.parametrize("rows, bar", [(24, True), (0, False)])
+def test_bar_needs_a_terminal_of_known_size(rows, bar):
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (rows, 80))
+    code = "from rsb_ffcv.reporting.console import has_terminal; print(has_terminal())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=its)
+    for descriptor in (ours, its):
+        os.close(descriptor)
+    assert done.stdout.decode().strip() == str(bar)
 
 
 # ---------------------------------------------------------------- the figure
