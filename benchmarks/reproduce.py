@@ -6,7 +6,7 @@
 1. Verifies both files: every checksum, and every image.
 2. Trains, or continues the run in logging.folder: the same command can be given again after an
    interruption.
-3. Compares top-1 after each epoch that benchmarks/curves.yaml lists for the recipe.
+3. Compares top-1 after each epoch of logging.expected; benchmarks/curves.yaml has its source.
 4. Writes records/<date>_<recipe>/: README.md with command, commit, hardware, versions, files and
    the comparison, the run's config.json and metrics.jsonl, and curve.png.
 
@@ -30,7 +30,8 @@ import runner
 
 from rsb_ffcv import InputError, exit_status
 from rsb_ffcv.beton import read_beton
-from rsb_ffcv.config.train import TrainConfig, read_config
+from rsb_ffcv.config.train import TrainConfig, expected_curve, read_config
+from rsb_ffcv.reporting.curves import draw_curves
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,26 +112,10 @@ def readme(options, c: TrainConfig, *, curve: dict, rows: list[dict]) -> str:
     return "\n".join(text) + "\n"
 
 
-def plot(curve: dict, rows: list[dict], path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    for name, label in (("top1", "raw"), ("ema_top1", "EMA"), ("swa_top1", "SWA")):
-        points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
-        if points:
-            axis.plot(*zip(*points), label=label)
-    axis.plot(*zip(*sorted(curve["top1"].items())), "k+", markersize=12, label=curve["kind"])
-    axis.set_xlabel("epochs")
-    axis.set_ylabel("top-1, %")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def reproduce(options: argparse.Namespace, more: list[str]) -> int:
-    curve = curve_of(options.recipe, options.curves)
     arguments = ["--config-file", f"rsb_configs/{options.recipe}.yaml", *more]
     c = read_config(None, arguments)
+    curve = curve_of(options.recipe, options.curves) | {"top1": expected_curve(c)}
     for path in (c.data.train_dataset, c.data.val_dataset):
         run(sys.executable, "write_ffcv.py", "verify", f"--cfg.path={path}")
     launcher: list[object] = [sys.executable]
@@ -142,7 +127,7 @@ def reproduce(options: argparse.Namespace, more: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "config.json"):
         shutil.copy(folder / name, options.out / name)
-    plot(curve, rows, options.out / "curve.png")
+    draw_curves(rows, options.out / "curve.png", curve["top1"])
     text = readme(options, c, curve=curve, rows=rows)
     (options.out / "README.md").write_text(text)
     print(text)

@@ -5,22 +5,25 @@ that it cannot avoid.
 
 Makes a training file with one batch, and starts `train_imagenet.py` on it with the ingredients of
 the A2 recipe (LAMB, mixup and cutmix, RandAugment, random erasing, EMA), on the CPU in fp32. The
-first step is finished when its loss appears in the progress bar on stderr: the program reads the
-loss back before it shows it, so the program is measured without changes. Then the run is killed.
-An earlier run that is not killed warms the caches. `python -c "import torch, timm"` is timed twice:
-as a complete process, and until both are imported, without the exit of the process, which the
-killed run does not reach either. `import ffcv` is timed as a complete process. All run interleaved.
+first step is finished when its loss appears in the progress bar on stderr, a pseudo-terminal: the
+program reads the loss back before it shows it, so the program is measured without changes. Then the
+run is killed. An earlier run that is not killed warms the caches. `python -c "import torch, timm"`
+is timed twice: as a complete process, and until both are imported, without the exit of the process,
+which the killed run does not reach either. `import ffcv` is timed as a complete process. All run
+interleaved.
 Out: results.json, table.md.
 """
 
 import argparse
 import json
 import os
+import pty
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -93,29 +96,31 @@ def command(folder: Path, arch: str, batch: int, resolution: int, threads: int) 
 
 def until(arguments: list[str], sign: bytes, stream: str) -> float:
     """Returns the seconds from the start of a process until it writes `sign` to its stdout or
-    stderr, and kills it then."""
+    stderr, a terminal for it, and kills it then."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
     began = time.perf_counter()
     streams: dict[str, Any] = {
         "stdout": subprocess.DEVNULL,
         "stderr": subprocess.DEVNULL,
-        stream: subprocess.PIPE,
+        stream: its,
     }
-    process = subprocess.Popen(arguments, cwd=ROOT, **streams)
-    pipe, seen = getattr(process, stream), b""
+    process, seen = subprocess.Popen(arguments, cwd=ROOT, **streams), b""
+    os.close(its)
     try:
         while sign not in seen:
-            part = os.read(pipe.fileno(), 1 << 16)
-            if not part:
+            try:
+                seen += os.read(ours, 1 << 16)
+            except OSError:  # the process has closed its side
                 raise RuntimeError(
                     f"{arguments[1:3]} ended without {sign!r}: "
                     f"{seen.decode(errors='replace')[-2000:]}"
-                )
-            seen += part
+                ) from None
         return time.perf_counter() - began
     finally:
         process.kill()
         process.wait()
-        pipe.close()
+        os.close(ours)
 
 
 def first_step(arguments: list[str], folder: Path) -> float:

@@ -136,9 +136,15 @@ def duration(seconds: float) -> str:
     )
 
 
+# Called with each warning as well. The log of a run adds itself here.
+warning_listeners: list[Callable[[str], None]] = []
+
+
 def warn(text: str) -> None:
     """Prints a one-line warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+    for listener in warning_listeners:
+        listener(text)
 
 
 def exit_status(program: Callable[..., int | None], *arguments: object) -> int:

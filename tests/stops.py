@@ -92,6 +92,7 @@ def install():
         info(self, text)
 
     def stopping_bar(self, title, total, done=0):
+        print(f"started: {title}", file=sys.stderr, flush=True)  # for tests that look for it
         bar, count = make_bar(self, title, total, done), done
         move = bar.update
 

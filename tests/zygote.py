@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 def serve():
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import numpy as np
 
     import train_imagenet

@@ -389,16 +389,43 @@ class HealthOptions:
         choices=("off", "warn", "act"),
     )
     gap: float = option(10.0, "average: percentage points of top-1", low=0, high=100)
+    falling: str = option(
+        "warn",
+        "the median top-1 of the last 5 epochs is more than `fall` below the highest such median, "
+        "and the training loss has fallen since; SWA's top-1 is compared with the raw weights",
+        choices=("off", "warn"),
+    )
+    fall: float = option(3.0, "falling: percentage points of top-1", low=0, high=100)
+    expected: str = option(
+        "warn",
+        "top-1 after an epoch of logging.expected is more than `behind` below it",
+        choices=("off", "warn"),
+    )
+    behind: float = option(3.0, "expected: percentage points of top-1", low=0, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingOptions:
     """output of a run"""
 
-    folder: str = option(REQUIRED, "folder of checkpoints, metrics.jsonl, config.json and curves")
+    folder: str = option(
+        REQUIRED, "folder of checkpoints, metrics.jsonl, training.log, config.json and curves"
+    )
     log_level: int = option(
         1, "0: evaluate after the last epoch only; 1: evaluate after each epoch", low=0, high=1
     )
+    expected: str = option(
+        "",
+        "the best top-1 of any weights in per cent that is expected after epochs, counted from 1, "
+        "for example '5=25, 300=79.8'; it is drawn in the curves, see also health.expected",
+    )
+    trackers: str = option(
+        "",
+        "experiment trackers that get the figures as well: any of tensorboard, wandb, mlflow, "
+        "separated by commas",
+    )
+    project: str = option("rsb_ffcv", "project (wandb) or experiment (mlflow) of the run")
+    run_name: str = option("", "name of the run in trackers; empty: the name of logging.folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,6 +518,7 @@ class PlanOptions:
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
 # Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 # Options in ffcv-imagenet's published files that its own trainer does not use
 IGNORED = {"training.bn_wd"}
 
@@ -511,6 +539,8 @@ def read_config(
         **read_options(SECTIONS, description, arguments, ignored=IGNORED, unread=unread)
     )
     _check_together(config, unread)
+    expected_curve(config)
+    tracker_names(config)
     return config
 
 
@@ -541,6 +571,34 @@ def read_recipe(path: str) -> TrainConfig:
             unread={*ONLY_FOR_RUNS, "data.train_dataset"},
         )
     )
+
+
+def expected_curve(c: TrainConfig) -> dict[int, float]:
+    """logging.expected: epoch, counted from 1 -> top-1 in per cent."""
+    curve = {}
+    for point in filter(None, c.logging.expected.replace(" ", "").split(",")):
+        epoch, _, top1 = point.partition("=")
+        try:
+            curve[int(epoch)] = float(top1)
+        except ValueError:
+            curve[0] = 0.0
+    if not all(epoch > 0 and 0 < top1 <= 100 for epoch, top1 in curve.items()):
+        raise InputError(
+            f"logging.expected={c.logging.expected!r}: must be epoch=top-1 pairs, for example "
+            f"'5=25, 300=79.8', with epochs from 1 and top-1 in per cent"
+        )
+    return curve
+
+
+def tracker_names(c: TrainConfig) -> list[str]:
+    """logging.trackers, each name once."""
+    names = list(filter(None, c.logging.trackers.replace(" ", "").split(",")))
+    if not set(names) <= set(TRACKERS):
+        raise InputError(
+            f"logging.trackers={c.logging.trackers!r}: must be any of {', '.join(TRACKERS)}, "
+            f"separated by commas; metrics.jsonl is always written"
+        )
+    return list(dict.fromkeys(names))
 
 
 def _check_together(c: TrainConfig, unread: Collection[str]) -> None:

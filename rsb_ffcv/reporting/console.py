@@ -1,33 +1,116 @@
-"""Console output of a run: messages, progress bars, and the closing table."""
+"""Console output of a run: messages, progress, and the closing table; and its copy with times of
+day, `training.log`.
 
+In a terminal, progress is a bar on stderr. Elsewhere (a file, a pipe, a job's output) it is a line
+on stderr whenever nothing was printed for a minute.
+"""
+
+import os
 import statistics
 import sys
+import time
 from pathlib import Path
+from types import TracebackType
+from typing import Protocol
 
 from tqdm import tqdm
 
-from rsb_ffcv import duration, warn
+from rsb_ffcv import InputError, duration, first_line, warn, warning_listeners
 from rsb_ffcv.reporting.log import table
+
+LOG = "training.log"
+QUIET_SECONDS = 60.0  # without a terminal: longest time without a line about the progress
+
+
+def has_terminal() -> bool:
+    """Whether stderr is a terminal of known size; tqdm shows nothing in one of unknown size."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+
+
+class Bar(Protocol):
+    """The progress of some steps. A context manager."""
+
+    def update(self, n: float = 1) -> object:
+        """Call after `n` more steps."""
+
+    def set_postfix(self, ordered_dict: dict[str, str]) -> None:
+        """Sets the figures to show, by name."""
+
+    def __enter__(self) -> "Bar": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
 
 
 class Console:
-    """Prints on one process of a job only. enabled: whether this process is that one."""
+    """Prints on one process of a job only. Use it as a context manager: it notes the error that
+    ends the run in the log.
+
+    enabled: whether this process is that one.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
+        self._log: Path | None = None
+        self._early = ""  # what the log lacks: lines from before `log_to`
+        self._failed = False
+        self.printed_at = time.monotonic()
+
+    def __enter__(self) -> "Console":
+        if self.enabled:
+            warning_listeners.append(self._note_warning)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if not self.enabled:
+            return
+        warning_listeners.remove(self._note_warning)
+        if isinstance(error, InputError):
+            self._note(f"error: {error}")
+        elif kind is KeyboardInterrupt:
+            self._note("interrupted")
+        elif (
+            error is not None and kind is not SystemExit
+        ):  # after a signal, a line has been printed
+            self._note(f"error: {type(error).__name__}: {first_line(error)}")
+
+    def log_to(self, folder: Path) -> None:
+        """Adds what was printed so far and from here on to `training.log` in `folder`. A log that
+        cannot be written is one warning."""
+        if self.enabled:
+            self._log = folder / LOG
+            self._append("")
 
     def info(self, text: str) -> None:
-        """Prints a line on stdout."""
+        """Prints lines on stdout."""
         if self.enabled:
-            print(text, flush=True)
+            with tqdm.external_write_mode(sys.stdout):
+                print(text, flush=True)
+            self._note(text)
 
     def warn(self, text: str) -> None:
         """Prints a one-line warning on stderr."""
         if self.enabled:
-            warn(text)
+            with tqdm.external_write_mode(sys.stderr):
+                warn(text)
 
-    def bar(self, title: str, total: int, done: int = 0) -> tqdm:
-        """Returns a progress bar of `total` steps, `done` of them done, on stderr."""
+    def progress(self, text: str) -> None:
+        """Prints a line about the progress on stderr."""
+        if self.enabled:
+            print(text, file=sys.stderr, flush=True)
+            self._note(text)
+
+    def bar(self, title: str, total: int, done: int = 0) -> Bar:
+        """Returns the progress of `total` steps, `done` of them done."""
+        if not has_terminal():
+            return _Lines(self, title, total=total, done=done)
         return tqdm(
             total=total,
             initial=done,
@@ -36,11 +119,35 @@ class Console:
             leave=False,
             file=sys.stderr,
             mininterval=0.5,
+            dynamic_ncols=True,
         )
 
-    def epoch(self, row: dict, epochs: int) -> None:
-        """Prints a line about a finished epoch. row: of the log. epochs: of the run."""
-        self.info(epoch_line(row, epochs))
+    def _note_warning(self, text: str) -> None:
+        self._note(f"warning: {text}")
+
+    def _note(self, text: str) -> None:
+        """Adds lines to the log."""
+        self.printed_at = time.monotonic()
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._append("".join(f"{now} {line}\n" for line in text.splitlines()))
+
+    def _append(self, text: str) -> None:
+        self._early += text
+        if self._log is None:
+            return
+        try:
+            # Opened for each line: lines are rare, and the file may be moved or its disk return
+            with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(self._early)
+            self._early = ""
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self.warn(f"{self._log}: cannot be written ({error.strerror}); the run continues")
+
+    def epoch(self, row: dict, epochs: int, best: dict) -> None:
+        """Prints a line about a finished epoch; see epoch_line."""
+        self.info(epoch_line(row, epochs, best))
 
     def closing_table(
         self, rows: list[dict], best: dict, prefixes: list[str], *, folder: Path
@@ -74,26 +181,64 @@ class Console:
         self.info(table(lines))
 
 
-def epoch_line(row: dict, epochs: int) -> str:
-    """The main figures of a finished epoch, and the time left if the others take as long.
+class _Lines:
+    """The progress as lines on the console, for a stderr that is no terminal."""
+
+    def __init__(self, console: Console, title: str, *, total: int, done: int) -> None:
+        self._console, self._title, self._total = console, title, total
+        self._first, self._done, self._figures = done, float(done), ""
+        self._started = time.monotonic()
+
+    def update(self, n: float = 1) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._console.printed_at < QUIET_SECONDS:
+            return
+        seconds = (now - self._started) * (self._total - self._done) / (self._done - self._first)
+        self._console.progress(
+            f"{self._title}: {self._done:.0f}/{self._total} "
+            f"({100 * self._done / self._total:.0f} %){self._figures}, about {duration(seconds)} "
+            f"left"
+        )
+
+    def set_postfix(self, ordered_dict: dict[str, str]) -> None:
+        self._figures = "".join(f", {name}={value}" for name, value in ordered_dict.items())
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def epoch_line(row: dict, epochs: int, best: dict) -> str:
+    """The figures of a finished epoch in one line.
 
     row: of the log.
     epochs: of the run.
+    best: top-1 in per cent, and epoch, of the best epoch so far.
     """
-    done, seconds = row["epoch"] + 1, row["seconds"] + row.get("val_seconds", 0.0)
+    done = row["epoch"] + 1
     parts = []
     if row["train_loss"] is not None:  # all steps of the epoch may have been left out
-        parts.append(f"loss {row['train_loss']:.3f}")
-    if "top1" in row:
-        averages = [
-            f"{name} {row[key]:.1f} %"
-            for name, key in (("EMA", "ema_top1"), ("SWA", "swa_top1"))
-            if key in row
-        ]
-        parts.append(
-            f"top-1 {row['top1']:.1f} %" + (f" ({', '.join(averages)})" if averages else "")
-        )
-    parts.append(f"{seconds:.1f} s" if seconds < 60 else duration(seconds))
+        parts.append(f"loss {row['train_loss']:.3g}")
+    names = {"train": "train_top1", "val": "top1", "EMA": "ema_top1", "SWA": "swa_top1"}
+    top1 = [f"{name} {row[key]:.1f}" for name, key in names.items() if row.get(key) is not None]
+    if row.get("train_top1") is not None and "top1" in row:
+        top1.append(f"gap {row['train_top1'] - row['top1']:.1f}")
+    if best["epoch"] >= 0:
+        top1.append(f"best {best['top1']:.1f} ({best['epoch'] + 1})")
+    if top1:
+        parts.append(f"top-1 {' '.join(top1)}")
+    speed = f"{row['images_per_s']:.0f} img/s"
+    if "images_per_s_with_val" in row:
+        speed += f" ({row['images_per_s_with_val']:.0f} with val)"
+    parts += [
+        f"lr {row['lr']:.3g}",
+        speed,
+        f"wait {100 * row['data_wait_s'] / row['seconds']:.1f} %",
+        f"{row['peak_memory_mb'] / 1024:.1f} GiB",
+    ]
     if done < epochs:
-        parts.append(f"about {duration(seconds * (epochs - done))} left")
+        parts.append(f"{duration(row['eta_s'])} left")
     return f"epoch {done}/{epochs}: {', '.join(parts)}"

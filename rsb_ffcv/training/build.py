@@ -332,6 +332,10 @@ def health(c: TrainConfig, report: Callable[[str], None]) -> Health:
         chance_epoch=c.health.chance_epoch,
         average=c.health.average,
         gap=c.health.gap,
+        falling=c.health.falling,
+        fall=c.health.fall,
+        expected=c.health.expected,
+        behind=c.health.behind,
     )
 
 

@@ -21,7 +21,9 @@ import torch
 
 from rsb_ffcv import InputError, first_line, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.reporting.curves import CURVES
 from rsb_ffcv.reporting.log import METRICS
+from rsb_ffcv.reporting.trackers import RUN_ID
 from rsb_ffcv.training import facts
 
 FIX = "free space or choose another logging.folder"
@@ -35,7 +37,8 @@ WRITTEN = (
     BEST_WEIGHTS,
     METRICS,
     "config.json",
-    "training_curves.png",
+    CURVES,
+    RUN_ID,
     "final_weights.pt",
     "final_weights_*.pt",
 )

@@ -5,13 +5,17 @@ Each check uses numbers that are equal on every process, so that all processes d
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 # Loss readings: the median of the newest RECENT is compared with that of the BEFORE earlier ones.
 RECENT, BEFORE = 5, 25
+# Prefix of the results of each set of weights -> its name
+SETS = {"": "the raw weights", "ema_": "the EMA", "swa_": "SWA"}
+# Epochs of the medians of top-1 that `falling` compares
+WINDOW = 5
 # While the EMA's initial weights contribute more, it lags behind the model by design.
 SMALL_SHARE = 0.01
 # Going back more often than this in a row does not fix the run.
@@ -50,6 +54,11 @@ class Health:
     average: the EMA's top-1 is more than `gap` below the model's, and the EMA's initial weights
         contribute less than SMALL_SHARE to it. act: restart the EMA from the model.
     gap: percentage points of top-1.
+    falling: the top-1 of a set of weights has fallen by more than `fall` while the training loss
+        fell; see check_course. "off" or "warn".
+    fall: percentage points of top-1.
+    expected: top-1 is more than `behind` below the curve that the recipe states. "off" or "warn".
+    behind: percentage points of top-1.
     """
 
     report: Callable[[str], None]
@@ -60,6 +69,10 @@ class Health:
     chance_epoch: int = 5
     average: str = "warn"
     gap: float = 10.0
+    falling: str = "warn"
+    fall: float = 3.0
+    expected: str = "warn"
+    behind: float = 3.0
     history: list[float] = field(default_factory=list)
     risen: bool = False
     lr_factor: float = 1.0
@@ -184,3 +197,66 @@ class Health:
             )
             return self.average == "act"
         return False
+
+    def check_course(self, rows: list[dict], curve: Mapping[int, float]) -> None:
+        """Call after an epoch's validation. It has no state: it reads the log.
+
+        falling: of each set of weights, the median top-1 of the last WINDOW epochs is compared with
+        the highest such median. Single values vary too much: with a noise of one point per epoch,
+        the medians of a rising run stay within 3 points of their maximum (see the tests). SWA,
+        which has only one result, is compared with the raw weights. Only epochs with the present
+        loss and resolution count, as for loss_rise. Reported once, until top-1 has recovered.
+
+        rows: of the log, with that of the epoch.
+        curve: epoch, counted from 1 -> top-1 in per cent that the recipe states.
+        """
+        last = rows[-1]
+        epoch = last["epoch"] + 1
+        reached = max(last[prefix + "top1"] for prefix in SETS if prefix + "top1" in last)
+        if self.expected != "off" and reached < curve.get(epoch, -math.inf) - self.behind:
+            self.report(
+                f"after epoch {epoch} top-1 is {reached:.1f} %, and the recipe states "
+                f"{curve[epoch]:g} % (logging.expected); compare options, data and global batch "
+                f"with the recipe's"
+            )
+        if self.falling == "off":
+            return
+        phase = [
+            row for row in rows if all(row[name] == last[name] for name in ("loss", "resolution"))
+        ]
+        for prefix, name in SETS.items():
+            now, before = _fall(phase, prefix), _fall(phase[:-1], prefix)
+            if now > self.fall >= before:
+                self.report(
+                    f"after epoch {epoch} the top-1 of {name} is {now:.1f} percentage points below "
+                    f"its highest median of {WINDOW} epochs, "
+                    + (
+                        "while the training loss falls: more augmentation, fewer epochs or a lower "
+                        "learning rate may be needed"
+                        if prefix != "swa_"
+                        else "which is that of the raw weights: fewer swa.epochs or a lower swa.lr "
+                        "may be needed"
+                    )
+                )
+
+
+def _fall(rows: list[dict], prefix: str) -> float:
+    """By how many points the top-1 of a set of weights is below its highest median of WINDOW
+    epochs; 0 if the training loss is not lower than then, or after too few epochs."""
+    rows = [row for row in rows if prefix + "top1" in row or prefix == "swa_" and "top1" in row]
+    if len(rows) <= WINDOW or prefix + "top1" not in rows[-1]:
+        return 0.0
+    key = "top1" if prefix == "swa_" else prefix + "top1"
+    windows = [rows[end - WINDOW : end] for end in range(WINDOW, len(rows) + 1)]
+    best, now = max(windows, key=lambda window: _median(window, key)), windows[-1]
+    if prefix == "swa_":
+        return _median(best, key) - rows[-1]["swa_top1"]
+    if _median(now, "train_loss") >= _median(best, "train_loss"):
+        return 0.0
+    return _median(best, key) - _median(now, key)
+
+
+def _median(rows: list[dict], key: str) -> float:
+    """The median of the rows that have a value; NaN, which is not below anything, if none has."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(values) if values else math.nan

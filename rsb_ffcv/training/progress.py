@@ -14,6 +14,7 @@ from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.plan import Epoch
 
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1, "weights": ""}
+RECENT_EPOCHS = 5  # whose mean duration predicts that of the others
 SYNC_EVERY = 20  # steps between two loss readings: each one synchronizes with the device
 
 
@@ -114,6 +115,24 @@ class Progress:
             "lr": f"{lr:.2e}",
             "img_s": f"{img_s:.0f}",
         }
+
+    def pace(self, row: dict[str, Any], epochs: int) -> dict[str, float]:
+        """The figures of an epoch that include its validation: images of training per second, if
+        there was one, and the seconds left if the other epochs take as long as the last few.
+
+        row: the epoch's.
+        epochs: of the run.
+        """
+
+        def seconds(row: dict[str, Any]) -> float:
+            return row["seconds"] + row.get("val_seconds", 0.0)
+
+        recent = [seconds(item) for item in [*self.rows, row][-RECENT_EPOCHS:]]
+        found = {"eta_s": statistics.fmean(recent) * (epochs - 1 - row["epoch"])}
+        if "val_seconds" in row:
+            images = row["images_per_s"] * row["seconds"]
+            found["images_per_s_with_val"] = images / seconds(row)
+        return found
 
     def row(self, epoch: Epoch, *, loss: str, lr: float) -> dict[str, Any]:
         """The log's figures of an epoch's training, over all processes.

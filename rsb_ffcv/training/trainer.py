@@ -8,6 +8,7 @@ step changes.
 
 import copy
 import json
+import statistics
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 
 from rsb_ffcv import InputError, option_names
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import TrainConfig
+from rsb_ffcv.config.train import TrainConfig, expected_curve, tracker_names
 from rsb_ffcv.learning.model import check_arch
 from rsb_ffcv.learning.optimizer import check_optimizer
-from rsb_ffcv.reporting import log
+from rsb_ffcv.reporting import log, trackers
 from rsb_ffcv.reporting.console import Console
+from rsb_ffcv.reporting.curves import CURVES, Curves
 from rsb_ffcv.training import batch_norm, branch, build, checkpoint, compute
 from rsb_ffcv.training.data import open_data
 from rsb_ffcv.training.evaluate import Evaluator
@@ -61,8 +63,10 @@ class Trainer:
             timeout_s=c.dist.timeout_s,
         )
         stack.enter_context(Heartbeat(c.dist.timeout_s, where.hosts))
-        self.console = Console(where.is_main)
+        self.console = stack.enter_context(Console(where.is_main))
         self.console.info(where.describe())
+        trackers_used = [] if c.training.eval_only else tracker_names(c)
+        compute.on_first_process(lambda: trackers.check(trackers_used))
         check_arch(c.model.arch)
         check_optimizer(c.training.optimizer)
         self.data = stack.enter_context(open_data(c, where, self.console))
@@ -131,8 +135,37 @@ class Trainer:
                 self.console.info(line)
             if not c.training.eval_only:
                 self.checkpointer.save_epoch()  # from here on, the run needs no other folder
+        if not c.training.eval_only:
+            self.console.log_to(self.folder)
+        self._report_to(trackers_used if where.is_main else [], stack)
         if c.data.in_memory:
             self.data.preload(lambda: interrupt.received is not None)
+
+    def _report_to(self, names: list[str], stack: ExitStack) -> None:
+        """Opens the trackers `names`, and the figure of the run."""
+        c, progress = self.config, self.progress
+        # An epoch that was saved may be missing there, so the last one is sent again.
+        last = progress.rows[-1:]
+        run = trackers.TrackedRun(
+            folder=self.folder,
+            id=trackers.run_id(self.folder) if names else "",
+            project=c.logging.project,
+            name=c.logging.run_name or self.folder.resolve().name,
+            options=as_dict(c),
+            epoch=len(progress.rows) - len(last),
+            step=progress.step,
+        )
+        self.trackers = stack.enter_context(
+            trackers.Trackers(
+                {name: trackers.CLASSES[name] for name in names}, run, warn=self.console.warn
+            )
+        )
+        for row in last:
+            self.trackers.log("epoch", row["epoch"] + 1, row)
+        self.expected = expected_curve(c)
+        self.curves = stack.enter_context(
+            Curves(self.folder / CURVES, self.expected, warn=self.console.warn)
+        )
 
     def _note(self, text: str) -> None:
         """Prints a warning, and adds it to the epoch's row."""
@@ -171,6 +204,7 @@ class Trainer:
                 self._close_epoch(epoch)
             except GoBack as request:
                 self.checkpointer.go_back(request)
+                self.trackers.rewind(len(self.progress.rows), self.progress.step)
             except Stop as request:
                 raise InputError(str(request)) from request
         self.profile.close()
@@ -184,7 +218,9 @@ class Trainer:
 
     def _finish(self) -> None:
         rows, models = self.progress.rows, self.evaluate.models
-        log.draw_curves(rows, self.folder / "training_curves.png")
+        self.curves.update(rows)
+        self.curves.complete()
+        self.trackers.finished()
         for prefix, model in models.items():
             state = checkpoint.on_host(model.state_dict())
             suffix = f"_{prefix.removesuffix('_')}" if prefix else ""
@@ -241,11 +277,15 @@ class Trainer:
                     self.swa.update()
                 reads = progress.window_is_full or last
                 if reads:
-                    self.health.check_losses(*progress.read_losses())
+                    steps, losses = progress.read_losses()
+                    self.health.check_losses(steps, losses)
                 progress.seconds += time.perf_counter() - started
                 self.profile.after_step()
                 if reads:
                     bar.set_postfix(progress.summary(lr))
+                    if losses:
+                        mean = statistics.fmean(losses)
+                        self.trackers.log("step", progress.step, {"train_loss": mean, "lr": lr})
                 bar.update()
                 self.checkpointer.after_step(not last and self.plan.is_regular(progress.step))
 
@@ -295,9 +335,11 @@ class Trainer:
             ):
                 assert self.ema is not None  # check_accuracy has compared it with the model
                 self.ema.restart()
+            health.check_course([*progress.rows, row], self.expected)
             previous_best = progress.new_best(row)
             if previous_best is not None:
                 best_weights = self._best_weights(row, swa)
+        row |= progress.pace(row, self.plan.epochs)
         if progress.events:
             row["events"] = progress.events
         health.end_epoch()
@@ -314,7 +356,9 @@ class Trainer:
                     log.write_metrics(self.folder, progress.rows)
             except InputError as error:  # the next epoch, or a restart, writes the complete log
                 self.console.warn(f"{error}; the run continues")
-        self.console.epoch(row, self.plan.epochs)
+            self.curves.update(progress.rows)
+            self.trackers.log("epoch", epoch.number + 1, row)
+        self.console.epoch(row, self.plan.epochs, progress.best)
 
     def _best_weights(self, row: dict, swa: torch.nn.Module | None) -> dict:
         """The content of `best_weights.pt` after an epoch that is the best one so far. swa: the

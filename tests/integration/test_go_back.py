@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from tests.integration.runs import assert_same_run, options, rows, state
+from tests.integration.runs import TRACKER, assert_same_run, options, rows, state, tracked
 
 # An epoch has 12 steps. Step 20 overflows the weights, which is detected before they are saved. The
 # run goes back to step 12, the end of the first epoch. Then the folder contains checkpoints of
@@ -78,6 +78,23 @@ def test_run_interrupted_after_going_back_equals_uninterrupted(
     assert status == 0 and "resuming" in out, err
     assert_same_run(tmp_path / "run", whole)
     assert rows(tmp_path / "run")[1]["events"] == rows(whole)[1]["events"]
+
+
+def test_trackers_get_the_values_after_the_return_again(betons, tmp_path, train):
+    (status,), _, err = train(
+        options(betons, tmp_path / "run", **MORE, **{"logging.trackers": "mlflow"}),
+        prepare=OVERFLOW + "FAIL = None" + TRACKER,
+    ).wait()
+    assert status == 0, err
+    calls = [call[:3] for call in tracked(tmp_path / "run")]
+    assert [call for call in calls if call[0] != "open"] == [
+        ["log", "step", 12],
+        ["log", "epoch", 1],
+        ["rewind", 1, 12],
+        ["log", "step", 24],
+        ["log", "epoch", 2],
+        ["close", True],
+    ]
 
 
 def test_run_killed_while_discarding_steps_goes_back_again(betons, whole, tmp_path, train):

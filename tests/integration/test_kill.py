@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.integration.runs import assert_same_run, options, rows
+from tests.integration.runs import TRACKER, assert_same_run, options, rows, tracked
 from tests.sizes import KILLS
 
 # Every kind of state at once: warm-up, accumulation, repeated augmentation, EMA, SWA with its
@@ -32,7 +32,7 @@ MAX_MOVES = 16
 
 
 def phase(err: str) -> str:
-    """The name of the progress bar that was drawn last."""
+    """The name of the progress bar that was made last; see stops."""
     found = max(((err.rfind(name), name) for name in PHASES), default=(-1, ""))
     return found[1] if found[0] >= 0 else "start"
 
@@ -94,6 +94,48 @@ def test_signal_saves_after_the_step_and_the_run_resumes(betons, tmp_path, train
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()
     assert statuses == [0, 0] and "resuming" in out, err
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fail, world", [(None, 2), ("log", 1)])
+def test_interrupted_run_has_its_curves_its_log_and_one_run_in_trackers(
+    betons, tmp_path, train, fail, world
+):
+    folder, more = tmp_path / "run", {"logging.trackers": "mlflow", "model.arch": "test_resnet"}
+    prepare = f"FAIL = {fail!r}{TRACKER}"
+    run = train(options(betons, folder, **more), world, stop_at=("epoch 2", 1), prepare=prepare)
+    run.wait_for_stop()
+    assert not (folder / "training_curves.png").exists()  # so far, it would take too large a share
+    run.signal(signal.SIGTERM)
+    run.go_on()
+    statuses, _, err = run.wait()
+    assert statuses == [75] * world, err
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    statuses, out, again = train(options(betons, folder, **more), world, prepare=prepare).wait()
+    assert statuses == [0] * world, again
+    text = "; the run continues, and metrics.jsonl is complete"
+    for part in (err, again):
+        assert part.count(f"mlflow failed (network is unreachable){text}") == (fail is not None)
+    log = (folder / "training.log").read_text()
+    step = int(re.search(r"saved after step (\d);", log)[1])
+    assert log.index("saved after") < log.index(f"resuming {folder} after step {step} of 9")
+    assert all(line[20:] in log for line in out.splitlines()) and log.count("device cpu") == 2
+    calls = tracked(folder)
+    opened, resumed = [call for call in calls if call[0] == "open"]
+    assert opened[1:] == [(folder / "run_id").read_text().strip(), "run", 0, 0]
+    assert resumed[1:] == [opened[1], "run", 0, step]  # the last epoch is sent again
+    assert [call[:3] for call in calls if call[0] != "open"] == [
+        ["log", "step", 3],
+        ["log", "epoch", 1],
+        ["close", False],
+        ["log", "epoch", 1],
+        ["log", "step", 6],
+        ["log", "epoch", 2],
+        ["log", "step", 9],
+        ["log", "epoch", 3],
+        ["close", True],
+    ]
+    last = rows(folder)[-1]
+    assert calls[-2][3].items() >= {"top1": last["top1"], "ema_top1": last["ema_top1"]}.items()
 
 
 def test_signal_before_the_first_step_saves_after_it(betons, tmp_path, train):

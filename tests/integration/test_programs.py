@@ -38,6 +38,12 @@ def finished(betons, tmp_path_factory):
     return folder, done.stdout, done.stderr
 
 
+def best_of(rows):
+    """The best of a run so far, as the console shows it."""
+    top1 = [max(row["top1"], row["ema_top1"]) for row in rows]
+    return {"top1": max(top1), "epoch": top1.index(max(top1))}
+
+
 def test_run_prints_its_setup_and_writes_the_documented_files(finished):
     folder, out, err = finished
     first = out.splitlines()[0]
@@ -56,6 +62,9 @@ def test_run_prints_its_setup_and_writes_the_documented_files(finished):
             "images_per_s",
             "data_wait_s",
             "peak_memory_mb",
+            "val_seconds",
+            "images_per_s_with_val",
+            "eta_s",
         } <= row.keys()
         assert row["val_images"] == 27 and row["steps"] == 3
         assert (
@@ -64,10 +73,14 @@ def test_run_prints_its_setup_and_writes_the_documented_files(finished):
             and row["peak_memory_mb"] > 50
         )
     assert [line for line in out.splitlines() if line.startswith("epoch ")] == [
-        epoch_line(row, 3) for row in written
+        epoch_line(row, 3, best_of(written[: number + 1])) for number, row in enumerate(written)
     ]
-    for part in ("loss=", "top1=", "lr=", "img_s="):
-        assert part in err
+    assert "\r" not in err and "loss=" not in err
+    logged = [
+        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)", line)[1]
+        for line in (folder / "training.log").read_text().splitlines()
+    ]
+    assert logged == out.splitlines() and not err
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["lr"]["lr"] == 0.005
     assert {"top-1 (top-5), raw weights", "waiting for data", "training images/s, median"} <= {
@@ -1027,8 +1040,9 @@ def test_internal_error_keeps_its_traceback(betons, tmp_path, call_program, monk
 
 
 def test_leftover_images_are_reported_once_and_the_bar_shows_the_rate(
-    betons, tmp_path, call_program
+    betons, tmp_path, call_program, monkeypatch
 ):
+    monkeypatch.setattr("rsb_ffcv.reporting.console.has_terminal", lambda: True)
     more = {
         "training.batch_size": 80,
         "training.global_batch": 80,

@@ -15,8 +15,6 @@ from rsb_ffcv import InputError
 from rsb_ffcv.config.train import read_config
 from rsb_ffcv.loading import TrainLoader
 from rsb_ffcv.ops import native
-from rsb_ffcv.reporting import log
-from rsb_ffcv.reporting.console import epoch_line
 from rsb_ffcv.training import build, checkpoint, data, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
@@ -542,48 +540,6 @@ def test_decode_on_a_device_that_is_not_there_is_an_error(betons, tmp_path, call
             r"px on the device; use \d+ or more, or use data.decode=cpu\n$",
             err,
         ), err
-
-
-def test_each_loss_has_its_own_curve(tmp_path):
-    rows = [
-        {"epoch": 0, "loss": "bce", "train_loss": 0.7, "lr": 0.1},
-        {"epoch": 1, "loss": "bce", "train_loss": 0.5, "lr": 0.2, "top1": 20.0, "val_loss": 2.0},
-        {
-            "epoch": 2,
-            "loss": "ce",
-            "train_loss": 1.5,
-            "lr": 0.0,
-            "top1": 30.0,
-            "val_loss": 1.0,
-            "ema_top1": 40.0,
-            "ema_val_loss": 0.5,
-            "train_top1": 3.0,
-        },
-    ]
-    assert log._curves(rows) == [
-        ("validation top-1", "%", [("raw weights", [(2, 20.0), (3, 30.0)]), ("EMA", [(3, 40.0)])]),
-        ("training loss", "binary cross-entropy", [("", [(1, 0.7), (2, 0.5)])]),
-        ("training loss", "cross-entropy", [("", [(3, 1.5)])]),
-        (
-            "validation loss",
-            "cross-entropy",
-            [("raw weights", [(2, 2.0), (3, 1.0)]), ("EMA", [(3, 0.5)])],
-        ),
-        ("learning rate at the end of the epoch", "", [("", [(1, 0.1), (2, 0.2), (3, 0.0)])]),
-    ]
-    log.draw_curves(rows, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_line_of_an_epoch_shows_its_figures_and_the_time_left():
-    row = {"epoch": 2, "train_loss": 0.2931, "seconds": 8.0, "val_seconds": 0.4, "top1": 55.6}
-    assert epoch_line(row, 10) == "epoch 3/10: loss 0.293, top-1 55.6 %, 8.4 s, about 59 s left"
-    row |= {"ema_top1": 52.84, "swa_top1": 50.0, "seconds": 100.0}
-    assert epoch_line(row, 3) == (
-        "epoch 3/3: loss 0.293, top-1 55.6 % (EMA 52.8 %, SWA 50.0 %), 1 min 40 s"
-    )
-    unknown = {"epoch": 0, "train_loss": None, "seconds": 1.0}
-    assert epoch_line(unknown, 2) == "epoch 1/2: 1.0 s, about 1 s left"
 
 
 def test_jitter_and_hue_reach_the_loader(betons):
