@@ -33,6 +33,15 @@ OWN = {
     "dist.address",
     "dist.port",
 }
+# Options that are in the recipe only if they differ from their default: earlier checkpoints do not
+# have them
+ADDED = (
+    "model.freeze",
+    "model.grad_checkpointing",
+    "training.layer_decay",
+    "training.head_lr_scale",
+    "checkpoint.warm_start_head",
+)
 
 
 def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
@@ -56,7 +65,13 @@ def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
         "train_fingerprint": beton.fingerprint(),
         "order": c.data.order,
     }
-    kept["checkpoint"] = {"warm_start": c.checkpoint.warm_start}
+    kept["checkpoint"] = {
+        name: every["checkpoint"][name] for name in ("warm_start", "warm_start_head")
+    }
+    for option in ADDED:
+        section, _, name = option.partition(".")
+        if kept[section][name] == getattr(type(getattr(c, section)), name):  # its default
+            del kept[section][name]
     return kept
 
 
