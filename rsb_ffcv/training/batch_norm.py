@@ -71,7 +71,7 @@ class RunningStatistics:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """A context for the backward pass. Forward passes that it repeats do not count."""
-        if not self._repeated:
+        if not (self._repeated and self._buffers):
             yield
             return
         buffers, counters = _copies(self._buffers), _copies(self._counters)

@@ -160,18 +160,25 @@ def test_optimizers_step_and_reload_with_frozen_layers_and_factors(optimizer):
     assert set(scales) == {4.0, 0.5, 0.25, 0.125}
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gradient_checkpointing_changes_no_bit(groups):
+@pytest.mark.parametrize(
+    "arch, side, block, groups",
+    [
+        ("test_resnet", 32, "layer2.0.conv1", 1),
+        ("test_resnet", 32, "layer2.0.conv1", 2),
+        ("test_vit", 160, "blocks.1.norm1", 1),  # no batch norms
+    ],
+)
+def test_gradient_checkpointing_changes_no_bit(arch, side, block, groups):
     results = []
     passes: list[bool] = []
     for on in (False, True):
         torch.manual_seed(0)
-        model: Any = build_model("test_resnet", 10, drop_path=0.2, grad_checkpointing=on).train()
+        model: Any = build_model(arch, 10, drop_path=0.2, grad_checkpointing=on).train()
         statistics = RunningStatistics(model, groups, groups, repeated=on)
-        model.layer2[0].conv1.register_forward_hook(lambda *_, on=on: passes.append(on))
+        model.get_submodule(block).register_forward_hook(lambda *_, on=on: passes.append(on))
         for number in range(groups):
             statistics.begin_group(number)
-            loss = model(torch.randn(4, 3, 32, 32)).square().mean()
+            loss = model(torch.randn(4, 3, side, side)).square().mean()
             with statistics.backward():
                 loss.backward()
         statistics.end_step()
