@@ -29,6 +29,20 @@ class ModelOptions:
     zero_init_last: bool = option(
         True, "initialize gamma of each block's last batch norm to 0 (ResNets)"
     )
+    freeze: int | str = option(
+        0,
+        "number of first layer groups that stay as they are, with their batch-norm statistics: "
+        "timm's groups, the stem and then each stage (ResNets) or block (transformers); backbone: "
+        "all but the classifier head",
+        low=0,
+        high=1000,
+        words=("backbone",),
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "compute activations again in the backward pass instead of storing them: less memory, more "
+        "time, the same result",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +233,16 @@ class TrainingOptions:
     weight_decay: float = option(
         4e-5, "weight decay, of weights with two or more dimensions only", low=0
     )
+    layer_decay: float = option(
+        1.0,
+        "factor of the learning rate from a layer group to the one before it: timm's groups, the "
+        "head, each block and the stem; 1: the same for all",
+        low=0.01,
+        high=1,
+    )
+    head_lr_scale: float = option(
+        1.0, "additional factor of the classifier head's learning rate", low=0.01, high=1000
+    )
     loss: str = option(
         "auto",
         "auto: bce on unsmoothed soft targets while mixing, else cross-entropy with "
@@ -341,10 +365,20 @@ class CheckpointOptions:
         10.0, "save if the last checkpoint is older than this number of minutes; 0: off", low=0
     )
     warm_start: str = option(
-        "", "checkpoint or state_dict from which a new run takes its initial weights only"
+        "",
+        "file from which a new run takes its initial weights only: a checkpoint or state_dict of "
+        "this program, timm, torchvision, ffcv-imagenet or Lightning, or .safetensors",
     )
     warm_start_from: str = option(
-        "model", "which weights of that checkpoint to use", choices=("model", "ema", "swa")
+        "model",
+        "which weights of that file to use; ema: also a timm checkpoint's",
+        choices=("model", "ema", "swa"),
+    )
+    warm_start_head: str = option(
+        "match",
+        "match: the classifier head in that file has to fit; new: leave the head at its "
+        "initialization",
+        choices=("match", "new"),
     )
     branch: str = option(
         "",
@@ -624,6 +658,16 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
         )
         if below > above:
             raise InputError(f"{low}={below} is larger than {high}={above}; change one of them")
+    if c.model.freeze and not (c.model.pretrained or c.checkpoint.warm_start):
+        raise InputError(
+            f"model.freeze={c.model.freeze}: would freeze random weights; give the weights with "
+            f"model.pretrained=1 or checkpoint.warm_start"
+        )
+    if c.checkpoint.warm_start_head == "new" and not c.checkpoint.warm_start:
+        raise InputError(
+            "checkpoint.warm_start_head=new: is used with checkpoint.warm_start only; give that "
+            "file, or remove this option (model.pretrained=1 needs none)"
+        )
     if c.lr.warmup_epochs and c.lr.lr_schedule_type in ("cyclic", "step"):
         raise InputError(
             f"lr.warmup_epochs={c.lr.warmup_epochs:g}: lr.lr_schedule_type="

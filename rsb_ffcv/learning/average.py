@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rsb_ffcv import check_choice
+from rsb_ffcv.learning.layers import is_frozen
 
 
 def decay_of_step(decay: float, per_images: int, batch: int) -> float:
@@ -27,8 +28,12 @@ def decay_of_step(decay: float, per_images: int, batch: int) -> float:
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The batch-norm layers of `module` that have running statistics."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    """The batch-norm layers of `module` whose running statistics are updated."""
+    return [
+        m
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats and not is_frozen(m)
+    ]
 
 
 class _Average:

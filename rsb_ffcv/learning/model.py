@@ -32,6 +32,7 @@ def build_model(
     drop_path: float = 0.0,
     zero_init_last: bool = True,
     blurpool: bool = False,
+    grad_checkpointing: bool = False,
     mean: tuple | None = None,
 ) -> nn.Module:
     """A float32 module (n, 3, H, W) -> (n, num_classes).
@@ -43,10 +44,13 @@ def build_model(
     zero_init_last: initialize gamma of each residual block's last batch norm to 0 (ResNets; timm's
         default for them).
     blurpool: apply `add_blurpool`.
+    grad_checkpointing: compute activations again in the backward pass, as the model's
+        `set_grad_checkpointing` does, instead of storing them. A repeated forward pass also updates
+        batch-norm statistics; see training.batch_norm.
     mean: the mean that images are normalized with. Published weights must use the same one.
 
-    Raises InputError if timm has no such model, or if the weights cannot be downloaded or expect
-    another mean.
+    Raises InputError if timm has no such model, if the weights cannot be downloaded or expect
+    another mean, or if the model does not support `grad_checkpointing`.
     """
     check_arch(arch)
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
@@ -73,6 +77,14 @@ def build_model(
         )
     if blurpool:
         add_blurpool(model)
+    if grad_checkpointing:
+        try:
+            cast(Any, model).set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:  # timm's two ways to say no
+            raise InputError(
+                f"`grad_checkpointing`=1: timm does not support it for `arch`={arch}; use 0, and a "
+                f"smaller batch if the memory does not suffice"
+            ) from error
     return model
 
 

@@ -5,8 +5,8 @@ several processes. Here each step updates the running statistics once, with the 
 on all processes. The averaged model (SWA) gets separate statistics at the end of a run.
 """
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from torch import nn
@@ -39,16 +39,19 @@ def _copies(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 class RunningStatistics:
     """Updates the batch-norm buffers of `module` once per step, with the mean over the step's
-    groups. The buffers are the same on all processes.
+    groups. The buffers are the same on all processes. Those of frozen batch norms do not change.
 
     groups: groups of a step that this process takes.
     mean_groups: groups of a step / number of processes.
+    repeated: whether the backward pass repeats forward passes (gradient checkpointing).
     """
 
-    def __init__(self, module: nn.Module, groups: int, mean_groups: float) -> None:
+    def __init__(
+        self, module: nn.Module, groups: int, mean_groups: float, *, repeated: bool = False
+    ) -> None:
         norms = batch_norms(module)
         self._buffers, self._counters = _statistics(norms), _counters(norms)
-        self._mean_groups = mean_groups
+        self._mean_groups, self._repeated = mean_groups, repeated
         self._alone = groups == 1 and mean_groups == 1  # every process takes one group
         # Buffers and counters before the step in progress, and the sum of its groups' buffers
         self._start: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None = None
@@ -64,6 +67,17 @@ class RunningStatistics:
         self._add()
         assert self._start is not None  # set by group 0
         torch._foreach_copy_(self._buffers, self._start[0])
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """A context for the backward pass. Forward passes that it repeats do not count."""
+        if not (self._repeated and self._buffers):
+            yield
+            return
+        buffers, counters = _copies(self._buffers), _copies(self._counters)
+        yield
+        torch._foreach_copy_(self._buffers, buffers)
+        torch._foreach_copy_(self._counters, counters)
 
     def end_step(self) -> None:
         """Call after the last forward pass of the step."""

@@ -24,7 +24,7 @@ EPOCH_OPTIONS = (
     "augment.repeats",
 )
 # Options of an optimizer's parameter groups that a recipe sets; all others are its state
-GROUP_OPTIONS = ("lr", "weight_decay", "momentum")
+GROUP_OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum")
 
 
 def find(branch: str) -> tuple[Path, dict]:

@@ -15,13 +15,15 @@ from rsb_ffcv import InputError, counted, option_names
 from rsb_ffcv.beton import Beton
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
+from rsb_ffcv.learning.layers import freeze
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.learning.model import build_model, check_input_size
 from rsb_ffcv.learning.optimizer import build_optimizer
+from rsb_ffcv.learning.weights import load_weights
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.loading.batch import MEAN, BatchTransform
 from rsb_ffcv.ops import draws
-from rsb_ffcv.training import checkpoint, compute, plan
+from rsb_ffcv.training import compute, plan
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.health import Health
 from rsb_ffcv.training.step import TrainStep
@@ -40,8 +42,18 @@ TRAIN_OPTIONS = {
     "rand_augment": "augment.rand_augment",
     "arch": "model.arch",
     "pretrained": "model.pretrained",
+    "freeze": "model.freeze",
+    "grad_checkpointing": "model.grad_checkpointing",
+    "blurpool": "training.use_blurpool",
+    "layer_decay": "training.layer_decay",
+    "head_lr_scale": "training.head_lr_scale",
     "optimizer": "training.optimizer",
     "folder": "logging.folder",
+}
+WARM_START_OPTIONS = {
+    "path": "checkpoint.warm_start",
+    "which": "checkpoint.warm_start_from",
+    "head": "checkpoint.warm_start_head",
 }
 VAL_OPTIONS = {
     "decode": "data.decode",
@@ -200,13 +212,25 @@ def check_files(c: TrainConfig, train: Beton, val: Beton) -> int:
     return train.num_classes
 
 
-def model(c: TrainConfig, num_classes: int, where: Compute, *, new: bool) -> torch.nn.Module:
+def model(
+    c: TrainConfig,
+    num_classes: int,
+    where: Compute,
+    *,
+    new: bool,
+    report: Callable[[str], None],
+) -> torch.nn.Module:
     """Builds the model on the device.
 
+    c: for the sections model, training and checkpoint, and for the resolutions.
+    num_classes: number of outputs.
+    where: device and memory layout.
     new: give it the initial weights of a run (random, pretrained or checkpoint.warm_start). False:
         the weights are loaded from a checkpoint later.
+    report: called with a line about the weights that were loaded, and one about frozen layers.
 
-    Raises InputError if a resolution of the run does not fit the model.
+    Raises InputError if the weights or a resolution of the run do not fit the model, or if it does
+    not support an option.
     """
     torch.manual_seed(draws.torch_seed(c.training.seed, 0, 0, draws.INIT))
     made = build_model(
@@ -216,10 +240,18 @@ def model(c: TrainConfig, num_classes: int, where: Compute, *, new: bool) -> tor
         drop_path=c.model.drop_path,
         zero_init_last=c.model.zero_init_last,
         blurpool=c.training.use_blurpool,
+        grad_checkpointing=c.model.grad_checkpointing,
         mean=MEAN,
     )
     if c.checkpoint.warm_start and new:
-        checkpoint.load_weights(made, Path(c.checkpoint.warm_start), c.checkpoint.warm_start_from)
+        with option_names(WARM_START_OPTIONS):
+            loaded = load_weights(
+                made,
+                Path(c.checkpoint.warm_start),
+                which=c.checkpoint.warm_start_from,
+                head=c.checkpoint.warm_start_head,
+            )
+        report(f"starting from {loaded}")
     sizes: dict[int, str] = {}
     for side, option in (
         (c.resolution.min_res, "resolution.min_res"),
@@ -231,6 +263,8 @@ def model(c: TrainConfig, num_classes: int, where: Compute, *, new: bool) -> tor
     for side, option in sizes.items():
         with option_names({"side": option}):
             check_input_size(made, c.model.arch, side)
+    if c.model.freeze:
+        report(freeze(made, c.model.freeze))
     return made.to(  # type: ignore[call-overload]  # torch's stub lacks memory_format
         where.device, memory_format=where.memory_format
     )
@@ -294,6 +328,8 @@ def train_step(
             lr=c.lr.lr,
             weight_decay=c.training.weight_decay,
             momentum=c.training.momentum,
+            layer_decay=c.training.layer_decay,
+            head_lr_scale=c.training.head_lr_scale,
         ),
         loss=Loss(
             kind=c.training.loss,
@@ -308,6 +344,7 @@ def train_step(
         seed=c.training.seed,
         grad_clip=c.training.grad_clip,
         ema=ema,
+        grad_checkpointing=c.model.grad_checkpointing,
     )
 
 

@@ -2,15 +2,14 @@
 is checked before it is loaded.
 
 A checkpoint is one torch.save file, `checkpoint_<step>.pt`. Its ZIP container holds a CRC-32 of
-every record. torch writes these checksums but does not read them; `read` verifies all of them
-before it loads the file. `best.pt` is a second name (a hard link) of the best checkpoint. A
+every record. torch writes these checksums but does not read them; `weights.read` verifies all of
+them before it loads the file. `best.pt` is a second name (a hard link) of the best checkpoint. A
 background thread writes a copy of the state while training continues.
 """
 
 import io
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,8 +18,9 @@ from typing import Any, TextIO
 
 import torch
 
-from rsb_ffcv import InputError, first_line, warn
+from rsb_ffcv import InputError, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.learning.weights import read
 from rsb_ffcv.reporting.curves import CURVES
 from rsb_ffcv.reporting.log import METRICS
 from rsb_ffcv.reporting.trackers import RUN_ID
@@ -76,32 +76,6 @@ def write(state: object, path: Path) -> None:
     torch.save(state, serialized)
     with atomic_file(path, FIX) as file:
         file.write(serialized.getbuffer())
-
-
-def read(path: Path, fix: str = "use another file") -> Any:
-    """Loads tensors and plain values from a torch.save file, on the CPU. Raises InputError, whose
-    message ends with `fix`, if a record does not match its checksum, or if the file was not written
-    by a current version of torch.save."""
-    try:
-        with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
-        if damaged:
-            raise InputError(
-                f"{path}: damaged (record {damaged} does not match its checksum); {fix}"
-            )
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or first_line(error)}); {fix}"
-        ) from error
-    # zipfile, zlib and torch's reader raise nearly any exception for a damaged file.
-    except Exception as error:
-        raise InputError(
-            f"{path}: not a readable checkpoint ({first_line(error)}; current versions of "
-            f"torch.save write a zip file); {fix}"
-        ) from error
 
 
 class Store:
@@ -310,50 +284,3 @@ def check_recipe(saved: dict, current: dict, folder: Path) -> None:
             f"logging.folder with checkpoint.branch={folder} to continue it under this recipe, or "
             f"with checkpoint.warm_start to start from its weights"
         )
-
-
-def load_weights(model: torch.nn.Module, path: Path, which: str) -> None:
-    """Loads weights into `model`, from a checkpoint or from a file that is a state_dict.
-
-    which: the weights of a checkpoint to use, "model", "ema" or "swa".
-
-    Raises InputError if the file has no such weights, or if they do not fit the model.
-    """
-    try:
-        state = read(path, "give a checkpoint of this program or a state_dict")
-    except InputError as error:
-        raise InputError(f"checkpoint.warm_start={error}") from error.__cause__
-    if isinstance(state, dict) and state.keys() >= KEYS:
-        average = state[which] or {}
-        if which != "model" and not (average.get("updates") or average.get("finished")):
-            raise InputError(
-                f"checkpoint.warm_start_from={which}: {path} does not contain such weights, or not "
-                f"yet; use model"
-            )
-        weights = average if which == "model" else average["module"]
-    elif which != "model":
-        raise InputError(
-            f"checkpoint.warm_start_from={which}: {path} is not a checkpoint with several sets of "
-            f"weights; use model to start from the weights in this file"
-        )
-    else:
-        weights = state
-    own = model.state_dict()
-    if not isinstance(weights, dict) or not all(
-        isinstance(value, torch.Tensor) for value in weights.values()
-    ):
-        raise InputError(
-            f"checkpoint.warm_start={path}: contains no weights; give a checkpoint of this program "
-            f"or a state_dict"
-        )
-    differing = [
-        f"{name} {tuple(weights[name].shape) if name in weights else 'missing'}"
-        for name in own
-        if name not in weights or weights[name].shape != own[name].shape
-    ] + sorted(weights.keys() - own.keys())
-    if differing:
-        raise InputError(
-            f"checkpoint.warm_start={path}: is of another model ({len(differing)} tensors differ, "
-            f"the first: {differing[0]}); use its model.arch and number of classes"
-        )
-    model.load_state_dict(weights)

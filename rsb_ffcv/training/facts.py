@@ -50,6 +50,7 @@ def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
     kept["model"]["num_classes"] = num_classes
     for name in ("eval_only", "distributed"):
         del kept["training"][name]
+    del kept["model"]["grad_checkpointing"]  # less memory, the same results
     kept["training"]["global_batch"] = train_loader.global_batch
     beton = train_loader.beton
     kept["data"] = {
@@ -58,7 +59,8 @@ def recipe(c: TrainConfig, train_loader: TrainLoader, num_classes: int) -> dict:
         "order": c.data.order,
     }
     kept["checkpoint"] = {
-        name: every["checkpoint"][name] for name in ("warm_start", "branch", "branch_optimizer")
+        name: every["checkpoint"][name]
+        for name in ("warm_start", "warm_start_head", "branch", "branch_optimizer")
     }
     return kept
 

@@ -15,6 +15,7 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa
+from rsb_ffcv.learning.weights import read
 from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.training import checkpoint, compute
 from rsb_ffcv.training.compute import Compute
@@ -91,7 +92,7 @@ def newest(store: checkpoint.Store, regular: bool = False) -> tuple[Path, dict] 
         return str(found[0]) if found else None
 
     path = compute.on_first_process(find)
-    return found if found or path is None else (Path(path), checkpoint.read(Path(path)))
+    return found if found or path is None else (Path(path), read(Path(path)))
 
 
 class Checkpointer:

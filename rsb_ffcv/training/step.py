@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rsb_ffcv.learning.average import Ema
+from rsb_ffcv.learning.layers import eval_frozen
 from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.loading import Batch
 from rsb_ffcv.loading.batch import BatchTransform
@@ -28,7 +29,7 @@ class TrainStep:
 
     model: the bare module.
     wrapped: the same module, compiled and in DDP if the run uses these.
-    optimizer: of the model's parameters. Its learning rate is set in each step.
+    optimizer: of the model's parameters. The learning rate of its groups is set in each step.
     loss: of the logits.
     transform: mixes and erases the images of a group.
     compute: device, precision and processes.
@@ -37,6 +38,7 @@ class TrainStep:
     seed: of the run, 0 or more.
     grad_clip: largest norm of all gradients together; 0: no clip.
     ema: updated after each step.
+    grad_checkpointing: whether the model computes activations again in the backward pass.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TrainStep:
         seed: int,
         grad_clip: float,
         ema: Ema | None = None,
+        grad_checkpointing: bool = False,
     ) -> None:
         self.model, self.wrapped, self.optimizer, self.loss, self.transform = (
             model,
@@ -65,7 +68,7 @@ class TrainStep:
         # DDP averages gradients over processes. Divided by this, the mean is that over groups.
         self.mean_groups = mean_groups
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-        self.statistics = RunningStatistics(model, groups, mean_groups)
+        self.statistics = RunningStatistics(model, groups, mean_groups, repeated=grad_checkpointing)
         # of the newest work for the device
         self._work = torch.cuda.Event() if compute.device.type == "cuda" else None
         if ema is not None:
@@ -74,6 +77,11 @@ class TrainStep:
             optimizer.register_step_post_hook(
                 lambda opt, *_: ema.update(getattr(opt, "found_inf", None))
             )
+
+    def begin_epoch(self) -> None:
+        """Puts the model in training mode; frozen batch norms stay in eval mode."""
+        self.wrapped.train()
+        eval_frozen(self.model)
 
     def __call__(
         self,
@@ -89,12 +97,12 @@ class TrainStep:
 
         epoch: counted from 0, for the random draws.
         batches: the step takes `groups` of them.
-        lr: learning rate.
+        lr: learning rate. A group's "lr_scale", if it has one, multiplies it.
         mixing: whether mixup or cutmix is applied.
         """
         totals, waited = torch.zeros(3, device=self.compute.device, dtype=torch.float64), 0.0
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         for number in range(self.groups):
             started = time.perf_counter()
             images, labels, slots = next(batches)
@@ -110,7 +118,8 @@ class TrainStep:
                 with self.compute.autocast():
                     logits = self.wrapped(images)
                 loss = self.loss(logits, labels, lam)
-                self.scaler.scale(loss / self.mean_groups).backward()
+                with self.statistics.backward():
+                    self.scaler.scale(loss / self.mean_groups).backward()
             with torch.no_grad():
                 correct = (logits.argmax(1) == labels).sum()
                 totals += torch.stack(

@@ -85,9 +85,13 @@ class Trainer:
                 check_shared(self.folder)
         found = newest(store)
         source = branch.find(c.checkpoint.branch) if c.checkpoint.branch and not found else None
-        model = build.model(c, self.data.num_classes, where, new=found is None and source is None)
-        if found is None and c.checkpoint.warm_start:
-            self.console.info(f"starting from the weights of {c.checkpoint.warm_start}")
+        model = build.model(
+            c,
+            self.data.num_classes,
+            where,
+            new=found is None and source is None,
+            report=self.console.info,
+        )
         self.ema, self.swa = build.averages(c, model, self.data.train_loader.global_batch)
         self.train_step = build.train_step(
             c, model, ema=self.ema, loader=self.data.train_loader, where=where
@@ -251,7 +255,7 @@ class Trainer:
         if done == epoch.steps:
             return
         loader.resolution = epoch.resolution
-        self.train_step.wrapped.train()
+        self.train_step.begin_epoch()
         skipped_before = progress.skipped
         with (
             build.within_memory(self.config, "training", epoch.resolution),

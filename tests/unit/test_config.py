@@ -444,3 +444,29 @@ def test_deit_recipe_equals_the_published_command(given):
 def test_sgd_recipe_has_torchvisions_rand_augment(given):
     c = read([f"--config-file={ROOT}/rsb_configs/sgd_100_swa.yaml", *given])
     assert (c.augment.rand_augment, c.mix.mixup, c.mix.cutmix) == ("ra-n2-m9", 0.2, 1.0)
+
+
+def test_finetune_recipe_equals_maes(given):
+    """ViT-Base in FINETUNE.md, and the defaults of main_finetune.py, of facebookresearch/mae."""
+    import timm
+
+    from rsb_ffcv.loading.batch import MEAN
+
+    c = read([f"--config-file={ROOT}/rsb_configs/finetune.yaml", *given])
+    t = c.training
+    assert (t.optimizer, t.layer_decay, t.weight_decay, t.epochs, t.global_batch, t.loss) == (
+        "adamw",
+        0.65,
+        0.05,
+        100,
+        1024,
+        "ce",
+    )
+    assert (c.lr.lr, c.lr.warmup_epochs, c.lr.warmup_lr, c.lr.min_lr) == (2e-3, 5, 0, 1e-6)
+    assert (c.model.drop_path, c.mix.mixup, c.mix.cutmix, t.label_smoothing) == (0.1, 0.8, 1, 0.1)
+    assert (c.augment.rand_augment, c.augment.erase_prob, c.augment.erase_mode) == (
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+        "pixel",
+    )
+    assert c.model.pretrained and timm.get_pretrained_cfg(c.model.arch).mean == MEAN
