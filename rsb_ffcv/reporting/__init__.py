@@ -1,1 +1,1 @@
-"""The output of a run: log, curves, and console."""
+"""The output of a run: log, curves, console, and trackers."""

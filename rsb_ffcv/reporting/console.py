@@ -8,6 +8,7 @@ on stderr whenever nothing was printed for a minute.
 import os
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +59,7 @@ class Console:
         self.enabled = enabled
         self._log: Path | None = None
         self._early = ""  # what the log lacks: lines from before `log_to`
+        self._lock = threading.RLock()  # threads warn; a warning about the log is a line for it
         self._failed = False
         self.printed_at = time.monotonic()
 
@@ -132,18 +134,21 @@ class Console:
         self._append("".join(f"{now} {line}\n" for line in text.splitlines()))
 
     def _append(self, text: str) -> None:
-        self._early += text
-        if self._log is None:
-            return
+        with self._lock:
+            self._early += text
+            if self._log is not None:
+                self._write(self._log)
+
+    def _write(self, path: Path) -> None:
         try:
             # Opened for each line: lines are rare, and the file may be moved or its disk return
-            with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(self._early)
             self._early = ""
         except OSError as error:
             if not self._failed:
                 self._failed = True
-                self.warn(f"{self._log}: cannot be written ({error.strerror}); the run continues")
+                self.warn(f"{path}: cannot be written ({error.strerror}); the run continues")
 
     def epoch(self, row: dict, epochs: int, best: dict) -> None:
         """Prints a line about a finished epoch; see epoch_line."""

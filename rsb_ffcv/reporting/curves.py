@@ -104,7 +104,7 @@ def draw_curves(rows: list[dict], path: Path, expected: Mapping[int, float] | No
                 *zip(*points), color=colour, linestyle=style, marker=marker, ms=5, label=label
             )
         axis.set(xlabel="epoch", ylabel=unit, title=title)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if title == "throughput":
             axis.set_ylim(bottom=0)
