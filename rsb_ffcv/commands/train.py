@@ -2,7 +2,14 @@
 
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
-from rsb_ffcv.config.train import SECTIONS, PlanOptions, read_config, read_plan
+from rsb_ffcv.config.train import (
+    SECTIONS,
+    EvalOptions,
+    PlanOptions,
+    read_config,
+    read_eval,
+    read_plan,
+)
 
 ABOUT = """Trains an image classifier on .beton files:
   python train_imagenet.py --config-file rsb_configs/a2_300.yaml"""
@@ -22,12 +29,24 @@ def _plan(arguments: list[str], description: str) -> None:
     print_plan(config, options)
 
 
+def _eval(arguments: list[str], description: str) -> None:
+    config, options = read_eval(description, arguments)
+    from rsb_ffcv.commands.evaluate import evaluate_weights
+
+    evaluate_weights(config, options)
+
+
 COMMANDS = {
     "train": Command("start or resume the run in logging.folder", SECTIONS, _train),
     "plan": Command(
         "print the epochs, size and hours of a recipe, without training",
         SECTIONS | {"plan": PlanOptions},
         _plan,
+    ),
+    "eval": Command(
+        "evaluate a file of weights on data.val_dataset, also class by class",
+        SECTIONS | {"eval": EvalOptions},
+        _eval,
     ),
 }
 

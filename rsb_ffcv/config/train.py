@@ -549,6 +549,23 @@ class PlanOptions:
     picture: str = option("", "PNG file: learning rate and resolution over the epochs")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """what eval evaluates"""
+
+    weights: str = option(
+        REQUIRED,
+        "best_weights.pt, a checkpoint, or any file that checkpoint.warm_start takes (then "
+        "model.arch and model.num_classes say what it is of)",
+    )
+    which: str = option(
+        "model",
+        "which weights of a file with several sets, such as a checkpoint",
+        choices=("model", "ema", "swa"),
+    )
+    csv: str = option("", "file for the results of each class; empty: none")
+
+
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
 # Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
@@ -591,6 +608,18 @@ def read_plan(description: str | None, arguments: Sequence[str]) -> tuple[TrainC
     config = TrainConfig(**options)
     _check_together(config, ONLY_FOR_RUNS)
     return config, plan
+
+
+def read_eval(description: str | None, arguments: Sequence[str]) -> tuple[TrainConfig, EvalOptions]:
+    """Reads the configuration and the options of the command eval; see read_config."""
+    unread = {"data.train_dataset", "data.in_memory", "logging.folder"}
+    options = read_options(
+        SECTIONS | {"eval": EvalOptions}, description, arguments, ignored=IGNORED, unread=unread
+    )
+    given = options.pop("eval")
+    config = TrainConfig(**options)
+    _check_together(config, unread)
+    return config, given
 
 
 def read_recipe(path: str) -> TrainConfig:

@@ -102,6 +102,13 @@ def _listed(names: list[str]) -> str:
 
 def _content(path: Path) -> Any:
     """The content of a safetensors or torch.save file."""
+    try:
+        return _read_either(path)
+    except InputError as error:
+        raise InputError(f"`path`={error}") from error.__cause__
+
+
+def _read_either(path: Path) -> Any:
     if path.suffix != SAFETENSORS:
         return read(path, FORMS)
     from safetensors import SafetensorError  # timm's own dependency
@@ -195,6 +202,20 @@ class Loaded:
         return "; ".join(parts)
 
 
+def model_of(path: Path) -> dict[str, Any]:
+    """The model that a file of this program is of: "arch", "num_classes" and, in checkpoints,
+    "blurpool"; empty for other files. Raises InputError if the file cannot be read."""
+    content = _content(path)
+    if isinstance(content, dict) and content.keys() >= OURS:
+        recipe = content["recipe"]
+        return {name: recipe["model"][name] for name in ("arch", "num_classes")} | {
+            "blurpool": recipe["training"]["use_blurpool"]
+        }
+    if isinstance(content, dict) and {"arch", "num_classes", "weights"} <= content.keys():
+        return {name: content[name] for name in ("arch", "num_classes")}
+    return {}
+
+
 def load_weights(
     model: nn.Module, path: Path, *, which: str = "model", head: str = "match"
 ) -> Loaded:
@@ -214,10 +235,7 @@ def load_weights(
     """
     check_choice("which", which, tuple(KEYS_OF))
     check_choice("head", head, ("match", "new"))
-    try:
-        content = _content(path)
-    except InputError as error:
-        raise InputError(f"`path`={error}") from error.__cause__
+    content = _content(path)
     weights = _chosen(content, path, which)
     if (
         not isinstance(weights, Mapping)

@@ -78,7 +78,8 @@ def evaluate(
     compute: Compute,
     flip_tta: bool,
     label_sets: torch.Tensor | None = None,
-    after_batch: Callable[[int], None] = lambda number: None,
+    per_class: torch.Tensor | None = None,
+    after_batch: Callable[[int], object] = lambda number: None,
 ) -> dict:
     """Evaluates `model` in eval mode, over all processes.
 
@@ -91,6 +92,8 @@ def evaluate(
     compute: device, precision and processes.
     flip_tta: average the logits of each image and its mirror image.
     label_sets: accepted labels of each image, see read_label_sets.
+    per_class: zeros (classes, 3), float64, on the device; images, correct, and correct in 5 of each
+        class are added to it, over all processes.
     after_batch: called with each batch's number.
     """
     model.eval()
@@ -122,8 +125,13 @@ def evaluate(
                     *accepted,
                 ]
             )
+            if per_class is not None:
+                found = torch.stack([torch.ones_like(right[:, 0]), right[:, 0], right.any(1)], 1)
+                per_class.index_add_(0, labels, found.to(per_class.dtype))
             seen += len(labels)
             after_batch(number)
+    if per_class is not None:
+        per_class.copy_(sum_over_processes(per_class))
     totals = torch.cat([counts, torch.tensor([seen], device=counts.device)])
     correct, correct5, loss, accepted, relabelled, images = sum_over_processes(totals).tolist()
     result = {
