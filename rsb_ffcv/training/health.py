@@ -204,7 +204,8 @@ class Health:
         falling: of each set of weights, the median top-1 of the last WINDOW epochs is compared with
         the highest such median. Single values vary too much: with a noise of one point per epoch,
         the medians of a rising run stay within 3 points of their maximum (see the tests). SWA,
-        which has only one result, is compared with the raw weights. Only epochs with the present
+        whose top-1 hardly varies and which has few epochs, is compared with its highest value and
+        with the raw weights. Only epochs with the present
         loss and resolution count, as for loss_rise. Reported once, until top-1 has recovered.
 
         rows: of the log, with that of the epoch.
@@ -226,18 +227,19 @@ class Health:
         ]
         for prefix, name in SETS.items():
             now, before = _fall(phase, prefix), _fall(phase[:-1], prefix)
-            if now > self.fall >= before:
-                self.report(
-                    f"after epoch {epoch} the top-1 of {name} is {now:.1f} percentage points below "
-                    f"its highest median of {WINDOW} epochs, "
-                    + (
-                        "while the training loss falls: more augmentation, fewer epochs or a lower "
-                        "learning rate may be needed"
-                        if prefix != "swa_"
-                        else "which is that of the raw weights: fewer swa.epochs or a lower swa.lr "
-                        "may be needed"
-                    )
-                )
+            if now <= self.fall or before > self.fall:
+                continue
+            compared, advice = (
+                f"its highest median of {WINDOW} epochs, while the training loss falls",
+                "more augmentation, fewer epochs or a lower learning rate may be needed",
+            )
+            if prefix == "swa_":
+                compared = "its own highest or that of the raw weights"
+                advice = "fewer swa.epochs or a lower swa.lr may be needed"
+            self.report(
+                f"after epoch {epoch} the top-1 of {name} is {now:.1f} percentage points below "
+                f"{compared}: {advice}"
+            )
 
 
 def _fall(rows: list[dict], prefix: str) -> float:
@@ -250,7 +252,8 @@ def _fall(rows: list[dict], prefix: str) -> float:
     windows = [rows[end - WINDOW : end] for end in range(WINDOW, len(rows) + 1)]
     best, now = max(windows, key=lambda window: _median(window, key)), windows[-1]
     if prefix == "swa_":
-        return _median(best, key) - rows[-1]["swa_top1"]
+        own = [row["swa_top1"] for row in rows if "swa_top1" in row]
+        return max(_median(best, key), *own) - own[-1]
     if _median(now, "train_loss") >= _median(best, "train_loss"):
         return 0.0
     return _median(best, key) - _median(now, key)

@@ -503,6 +503,17 @@ def test_swa_below_the_raw_weights_is_reported():
     assert not messages_of(rows[-4:])  # too few epochs to know
 
 
+def test_swa_that_falls_in_its_tail_is_reported():
+    """As in a run that had 75.74 % after the first epoch of its tail, and 70.74 % after the 6th."""
+    rows = course(15, top1=lambda e: min(73.0, 60.0 + 2 * e))
+    for row, top1 in zip(rows[9:], (75.74, 75.0, 74.1, 73.2, 71.9, 70.74)):
+        row["swa_top1"] = top1
+    (message,) = messages_of(rows)
+    assert message.startswith(
+        "after epoch 14 the top-1 of SWA is 3.8 percentage points below its own"
+    )
+
+
 def test_top1_below_the_expected_curve_is_reported_at_its_epochs():
     rows = course(12, top1=lambda e: 20.0, ema_top1=lambda e: 21.0)
     curve = {5: 24.1, 10: 23.9, 30: 55.0}
