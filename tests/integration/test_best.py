@@ -7,6 +7,8 @@ from rsb_ffcv.training import checkpoint
 from tests.integration.runs import assert_same, options, rows, state
 
 TAIL = {
+    "model.arch": "test_resnet",
+    "model.drop_path": 0,
     "training.epochs": 5,
     "swa.epochs": 3,
     "swa.lr": 0.001,
@@ -53,7 +55,7 @@ def test_best_weights_are_those_of_the_best_top1(tail):
         name: row[prefix + name] for name in ("top1", "top5", "val_loss") if prefix + name in row
     }
     assert found["metrics"]["top1"] == best
-    assert (found["arch"], found["num_classes"]) == ("resnet10t", 3)
+    assert (found["arch"], found["num_classes"]) == ("test_resnet", 3)
     assert found["step"] == state(tail)["best"]["step"] == 3 * (found["epoch"] + 1)
     saved = torch.load(tail / "best.pt", weights_only=True)
     if found["weights"] != "swa":

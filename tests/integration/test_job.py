@@ -107,7 +107,8 @@ def test_folder_that_processes_do_not_share_is_rejected(betons, tmp_path, train)
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-@pytest.mark.parametrize("silent", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("silent", [0, 1])
 def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, silent):
     """The process is suspended in the middle of training. When it continues, it ends as well. The
     same command then resumes the run."""

@@ -263,6 +263,7 @@ def test_swa_can_be_finished_by_another_number_of_processes(betons, tmp_path, tr
                 assert (ours[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-6, (place, key)
 
 
+@pytest.mark.long
 def test_run_can_change_its_number_of_processes(betons, alone, tmp_path, train):
     """Two, then three for the 4 groups of a step, then one."""
     end_at_stop(train(options(betons, tmp_path / "run", **FIFTY), 2, stop_at=("epoch 3", 1)))
@@ -324,6 +325,7 @@ def test_torchrun_restarts_a_job_whose_process_died(betons, tmp_path, call_progr
         assert result[key] == pytest.approx(last[key], rel=1e-5), key
 
 
+@pytest.mark.long
 def test_compiled_run_saves_plain_weights_and_has_the_same_losses(
     betons, tmp_path, train, run_program
 ):
@@ -408,12 +410,12 @@ def test_resume_with_another_global_batch_is_rejected(betons, finished, call_pro
 def test_message_about_another_recipe_is_short():
     from rsb_ffcv.training.checkpoint import check_recipe
 
-    saved, now = ({"a": {f"k{n}": value for n in range(7)}} for value in (1, ""))
+    saved, now = ({"lr": {f"k{n}": value for n in range(7)}} for value in (1, ""))
     with pytest.raises(InputError) as caught:
         check_recipe(saved, now, Path("run"))
     message = str(caught.value)
-    assert "(a.k0: 1 in the folder, '' now; " in message and message.count(" now") == 5
-    assert "a.k4: 1 in the folder, '' now; and 2 more); use its options" in message
+    assert "(lr.k0: 1 in the folder, '' now; " in message and message.count(" now") == 5
+    assert "lr.k4: 1 in the folder, '' now; and 2 more); use its options" in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a .beton"])
@@ -760,7 +762,7 @@ def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, mo
     assert status == 0 and err.count("warning: the checkpoint was not written") == 1, err
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert (
-        state(tmp_path / "run")["best"] == {"top1": 50.0, "epoch": 2, "step": 9}
+        state(tmp_path / "run")["best"] == {"top1": 50.0, "epoch": 2, "step": 9, "weights": "model"}
         and best["step"] == 9
     )
     assert "50.00 % after epoch 3" in out and not list((tmp_path / "run").glob(".*.part"))
@@ -1004,6 +1006,7 @@ def test_out_of_memory_error_names_what_to_lower(
     ), err
 
 
+@pytest.mark.long
 def test_batch_larger_than_memory_is_one_error_line(betons, tmp_path, run_program):
     """The kernel refuses more than 8 GiB of address space to this process."""
     status, _, err = run_program(
