@@ -3,6 +3,7 @@
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
 from rsb_ffcv.config.train import (
+    ONLY_FOR_RUNS,
     SECTIONS,
     EvalOptions,
     PlanOptions,
@@ -36,12 +37,24 @@ def _eval(arguments: list[str], description: str) -> None:
     evaluate_weights(config, options)
 
 
+def _doctor(arguments: list[str], description: str) -> int:
+    config = read_config(description, arguments, unread={*ONLY_FOR_RUNS, "data.train_dataset"})
+    from rsb_ffcv.commands.doctor import examine
+
+    return examine(config)
+
+
 COMMANDS = {
     "train": Command("start or resume the run in logging.folder", SECTIONS, _train),
     "plan": Command(
         "print the epochs, size and hours of a recipe, without training",
         SECTIONS | {"plan": PlanOptions},
         _plan,
+    ),
+    "doctor": Command(
+        "check versions, device, memory, disk and speed for a recipe, before it runs",
+        SECTIONS,
+        _doctor,
     ),
     "eval": Command(
         "evaluate a file of weights on data.val_dataset, also class by class",

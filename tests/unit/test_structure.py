@@ -33,6 +33,7 @@ MAY_IMPORT = {
         "training",
         "learning",
         "dataset",
+        "gpu",
         "loading",
         "reporting",
         "ops",
