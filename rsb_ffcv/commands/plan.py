@@ -101,7 +101,7 @@ def _print_epochs(plan: Plan) -> None:
                 f"{first:.3g} to {final:.3g}, at most {highest:.3g}",
             )
         )
-    _print_columns(rows)
+    print_columns(rows)
 
 
 def _size(c: TrainConfig, num_classes: int) -> list[tuple[str, str]]:
@@ -187,10 +187,11 @@ def _print_differences(config: TrainConfig, other: TrainConfig, name: str) -> No
         (key, str(facts.shown(old)), str(facts.shown(new))) for key, (old, new) in found.items()
     ]
     if found:
-        _print_columns(rows)
+        print_columns(rows)
 
 
-def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
+def print_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    """Prints a table, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths)).rstrip())

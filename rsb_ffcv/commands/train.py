@@ -1,5 +1,7 @@
 """The commands of train_imagenet.py."""
 
+import argparse
+
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
 from rsb_ffcv.config.train import (
@@ -44,6 +46,19 @@ def _doctor(arguments: list[str], description: str) -> int:
     return examine(config)
 
 
+def _compare(arguments: list[str], description: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog="train_imagenet.py compare",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
+    folders = parser.parse_args(arguments).runs
+    from rsb_ffcv.commands.compare import compare
+
+    compare(folders)
+
+
 COMMANDS = {
     "train": Command("start or resume the run in logging.folder", SECTIONS, _train),
     "plan": Command(
@@ -55,6 +70,11 @@ COMMANDS = {
         "check versions, device, memory, disk and speed for a recipe, before it runs",
         SECTIONS,
         _doctor,
+    ),
+    "compare": Command(
+        "show how the recipes and the results of runs differ: compare FOLDER FOLDER ...",
+        {},
+        _compare,
     ),
     "eval": Command(
         "evaluate a file of weights on data.val_dataset, also class by class",
