@@ -7,7 +7,7 @@ from typing import Any
 
 from rsb_ffcv import InputError
 from rsb_ffcv.commands.plan import COMPARED, print_columns
-from rsb_ffcv.reporting.log import METRICS
+from rsb_ffcv.reporting.log import read_metrics
 
 FIX = "give the folders of two or more runs"
 SETS = {"top1": "raw weights", "ema_top1": "EMA", "swa_top1": "SWA"}
@@ -29,7 +29,7 @@ def compare(folders: list[str]) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         config = json.loads((folder / "config.json").read_text())
-        rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        rows = read_metrics(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: no run, or one without results ({error}); {FIX}") from error
     if not rows:

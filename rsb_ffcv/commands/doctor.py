@@ -266,14 +266,7 @@ def speed(c: TrainConfig) -> Iterator[Finding]:
     if not c.data.train_dataset:
         yield Finding("ok", "speed", "not measured: data.train_dataset is not given")
         return
-    where = compute.set_up(
-        c.compute.device,
-        c.compute.precision,
-        compile="0",
-        channels_last=c.compute.channels_last,
-        threads=c.compute.threads,
-        timeout_s=c.dist.timeout_s,
-    )
+    where = build.hardware(replace(c, compute=replace(c.compute, compile="0")))
     try:
         per_thread = _thread_rate(c, where)
         step = _step_rate(c, where)

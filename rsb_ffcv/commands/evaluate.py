@@ -32,14 +32,7 @@ def evaluate_weights(c: TrainConfig, options: EvalOptions) -> None:
     path = Path(options.weights)
     with option_names({"path": "eval.weights"}):
         known = model_of(path)
-    where = compute.set_up(
-        c.compute.device,
-        c.compute.precision,
-        compile=c.compute.compile,
-        channels_last=c.compute.channels_last,
-        threads=c.compute.threads,
-        timeout_s=c.dist.timeout_s,
-    )
+    where = build.hardware(c)
     console = Console(where.is_main)
     threads = where.loader_threads(c.data.num_workers)
     decode = "cpu" if c.data.decode == "auto" else c.data.decode

@@ -2,7 +2,6 @@
 another recipe."""
 
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,7 +15,7 @@ from rsb_ffcv.beton import read_beton
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import PlanOptions, TrainConfig, read_recipe
 from rsb_ffcv.learning.model import build_model
-from rsb_ffcv.reporting.log import METRICS, table
+from rsb_ffcv.reporting.log import METRICS, read_metrics, table
 from rsb_ffcv.training import facts
 from rsb_ffcv.training.plan import Epoch, Plan
 
@@ -135,7 +134,7 @@ def _speed(given: str) -> tuple[float, float] | None:
     except ValueError:
         path = Path(given) / METRICS
         try:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = read_metrics(Path(given))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"plan.images_per_s={given}: no number, and {path} cannot be read; {fix}"

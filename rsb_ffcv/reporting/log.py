@@ -17,6 +17,11 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of the log of a run. Raises OSError or ValueError if it cannot be read."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes `content` to a JSON file, atomically. Raises InputError as atomic_file does."""
     with atomic_file(path, FIX) as file:

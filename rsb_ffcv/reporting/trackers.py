@@ -33,7 +33,7 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow":
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What trackers are told about a run.
+    """The description of a run that trackers get.
 
     folder: of the run. Trackers keep local files there.
     id: unique, and the same after a restart.
@@ -230,7 +230,7 @@ class Trackers:
     """The trackers of a run. Use it as a context manager: it ends them.
 
     trackers: name -> class.
-    run: what they are told about the run.
+    run: its description.
     warn: called with at most one warning per tracker.
     """
 

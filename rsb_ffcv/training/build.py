@@ -65,6 +65,18 @@ VAL_OPTIONS = {
 }
 
 
+def hardware(c: TrainConfig) -> Compute:
+    """Device, precision and processes of the sections compute and dist; see compute.set_up."""
+    return compute.set_up(
+        c.compute.device,
+        c.compute.precision,
+        compile=c.compute.compile,
+        channels_last=c.compute.channels_last,
+        threads=c.compute.threads,
+        timeout_s=c.dist.timeout_s,
+    )
+
+
 @contextmanager
 def _options_named(names: Mapping[str, str], option: str, path: str) -> Iterator[None]:
     """option_names, which also names the `option` of the file at `path` in an error of reading

@@ -54,14 +54,7 @@ class Trainer:
 
     def _build(self, stack: ExitStack, interrupt: Interrupt) -> None:
         c = self.config
-        self.compute = where = compute.set_up(
-            c.compute.device,
-            c.compute.precision,
-            compile=c.compute.compile,
-            channels_last=c.compute.channels_last,
-            threads=c.compute.threads,
-            timeout_s=c.dist.timeout_s,
-        )
+        self.compute = where = build.hardware(c)
         stack.enter_context(Heartbeat(c.dist.timeout_s, where.hosts))
         self.console = stack.enter_context(Console(where.is_main))
         self.console.info(where.describe())
