@@ -567,6 +567,8 @@ class EvalOptions:
 
 
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
+# Sections that one command reads in addition
+COMMAND_SECTIONS: dict[str, Any] = {"plan": PlanOptions, "eval": EvalOptions}
 # Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -586,40 +588,36 @@ def read_config(
     Raises InputError for an option that is unknown, mistyped, out of range or missing, or that
     conflicts with another one.
     """
-    config = TrainConfig(
-        **read_options(SECTIONS, description, arguments, ignored=IGNORED, unread=unread)
-    )
-    _check_together(config, unread)
-    expected_curve(config)
-    tracker_names(config)
-    return config
+    return _read(description, arguments, unread=unread)[0]
 
 
 def read_plan(description: str | None, arguments: Sequence[str]) -> tuple[TrainConfig, PlanOptions]:
     """Reads the configuration and the options of the command plan; see read_config."""
-    options = read_options(
-        SECTIONS | {"plan": PlanOptions},
-        description,
-        arguments,
-        ignored=IGNORED,
-        unread=ONLY_FOR_RUNS,
-    )
-    plan = options.pop("plan")
-    config = TrainConfig(**options)
-    _check_together(config, ONLY_FOR_RUNS)
-    return config, plan
+    return _read(description, arguments, unread=ONLY_FOR_RUNS, own=PlanOptions)
 
 
 def read_eval(description: str | None, arguments: Sequence[str]) -> tuple[TrainConfig, EvalOptions]:
     """Reads the configuration and the options of the command eval; see read_config."""
     unread = {"data.train_dataset", "data.in_memory", "logging.folder"}
-    options = read_options(
-        SECTIONS | {"eval": EvalOptions}, description, arguments, ignored=IGNORED, unread=unread
-    )
-    given = options.pop("eval")
+    return _read(description, arguments, unread=unread, own=EvalOptions)
+
+
+def _read(
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    unread: Collection[str],
+    own: type[Any] | None = None,
+) -> tuple[TrainConfig, Any]:
+    """Returns the configuration and the options of a command's own section, if it has one."""
+    extra = {name: section for name, section in COMMAND_SECTIONS.items() if section is own}
+    options = read_options(SECTIONS | extra, description, arguments, ignored=IGNORED, unread=unread)
+    given = [options.pop(name) for name in extra]
     config = TrainConfig(**options)
     _check_together(config, unread)
-    return config, given
+    expected_curve(config)
+    tracker_names(config)
+    return config, given[0] if given else None
 
 
 def read_recipe(path: str) -> TrainConfig:
