@@ -103,11 +103,16 @@ def _print_epochs(plan: Plan) -> None:
     print_columns(rows)
 
 
-def _size(c: TrainConfig, num_classes: int) -> list[tuple[str, str]]:
-    """Lines about the model, which is built without memory."""
+def count_parameters(c: TrainConfig, num_classes: int) -> int:
+    """The number of parameters of the model, which is built without memory."""
     with torch.device("meta"):
         model = build_model(c.model.arch, num_classes, drop_path=c.model.drop_path)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _size(c: TrainConfig, num_classes: int) -> list[tuple[str, str]]:
+    """Lines about the model."""
+    parameters = count_parameters(c, num_classes)
     rows = [
         (c.model.arch, f"{parameters / 1e6:,.1f} M parameters, drop path {c.model.drop_path:g}")
     ]
