@@ -154,7 +154,7 @@ def peers(pictures, tmp_path_factory):
         ("crop", "SPDL", 3.0),
         ("crop", "DALI CPU", 3.0),
         ("eval", "torchvision", 0.1),
-        ("eval", "SPDL", 0.5),
+        ("eval", "SPDL", 1.0),  # boxes of 40 px, rounded to chroma pixels
     ],
 )
 def test_peers_load_the_same_pixels_as_ours(peers, row, name, most):
