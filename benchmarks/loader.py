@@ -3,13 +3,26 @@
     python benchmarks/loader.py --images <folder of class folders> --out records/<date>_loader
 
 Repeats the list of images to `--count` images. Writes them at no more than 500 px, as JPEG of
-quality 90 and as raw pixels. Our loader, stock FFCV, DALI on the CPU and timm run interleaved on
-the same number of threads, with the files in the page cache. libjpeg-turbo's region decode of our
-crops, without anything else, is measured too. Loaders that are not installed are reported as not
-installed. Out: results.json, table.md, rates.png.
+quality 90 and as raw pixels. Our loader, stock FFCV, DALI on the CPU, timm, torchvision,
+WebDataset, LitData and SPDL run interleaved on the same number of threads, with the files in the
+page cache. libjpeg-turbo's region decode of our crops, without anything else, is measured too.
+Rates count only if the mean colour of a repeat agrees with ours. Loaders that are not installed are
+reported as not installed. Out: results.json, table.md, rates.png.
+
+The project does not use DALI, WebDataset, LitData and SPDL. To measure them, install them in a
+separate folder, so that the environment keeps its versions. SPDL needs FFmpeg's libraries:
+
+    pip install --target peers --no-deps nvidia-dali-cuda120 astunparse gast six optree nvtx \\
+        makefun libcst nvidia-nvimgcodec-cu12 nvidia-libnvcomp-cu12==5.3.0.16 \\
+        webdataset braceexpand spdl-core spdl-io \\
+        litdata lightning-utilities filelock boto3 botocore jmespath s3transfer requests \\
+        certifi idna charset-normalizer urllib3 tifffile obstore
+    apt-get install --no-install-recommends libavdevice59 libavfilter8
+    PYTHONPATH=peers python benchmarks/loader.py ...
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -27,6 +40,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import runner  # noqa: E402
+from contestants import LitData, WebDataset  # noqa: E402
 
 SPEC = "rand-m7-mstd0.5-inc1"
 ROWS = {
@@ -43,11 +57,13 @@ TARGETS = {
     "eval": {"stock ffcv": 2.5},
 }
 FIRST_BATCH_SECONDS = 1.0
+MEAN_TOLERANCE = 3.0  # of the mean colour of 2048 random crops; that of fewer crops varies more
 
 
-def prepare(images: Path, work: Path, count: int) -> dict:
-    """Makes two .beton files and a folder of JPEG files in `work`, with the same `count` images
-    each. Returns facts about the images."""
+def prepare(images: Path, work: Path, count: int, *, threads: int) -> dict:
+    """Makes two .beton files, a folder of JPEG files, and shards of WebDataset and LitData (in a
+    shuffled order, as both advise) in `work`, with the same `count` images each. Returns facts
+    about the images."""
     from rsb_ffcv.beton import read_beton
 
     pictures = sorted(path for path in images.glob("*/*") if path.is_file())
@@ -79,6 +95,12 @@ def prepare(images: Path, work: Path, count: int) -> dict:
         to.mkdir(parents=True, exist_ok=True)
         start, size = int(file.pointers[number]), int(file.sizes[number])
         (to / f"{number:06d}.jpg").write_bytes(data[start : start + size])
+    files = [(str(path), int(path.parent.name)) for path in sorted(work.glob("files/*/*.jpg"))]
+    shuffled = [files[index] for index in np.random.default_rng(0).permutation(count)]
+    for kind, folder in ((WebDataset, "tar"), (LitData, "litdata")):
+        # without the package there are no shards: its contestant reports "not installed"
+        with contextlib.suppress(ImportError):
+            kind.write(shuffled, work / folder, threads)
     return {
         "images": count,
         "different": len(pictures),
@@ -90,6 +112,7 @@ def prepare(images: Path, work: Path, count: int) -> dict:
 def contestants(work: Path, threads: int) -> dict:
     source = f"{HERE / 'contestants.py'}"
     jpg, raw, files = str(work / "jpg.beton"), str(work / "raw.beton"), str(work / "files")
+    tar, chunks = str(work / "tar"), str(work / "litdata")
     at = {"threads": threads}
     return {
         "crop": {
@@ -97,12 +120,22 @@ def contestants(work: Path, threads: int) -> dict:
             "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, **at}),
             "DALI CPU": (f"{source}:Dali", {"folder": files, **at}),
             "timm": (f"{source}:Timm", {"folder": files, **at}),
+            "torchvision": (f"{source}:TorchVision", {"folder": files, **at}),
+            "WebDataset": (f"{source}:WebDataset", {"shards": tar, **at}),
+            "LitData": (f"{source}:LitData", {"chunks": chunks, **at}),
+            "SPDL": (f"{source}:Spdl", {"folder": files, **at}),
             "region decode only": (f"{source}:RegionDecode", {"path": jpg, **at}),
         },
         "augment": {
             "ours": (f"{source}:Ours", {"path": jpg, "rand_augment": SPEC, **at}),
             "DALI CPU": (f"{source}:Dali", {"folder": files, "rand_augment": True, **at}),
             "timm": (f"{source}:Timm", {"folder": files, "rand_augment": SPEC, **at}),
+            "torchvision": (
+                f"{source}:TorchVision",
+                {"folder": files, "rand_augment": True, **at},
+            ),
+            "WebDataset": (f"{source}:WebDataset", {"shards": tar, "rand_augment": True, **at}),
+            "LitData": (f"{source}:LitData", {"chunks": chunks, "rand_augment": True, **at}),
         },
         "raw": {
             "ours": (f"{source}:Ours", {"path": raw, **at}),
@@ -111,8 +144,25 @@ def contestants(work: Path, threads: int) -> dict:
         "eval": {
             "ours": (f"{source}:Ours", {"path": jpg, "evaluate": True, **at}),
             "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, "evaluate": True, **at}),
+            "torchvision": (f"{source}:TorchVision", {"folder": files, "evaluate": True, **at}),
+            "SPDL": (f"{source}:Spdl", {"folder": files, "evaluate": True, **at}),
         },
     }
+
+
+def refuse_wrong_pixels(row: dict, count: int) -> dict:
+    """The results of a row, without the rates of loaders whose mean red, green or blue is not ours:
+    they did other work. count: images of a repeat."""
+    ours = row["ours"].get("mean_pixel")
+    most = MEAN_TOLERANCE * max(1.0, (2048 / count) ** 0.5)
+
+    def checked(result: dict) -> dict:
+        mean = result.get("mean_pixel")
+        if not mean or not ours or np.abs(np.subtract(mean, ours)).max() <= most:
+            return result
+        return {"absent": f"wrong pixels: mean {mean}, ours {ours}"}
+
+    return {name: checked(result) for name, result in row.items()}
 
 
 def scaling(work: Path, cores: int, repeats: int) -> dict:
@@ -234,8 +284,15 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path):
-    figure, axes = plt.subplots(1, len(ROWS), figsize=(15, 4.2), layout="constrained")
-    for axis, (row, title) in zip(axes, ROWS.items()):
+    bars = [len(results["rows"][row]) for row in ROWS]
+    figure, axes = plt.subplots(
+        2,
+        2,
+        figsize=(12, 7),
+        layout="constrained",
+        height_ratios=[max(bars[:2]), max(bars[2:])],
+    )
+    for axis, (row, title) in zip(axes.flat, ROWS.items()):
         found = {
             name: result for name, result in results["rows"][row].items() if "absent" not in result
         }
@@ -248,11 +305,18 @@ def plot(results: dict, path: Path):
             "#2b6cb0" if name == "ours" else "#cbd5e0" if "only" in name else "#a0aec0"
             for name in found
         ]
-        axis.bar(range(len(found)), rates, yerr=spread, color=colours, capsize=3)
-        axis.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=8)
-        axis.set_title(title.replace(" + ", " +\n", 1).replace(": ", ":\n"), fontsize=9)
+        axis.barh(range(len(found)), rates, xerr=spread, color=colours, capsize=3)
+        axis.set_yticks(range(len(found)), list(found))
+        for number, result in enumerate(found.values()):
+            text = f" {result['images_per_s']:,.0f}"
+            axis.text(result["high"], number, text, va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"images/s, {results['threads']} threads (median, lowest, highest)")
+    figure.supxlabel(
+        f"images/s, {results['threads']} threads (median, lowest, highest)", fontsize=10
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -283,14 +347,29 @@ def main():
             f"--threads {options.threads} --repeats {options.repeats} --count {options.count}",
             "threads": options.threads,
             "environment": runner.environment(
-                ["rsb_ffcv", "ffcv", "nvidia-dali-cuda120", "timm", "torch", "numba", "pillow"]
+                [
+                    "rsb_ffcv",
+                    "ffcv",
+                    "nvidia-dali-cuda120",
+                    "timm",
+                    "torch",
+                    "torchvision",
+                    "webdataset",
+                    "litdata",
+                    "spdl-core",
+                    "spdl-io",
+                    "numba",
+                    "pillow",
+                ]
             ),
-            "data": prepare(options.images, work, options.count),
+            "data": prepare(options.images, work, options.count, threads=options.threads),
         }
         results["rows"] = {
             row: runner.race(who, options.repeats)
             for row, who in contestants(work, options.threads).items()
         }
+        for row in ("crop", "raw", "eval"):  # each loader's RandAugment is a different one
+            results["rows"][row] = refuse_wrong_pixels(results["rows"][row], options.count)
         results["scaling"] = scaling(work, results["environment"]["cores"], options.repeats)
         results["first_batch"] = first_batch(work, options.threads, options.repeats)
         results["class_mixing"] = class_mixing()

@@ -2,9 +2,9 @@
 description of the machine.
 
 A contestant is a class in a Python file. Its process imports only what it measures, warms up, and
-then replies to each "go" with (images, seconds) of one repeat. The contestants of a row repeat in
-turn, so that a slow minute of the machine affects all of them. The results that matter are ratios
-within one row.
+then replies to each "go" with (images, seconds) of one repeat. If it has a dict `facts`, that is
+added to its result. The contestants of a row repeat in turn, so that a slow minute of the machine
+affects all of them. The results that matter are ratios within one row.
 """
 
 import importlib.metadata
@@ -57,6 +57,7 @@ class Contestant:
     def __init__(self, name: str, factory: str, arguments: dict):
         self.name = name
         self.rates: list[float] = []
+        self.facts: dict = {}
         self.absent: str | None = None
         self._process = subprocess.Popen(
             [sys.executable, __file__, factory, json.dumps(arguments)],
@@ -74,6 +75,7 @@ class Contestant:
             reply = self._answer()
             if reply:
                 self.rates.append(reply["images"] / reply["seconds"])
+                self.facts = reply["facts"]
 
     def _answer(self):
         line = self._process.stdout.readline()
@@ -97,6 +99,7 @@ class Contestant:
             "low": min(self.rates),
             "high": max(self.rates),
             "repeats": [round(rate, 1) for rate in self.rates],
+            **self.facts,
         }
 
 
@@ -131,18 +134,17 @@ def _serve(factory: str, arguments: str):
         contestant = getattr(__import__(os.path.splitext(os.path.basename(path))[0]), name)(
             **json.loads(arguments)
         )
+        reply(ready=True)
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            images = contestant.repeat()
+            seconds = time.perf_counter() - started
+            reply(images=images, seconds=seconds, facts=getattr(contestant, "facts", None) or {})
     except ImportError as error:
         reply(absent=f"not installed ({error})")
-        return
     except Exception as error:  # goes into the table: a failure of one must not hide the others
         traceback.print_exc()
         reply(absent=f"{type(error).__name__}: {error}")
-        return
-    reply(ready=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        images = contestant.repeat()
-        reply(images=images, seconds=time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypat
         now = 0.0
         time.perf_counter = lambda: now
         class Sleeper:
+            facts = {{"mean_pixel": [7.0]}}
             def __init__(self, name, seconds):
                 self.name, self.seconds = name, iter(seconds)
             def repeat(self):
+                if self.name == "late":
+                    raise ValueError("wrong shape")
                 global now
                 open({str(log)!r}, "a").write(self.name)
                 print("noise on stdout")
@@ -49,6 +52,7 @@ def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypat
             "gone": (f"{source}:Missing", {}),
             "b": (f"{source}:Sleeper", {"name": "b", "seconds": [9, 1, 1, 1]}),
             "broken": (f"{source}:Broken", {}),
+            "late": (f"{source}:Sleeper", {"name": "late", "seconds": []}),
         },
         3,
     )
@@ -56,11 +60,13 @@ def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypat
     assert (
         "not installed" in result["gone"]["absent"]
         and "no such driver" in result["broken"]["absent"]
+        and "wrong shape" in result["late"]["absent"]
     )
     assert result["a"]["repeats"] == [200, 400, 100] and result["b"]["repeats"] == [10, 10, 10]
     assert [result["a"][key] for key in ("low", "images_per_s", "high")] == pytest.approx(
         [100, 200, 400]
     )
+    assert result["a"]["mean_pixel"] == [7.0]
 
 
 def test_loader_table_shows_ratios_and_targets(monkeypatch):
@@ -118,6 +124,81 @@ def test_every_contestant_reads_all_images(betons, pictures, kind):
         pytest.skip("libjpeg-turbo's headers (libjpeg62-turbo-dev) are not installed")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == 96
+
+
+@pytest.fixture(scope="module")
+def peers(pictures, tmp_path_factory):
+    """{row: {loader: result}} of ours and the peers that decode the same JPEG files, one repeat."""
+    import loader
+
+    work, settle = tmp_path_factory.mktemp("peers"), runner.SETTLE_SECONDS
+    loader.prepare(pictures / "train", work, 128, threads=1)
+    found = loader.contestants(work, 1)
+    runner.SETTLE_SECONDS = 0
+    rows = {
+        "crop": ("ours", "torchvision", "WebDataset", "LitData", "SPDL", "DALI CPU"),
+        "eval": ("ours", "torchvision", "SPDL"),
+    }
+    try:
+        return {row: runner.race({n: found[row][n] for n in rows[row]}, 1) for row in rows}
+    finally:
+        runner.SETTLE_SECONDS = settle
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "most"),
+    [
+        ("crop", "torchvision", 3.0),  # other random crops
+        ("crop", "WebDataset", 3.0),
+        ("crop", "LitData", 3.0),
+        ("crop", "SPDL", 3.0),
+        ("crop", "DALI CPU", 3.0),
+        ("eval", "torchvision", 0.1),
+        ("eval", "SPDL", 1.0),  # boxes of 40 px, rounded to chroma pixels
+    ],
+)
+def test_peers_load_the_same_pixels_as_ours(peers, row, name, most):
+    result = peers[row][name]
+    if "not installed" in result.get("absent", ""):
+        pytest.skip(result["absent"])
+    assert result["mean_pixel"] == pytest.approx(peers[row]["ours"]["mean_pixel"], abs=most)
+
+
+def test_loaders_with_other_pixels_are_not_compared():
+    import contestants
+    import loader
+    import numpy as np
+
+    def found(*mean):
+        return {"images_per_s": 1.0, "mean_pixel": [*mean]}
+
+    row = {
+        "ours": found(120.0, 110.0, 100.0),
+        "near": found(117.1, 112.9, 101.0),
+        "far": found(120.0, 114.0, 100.0),
+        "region": {},
+    }
+    checked = loader.refuse_wrong_pixels(row, 2048)
+    assert [name for name in row if checked[name] != row[name]] == ["far"]
+    assert checked["far"]["absent"].startswith("wrong pixels: mean [120.0, 114.0, 100.0]")
+    assert loader.refuse_wrong_pixels(row, 512) == row  # fewer crops: twice the tolerance
+
+    class Fixed(contestants.Loader):
+        def __init__(self, batch):
+            self.batch = batch
+
+        def batches(self):
+            return iter([self.batch, self.batch[:1]])
+
+    pixels = np.zeros((2, 3, 224, 224), np.uint8)
+    pixels[:, 1], pixels[1] = 9, 6
+    for batch in (pixels, pixels.transpose(0, 2, 3, 1)):
+        fixed = Fixed(batch)
+        assert (fixed.repeat(), fixed.repeat()) == (3, 3)
+        assert fixed.facts == {"mean_pixel": [2.0, 8.0, 2.0]}
+    for wrong in (pixels.astype(np.float32), pixels[:, :, :200]):
+        with pytest.raises(ValueError, match="a batch of"):
+            Fixed(wrong).repeat()
 
 
 def test_first_step_is_timed_and_its_errors_are_raised(betons, tmp_path):
