@@ -196,11 +196,14 @@ def _prepare(
     *,
     limit: float | None,
 ) -> None:
-    """Prepares the gradients for the update, in place: replaces non-finite values by 0, divides by
-    the scaler's `scale`, and clips their common norm to `limit`."""
+    """Prepares the gradients for the update, in place: sets them to 0 if the step does not
+    count, divides by the scaler's `scale`, and clips their common norm to `limit`."""
     if applied is not None:
-        for grad in grads:
-            grad.nan_to_num_(0, 0, 0)
+        # As integers, because 0 x NaN is NaN. torch has no nan_to_num_ for lists.
+        for size, integer in ((2, torch.int16), (4, torch.int32), (8, torch.int64)):
+            same = [grad.view(integer) for grad in grads if grad.element_size() == size]
+            if same:
+                torch._foreach_mul_(same, applied.to(integer))
     divisor = scale
     if limit is not None:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
@@ -240,22 +243,17 @@ def _update(
     beta3: factor of the gradient.
     eps, weight_decay, trust_clip, always_adapt, decoupled_decay: see Lamb.
     """
-    if applied is None:
-        if beta3 == 1 - beta1:
-            torch._foreach_lerp_(exp_avgs, grads, beta3)
-        else:
-            torch._foreach_mul_(exp_avgs, beta1)
-            torch._foreach_add_(exp_avgs, grads, alpha=beta3)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    else:  # the moments do not change if applied is 0
-        squares = torch._foreach_mul(grads, grads)
-        torch._foreach_mul_(grads, beta3 * applied)
-        torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * applied)
-        torch._foreach_add_(exp_avgs, grads)
-        torch._foreach_mul_(squares, (1 - beta2) * applied)
-        torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * applied)
-        torch._foreach_add_(exp_avg_sqs, squares)
+    # If applied is 0, so are the gradients, and the moments do not change.
+    decay1, decay2 = (
+        beta if applied is None else 1 - (1 - beta) * applied for beta in (beta1, beta2)
+    )
+    if applied is None and beta3 == 1 - beta1:
+        torch._foreach_lerp_(exp_avgs, grads, beta3)
+    else:
+        torch._foreach_mul_(exp_avgs, decay1)
+        torch._foreach_add_(exp_avgs, grads, alpha=beta3)
+    torch._foreach_mul_(exp_avg_sqs, decay2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     # With the bias corrections c1 and c2: m / c1 / (sqrt(v / c2) + eps) = scale x m / (sqrt(v) +
     # eps x sqrt(c2)), which saves two passes over the tensors.
     root = bias_correction2**0.5

@@ -32,7 +32,8 @@ def normalize(
 ) -> torch.Tensor:
     """uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last: (x / 255 - mean) / std."""
     scale, shift = _normalization(mean, std, images.device)
-    return (images.float() * scale + shift).permute(0, 3, 1, 2)
+    # from uint8 in one pass: a float copy would be written and read again
+    return torch.mul(images, scale).add_(shift).permute(0, 3, 1, 2)
 
 
 @cache
@@ -116,7 +117,8 @@ def mix_images(images: torch.Tensor, mix: Mix) -> torch.Tensor:
         top, bottom, left, right = mix.box
         images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
     elif mix.lam != 1.0:
-        images.copy_(images * mix.lam + images.flip(0) * (1 - mix.lam))
+        partners = images.flip(0).mul_(1 - mix.lam)
+        images.mul_(mix.lam).add_(partners)
     return images
 
 
