@@ -124,11 +124,13 @@ def prepare(work: Path, images: dict[str, int], classes: int) -> None:
 # ---------------------------------------------------------------- the program, in its own process
 
 
-def train(arguments: list[str]) -> int:
+def train(parent: int, arguments: list[str]) -> int:
     """train_imagenet.py with one more model: the mean colours of an image's quarters, batch norm,
-    and a linear layer. Ends with its parent, so that an interrupted rehearsal leaves no process."""
+    and a linear layer. Ends with process `parent`, so that an interrupted rehearsal leaves none."""
     killed_with_parent = 1, signal.SIGKILL  # PR_SET_PDEATHSIG
     assert ctypes.CDLL(None).prctl(*killed_with_parent) == 0
+    if os.getppid() != parent:  # it has ended since
+        return 1
     from timm.models import register_model
     from torch import nn
 
@@ -222,7 +224,7 @@ class Program:
         self._ours, its = pty.openpty()
         termios.tcsetwinsize(its, (24, 160))
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "train", *arguments],
+            [sys.executable, __file__, "train", str(os.getpid()), *arguments],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=its,
@@ -537,8 +539,8 @@ def readme(results: dict[str, Any]) -> str:
         return lambda run: f"{run['bytes'].get(name, 0):,}"
 
     add("processes", lambda run: str(run["processes"]))
-    add("share of validation", share("validation"))
-    add("share of the rest", share("rest"))
+    add("validation, share of the wall time", share("validation"))
+    add("rest, share of the wall time", share("rest"))
     add("longest rest of an epoch, s", lambda run: f"{run['longest_rest_s']:.2f}")
     add("start, resume to the first step, s", lambda run: f"{run['start_s']}, {run['resume_s']}")
     for key, title in (
@@ -575,7 +577,8 @@ def compare(runs: dict[str, Run], options: argparse.Namespace, about: dict[str, 
     ).stdout.strip()
     results = {
         "command": f"benchmarks/rehearsal.py --epochs {options.epochs} --kills {options.kills} "
-        f"--images {options.images} --batch {options.batch}",
+        f"--images {options.images} --val-images {options.val_images} --classes {options.classes} "
+        f"--batch {options.batch}",
         "commit": commit,
         "environment": runner.environment(["rsb_ffcv", "torch", "timm"]),
         **about,
@@ -628,4 +631,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(train(sys.argv[2:]) if sys.argv[1:2] == ["train"] else exit_status(main))
+    sys.exit(
+        train(int(sys.argv[2]), sys.argv[3:]) if sys.argv[1:2] == ["train"] else exit_status(main)
+    )
