@@ -82,6 +82,14 @@ class Compute:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
+    def seed(self, seed: int) -> None:
+        """Seeds torch's global generators of the CPU and of this process's device, with the numbers
+        of torch.manual_seed. That formats a stack trace for each kind of device that is not in use,
+        which takes longer than a small model's step."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format

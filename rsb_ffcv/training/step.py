@@ -110,7 +110,7 @@ class TrainStep:
                 waited += time.perf_counter() - started
             images, lam = self.transform(images, epoch, slots, mixing=mixing)
             images = images.contiguous(memory_format=self.compute.memory_format)
-            torch.manual_seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
+            self.compute.seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
             self.statistics.begin_group(number)
             last = number == self.groups - 1
             alone = last or self.compute.world_size == 1  # else `wrapped` is a DDP module

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import runner  # noqa: E402
+
+from rsb_ffcv import InputError  # noqa: E402
 
 
 def test_contestants_alternate_and_missing_ones_are_reported(tmp_path, monkeypatch):
@@ -452,7 +455,53 @@ def test_bundle_has_the_core_its_library_and_the_packages(tmp_path):
 def test_reproduce_names_a_recipe_without_figures(tmp_path):
     import reproduce
 
-    from rsb_ffcv import InputError
-
     with pytest.raises(InputError, match="--recipe=nope: curves.yaml has no figures of it; choose"):
         reproduce.curve_of("nope", ROOT / "benchmarks" / "curves.yaml")
+
+
+def test_rehearsal_kills_once_in_each_part_of_the_run_and_in_every_way():
+    import rehearsal
+
+    plan = rehearsal.moments(100, 10)
+    assert [moment.epoch // 10 for moment in plan] == list(range(10))
+    assert {(moment.phase, moment.number.name) for moment in plan} == {
+        *((phase, "SIGKILL") for phase in ("start", "epoch", "validation", "checkpoint")),
+        *((phase, "SIGTERM") for phase in ("epoch", "validation")),
+    }
+    assert plan == rehearsal.moments(100, 10) != rehearsal.moments(100, 10, seed=1)
+
+
+@pytest.mark.long
+def test_rehearsal_compares_a_disturbed_run_and_finds_a_changed_row(tmp_path, monkeypatch, capsys):
+    import rehearsal
+
+    work, out = tmp_path / "work", tmp_path / "record"
+    plan = [
+        rehearsal.Moment(0, rehearsal.EPOCH, signal.SIGKILL, 0.0),
+        rehearsal.Moment(1, rehearsal.EPOCH, signal.SIGTERM, 0.0),
+    ]
+    monkeypatch.setattr(rehearsal, "moments", lambda epochs, kills: plan[:kills])
+
+    def run(*more):
+        sizes = ("--images=2000", "--val-images=100", "--classes=10", "--batch=4", "--epochs=3")
+        arguments = ["rehearsal.py", f"--work={work}", f"--out={out}", *sizes, *more]
+        monkeypatch.setattr(sys, "argv", arguments)
+        return rehearsal.main()
+
+    assert run("--kills=2") == 0, capsys.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    assert results["differences"] == [] and "bit by bit" in (out / "README.md").read_text()
+    assert [kill["signal"] for kill in results["disturbed"]["kills"]] == ["SIGKILL", "SIGTERM"]
+    assert results["undisturbed"]["processes"] == 1 and results["disturbed"]["processes"] == 3
+    assert results["undisturbed"]["seconds_of_an_epoch"]["last tenth"]["steps"] > 0
+    assert run("--kills=3", "--only=compare") == 1  # one is missing
+    log = work / "disturbed" / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    changed = json.loads(lines[1])
+    changed["ema_top1"] += 0.001
+    log.write_text("\n".join([lines[0], json.dumps(changed), lines[2], ""]))
+    assert run("--kills=2", "--only=compare") == 1
+    assert json.loads((out / "results.json").read_text())["differences"] == ["epoch 2: ema_top1"]
+    (work / "disturbed.jsonl").unlink()
+    with pytest.raises(InputError, match="the disturbed run is not finished"):
+        run("--kills=2", "--only=compare")

@@ -15,7 +15,7 @@ from rsb_ffcv import InputError
 from rsb_ffcv.config.train import read_config
 from rsb_ffcv.loading import TrainLoader
 from rsb_ffcv.ops import native
-from rsb_ffcv.training import build, checkpoint, data, processes
+from rsb_ffcv.training import build, checkpoint, compute, data, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
 from rsb_ffcv.training.step import RunningStatistics
@@ -562,3 +562,13 @@ def test_jitter_and_hue_reach_the_loader(betons):
     assert strengths("--augment.hue=0.5") == {native.HUE: 0.5} and strengths() == {}
     with pytest.raises(InputError, match=r"augment.hue.*0\.6"):
         strengths("--augment.hue=0.6")
+
+
+def test_a_run_draws_the_numbers_of_torch_manual_seed():
+    where = compute.Compute(
+        device=torch.device("cpu"), precision="fp32", compile=False, channels_last=True
+    )
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    where.seed(7)
+    assert torch.equal(torch.rand(3), expected)
