@@ -831,7 +831,7 @@ def test_counts_of_the_draws_equal_the_pixels(mode):
         counts = drawn.counts()
         assert (counts["groups"], counts["images"], counts["pixels"]) == (1, 12, 12 * 1600)
         assert counts["mixed"] == (own < 0.99999).sum() and counts["erased"] == 0
-        assert counts["weight"] * WEIGHT_UNIT == pytest.approx(own.sum(), abs=1e-4)
+        assert counts["weight"] * WEIGHT_UNIT == pytest.approx(own.sum().item(), abs=1e-4)
         drawn = erases.draw(2, slots, (40, 40))
         erased, _ = erases.apply(images, drawn)
         assert drawn.counts()["erased"] == (erased == 0).all(1).sum() > 0
