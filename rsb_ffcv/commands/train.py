@@ -46,6 +46,16 @@ def _doctor(arguments: list[str], description: str) -> int:
     return examine(config)
 
 
+def _smoke(arguments: list[str], description: str) -> int:
+    # Files that the recipe names may be missing; those that the command line names may not.
+    given = {argument[2:].partition("=")[0] for argument in arguments}
+    unread = {*ONLY_FOR_RUNS, "data.train_dataset"} - given
+    config = read_config(description, arguments, unread=unread)
+    from rsb_ffcv.commands.smoke import smoke
+
+    return smoke(config)
+
+
 def _compare(arguments: list[str], description: str) -> None:
     parser = argparse.ArgumentParser(
         prog="train_imagenet.py compare",
@@ -70,6 +80,11 @@ COMMANDS = {
         "check versions, device, memory, disk and speed for a recipe, before it runs",
         SECTIONS,
         _doctor,
+    ),
+    "smoke": Command(
+        "run a recipe with all its phases, shortened to minutes, and check its log",
+        SECTIONS,
+        _smoke,
     ),
     "compare": Command(
         "show how the recipes and the results of runs differ: compare FOLDER FOLDER ...",
