@@ -208,17 +208,30 @@ def _borders(c: TrainConfig) -> tuple[list[tuple[float, int, str]], list[float]]
         start: max(1, (math.ceil if start >= swa_at else round)((stop - start) * share))
         for start, stop in zip(positions, positions[1:])
     }  # rounded up in SWA's epochs: the learning rate before them is then high enough for swa.lr
-    # Between the first and the last resolution, `plan.resolution` has one epoch for each level
-    ramp = [start for start in positions if levels and levels[0] <= start < levels[-1]]
-    lengths |= {start: int(start in levels) for start in ramp}
-    if len(stairs) > 1:  # of equal length, because they have one option
-        runs = [
-            [start for start in positions[:-1] if stair <= start < stop]
-            for stair, stop in zip(stairs, [*stairs[1:], end])
+
+    def within(limits: list[float]) -> list[list[float]]:
+        """The positions from each of `limits` to the next one."""
+        return [
+            [start for start in positions if low <= start < high]
+            for low, high in zip(limits, limits[1:])
         ]
-        longest = max(sum(lengths[start] for start in run) for run in runs)
-        for run in runs[:-1]:
-            lengths[run[-1]] += longest - sum(lengths[start] for start in run)
+
+    def extend(run: list[float], length: int) -> None:
+        """Gives the phases of `run` together `length` epochs or more."""
+        lengths[run[-1]] += max(0, length - sum(lengths[start] for start in run))
+
+    if ramp := within(levels):  # of equal and odd length, because they are rounded multiples
+        lengths |= {start: 1 for run in ramp for start in run}
+        each = max(map(len, ramp)) | 1
+        for run in ramp:
+            extend(run, each)
+        (before,) = within([0.0, levels[0]])
+        extend(before, _half(each))
+    if len(stairs) > 1:
+        treads = within([*stairs, end])
+        longest = max(sum(lengths[start] for start in run) for run in treads)
+        for run in treads[:-1]:  # of equal length, because they have one option
+            extend(run, longest)
     found, here = [], 0
     for position in positions:
         found.append((position, here, ", ".join(named[position])))
@@ -282,6 +295,11 @@ def _side(arch: str, side: int) -> int:
     return smaller
 
 
+def _half(epochs: int) -> int:
+    """Epochs from the middle of one level, of an odd number of epochs, to the next level."""
+    return (epochs + 1) // 2
+
+
 def _sides(c: TrainConfig, arch: str, levels: list[float]) -> list[int]:
     """The resolutions for the small model; see Short. levels: the epochs at which they change."""
     if len(levels) > 1:  # those that `plan.resolution` gives to successive epochs
@@ -293,7 +311,11 @@ def _sides(c: TrainConfig, arch: str, levels: list[float]) -> list[int]:
 
 
 def _ramp(short: Short, levels: list[float]) -> ResolutionOptions:
-    start, end = (short.here(levels[0]) - 1, short.here(levels[-1])) if levels else (0, 0)
+    start = end = 0
+    if levels:
+        first, last = short.here(levels[0]), short.here(levels[-1])
+        each = (last - first) // max(1, len(levels) - 1) or 1  # epochs of a level
+        start, end = first - _half(each), last + each - _half(each)
     return replace(
         short.config.resolution,
         min_res=short.sides[0],

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from rsb_ffcv.beton import Beton, read_beton
 from rsb_ffcv.commands.plan import print_columns
 from rsb_ffcv.commands.shorten import Short, groups_per_step, shorten
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import TrainConfig
+from rsb_ffcv.config.train import AugmentOptions, MixOptions, TrainConfig
 from rsb_ffcv.dataset import Place, subset, write_splits
 from rsb_ffcv.dataset.synthetic import CLASSES, make_demo_images
 from rsb_ffcv.dataset.writer import evenly
@@ -68,7 +69,7 @@ def smoke(c: TrainConfig) -> int:
             f"torchrun"
         )
     with _folder(Path(f"{c.logging.folder or 'runs/recipe'}".rstrip("/") + SUFFIX)) as folder:
-        short = _prepare(c, folder)
+        short = prepare(c, folder)
         _print_changes(c, short)
         print(f"\nThe run in {folder} is stopped in its second epoch and resumed.\n", flush=True)
         pause = _Pause(folder / "run")
@@ -143,7 +144,7 @@ def _folder(path: Path) -> Iterator[Path]:
         yield path
 
 
-def _prepare(c: TrainConfig, folder: Path) -> Short:
+def prepare(c: TrainConfig, folder: Path) -> Short:
     """Shortens the recipe and writes its files to `folder`."""
     paths = {"train": c.data.train_dataset, "val": c.data.val_dataset}
     missing = [split for split, path in paths.items() if not os.path.isfile(path)]
@@ -230,7 +231,11 @@ def _print_changes(c: TrainConfig, short: Short) -> None:
     for (start, here, name), (stop, end, _) in zip(short.borders, short.borders[1:]):
         if end > here:
             rows.append(
-                (f"{start:g} to {stop:g}", f"{here + 1} to {end}", name or "the first epoch")
+                (
+                    f"{start + 1:g} to {max(stop, start + 1):g}",
+                    f"{here + 1} to {end}",
+                    name or "the first epoch",
+                )
             )
     print_columns(rows)
     unchecked = {
@@ -258,9 +263,9 @@ def check(c: TrainConfig, short: Short) -> list[Check]:
         found = ", ".join(str(row["epoch"] + 1) for row in rows)
         return [Check("epochs in the log", f"1 to {epochs}", found, False)]
     return [
-        *_learning_rates(c, short, rows),
-        *_phases(c, short, rows),
-        *_strengths(c, short, rows),
+        *learning_rates(c, short, rows),
+        *phases(c, short, rows),
+        *strengths(c, short, rows),
         *_results(short, rows),
         *_files(short, folder),
     ]
@@ -288,7 +293,8 @@ def _position(c: TrainConfig, short: Short, position: float) -> float:
     return start + (position - here) / (until - here) * (stop - start)
 
 
-def _learning_rates(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Check]:
+def learning_rates(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Check]:
+    """Compares them with those of the recipe `c` at the same places of its schedule."""
     original = Plan(replace(c, swa=replace(c.swa, epochs=0)), PER_EPOCH)
     swa, epochs = short.config.swa, len(rows)
     at_swa_lr = epochs - swa.epochs + swa.anneal_epochs if swa.epochs else epochs
@@ -313,8 +319,11 @@ def _learning_rates(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) ->
     if swa.epochs:
         named += [("SWA at swa.lr", int(at_swa_lr), "lr_first")] * (at_swa_lr < epochs)
     named += [("end", epochs - 1, "lr")]
+    once: dict[tuple[int, str], str] = {}
+    for name, epoch, key in named:
+        once.setdefault((epoch, key), name)
     found = []
-    for name, epoch, key in dict.fromkeys(named):
+    for (epoch, key), name in once.items():
         want = expected(epoch + (last if key == "lr" else 0))
         if want is not None:
             found.append(
@@ -331,7 +340,8 @@ def _learning_rates(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) ->
     return found
 
 
-def _phases(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Check]:
+def phases(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Check]:
+    """Groups, images, resolution, loss and mixing of each epoch."""
     batch, groups = short.config.training.batch_size, groups_per_step(c)
     end, mixes = float(c.training.epochs), bool(c.mix.mixup or c.mix.cutmix)
     off = short.here(end - c.mix.off_epochs) if mixes else 0
@@ -363,12 +373,13 @@ def _phases(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Ch
     ]
 
 
-def _strengths(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Check]:
+def strengths(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list[Check]:
+    """How strongly images are mixed and erased, on the mean."""
     mixed = [row for row in rows if row["mixed"] > 0]
     batch = short.config.training.batch_size
     found = []
     if (c.mix.mixup or c.mix.cutmix) and mixed:
-        weights = [_own_weights(c, row["resolution"]) for row in mixed]
+        weights = [_own_weights(c.mix, row["resolution"]) for row in mixed]
         groups = sum(row["groups"] for row in mixed)
         draws = groups * {"batch": 1, "pair": batch // 2, "elem": batch}[c.mix.mode]
         shares = [(weight < 1).astype(float) for weight in weights]
@@ -382,7 +393,7 @@ def _strengths(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list
             ),
         ]
     if c.augment.erase_prob:
-        areas = [_erased_areas(c, row["resolution"]) for row in rows]
+        areas = [_erased_areas(c.augment, row["resolution"]) for row in rows]
         images = sum(row["images"] for row in rows)
         found.append(
             _mean("erased pixels, share", areas, [row["erased"] for row in rows], draws=images)
@@ -392,9 +403,10 @@ def _strengths(c: TrainConfig, short: Short, rows: list[dict[str, Any]]) -> list
     return found
 
 
-def _own_weights(c: TrainConfig, side: int) -> np.ndarray:
+@cache
+def _own_weights(m: MixOptions, side: int) -> np.ndarray:
     """SAMPLES draws of the weight of an image's own label, as timm's Mixup draws it."""
-    rng, m = np.random.default_rng(0), c.mix
+    rng = np.random.default_rng(0)
     cutmix = rng.random(SAMPLES) < (m.switch_prob if m.mixup and m.cutmix else bool(m.cutmix))
     lam = np.where(
         cutmix,
@@ -411,9 +423,10 @@ def _own_weights(c: TrainConfig, side: int) -> np.ndarray:
     return np.where(rng.random(SAMPLES) < m.prob, lam, 1.0)
 
 
-def _erased_areas(c: TrainConfig, side: int) -> np.ndarray:
+@cache
+def _erased_areas(a: AugmentOptions, side: int) -> np.ndarray:
     """SAMPLES draws of the erased share of an image, as timm's RandomErasing draws it."""
-    rng, a = np.random.default_rng(0), c.augment
+    rng = np.random.default_rng(0)
     found = np.zeros(SAMPLES)
     waiting = rng.random(SAMPLES) < a.erase_prob
     for _ in range(10):

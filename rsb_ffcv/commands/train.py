@@ -4,6 +4,7 @@ import argparse
 
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
+from rsb_ffcv.config.options import config_files
 from rsb_ffcv.config.train import (
     ONLY_FOR_RUNS,
     SECTIONS,
@@ -29,7 +30,7 @@ def _plan(arguments: list[str], description: str) -> None:
     config, options = read_plan(description, arguments)
     from rsb_ffcv.commands.plan import print_plan
 
-    print_plan(config, options)
+    print_plan(config, options, config_files(arguments))
 
 
 def _eval(arguments: list[str], description: str) -> None:
