@@ -63,7 +63,7 @@ def digest(folder: Path) -> str:
         for name in NEWER:
             row.pop(name, None)
     for counted in (saved["epoch"], *saved["epoch"]["processes"]):
-        for name in ("lr_first", "counts"):
+        for name in ("lrs", "counts"):
             counted.pop(name, None)
     for part in parts([saved, log, weights]):
         found.update(part)

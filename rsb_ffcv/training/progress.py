@@ -51,7 +51,7 @@ class Progress:
         self.unread: list[int] = []
         self.seconds = self.waited = 0.0
         self.counts = Counter[str]()  # see loading.batch.Drawn.counts
-        self.lr_first: float | None = None  # of the first step that was taken
+        self.lrs: list[float] = []  # learning rates of the first and the newest step
         self.skipped: list[tuple[int, str]] = []
         self.events: list[str] = []
 
@@ -65,8 +65,7 @@ class Progress:
         self.unread.append(self.step)
         self.waited += taken.waited
         self.counts.update(taken.counts)
-        if self.lr_first is None:
-            self.lr_first = lr
+        self.lrs = [*self.lrs[:1], lr]
 
     def note(self, event: str) -> None:
         """Adds a message to the epoch's row of the log."""
@@ -146,7 +145,7 @@ class Progress:
         """The log's figures of an epoch's training, over all processes.
 
         loss: "bce" or "ce".
-        lr: learning rate of the last step.
+        lr: learning rate of the last step, if no step was taken.
         """
         total, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
         found = sorted(set(compute.gather(self.skipped)))
@@ -157,8 +156,8 @@ class Progress:
             "loss": loss,
             "train_loss": total / images if images else None,
             "train_top1": 100 * correct / images if images else None,
-            "lr_first": self.lr_first,
-            "lr": lr,
+            "lr_first": self.lrs[0] if self.lrs else None,
+            "lr": self.lrs[-1] if self.lrs else lr,
             "resolution": epoch.resolution,
             "images": int(images),
             "groups": counts["groups"],
@@ -194,7 +193,7 @@ class Progress:
             "epoch": {
                 "processes": compute.gather([counted]),
                 "unread": self.unread,
-                "lr_first": self.lr_first,
+                "lrs": self.lrs,
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "events": self.events,
@@ -212,7 +211,7 @@ class Progress:
         self.window[: len(self.unread)] = torch.tensor(mine["window"], dtype=torch.float64)
         self.skipped = [tuple(item) for item in mine["skipped"]]
         self.counts = Counter(mine.get("counts", {}))  # earlier versions have none
-        self.lr_first = epoch.get("lr_first")
+        self.lrs = list(epoch.get("lrs", []))
         self.seconds, self.waited, self.events = (
             epoch["seconds"],
             epoch["waited"],
