@@ -126,7 +126,7 @@ def measure(options, precision: str, channels_last: bool) -> dict:
                 torch.cuda.synchronize()
         started, waited = time.perf_counter(), 0.0
         for _ in range(options.steps):
-            waited += step(0, batches, lr=1e-6, mixing=True)[1]
+            waited += step(0, batches, lr=1e-6, mixing=True).waited
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from rsb_ffcv import InputError, option_names
 from rsb_ffcv.beton import read_beton
-from rsb_ffcv.commands.plan import STATES, count_parameters
+from rsb_ffcv.commands.plan import STATES, count_parameters, meta_model
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.gpu.driver import Cuda
 from rsb_ffcv.learning.model import build_model
@@ -255,7 +255,7 @@ def folder(c: TrainConfig) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(c: TrainConfig) -> int:
-    parameters = count_parameters(c, c.model.num_classes or 1000)
+    parameters = count_parameters(meta_model(c, c.model.num_classes or 1000))
     moments = STATES.get(c.training.optimizer, 2)
     return 4 * parameters * (1 + moments + bool(c.ema.decay) + bool(c.swa.epochs))
 

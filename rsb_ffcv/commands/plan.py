@@ -1,13 +1,15 @@
-"""Prints what a recipe will do: its epochs, the size of the model, the hours, and what departs from
-another recipe."""
+"""Prints what a recipe will do: its epochs, the size of the model, the hours, what its file says
+about it, and what departs from that file or from another recipe."""
 
 import io
 import statistics
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import torch
+from timm.layers import DropPath
+from torch import nn
 
 from rsb_ffcv import InputError, counted
 from rsb_ffcv.atomic import atomic_file
@@ -35,9 +37,11 @@ COMPARED = (
 STATES = {"sgd": 1, "lamb": 2, "adamw": 2}
 
 
-def print_plan(config: TrainConfig, options: PlanOptions) -> None:
-    """Prints one line for each range of epochs with the same resolution, mixing and averaging, then
-    what `options` asks for.
+def print_plan(config: TrainConfig, options: PlanOptions, files: Sequence[str] = ()) -> None:
+    """Prints one line for each range of epochs with the same resolution, mixing and averaging, the
+    head comment of the recipe with what departs from it, and what `options` asks for.
+
+    files: that `config` was read from. The recipe is the last one with a head comment.
 
     A step takes training.global_batch images. If that is 0: training.batch_size x processes, of
     which there is one unless training.distributed is on.
@@ -73,11 +77,13 @@ def print_plan(config: TrainConfig, options: PlanOptions) -> None:
     )
     _print_epochs(plan)
     print()
-    print(table([*_size(config, beton.num_classes), *_hours(plan, options, total, speed=speed)]))
+    model = meta_model(config, beton.num_classes)
+    print(table([*_size(config, model), *_hours(plan, options, total, speed=speed)]))
+    _print_recipe(config, files)
     if other is not None:
         _print_differences(config, other, options.against)
     if options.picture:
-        _draw(plan, Path(options.picture))
+        _draw(plan, drop_paths(model), Path(options.picture))
 
 
 def _print_epochs(plan: Plan) -> None:
@@ -103,19 +109,31 @@ def _print_epochs(plan: Plan) -> None:
     print_columns(rows)
 
 
-def count_parameters(c: TrainConfig, num_classes: int) -> int:
-    """The number of parameters of the model, which is built without memory."""
+def meta_model(c: TrainConfig, num_classes: int) -> nn.Module:
+    """The model, built without memory."""
     with torch.device("meta"):
-        model = build_model(c.model.arch, num_classes, drop_path=c.model.drop_path)
+        return build_model(c.model.arch, num_classes, drop_path=c.model.drop_path)
+
+
+def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _size(c: TrainConfig, num_classes: int) -> list[tuple[str, str]]:
+def drop_paths(model: nn.Module) -> list[float]:
+    """The probability of stochastic depth of each branch that has one, from first to last."""
+    return [part.drop_prob for part in model.modules() if isinstance(part, DropPath)]
+
+
+def _size(c: TrainConfig, model: nn.Module) -> list[tuple[str, str]]:
     """Lines about the model."""
-    parameters = count_parameters(c, num_classes)
-    rows = [
-        (c.model.arch, f"{parameters / 1e6:,.1f} M parameters, drop path {c.model.drop_path:g}")
-    ]
+    parameters, rates = count_parameters(model), drop_paths(model)
+    rows = [(c.model.arch, f"{parameters / 1e6:,.1f} M parameters")]
+    text = f"{c.model.drop_path:g}"
+    if rates:
+        text = (
+            f"{rates[0]:.3g} to {rates[-1]:.3g}, over {counted(len(rates), 'branch', 'branches')}"
+        )
+    rows.append(("drop path", text))
     states = STATES.get(c.training.optimizer)
     if states is not None:
         copies = 2 + states + bool(c.ema.decay) + bool(c.swa.epochs)
@@ -194,6 +212,21 @@ def _print_differences(config: TrainConfig, other: TrainConfig, name: str) -> No
         print_columns(rows)
 
 
+def head_comment(path: str) -> str:
+    """The comment at the head of a recipe's file, without `#`; empty if there is none."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    head = takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in head)
+
+
+def _print_recipe(config: TrainConfig, files: Sequence[str]) -> None:
+    described = [path for path in files if head_comment(path)]
+    if described:
+        recipe = described[-1]
+        print(f"\nabout {recipe}:\n{head_comment(recipe)}")
+        _print_differences(config, read_recipe(recipe), recipe)
+
+
 def print_columns(rows: Sequence[tuple[str, ...]]) -> None:
     """Prints a table, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -201,8 +234,9 @@ def print_columns(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths)).rstrip())
 
 
-def _draw(plan: Plan, path: Path) -> None:
-    """Writes a PNG with the learning rate and the resolution of each epoch."""
+def _draw(plan: Plan, rates: list[float], path: Path) -> None:
+    """Writes a PNG with the learning rate and the resolution of each epoch, and the drop paths
+    `rates` of the model's branches, if it has any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +248,10 @@ def _draw(plan: Plan, path: Path) -> None:
         for epoch in epochs
         for step in range(0, epoch.steps, max(1, epoch.steps // 20))
     ]
-    figure, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    count = 3 if rates else 2
+    figure, axes = plt.subplots(count, 1, figsize=(8, 2.5 * count), layout="constrained")
+    axes[0].sharex(axes[1])
+    axes[0].tick_params(labelbottom=False)
     axes[0].plot(*zip(*points), color="#0072B2")
     axes[0].set(ylabel="learning rate")
     axes[1].step(
@@ -224,8 +261,12 @@ def _draw(plan: Plan, path: Path) -> None:
         color="#D55E00",
     )
     axes[1].set(xlabel="epochs", ylabel="resolution, px")
+    if rates:
+        axes[2].plot(range(1, len(rates) + 1), rates, "o-", ms=3, color="#000000")
+        axes[2].set(xlabel="residual branches, from first to last", ylabel="drop path")
+        axes[2].set_ylim(bottom=0)
     for epoch in epochs:
-        for axis in axes:
+        for axis in axes[:2]:
             if epoch.mixing:
                 axis.axvspan(epoch.number, epoch.number + 1, color="#E69F00", alpha=0.12, lw=0)
             if epoch.averaging:

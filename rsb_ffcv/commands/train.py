@@ -4,6 +4,7 @@ import argparse
 
 from rsb_ffcv import exit_status
 from rsb_ffcv.commands import Command, dispatch
+from rsb_ffcv.config.options import config_files
 from rsb_ffcv.config.train import (
     ONLY_FOR_RUNS,
     SECTIONS,
@@ -29,7 +30,7 @@ def _plan(arguments: list[str], description: str) -> None:
     config, options = read_plan(description, arguments)
     from rsb_ffcv.commands.plan import print_plan
 
-    print_plan(config, options)
+    print_plan(config, options, config_files(arguments))
 
 
 def _eval(arguments: list[str], description: str) -> None:
@@ -44,6 +45,16 @@ def _doctor(arguments: list[str], description: str) -> int:
     from rsb_ffcv.commands.doctor import examine
 
     return examine(config)
+
+
+def _smoke(arguments: list[str], description: str) -> int:
+    # Files that the recipe names may be missing; those that the command line names may not.
+    given = {argument[2:].partition("=")[0] for argument in arguments}
+    unread = {*ONLY_FOR_RUNS, "data.train_dataset"} - given
+    config = read_config(description, arguments, unread=unread)
+    from rsb_ffcv.commands.smoke import smoke
+
+    return smoke(config)
 
 
 def _compare(arguments: list[str], description: str) -> None:
@@ -70,6 +81,11 @@ COMMANDS = {
         "check versions, device, memory, disk and speed for a recipe, before it runs",
         SECTIONS,
         _doctor,
+    ),
+    "smoke": Command(
+        "run a recipe with all its phases, shortened to minutes, and check its log",
+        SECTIONS,
+        _smoke,
     ),
     "compare": Command(
         "show how the recipes and the results of runs differ: compare FOLDER FOLDER ...",

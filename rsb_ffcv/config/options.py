@@ -241,6 +241,13 @@ def read_options(
     return {name: section(**values[name]) for name, section in sections.items()}
 
 
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The files of --config-file in `arguments`, in their order."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", action="append", default=[])
+    return list(parser.parse_known_args(list(arguments))[0].config_file)
+
+
 def as_dict(config: "DataclassInstance") -> dict[str, dict[str, Any]]:
     """Returns {section: {option: value}} of a config, with plain values that JSON can hold."""
     return {

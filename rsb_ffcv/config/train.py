@@ -546,7 +546,9 @@ class PlanOptions:
     )
     gpus: int = option(1, "number of GPUs, for the costs", low=1, high=65536)
     price: float = option(0.0, "price of a GPU-hour, for the costs; 0: none", low=0)
-    picture: str = option("", "PNG file: learning rate and resolution over the epochs")
+    picture: str = option(
+        "", "PNG file: learning rate and resolution over the epochs, drop path of the layers"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ partners are the flipped group; the box is clipped and lambda corrected) and
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -217,6 +218,48 @@ def erase(images: torch.Tensor, boxes: np.ndarray, mode: str, *, noise_seed: int
     return images.copy_(torch.where(inside, noise, images))
 
 
+# The unit of the weights in Drawn.counts: integers have the same sum in any order.
+WEIGHT_UNIT = 2.0**-32
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drawn:
+    """The random numbers of a batch of images.
+
+    images: number of images.
+    pixels: pixels of an image.
+    boxes: int64 (images, 4), what is erased (see `erase_boxes`); None: nothing.
+    noise_seed: see `erase`.
+    mixes: empty if nothing is mixed; one of the batch, one per image of its first half, which its
+        partner shares, or one per image.
+    """
+
+    images: int
+    pixels: int
+    boxes: np.ndarray | None
+    noise_seed: int
+    mixes: list[Mix]
+
+    def counts(self) -> Counter[str]:
+        """How strongly the batch is changed, as integers that are added over batches: `groups` (1),
+        `images`, `pixels`; `mixed`, the images whose own label has a weight below 1; `weight`, the
+        sum of these weights over the images, in WEIGHT_UNIT; `erased` pixels."""
+        shares = [mix.lam for mix in self.mixes] or [1.0]
+        each = self.images // len(shares)
+        erased = 0
+        if self.boxes is not None:
+            top, bottom, left, right = self.boxes.T
+            erased = int(((bottom - top) * (right - left)).sum())
+        return Counter(
+            groups=1,
+            images=self.images,
+            pixels=self.images * self.pixels,
+            mixed=each * sum(lam < 1 for lam in shares),
+            weight=each * sum(round(lam / WEIGHT_UNIT) for lam in shares),
+            erased=erased,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchTransform:
     """All transforms between the loader's uint8 images and the model, with a recipe's settings.
@@ -257,16 +300,21 @@ class BatchTransform:
     def __call__(
         self, images: torch.Tensor, epoch: int, slots: np.ndarray, *, mixing: bool = True
     ) -> tuple[torch.Tensor, float | torch.Tensor | None]:
-        """Returns (float32 images (n, 3, H, W), lam).
+        """Draws the random numbers and applies them; see `draw` and `apply`."""
+        sides = images.shape[1], images.shape[2]
+        return self.apply(images, self.draw(epoch, slots, sides, mixing=mixing))
 
-        images: uint8 (n, H, W, 3), the mix group at `slots`.
+    def draw(
+        self, epoch: int, slots: np.ndarray, sides: tuple[int, int], *, mixing: bool = True
+    ) -> Drawn:
+        """The random numbers of the mix group at `slots`.
+
+        epoch, slots: of the addresses.
+        sides: height and width of the images, in pixels.
         mixing: whether to mix at all.
-        lam: weight of image i in its mix, one number or a tensor (n, 1); image n - 1 - i has the
-            rest. None if nothing is mixed (`mixing` is off, or no alpha is set).
         """
-        images = normalize(images)
-        height, width = images.shape[2:]
-        first = int(slots[0])
+        height, width = sides
+        boxes = None
         if self.erase_prob:
             boxes = erase_boxes(
                 self.seed,
@@ -278,29 +326,43 @@ class BatchTransform:
                 *self.erase_area,
                 *self.erase_aspect,
             )
-            erase(
-                images,
-                boxes,
-                self.erase_mode,
-                noise_seed=d.torch_seed(self.seed, epoch, first, d.NOISE),
-            )
-        if not (mixing and self.mixes):
-            return images, None
         count = {"batch": 1, "pair": len(slots) // 2, "elem": len(slots)}[self.mode]
-        mixes = [
-            draw_mix(
-                self.seed,
-                epoch,
-                int(slot),
-                height=height,
-                width=width,
-                mixup_alpha=self.mixup_alpha,
-                cutmix_alpha=self.cutmix_alpha,
-                prob=self.mix_prob,
-                switch_prob=self.switch_prob,
-            )
-            for slot in slots[:count]
-        ]
+        return Drawn(
+            images=len(slots),
+            pixels=height * width,
+            boxes=boxes,
+            noise_seed=d.torch_seed(self.seed, epoch, int(slots[0]), d.NOISE),
+            mixes=[
+                draw_mix(
+                    self.seed,
+                    epoch,
+                    int(slot),
+                    height=height,
+                    width=width,
+                    mixup_alpha=self.mixup_alpha,
+                    cutmix_alpha=self.cutmix_alpha,
+                    prob=self.mix_prob,
+                    switch_prob=self.switch_prob,
+                )
+                for slot in slots[: count if mixing and self.mixes else 0]
+            ],
+        )
+
+    def apply(
+        self, images: torch.Tensor, drawn: Drawn
+    ) -> tuple[torch.Tensor, float | torch.Tensor | None]:
+        """Returns (float32 images (n, 3, H, W), lam).
+
+        images: uint8 (n, H, W, 3), those that `drawn` is for.
+        lam: weight of image i in its mix, one number or a tensor (n, 1); image n - 1 - i has the
+            rest. None if nothing is mixed.
+        """
+        images = normalize(images)
+        if drawn.boxes is not None:
+            erase(images, drawn.boxes, self.erase_mode, noise_seed=drawn.noise_seed)
+        if not drawn.mixes:
+            return images, None
         if self.mode == "batch":
-            return mix_images(images, mixes[0]), mixes[0].lam
-        return mix_each(images, mixes)
+            (mix,) = drawn.mixes
+            return mix_images(images, mix), mix.lam
+        return mix_each(images, drawn.mixes)

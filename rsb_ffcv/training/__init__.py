@@ -15,11 +15,13 @@ from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 GRACE_SECONDS = 10.0
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig, interrupt: Interrupt | None = None) -> None:
     """Trains or evaluates according to `config`, in one process or in several.
 
     Processes that torchrun started are used as they are. With training.distributed=1 and without
     torchrun, this function starts dist.world_size processes.
+
+    interrupt: says when the run is to be saved and ended; None: after a signal.
 
     Raises SystemExit(75) after SIGTERM or SIGUSR1. The run is saved, and the same command resumes
     it.
@@ -30,7 +32,7 @@ def run(config: TrainConfig) -> None:
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
     # Before the slow imports, so that a signal during them is noticed.
-    interrupt = Interrupt(forwarded="WORLD_SIZE" in os.environ)
+    interrupt = interrupt or Interrupt(forwarded="WORLD_SIZE" in os.environ)
     try:
         from rsb_ffcv.training.build import TRAIN_OPTIONS
         from rsb_ffcv.training.compute import is_first_to_report, wait_for_others, within_memory

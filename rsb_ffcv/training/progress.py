@@ -5,13 +5,16 @@ number of processes resumes it, rank 0 takes over the sum of all counts.
 """
 
 import statistics
+from collections import Counter
 from typing import Any
 
 import torch
 
+from rsb_ffcv.loading.batch import WEIGHT_UNIT
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.plan import Epoch
+from rsb_ffcv.training.step import Taken
 
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1, "weights": ""}
 RECENT_EPOCHS = 5  # whose mean duration predicts that of the others
@@ -47,18 +50,22 @@ class Progress:
         # the steps whose losses are in `window` and not read yet
         self.unread: list[int] = []
         self.seconds = self.waited = 0.0
+        self.counts = Counter[str]()  # see loading.batch.Drawn.counts
+        self.lrs: list[float] = []  # learning rates of the first and the newest step
         self.skipped: list[tuple[int, str]] = []
         self.events: list[str] = []
 
     # ---------------------------------------------------------------- counting
 
-    def add(self, sums: torch.Tensor, waited: float) -> None:
-        """Adds the step in progress. sums: float64 (loss x images, correct, images). waited:
-        seconds spent waiting for data."""
+    def add(self, taken: Taken, lr: float) -> None:
+        """Adds the step in progress. lr: its learning rate."""
+        sums = taken.sums
         self.totals += sums
         self.window[len(self.unread)] = sums[0] / sums[2] * self._weight
         self.unread.append(self.step)
-        self.waited += waited
+        self.waited += taken.waited
+        self.counts.update(taken.counts)
+        self.lrs = [*self.lrs[:1], lr]
 
     def note(self, event: str) -> None:
         """Adds a message to the epoch's row of the log."""
@@ -138,18 +145,25 @@ class Progress:
         """The log's figures of an epoch's training, over all processes.
 
         loss: "bce" or "ce".
-        lr: learning rate of the last step.
+        lr: learning rate of the last step, if no step was taken.
         """
         total, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
         found = sorted(set(compute.gather(self.skipped)))
+        counts = sum(compute.gather([self.counts]), Counter[str]())
         row: dict[str, Any] = {
             "epoch": epoch.number,
             "steps": epoch.steps,
             "loss": loss,
             "train_loss": total / images if images else None,
             "train_top1": 100 * correct / images if images else None,
-            "lr": lr,
+            "lr_first": self.lrs[0] if self.lrs else None,
+            "lr": self.lrs[-1] if self.lrs else lr,
             "resolution": epoch.resolution,
+            "images": int(images),
+            "groups": counts["groups"],
+            "mixed": counts["mixed"] / max(1, counts["images"]),
+            "own_weight": counts["weight"] * WEIGHT_UNIT / max(1, counts["images"]),
+            "erased": counts["erased"] / max(1, counts["pixels"]),
             "images_per_s": images / self.seconds,
             "seconds": self.seconds,
             "data_wait_s": self.waited,
@@ -169,6 +183,7 @@ class Progress:
             "totals": self.totals.tolist(),
             "window": self.window[: len(self.unread)].tolist(),
             "skipped": self.skipped,
+            "counts": dict(self.counts),
         }
         return {
             "step": self.step,
@@ -178,6 +193,7 @@ class Progress:
             "epoch": {
                 "processes": compute.gather([counted]),
                 "unread": self.unread,
+                "lrs": self.lrs,
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "events": self.events,
@@ -194,6 +210,8 @@ class Progress:
         self.unread = list(epoch["unread"])
         self.window[: len(self.unread)] = torch.tensor(mine["window"], dtype=torch.float64)
         self.skipped = [tuple(item) for item in mine["skipped"]]
+        self.counts = Counter(mine.get("counts", {}))  # earlier versions have none
+        self.lrs = list(epoch.get("lrs", []))
         self.seconds, self.waited, self.events = (
             epoch["seconds"],
             epoch["waited"],
@@ -212,5 +230,6 @@ def _shared_out(counted: list[dict], world_size: int) -> list[dict]:
         "totals": [sum(numbers) for numbers in zip(*(process["totals"] for process in counted))],
         "window": window,
         "skipped": [item for process in counted for item in process["skipped"]],
+        "counts": sum((Counter(process.get("counts", {})) for process in counted), Counter()),
     }
     return [first] + [{"totals": [0.0] * 3, "window": window, "skipped": []}] * (world_size - 1)

@@ -6,9 +6,10 @@ the groups are distributed to processes.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,20 @@ from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.ops import draws
 from rsb_ffcv.training.batch_norm import RunningStatistics
 from rsb_ffcv.training.compute import Compute
+
+
+class Taken(NamedTuple):
+    """What this process has done in a step.
+
+    sums: float64 (loss x images, correct, images), on the device.
+    waited: seconds spent waiting for batches. A wait counts unless the device still has work after
+        it.
+    counts: see `loading.batch.Drawn.counts`.
+    """
+
+    sums: torch.Tensor
+    waited: float
+    counts: Counter[str]
 
 
 class TrainStep:
@@ -90,10 +105,8 @@ class TrainStep:
         *,
         lr: float,
         mixing: bool,
-    ) -> tuple[torch.Tensor, float]:
-        """Takes one step. Returns float64 (loss x images, correct, images) on the device, and the
-        seconds spent waiting for `batches`. A wait counts unless the device still has work after
-        it.
+    ) -> Taken:
+        """Takes one step.
 
         epoch: counted from 0, for the random draws.
         batches: the step takes `groups` of them.
@@ -101,6 +114,7 @@ class TrainStep:
         mixing: whether mixup or cutmix is applied.
         """
         totals, waited = torch.zeros(3, device=self.compute.device, dtype=torch.float64), 0.0
+        counts = Counter[str]()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         for number in range(self.groups):
@@ -108,7 +122,10 @@ class TrainStep:
             images, labels, slots = next(batches)
             if self._work is None or self._work.query():
                 waited += time.perf_counter() - started
-            images, lam = self.transform(images, epoch, slots, mixing=mixing)
+            sides = images.shape[1], images.shape[2]
+            drawn = self.transform.draw(epoch, slots, sides, mixing=mixing)
+            counts.update(drawn.counts())
+            images, lam = self.transform.apply(images, drawn)
             images = images.contiguous(memory_format=self.compute.memory_format)
             self.compute.seed(draws.torch_seed(self.seed, epoch, int(slots[0]), draws.DROP))
             self.statistics.begin_group(number)
@@ -136,4 +153,4 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self._work is not None:
             self._work.record()
-        return totals, waited
+        return Taken(totals, waited, counts)

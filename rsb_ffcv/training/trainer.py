@@ -263,10 +263,9 @@ class Trainer:
                     for _ in range(loader.batches_per_step):
                         next(batches)
                 else:
-                    sums, waited = self.train_step(
-                        epoch.number, batches, lr=lr, mixing=epoch.mixing
+                    progress.add(
+                        self.train_step(epoch.number, batches, lr=lr, mixing=epoch.mixing), lr
                     )
-                    progress.add(sums, waited)
                 progress.step += 1
                 progress.skipped = skipped_before + loader.skipped
                 last = step + 1 == epoch.steps

@@ -51,6 +51,7 @@ def test_run_prints_its_setup_and_writes_the_documented_files(finished):
         assert part in first
     written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in written] == [0, 1, 2]
+    assert [row["lr_first"] for row in written[:2]] == [0.00005, 0.005]  # warm-up, then the peak
     for row in written:
         assert {
             "train_loss",
@@ -67,6 +68,10 @@ def test_run_prints_its_setup_and_writes_the_documented_files(finished):
             "eta_s",
         } <= row.keys()
         assert row["val_images"] == 27 and row["steps"] == 3
+        assert (row["images"], row["groups"]) == (96, 6)
+        assert (row["mixed"] > 0.9 and row["own_weight"] < 0.9) == (row["epoch"] < 2)
+        assert row["epoch"] < 2 or (row["mixed"], row["own_weight"]) == (0, 1)
+        assert 0.005 < row["erased"] < 0.15
         assert (
             0 <= row["data_wait_s"] <= row["seconds"]
             and row["images_per_s"] > 0
@@ -155,6 +160,8 @@ def assert_same_course(folder, other):
             theirs["train_loss"], rel=1e-6 if mine["epoch"] < 3 else 1e-3
         ), mine["epoch"]
         assert mine.get("val_images", 27) == 27
+        for name in ("lr_first", "images", "groups", "mixed", "own_weight", "erased"):
+            assert mine[name] == theirs[name], name
     ends = [state(path) for path in (folder, other)]
     for part in (lambda state: state["model"], lambda state: state["ema"]["module"]):
         for kind in ("weight", "bias", "running_mean", "running_var"):

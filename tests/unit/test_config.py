@@ -10,9 +10,11 @@ import timm
 
 from rsb_ffcv import InputError, __version__, option_names
 from rsb_ffcv.commands import train, write
+from rsb_ffcv.commands.plan import COMPARED
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import read_config
+from rsb_ffcv.config.train import read_config, read_recipe
 from rsb_ffcv.reporting import log
+from rsb_ffcv.training.facts import changes
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,11 +289,53 @@ def test_plan_estimates_hours_compares_and_draws(given, call_program, tmp_path):
     assert f"{16 * parameters / 1e9:.2f} GB for weights, gradients, optimizer and averages" in out
     assert "6 options differ from" in out and re.search(r"ema.decay +0.5 +0.0\n", out)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"drop path +0\n", out)
+    status, out, err = call_program("train_imagenet.py", "plan", *options, "--model.drop_path=0.3")
+    # resnet10t: 4 blocks, of which the first is never dropped
+    assert re.search(r"drop path +0.1 to 0.3, over 3 branches\n", out), err
     for value in ("fast", "-1", "nan", str(tmp_path)):
         status, _, err = call_program(
             "train_imagenet.py", "plan", *options, f"--plan.images_per_s={value}"
         )
         assert status == 2 and f"plan.images_per_s={value}: " in err
+
+
+def test_plan_shows_what_the_recipe_says_and_what_departs_from_it(given, call_program, tmp_path):
+    recipe, own = tmp_path / "recipe.yaml", tmp_path / "own.yaml"
+    recipe.write_text(
+        "# A recipe.\n#\n# Source: none.\nlr: {lr: 0.25}\n# not this\nema: {decay: 0.5}"
+    )
+    own.write_text("training: {batch_size: 32}\n")
+    files = [f"--config-file={recipe}", "--config-file", str(own)]
+    common = [given[0], "--model.arch=test_resnet", "--training.epochs=4"]
+    _, out, err = call_program("train_imagenet.py", "plan", *files, *common, "--lr.lr=0.5")
+    assert f"\nabout {recipe}:\nA recipe.\n\nSource: none.\n\n4 options differ from" in out, err
+    assert "not this" not in out
+    for line in (
+        "lr.lr +0.25 +0.5",
+        "model.arch +resnet50 +test_resnet",
+        "training.batch_size +512 +32",
+        "training.epochs +30 +4",
+    ):
+        assert re.search(f"\n{line}\n", out + "\n"), line
+    _, out, err = call_program("train_imagenet.py", "plan", *files[1:], *common)
+    assert "about " not in out and "1 step" not in err  # own.yaml has no comment
+
+
+def test_a2_departs_from_the_paper_in_what_its_head_states():
+    ours, paper = (
+        {name: as_dict(c)[name] for name in COMPARED}
+        for c in (
+            read_recipe(str(ROOT / "rsb_configs" / f"{name}.yaml"))
+            for name in ("a2_300", "paper_a2_300")
+        )
+    )
+    assert set(changes(paper, ours)) == {
+        *("mix.mixup", "augment.repeats", "model.drop_path", "ema.decay"),
+        *("augment.erase_prob", "augment.erase_mode", "augment.erase_max"),
+        *("lr.lr_schedule_type", "lr.warmup_lr", "lr.min_lr"),
+        *("training.loss", "training.label_smoothing"),
+    }
 
 
 @pytest.mark.parametrize(

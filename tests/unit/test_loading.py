@@ -19,7 +19,7 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.beton import HEADER, read_beton
 from rsb_ffcv.loading import EvalLoader, TrainLoader, pool
-from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.loading.batch import WEIGHT_UNIT, BatchTransform, normalize
 from rsb_ffcv.loading.order import CHUNK_BYTES, epoch_order, group_slots
 from rsb_ffcv.ops import native
 from rsb_ffcv.ops.operation import DrawnOperation
@@ -812,3 +812,27 @@ def test_unknown_modes_of_the_batch_transform_are_refused():
         BatchTransform(seed=0, erase_mode="random")
     with pytest.raises(InputError, match="`mode`='image': must be one of batch, pair, elem"):
         BatchTransform(seed=0, mode="image")
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_counts_of_the_draws_equal_the_pixels(mode):
+    """The partner of a white image is black: the mean of a mixed image is the weight of its own
+    pixels. In a normalized image, only an erased pixel is 0."""
+    images = torch.zeros(12, 40, 40, 3, dtype=torch.uint8)
+    images[:6] = 255
+    black, white = normalize(images)[[11, 0]].double().mean((1, 2, 3))
+    mixes = BatchTransform(seed=1, mixup_alpha=1.0, cutmix_alpha=1.0, mix_prob=0.7, mode=mode)
+    erases = BatchTransform(seed=1, erase_prob=0.5, mode=mode)
+    for slots in np.arange(48).reshape(4, 12):
+        drawn = mixes.draw(2, slots, (40, 40))
+        mixed, _ = mixes.apply(images, drawn)
+        share = (mixed.double().mean((1, 2, 3)) - black) / (white - black)
+        own = torch.cat([share[:6], 1 - share[6:]])
+        counts = drawn.counts()
+        assert (counts["groups"], counts["images"], counts["pixels"]) == (1, 12, 12 * 1600)
+        assert counts["mixed"] == (own < 0.99999).sum() and counts["erased"] == 0
+        assert counts["weight"] * WEIGHT_UNIT == pytest.approx(own.sum().item(), abs=1e-4)
+        drawn = erases.draw(2, slots, (40, 40))
+        erased, _ = erases.apply(images, drawn)
+        assert drawn.counts()["erased"] == (erased == 0).all(1).sum() > 0
+        assert drawn.counts()["weight"] * WEIGHT_UNIT == 12 and not drawn.counts()["mixed"]
