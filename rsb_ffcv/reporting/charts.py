@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rsb_ffcv.reporting.curves import BLACK, BLUE, GREEN, GREY, VERMILION, Line
 
 WIDTH, HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46  # margins
+LEFT, RIGHT, TOP, BOTTOM = 78, 18, 12, 46  # margins
 # Okabe and Ito's palette has a second blue for dark backgrounds; see the variables in page.py
 NAMES = {BLACK: "ink", BLUE: "blue", VERMILION: "vermilion", GREEN: "green", GREY: "grey"}
 DASHES = {"-": "", "--": "7 4", "-.": "9 3 2 3", ":": "2 3"}
@@ -48,7 +48,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], *, from_zero: bool = Fal
         for label, points, colour, style in lines
     ]
     finite = [line for line in finite if line[1]]
-    caption = f"<figcaption>{title}{f' <span>in {unit}</span>' if unit else ''}</figcaption>"
+    caption = f"<figcaption>{title}{f' <span>({unit})</span>' if unit else ''}</figcaption>"
     if not finite:
         return f'<figure class="chart">{caption}<p class="note">No values.</p></figure>'
     first, last = (pick(x for line in finite for x, _ in line[1]) for pick in (min, max))
@@ -65,9 +65,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], *, from_zero: bool = Fal
     parts = []
     for y in ticks(low, high):
         parts.append(f'<path class="grid" d="M{LEFT} {at_y(y):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(
-            f'<text x="{LEFT - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>'
-        )
+        parts.append(f'<text x="{LEFT - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:,g}</text>')
     for x in ticks(left, right, count=6, whole=True):
         parts.append(f'<path class="grid" d="M{at_x(x):.1f} {bottom}v5"/>')
         parts.append(f'<text x="{at_x(x):.1f}" y="{bottom + 20}" text-anchor="middle">{x:g}</text>')

@@ -16,7 +16,7 @@ from rsb_ffcv.reporting.style import SCRIPT, STYLE
 
 NAMES = {"model": "raw", "ema": "EMA", "swa": "SWA"}
 PREFIXES = {"model": "", "ema": "ema_", "swa": "swa_"}
-LISTED = 10  # worst and best classes outside the complete table
+LISTED = 10  # worst and best classes, and pairs, outside the collapsed tables
 # Sections of the configuration that define the model and its training; the others are about one
 # machine or one start
 RECIPE = (
@@ -234,7 +234,7 @@ def _head(made: Mapping[str, Any]) -> str:
         tiles.append(("images/s", f"{speed:,.0f}", "in training, median"))
         tiles.append(("time", duration(seconds), "training and validation"))
     noted = len(made["events"]) + len(made["warnings"])
-    tiles.append(("warnings", str(noted), "and events, listed below" if noted else "none"))
+    tiles.append(("messages", str(noted), "warnings and events"))
     shown = "".join(
         f"<li><span>{name}</span><strong>{value}</strong><small>{text(about)}</small></li>"
         for name, value, about in tiles
@@ -453,7 +453,7 @@ def _class_rows(classes: Iterable[Mapping[str, Any]]) -> Iterable[Sequence[str]]
         )
 
 
-def _class_table(classes: Iterable[Mapping[str, Any]], label: str, kind: str = "") -> str:
+def _class_table(classes: Iterable[Mapping[str, Any]], label: str, kind: str = "classes") -> str:
     head = ("label", "class", "images", "top-1, %", "top-5, %", "predicted")
     return table(head, _class_rows(classes), label=label, numbers=(0, 2, 3, 4, 5), kind=kind)
 
@@ -539,11 +539,20 @@ def _confused(made: Mapping[str, Any], pictures: Mapping[int, str], no_pictures:
                 f'<td class="pair">{examples}</td>',
             )
         )
-    head = ("true class", "predicted class", "images", "% of the true class", "examples")
+
+    def listed(chosen: Sequence[Sequence[str]], label: str) -> str:
+        head = ("true class", "predicted class", "images", "% of the true class", "examples")
+        return table(head, chosen, label=label, numbers=(2, 3), kind="confused")
+
     return (
         "<p>The most frequent wrong predictions, and the images of each with the highest loss.</p>"
         + _no_pictures(no_pictures)
-        + table(head, rows, label="Most confused pairs", numbers=(2, 3), kind="confused")
+        + listed(rows[:LISTED], "Most confused pairs")
+        + (
+            details(f"{len(rows) - LISTED} more", listed(rows[LISTED:], "More pairs"))
+            if len(rows) > LISTED
+            else ""
+        )
     )
 
 

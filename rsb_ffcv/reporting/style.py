@@ -64,7 +64,7 @@ tbody tr:last-child td { border-bottom: 0; }
 th { background: var(--raised); font-weight: 600; font-size: 13px; white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td code { overflow-wrap: anywhere; }
-.small { width: auto; min-width: min(100%, 420px); }
+.box:has(.small) { width: fit-content; max-width: 100%; }
 .bar { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share));
   min-width: 120px; }
 .sortable th { cursor: pointer; }
@@ -72,7 +72,9 @@ td code { overflow-wrap: anywhere; }
 .sortable th button:focus-visible { outline: 2px solid var(--blue); }
 .sortable th[aria-sort] button::after { content: " \\25B2"; font-size: 10px; }
 .sortable th[aria-sort=descending] button::after { content: " \\25BC"; }
+.sortable td:nth-child(2), .classes td:nth-child(2) { min-width: 150px; }
 .confused td { vertical-align: middle; }
+.confused td:nth-child(-n+2) { min-width: 130px; }
 .messages td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .messages td:last-child { overflow-wrap: anywhere; min-width: 220px; }
 .blocks { display: grid; gap: 0 32px; align-items: start;
@@ -123,7 +125,7 @@ svg rect { fill: var(--blue); }
 .card figcaption span { display: block; }
 .card figcaption { font-size: 13px; line-height: 1.4; margin-top: 6px; }
 .card .id { font-size: 12px; }
-figcaption > span > .id { display: inline !important; }
+.card figcaption span .id { display: inline; }
 footer { margin-top: 36px; padding-top: 14px; border-top: 1px solid var(--rule);
   color: var(--soft); font-size: 13px; }
 @media (max-width: 600px) {
@@ -134,6 +136,9 @@ footer { margin-top: 36px; padding-top: 14px; border-top: 1px solid var(--rule);
   .cards { grid-template-columns: 1fr 1fr; }
   #environment .facts div { display: block; }
   svg text { font-size: 15px; }
+  th, td { padding: 6px 8px; }
+  .bar { min-width: 80px; }
+  .sortable td:nth-child(2), .classes td:nth-child(2) { min-width: 120px; }
 }
 @media print {
   nav { display: none; }
