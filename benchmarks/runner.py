@@ -7,7 +7,6 @@ added to its result. The contestants of a row repeat in turn, so that a slow min
 affects all of them. The results that matter are ratios within one row.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -25,28 +24,18 @@ SETTLE_SECONDS = 1.0
 def environment(packages) -> dict:
     """Returns hardware, date and versions. The version of a package that is not installed is
     None."""
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    with open("/proc/cpuinfo") as file:
-        facts = dict(line.split(":", 1) for line in file if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    vectors = [
-        flag
-        for flag in ("avx2", "avx512f", "asimd")
-        if flag in facts.get("flags", facts.get("Features", "")).split()
-    ]
+    # here, because the processes of the contestants import only what they measure
+    from rsb_ffcv.training.environment import memory_gib, processor, versions
+
+    name, vectors = processor()
     return {
         "date": date.today().isoformat(),
-        "processor": facts.get("model name", platform.machine()),
+        "processor": name,
         "vectors": vectors,
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * 4096 / 2**30),
+        "memory_gib": memory_gib(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(packages),
     }
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from rsb_ffcv import InputError
 from rsb_ffcv.atomic import hidden
-from rsb_ffcv.ops.native import checksum
+from rsb_ffcv.ops.native import checksum, resized
 
 # Declared here instead of imported: ffcv.types imports torch, numba and every field, and a check of
 # a file's header must not take seconds. tests/unit/test_beton.py compares them with ffcv's.
@@ -181,6 +181,15 @@ class Beton:
         if self.extras is not None and checksum(data) != self.extras["checksum"][index]:
             raise ValueError("is damaged: its bytes do not match their checksum")
         return data
+
+    def picture(self, opened: int, index: int) -> np.ndarray:
+        """Reads and decodes an image: uint8 (height, width, 3). Arguments and errors as in `read`;
+        also ValueError if the image cannot be decoded."""
+        sides = int(self.heights[index]), int(self.widths[index])
+        data = self.read(opened, index)[: int(self.sizes[index])]
+        if self.modes[index] == RAW:
+            return data.reshape(*sides, 3)
+        return resized(data, sides, sides)
 
     def names(self) -> list[str]:
         """The samples' names: their paths within the source, or `sample_<number>` if the file has

@@ -1,13 +1,12 @@
 """Shows how runs differ in their recipes and in their results."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from rsb_ffcv import InputError
 from rsb_ffcv.commands.plan import COMPARED, print_columns
-from rsb_ffcv.reporting.log import read_metrics
+from rsb_ffcv.reporting.log import read_run
 
 FIX = "give the folders of two or more runs"
 SETS = {"top1": "raw weights", "ema_top1": "EMA", "swa_top1": "SWA"}
@@ -27,11 +26,7 @@ def compare(folders: list[str]) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        rows = read_metrics(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no run, or one without results ({error}); {FIX}") from error
+    config, rows = read_run(folder, FIX)
     if not rows:
         raise InputError(f"{folder}: has not finished an epoch; {FIX}")
     return config, rows

@@ -5,11 +5,9 @@ with the remedy.
 """
 
 import fcntl
-import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,10 +28,10 @@ from rsb_ffcv.gpu.driver import Cuda
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.loading.batch import MEAN
 from rsb_ffcv.ops.native import library
-from rsb_ffcv.training import build, compute
+from rsb_ffcv.training import build, compute, environment
+from rsb_ffcv.training.environment import NVIDIA
 
-PACKAGES = ("torch", "torchvision", "timm", "numba", "fastargs", "ffcv")
-NVIDIA = Path("/proc/driver/nvidia/version")
+PACKAGES = (*environment.PACKAGES, "fastargs")
 WRITTEN_BYTES = 64 << 20
 SLOW_MB_S = 50
 LOADER_SECONDS, STEP_SECONDS = 2.0, 3.0
@@ -65,12 +63,10 @@ def examine(c: TrainConfig) -> int:
 
 
 def versions(_: TrainConfig) -> Iterator[Finding]:
-    found, missing = [f"Python {platform.python_version()}"], []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
+    installed = environment.versions(PACKAGES)
+    found = [f"{name} {version}" for name, version in installed.items() if version]
+    missing = [name for name, version in installed.items() if not version]
+    found.insert(0, f"Python {platform.python_version()}")
     yield Finding("ok", "versions", ", ".join(found))
     if missing:
         needed = [name for name in missing if name != "ffcv"]  # only the tests import it
@@ -115,7 +111,7 @@ def device(c: TrainConfig) -> Iterator[Finding]:
             "ok",
             f"GPU {number}",
             f"{about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, "
-            f"driver {_driver()}",
+            f"driver {environment.driver()}",
         )
     if torch.distributed.is_nccl_available():
         yield Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
@@ -128,11 +124,7 @@ def device(c: TrainConfig) -> Iterator[Finding]:
         yield Finding("warn", "decode=gpu", str(error))
     if c.compute.compile != "0":
         tools = [tool for tool in ("gcc", "g++", "cc", "clang") if shutil.which(tool)]
-        try:
-            importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            tools = []
-        if tools:
+        if tools and environment.versions(["triton"])["triton"]:
             yield Finding("ok", "torch.compile", f"triton and {tools[0]}")
         else:
             yield Finding(
@@ -141,19 +133,6 @@ def device(c: TrainConfig) -> Iterator[Finding]:
                 "needs triton and a C compiler",
                 "install them, or use compute.compile=0",
             )
-
-
-def _driver() -> str:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.split()[0]
 
 
 def threads(c: TrainConfig) -> Iterator[Finding]:

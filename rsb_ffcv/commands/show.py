@@ -11,12 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.atomic import atomic_file
-from rsb_ffcv.beton import RAW, Beton, read_beton
+from rsb_ffcv.beton import Beton, read_beton
 from rsb_ffcv.config.train import ONLY_FOR_RUNS, read_config
 from rsb_ffcv.dataset.assemble import class_number, sample_numbers
 from rsb_ffcv.dataset.writer import evenly
 from rsb_ffcv.loading.batch import MEAN, STD
-from rsb_ffcv.ops import native
 from rsb_ffcv.training import build, plan
 from rsb_ffcv.training.compute import Compute
 
@@ -109,14 +108,8 @@ def _chosen(file: Beton, samples: str, classes: str, *, count: int) -> np.ndarra
 def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
     with open(file.path, "rb") as opened:
         for index in chosen.tolist():
-            sides = int(file.heights[index]), int(file.widths[index])
             try:
-                data = file.read(opened.fileno(), index)[: int(file.sizes[index])]
-                yield (
-                    data.reshape(*sides, 3)
-                    if file.modes[index] == RAW
-                    else native.resized(data, sides, sides)
-                )
+                yield file.picture(opened.fileno(), index)
             except ValueError as error:
                 raise InputError(
                     f"{file.path}: sample {index} {first_line(error)}; verify lists all damaged "

@@ -70,6 +70,19 @@ def _compare(arguments: list[str], description: str) -> None:
     compare(folders)
 
 
+def _report(arguments: list[str], description: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog="train_imagenet.py report",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", nargs="*", metavar="RUN", help="folder of the run")
+    folders = parser.parse_args(arguments).run
+    from rsb_ffcv.commands.report import write_report
+
+    write_report(folders)
+
+
 COMMANDS = {
     "train": Command("start or resume the run in logging.folder", SECTIONS, _train),
     "plan": Command(
@@ -91,6 +104,12 @@ COMMANDS = {
         "show how the recipes and the results of runs differ: compare FOLDER FOLDER ...",
         {},
         _compare,
+    ),
+    "report": Command(
+        "write metrics.json and report.html of a run, also of one that has not finished: report "
+        "FOLDER",
+        {},
+        _report,
     ),
     "eval": Command(
         "evaluate a file of weights on data.val_dataset, also class by class",

@@ -443,7 +443,8 @@ class LoggingOptions:
     """output of a run"""
 
     folder: str = option(
-        REQUIRED, "folder of checkpoints, metrics.jsonl, training.log, config.json and curves"
+        REQUIRED,
+        "folder of checkpoints, metrics.jsonl, training.log, config.json, curves and report.html",
     )
     log_level: int = option(
         1, "0: evaluate after the last epoch only; 1: evaluate after each epoch", low=0, high=1
@@ -638,8 +639,13 @@ def read_recipe(path: str) -> TrainConfig:
 
 def expected_curve(c: TrainConfig) -> dict[int, float]:
     """logging.expected: epoch, counted from 1 -> top-1 in per cent."""
+    return expected_points(c.logging.expected)
+
+
+def expected_points(expected: str) -> dict[int, float]:
+    """The same from the option's text. Raises InputError if it is invalid."""
     curve = {}
-    for point in filter(None, c.logging.expected.replace(" ", "").split(",")):
+    for point in filter(None, expected.replace(" ", "").split(",")):
         epoch, _, top1 = point.partition("=")
         try:
             curve[int(epoch)] = float(top1)
@@ -647,7 +653,7 @@ def expected_curve(c: TrainConfig) -> dict[int, float]:
             curve[0] = 0.0
     if not all(epoch > 0 and 0 < top1 <= 100 for epoch, top1 in curve.items()):
         raise InputError(
-            f"logging.expected={c.logging.expected!r}: must be epoch=top-1 pairs, for example "
+            f"logging.expected={expected!r}: must be epoch=top-1 pairs, for example "
             f"'5=25, 300=79.8', with epochs from 1 and top-1 in per cent"
         )
     return curve

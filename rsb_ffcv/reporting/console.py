@@ -17,7 +17,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, duration, first_line, warn, warning_listeners
-from rsb_ffcv.reporting.log import table
+from rsb_ffcv.reporting.log import REPORT, table
 
 LOG = "training.log"
 QUIET_SECONDS = 60.0  # without a terminal: longest time without a line about the progress
@@ -155,7 +155,7 @@ class Console:
         self.info(epoch_line(row, epochs, best))
 
     def closing_table(
-        self, rows: list[dict], best: dict, prefixes: list[str], *, folder: Path
+        self, rows: list[dict], best: dict, prefixes: list[str], *, folder: Path, report: bool
     ) -> None:
         """Prints the table at the end of a run.
 
@@ -163,6 +163,7 @@ class Console:
         best: top-1 in per cent, and epoch.
         prefixes: of the results of each set of weights in the rows; "" for the raw weights.
         folder: of the run.
+        report: whether it has a report.
         """
         last = rows[-1]
         lines = [
@@ -182,6 +183,7 @@ class Console:
             ),
             ("waiting for data", f"{wait:.1f} % of training time"),
             ("weights, metrics, curves", f"{folder}/"),
+            *([("report", str(folder / REPORT))] if report else []),
         ]
         self.info(table(lines))
 

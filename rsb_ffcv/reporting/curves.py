@@ -32,8 +32,10 @@ def panels(rows: list[dict], expected: Mapping[int, float]) -> list[tuple[str, s
     panel: values of different losses are not comparable.
 
     rows: of the log, at least one.
-    expected: epoch, counted from 1 -> top-1 in per cent that the recipe states.
+    expected: epoch, counted from 1 -> top-1 in per cent that the recipe states. Only the part up to
+        twice the last epoch is shown.
     """
+    last = rows[-1]["epoch"] + 1
 
     def points(key: str, chosen: list[dict] = rows) -> Points:
         return [(row["epoch"] + 1, row[key]) for row in chosen if row.get(key) is not None]
@@ -50,7 +52,7 @@ def panels(rows: list[dict], expected: Mapping[int, float]) -> list[tuple[str, s
             "top-1",
             "%",
             [
-                ("expected", sorted(expected.items()), GREY, "-"),
+                ("expected", sorted(p for p in expected.items() if p[0] <= 2 * last), GREY, "-"),
                 ("training", points("train_top1"), BLACK, ":"),
                 *of_weights("top1"),
             ],
@@ -78,17 +80,14 @@ def panels(rows: list[dict], expected: Mapping[int, float]) -> list[tuple[str, s
 
 
 def draw_curves(rows: list[dict], path: Path, expected: Mapping[int, float] | None = None) -> None:
-    """Writes the figure of `rows` as a PNG, atomically; see `panels`. Only the part of `expected`
-    up to twice the last epoch is shown. Works in any thread. Raises InputError as atomic_file does.
-    """
+    """Writes the figure of `rows` as a PNG, atomically; see `panels`. Works in any thread. Raises
+    InputError as atomic_file does."""
     # Here, because the import takes seconds. Not pyplot, which is for the main thread only.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    last = rows[-1]["epoch"] + 1
-    near = {epoch: top1 for epoch, top1 in (expected or {}).items() if epoch <= 2 * last}
-    shown = panels(rows, near)
+    shown = panels(rows, expected or {})
     columns = -(-len(shown) // 2)
     figure = Figure(figsize=(4.6 * columns, 7))
     # Fixed margins: a layout engine would draw everything several times

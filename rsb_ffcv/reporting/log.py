@@ -3,10 +3,14 @@ table."""
 
 import json
 from pathlib import Path
+from typing import Any
 
+from rsb_ffcv import InputError, first_line
 from rsb_ffcv.atomic import atomic_file
 
 METRICS = "metrics.jsonl"
+DOCUMENT, REPORT = "metrics.json", "report.html"
+ENVIRONMENT = "environment.json"
 FIX = "free space or choose another `folder`"
 
 
@@ -20,6 +24,17 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of the log of a run. Raises OSError or ValueError if it cannot be read."""
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def read_run(folder: Path, fix: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The content of config.json and the rows of the log of the run in `folder`. Raises InputError
+    if it has none. fix: what the user can do."""
+    try:
+        return json.loads((folder / "config.json").read_text()), read_metrics(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: no run, or one without results ({first_line(error)}); {fix}"
+        ) from error
 
 
 def write_json(path: Path, content: object) -> None:

@@ -22,7 +22,7 @@ from rsb_ffcv import InputError, warn
 from rsb_ffcv.atomic import atomic_file, flush_folder, lock
 from rsb_ffcv.learning.weights import read
 from rsb_ffcv.reporting.curves import CURVES
-from rsb_ffcv.reporting.log import METRICS
+from rsb_ffcv.reporting.log import DOCUMENT, ENVIRONMENT, METRICS, REPORT
 from rsb_ffcv.reporting.trackers import RUN_ID
 from rsb_ffcv.training import facts
 
@@ -37,7 +37,10 @@ WRITTEN = (
     BEST_WEIGHTS,
     METRICS,
     "config.json",
+    ENVIRONMENT,
     CURVES,
+    DOCUMENT,
+    REPORT,
     RUN_ID,
     "final_weights.pt",
     "final_weights_*.pt",

@@ -28,6 +28,8 @@ class Data:
     num_classes: of the training file.
     label_sets: accepted labels of each evaluation image (see `read_label_sets`), or None.
     recipe: the options and data that define the run, see `facts.recipe`.
+    decode: what decodes the images, "cpu" or "gpu".
+    threads: number of threads of each loader.
     """
 
     train_loader: TrainLoader
@@ -35,6 +37,8 @@ class Data:
     num_classes: int
     label_sets: torch.Tensor | None
     recipe: dict
+    decode: str
+    threads: int
 
     def preload(self, stop: Callable[[], bool]) -> None:
         """Reads both files into memory. stop: called between reads; if it returns True, the
@@ -146,6 +150,8 @@ def open_data(c: TrainConfig, where: Compute, console: Console) -> Iterator[Data
             num_classes=num_classes,
             label_sets=label_sets,
             recipe=facts.recipe(c, train_loader, num_classes),
+            decode=decode,
+            threads=threads,
         )
         check_same(
             facts.shared(

@@ -79,6 +79,7 @@ def evaluate(
     flip_tta: bool,
     label_sets: torch.Tensor | None = None,
     per_class: torch.Tensor | None = None,
+    per_image: torch.Tensor | None = None,
     after_batch: Callable[[int], object] = lambda number: None,
 ) -> dict:
     """Evaluates `model` in eval mode, over all processes.
@@ -94,6 +95,8 @@ def evaluate(
     label_sets: accepted labels of each image, see read_label_sets.
     per_class: zeros (classes, 3), float64, on the device; images, correct, and correct in 5 of each
         class are added to it, over all processes.
+    per_image: zeros (images of the file, 3), float64, on the device; of each image, the predicted
+        class, 1 if it is correct in 5, and the loss are written to it, over all processes.
     after_batch: called with each batch's number.
     """
     model.eval()
@@ -128,10 +131,16 @@ def evaluate(
             if per_class is not None:
                 found = torch.stack([torch.ones_like(right[:, 0]), right[:, 0], right.any(1)], 1)
                 per_class.index_add_(0, labels, found.to(per_class.dtype))
+            if per_image is not None:
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                rows = torch.from_numpy(samples).to(compute.device)
+                columns = (best[:, 0], right.any(1), losses)
+                per_image[rows] = torch.stack([column.double() for column in columns], 1)
             seen += len(labels)
             after_batch(number)
-    if per_class is not None:
-        per_class.copy_(sum_over_processes(per_class))
+    for counted in (per_class, per_image):  # a process leaves the rows of the others at 0
+        if counted is not None:
+            sum_over_processes(counted)
     totals = torch.cat([counts, torch.tensor([seen], device=counts.device)])
     correct, correct5, loss, accepted, relabelled, images = sum_over_processes(totals).tolist()
     result = {
@@ -185,32 +194,58 @@ class Evaluator:
             none before its end.
         after_batch: called after each batch that every process has.
         """
-        loader, row, started = self._loader, dict[str, Any](), time.perf_counter()
-        common = len(loader.beton) // (loader.batch_size * self._compute.world_size)
+        row, started = dict[str, Any](), time.perf_counter()
         for prefix, model in self.models.items():
             if prefix == "swa_":
                 if swa is None:
                     continue
                 model = swa
             title = f"validation {prefix[:-1].upper()}".strip()
-            with (
-                build.within_memory(self.config, "validation", self.config.validation.resolution),
-                self._console.bar(title, len(loader)) as bar,
-            ):
-
-                def advance(number: int) -> None:
-                    bar.update()
-                    if after_batch is not None and number < common:
-                        after_batch()
-
-                result = evaluate(
-                    model,
-                    loader,
-                    compute=self._compute,
-                    flip_tta=self.config.validation.lr_tta,
-                    label_sets=self._label_sets,
-                    after_batch=advance,
-                )
+            result = self._evaluate(model, title, after_batch=after_batch)
             row |= {prefix + name: number for name, number in result.items() if name != "images"}
             row["val_images"] = result["images"]
         return row | {"val_seconds": time.perf_counter() - started}
+
+    def each_image(self, prefix: str, *, after_batch: Callable[[], None]) -> torch.Tensor:
+        """Evaluates one of the models once more. Returns the predicted class, 1 if the label is
+        among the five best, and the cross-entropy of each image of the file: float64 (images, 3),
+        on the CPU.
+
+        prefix: of the model.
+        after_batch: called after each batch that every process has.
+        """
+        images = len(self._loader.beton)
+        found = torch.zeros(images, 3, dtype=torch.float64, device=self._compute.device)
+        self._evaluate(self.models[prefix], "report", after_batch=after_batch, per_image=found)
+        return found.cpu()
+
+    def _evaluate(
+        self,
+        model: torch.nn.Module,
+        title: str,
+        *,
+        after_batch: Callable[[], None] | None,
+        per_image: torch.Tensor | None = None,
+    ) -> dict:
+        """The results of `evaluate`, with the progress under `title`."""
+        loader = self._loader
+        common = len(loader.beton) // (loader.batch_size * self._compute.world_size)
+        with (
+            build.within_memory(self.config, "validation", self.config.validation.resolution),
+            self._console.bar(title, len(loader)) as bar,
+        ):
+
+            def advance(number: int) -> None:
+                bar.update()
+                if after_batch is not None and number < common:
+                    after_batch()
+
+            return evaluate(
+                model,
+                loader,
+                compute=self._compute,
+                flip_tta=self.config.validation.lr_tta,
+                label_sets=self._label_sets,
+                per_image=per_image,
+                after_batch=advance,
+            )

@@ -17,6 +17,7 @@ from rsb_ffcv.training.plan import Epoch
 from rsb_ffcv.training.step import Taken
 
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1, "weights": ""}
+PREFIXES = {"model": "", "ema": "ema_", "swa": "swa_"}  # of the results of each set of weights
 RECENT_EPOCHS = 5  # whose mean duration predicts that of the others
 SYNC_EVERY = 20  # steps between two loss readings: each one synchronizes with the device
 
@@ -74,17 +75,12 @@ class Progress:
     def new_best(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Updates `best` from a validated epoch's `row`. Returns the previous best if this epoch is
         better, else None."""
-        results = {
-            weights: row[name]
-            for name, weights in (("top1", "model"), ("ema_top1", "ema"), ("swa_top1", "swa"))
-            if name in row
-        }
-        weights = max(results, key=lambda name: results[name])
+        weights, top1 = best_of(row)
         previous_best = self.best
-        if results[weights] <= previous_best["top1"]:
+        if top1 <= previous_best["top1"]:
             return None
         self.best = {
-            "top1": results[weights],
+            "top1": top1,
             "epoch": row["epoch"],
             "step": self.step,
             "weights": weights,
@@ -217,6 +213,14 @@ class Progress:
             epoch["waited"],
             list(epoch["events"]),
         )
+
+
+def best_of(row: dict[str, Any]) -> tuple[str, float]:
+    """The weights with the highest top-1 in a validated epoch's `row`: "model", "ema" or "swa", and
+    this top-1 in per cent."""
+    found = {weights: row[f"{p}top1"] for weights, p in PREFIXES.items() if f"{p}top1" in row}
+    weights = max(found, key=lambda name: found[name])
+    return weights, found[weights]
 
 
 def _shared_out(counted: list[dict], world_size: int) -> list[dict]:

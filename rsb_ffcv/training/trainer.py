@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from rsb_ffcv import InputError, option_names
+from rsb_ffcv import InputError, first_line, option_names
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import TrainConfig, expected_curve, tracker_names
 from rsb_ffcv.learning.model import check_arch
@@ -24,7 +24,15 @@ from rsb_ffcv.learning.optimizer import check_optimizer
 from rsb_ffcv.reporting import log, trackers
 from rsb_ffcv.reporting.console import Console
 from rsb_ffcv.reporting.curves import CURVES, Curves
-from rsb_ffcv.training import batch_norm, branch, build, checkpoint, compute
+from rsb_ffcv.training import (
+    batch_norm,
+    branch,
+    build,
+    checkpoint,
+    compute,
+    environment,
+    report,
+)
 from rsb_ffcv.training.data import open_data
 from rsb_ffcv.training.evaluate import Evaluator
 from rsb_ffcv.training.health import GoBack, Stop
@@ -32,7 +40,7 @@ from rsb_ffcv.training.interrupt import Interrupt
 from rsb_ffcv.training.plan import Epoch, Plan
 from rsb_ffcv.training.processes import Heartbeat, check_shared
 from rsb_ffcv.training.profile import Profile
-from rsb_ffcv.training.progress import Progress
+from rsb_ffcv.training.progress import PREFIXES, Progress, best_of
 from rsb_ffcv.training.resume import Checkpointer, State, newest
 
 
@@ -187,13 +195,15 @@ class Trainer:
     # ---------------------------------------------------------------- fit
 
     def fit(self) -> None:
-        """Trains from the current step to the end, and prints the closing table."""
+        """Trains from the current step to the end, evaluates each image, and prints the closing
+        table."""
         self.checkpointer.begin()
         if self.compute.is_main:
             # The log may be ahead of the checkpoint if the run was killed between the two.
             log.write_metrics(self.folder, self.progress.rows)
             lineage = {"lineage": self.progress.lineage} if self.progress.lineage else {}
             log.write_json(self.folder / "config.json", as_dict(self.config) | lineage)
+            self._write_environment()
         while len(self.progress.rows) < self.plan.epochs:
             try:
                 epoch = self.plan[len(self.progress.rows)]
@@ -205,15 +215,37 @@ class Trainer:
             except Stop as request:
                 raise InputError(str(request)) from request
         self.profile.close()
-        if not self.checkpointer.store.finish() and self.compute.is_main:
+        compute.on_first_process(self._finish_checkpoint)
+        weights, _ = best_of(self.progress.rows[-1])
+        per_image = self.evaluate.each_image(
+            PREFIXES[weights], after_batch=lambda: self.checkpointer.after_step(False)
+        )
+        if self.compute.is_main:
+            self._finish(weights, per_image)
+
+    def _write_environment(self) -> None:
+        """Writes environment.json. That of a finished run stays as it is."""
+        path = self.folder / log.ENVIRONMENT
+        if len(self.progress.rows) < self.plan.epochs or not path.exists():
+            data = self.data
+            about = environment.describe(
+                self.compute,
+                decode=data.decode,
+                threads=data.threads,
+                train=data.train_loader.beton,
+                val=data.val_loader.beton,
+            )
+            log.write_json(path, about)
+
+    def _finish_checkpoint(self) -> None:
+        if not self.checkpointer.store.finish():
             raise InputError(
                 f"{self.folder}: the last checkpoint could not be written; {checkpoint.FIX}, and "
                 f"start again"
             )
-        if self.compute.is_main:
-            self._finish()
 
-    def _finish(self) -> None:
+    def _finish(self, weights: str, per_image: torch.Tensor) -> None:
+        """Writes the weights and the report. weights, per_image: see report.findings."""
         rows, models = self.progress.rows, self.evaluate.models
         self.curves.update(rows)
         self.curves.complete()
@@ -222,7 +254,35 @@ class Trainer:
             state = checkpoint.on_host(model.state_dict())
             suffix = f"_{prefix.removesuffix('_')}" if prefix else ""
             checkpoint.write(state, self.folder / f"final_weights{suffix}.pt")
-        self.console.closing_table(rows, self.progress.best, list(models), folder=self.folder)
+        written = self._write_report(weights, per_image)
+        self.console.closing_table(
+            rows, self.progress.best, list(models), folder=self.folder, report=written
+        )
+
+    def _write_report(self, weights: str, per_image: torch.Tensor) -> bool:
+        """Writes metrics.json and report.html. Returns whether that worked; if not, it is one
+        warning."""
+        rows, data = self.progress.rows, self.data
+        try:
+            with option_names(build.TRAIN_OPTIONS):
+                log.write_metrics(self.folder, rows)  # the last epoch may have found a full disk
+                found = report.findings(
+                    data.val_loader.beton,
+                    data.num_classes,
+                    weights=weights,
+                    row=rows[-1],
+                    per_image=per_image.numpy(),
+                    label_sets=data.label_sets,
+                )
+                report.write(self.folder, found)
+        # Names, pictures and figures come from the user's files. No report is worth a run.
+        except Exception as error:
+            self.console.warn(
+                f"{log.REPORT} was not written: {first_line(error)}; the run is complete, and the "
+                f"same command writes it"
+            )
+            return False
+        return True
 
     def evaluate_only(self) -> None:
         """Evaluates the newest checkpoint of logging.folder and prints the result as one JSON
@@ -360,7 +420,7 @@ class Trainer:
         """The content of `best_weights.pt` after an epoch that is the best one so far. swa: the
         averaged model that was evaluated."""
         best = self.progress.best
-        prefix = {"model": "", "ema": "ema_", "swa": "swa_"}[best["weights"]]
+        prefix = PREFIXES[best["weights"]]
         module = swa if prefix == "swa_" and swa is not None else self.evaluate.models[prefix]
         metrics = ("top1", "top5", "val_loss", "relabelled_top1")
         return {

@@ -752,7 +752,7 @@ def test_unwritten_checkpoint_is_not_the_best(betons, tmp_path, call_program, mo
     from rsb_ffcv.training import checkpoint, evaluate
 
     plain_write, plain_evaluate = checkpoint.write, evaluate.evaluate
-    tops = iter([10.0, 10.0, 90.0, 90.0, 50.0, 50.0])
+    tops = iter([10.0, 10.0, 90.0, 90.0, 50.0, 50.0, 50.0])  # the last one is for the report
 
     def full_once(state, path):
         if path.name == "checkpoint_000000006.pt":
