@@ -217,8 +217,8 @@ def _changed(config: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _best(rows: Sequence[dict[str, Any]], lineage: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The best epoch in the log of the run itself, without those that it has taken over. (A run whose
-    checkpoint of this epoch could not be written has no such `best.pt`.)"""
+    """The best epoch in the log of the run itself, without those that it has taken over. It
+    is not that of `best.pt` if the checkpoint of this epoch could not be written."""
     first = lineage[-1]["epochs"] if lineage else 0
     found = [
         {"top1": top1, "epoch": row["epoch"], "weights": weights}
