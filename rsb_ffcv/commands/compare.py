@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rsb_ffcv import InputError
-from rsb_ffcv.commands.plan import COMPARED, print_columns
-from rsb_ffcv.reporting.log import read_run
+from rsb_ffcv.commands.plan import print_columns
+from rsb_ffcv.config.train import RECIPE
+from rsb_ffcv.reporting.log import PREFIXES, WEIGHTS, read_run
 
 FIX = "give the folders of two or more runs"
-SETS = {"top1": "raw weights", "ema_top1": "EMA", "swa_top1": "SWA"}
 
 
 def compare(folders: list[str]) -> None:
@@ -36,7 +36,7 @@ def _differences(configs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A row for each option of the recipe that is not the same in all runs."""
     names = dict.fromkeys(
         (section, name)
-        for section in COMPARED
+        for section in RECIPE
         for config in configs
         for name in config.get(section, {})
     )
@@ -51,7 +51,8 @@ def _differences(configs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def _results(logs: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     found = [("epochs", *(str(len(rows)) for rows in logs))]
-    for key, name in SETS.items():
+    for weights, prefix in PREFIXES.items():
+        key, name = f"{prefix}top1", f"{WEIGHTS[weights]} weights"
         if any(key in row for rows in logs for row in rows):
             last = [next((row[key] for row in reversed(rows) if key in row), None) for rows in logs]
             best = [max((row[key] for row in rows if key in row), default=None) for rows in logs]

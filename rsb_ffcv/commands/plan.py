@@ -15,24 +15,12 @@ from rsb_ffcv import InputError, counted
 from rsb_ffcv.atomic import atomic_file
 from rsb_ffcv.beton import read_beton
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import PlanOptions, TrainConfig, read_recipe
+from rsb_ffcv.config.train import RECIPE, PlanOptions, TrainConfig, read_recipe
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.reporting.log import METRICS, read_metrics, table
 from rsb_ffcv.training import facts
 from rsb_ffcv.training.plan import Epoch, Plan
 
-# Sections whose options define what is trained and how it is evaluated
-COMPARED = (
-    "model",
-    "resolution",
-    "augment",
-    "mix",
-    "lr",
-    "training",
-    "ema",
-    "swa",
-    "validation",
-)
 # float32 values for each parameter, beside the parameter and its gradient
 STATES = {"sgd": 1, "lamb": 2, "adamw": 2}
 
@@ -201,7 +189,7 @@ def _hours(
 
 
 def _print_differences(config: TrainConfig, other: TrainConfig, name: str) -> None:
-    ours, theirs = ({key: as_dict(c)[key] for key in COMPARED} for c in (config, other))
+    ours, theirs = ({key: as_dict(c)[key] for key in RECIPE} for c in (config, other))
     found = facts.changes(theirs, ours)
     print(f"\n{len(found)} options differ from {name}:" if found else f"\nthe same as {name}")
     rows = [("option", "there", "here")]

@@ -343,6 +343,7 @@ def _read_yaml(
         raise InputError(
             f"{where}: contains no sections; write 'section:' followed by '  key: value'"
         )
+    content.pop("lineage", None)  # of a run's config.json: no option, see checkpoint.branch
     extended = content.pop("extends", None)
     if extended is not None:
         if not isinstance(extended, str):

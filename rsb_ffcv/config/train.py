@@ -569,6 +569,19 @@ class EvalOptions:
     csv: str = option("", "file for the results of each class; empty: none")
 
 
+# Sections whose options define what is trained and how it is evaluated; the others are about one
+# machine or one start
+RECIPE = (
+    "model",
+    "resolution",
+    "augment",
+    "mix",
+    "lr",
+    "training",
+    "ema",
+    "swa",
+    "validation",
+)
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
 # Sections that one command reads in addition
 COMMAND_SECTIONS: dict[str, Any] = {"plan": PlanOptions, "eval": EvalOptions}

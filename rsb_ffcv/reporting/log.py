@@ -11,6 +11,9 @@ from rsb_ffcv.atomic import atomic_file
 METRICS = "metrics.jsonl"
 DOCUMENT, REPORT = "metrics.json", "report.html"
 ENVIRONMENT = "environment.json"
+# Of the sets of weights: the prefix of their results in the log, and their names for people
+PREFIXES = {"model": "", "ema": "ema_", "swa": "swa_"}
+WEIGHTS = {"model": "raw", "ema": "EMA", "swa": "SWA"}
 FIX = "free space or choose another `folder`"
 
 

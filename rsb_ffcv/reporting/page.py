@@ -10,26 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rsb_ffcv import counted, duration
+from rsb_ffcv.config.train import RECIPE
 from rsb_ffcv.reporting.charts import chart, histogram
 from rsb_ffcv.reporting.curves import panels
+from rsb_ffcv.reporting.log import PREFIXES, WEIGHTS
 from rsb_ffcv.reporting.style import SCRIPT, STYLE
 
-NAMES = {"model": "raw", "ema": "EMA", "swa": "SWA"}
-PREFIXES = {"model": "", "ema": "ema_", "swa": "swa_"}
 LISTED = 10  # worst and best classes, and pairs, outside the collapsed tables
-# Sections of the configuration that define the model and its training; the others are about one
-# machine or one start
-RECIPE = (
-    "model",
-    "resolution",
-    "augment",
-    "mix",
-    "lr",
-    "training",
-    "ema",
-    "swa",
-    "validation",
-)
 FIELDS = {
     "command": "command",
     "started": "last start (UTC)",
@@ -222,11 +209,11 @@ def _head(made: Mapping[str, Any]) -> str:
     )
     tiles = []
     if evaluation:
-        of = f"{NAMES[evaluation['weights']]} weights after epoch {evaluation['epoch'] + 1}"
+        of = f"{WEIGHTS[evaluation['weights']]} weights after epoch {evaluation['epoch'] + 1}"
         tiles.append(("top-1", percent(evaluation["top1"]), of))
         tiles.append(("top-5", percent(evaluation["top5"]), f"{evaluation['images']:,} images"))
     if best:
-        where = f"{NAMES[best['weights']]} weights, epoch {best['epoch'] + 1}"
+        where = f"{WEIGHTS[best['weights']]} weights, epoch {best['epoch'] + 1}"
         tiles.append(("best top-1", percent(best["top1"]), where))
     if rows:
         seconds = sum(row["seconds"] + (row.get("val_seconds") or 0) for row in rows)
@@ -478,7 +465,7 @@ def _classes(made: Mapping[str, Any]) -> str:
             f"of {evaluation['relabelled_images']:,} images"
         )
     about = (
-        f"<p>Results of the {NAMES[evaluation['weights']]} weights after epoch "
+        f"<p>Results of the {WEIGHTS[evaluation['weights']]} weights after epoch "
         f"{evaluation['epoch'] + 1} on {evaluation['images']:,} images: {', '.join(figures)}. "
         f"<em>predicted</em> is how often the class was predicted.</p>"
     )

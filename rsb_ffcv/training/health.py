@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rsb_ffcv.reporting.log import PREFIXES, WEIGHTS
+
 # Loss readings: the median of the newest RECENT is compared with that of the BEFORE earlier ones.
 RECENT, BEFORE = 5, 25
-# Prefix of the results of each set of weights -> its name
-SETS = {"": "the raw weights", "ema_": "the EMA", "swa_": "SWA"}
 # Epochs of the medians of top-1 that `falling` compares
 WINDOW = 5
 # While the EMA's initial weights contribute more, it lags behind the model by design.
@@ -213,7 +213,9 @@ class Health:
         """
         last = rows[-1]
         epoch = last["epoch"] + 1
-        reached = max(last[prefix + "top1"] for prefix in SETS if prefix + "top1" in last)
+        reached = max(
+            last[prefix + "top1"] for prefix in PREFIXES.values() if prefix + "top1" in last
+        )
         if self.expected != "off" and reached < curve.get(epoch, -math.inf) - self.behind:
             self.report(
                 f"after epoch {epoch} top-1 is {reached:.1f} %, and the recipe states "
@@ -225,7 +227,7 @@ class Health:
         phase = [
             row for row in rows if all(row[name] == last[name] for name in ("loss", "resolution"))
         ]
-        for prefix, name in SETS.items():
+        for weights, prefix in PREFIXES.items():
             now, before = _fall(phase, prefix), _fall(phase[:-1], prefix)
             if now <= self.fall or before > self.fall:
                 continue
@@ -237,8 +239,8 @@ class Health:
                 compared = "its own highest or that of the raw weights"
                 advice = "fewer swa.epochs or a lower swa.lr may be needed"
             self.report(
-                f"after epoch {epoch} the top-1 of {name} is {now:.1f} percentage points below "
-                f"{compared}: {advice}"
+                f"after epoch {epoch} the top-1 of the {WEIGHTS[weights]} weights is {now:.1f} "
+                f"percentage points below {compared}: {advice}"
             )
 
 

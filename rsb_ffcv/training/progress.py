@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from rsb_ffcv.loading.batch import WEIGHT_UNIT
+from rsb_ffcv.reporting.log import PREFIXES
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.plan import Epoch
 from rsb_ffcv.training.step import Taken
 
 NO_BEST = {"top1": -1.0, "epoch": -1, "step": -1, "weights": ""}
-PREFIXES = {"model": "", "ema": "ema_", "swa": "swa_"}  # of the results of each set of weights
 RECENT_EPOCHS = 5  # whose mean duration predicts that of the others
 SYNC_EVERY = 20  # steps between two loss readings: each one synchronizes with the device
 

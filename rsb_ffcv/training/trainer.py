@@ -40,7 +40,7 @@ from rsb_ffcv.training.interrupt import Interrupt
 from rsb_ffcv.training.plan import Epoch, Plan
 from rsb_ffcv.training.processes import Heartbeat, check_shared
 from rsb_ffcv.training.profile import Profile
-from rsb_ffcv.training.progress import PREFIXES, Progress, best_of
+from rsb_ffcv.training.progress import Progress, best_of
 from rsb_ffcv.training.resume import Checkpointer, State, newest
 
 
@@ -218,7 +218,7 @@ class Trainer:
         compute.on_first_process(self._finish_checkpoint)
         weights, _ = best_of(self.progress.rows[-1])
         per_image = self.evaluate.each_image(
-            PREFIXES[weights], after_batch=lambda: self.checkpointer.after_step(False)
+            log.PREFIXES[weights], after_batch=lambda: self.checkpointer.after_step(False)
         )
         if self.compute.is_main:
             self._finish(weights, per_image)
@@ -420,7 +420,7 @@ class Trainer:
         """The content of `best_weights.pt` after an epoch that is the best one so far. swa: the
         averaged model that was evaluated."""
         best = self.progress.best
-        prefix = PREFIXES[best["weights"]]
+        prefix = log.PREFIXES[best["weights"]]
         module = swa if prefix == "swa_" and swa is not None else self.evaluate.models[prefix]
         metrics = ("top1", "top5", "val_loss", "relabelled_top1")
         return {

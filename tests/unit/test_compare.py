@@ -35,7 +35,7 @@ def test_differences_and_results_of_runs_are_shown(tmp_path, call_program):
     }
     assert table["top-1, raw weights, last"] == ["20.00", "%", "25.00", "%"]
     assert table["top-1, raw weights, best"] == ["30.00", "%", "25.00", "%"]
-    assert any(line == ["top-1,", "EMA,", "last", "-", "26.50", "%"] for line in lines)
+    assert any(line == ["top-1,", "EMA", "weights,", "last", "-", "26.50", "%"] for line in lines)
     assert table["epochs"] == ["3", "2"] and table["hours"] == ["3.00", "2.00"]
     assert table["train loss"] == ["0.3333", "0.5000"] and table["messages"] == ["3", "1"]
     assert table["images/s, median"] == ["200", "150"]

@@ -10,9 +10,8 @@ import timm
 
 from rsb_ffcv import InputError, __version__, option_names
 from rsb_ffcv.commands import train, write
-from rsb_ffcv.commands.plan import COMPARED
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import read_config, read_recipe
+from rsb_ffcv.config.train import RECIPE, read_config, read_recipe
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training.facts import changes
 
@@ -88,7 +87,8 @@ def test_recipe_extends_another(given, tmp_path):
 
 def test_resolved_config_json_is_a_recipe(given, tmp_path):
     c = read(given, f"--config-file={ROOT}/rsb_configs/paper_a3_100.yaml", "--ema.decay=0.99999")
-    log.write_json(tmp_path / "config.json", as_dict(c))
+    lineage = {"lineage": [{"checkpoint": "a", "step": 3}]}  # which a branch has in addition
+    log.write_json(tmp_path / "config.json", as_dict(c) | lineage)
     assert read_config("", [f"--config-file={tmp_path}/config.json"]) == c
 
 
@@ -324,7 +324,7 @@ def test_plan_shows_what_the_recipe_says_and_what_departs_from_it(given, call_pr
 
 def test_a2_departs_from_the_paper_in_what_its_head_states():
     ours, paper = (
-        {name: as_dict(c)[name] for name in COMPARED}
+        {name: as_dict(c)[name] for name in RECIPE}
         for c in (
             read_recipe(str(ROOT / "rsb_configs" / f"{name}.yaml"))
             for name in ("a2_300", "paper_a2_300")

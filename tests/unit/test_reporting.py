@@ -477,7 +477,7 @@ def test_falling_top1_is_reported_once_for_each_set_of_weights():
     assert 24 < first <= 29
     ema = {"top1": lambda e: 40.0 + e, "ema_top1": both.__getitem__}
     (message,) = messages_of(course(40, **ema, **down))
-    assert "the top-1 of the EMA is 3." in message
+    assert "the top-1 of the EMA weights is 3." in message
     again = both + rising + falling
     assert len(messages_of(course(80, top1=again.__getitem__, **down))) == 2
     assert not messages_of(course(40, top1=both.__getitem__, train_loss=lambda e: 0.01 + e / 1e5))
@@ -499,7 +499,7 @@ def test_swa_below_the_raw_weights_is_reported():
     assert not messages_of(rows)
     rows[-1]["swa_top1"] = 63.0
     (message,) = messages_of(rows)
-    assert "the top-1 of SWA is 4.0 percentage points below" in message
+    assert "the top-1 of the SWA weights is 4.0 percentage points below" in message
     assert not messages_of(rows[-4:])  # too few epochs to know
 
 
@@ -510,7 +510,7 @@ def test_swa_that_falls_in_its_tail_is_reported():
         row["swa_top1"] = top1
     (message,) = messages_of(rows)
     assert message.startswith(
-        "after epoch 14 the top-1 of SWA is 3.8 percentage points below its own"
+        "after epoch 14 the top-1 of the SWA weights is 3.8 percentage points below its own"
     )
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rsb_ffcv"
 MAY_IMPORT = {
     "ops": set(),
     "learning": set(),
-    "reporting": {"atomic"},
+    "reporting": {"atomic", "config"},
     "gpu": {"ops"},
     "loading": {"ops", "beton", "gpu"},
     "dataset": {"ops", "beton", "atomic"},
