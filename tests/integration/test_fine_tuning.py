@@ -43,7 +43,7 @@ def fine_tuning(weights):
 
 
 @pytest.mark.parametrize(
-    "world, optimizer", [pytest.param(1, "sgd", marks=pytest.mark.long), (2, "lamb")]
+    "world, optimizer", [(1, "sgd"), pytest.param(2, "lamb", marks=pytest.mark.long)]
 )
 def test_fine_tuning_that_is_killed_and_resumed_equals_uninterrupted(
     betons, tmp_path, train, weights, world, optimizer

@@ -60,9 +60,14 @@ def whole(betons, tmp_path_factory, train):
 @pytest.mark.parametrize(
     "number, step",
     [
-        *((signal.SIGTERM, step) for step in range(13, 24)),
+        *((signal.SIGTERM, step) for step in (13, 18, 23)),
         (signal.SIGKILL, 13),
-        *(pytest.param(signal.SIGKILL, step, marks=pytest.mark.long) for step in range(14, 24)),
+        *(
+            pytest.param(number, step, marks=pytest.mark.long)
+            for number in (signal.SIGTERM, signal.SIGKILL)
+            for step in range(14, 24)
+            if number == signal.SIGKILL or step not in (18, 23)
+        ),
     ],
 )
 def test_run_interrupted_after_going_back_equals_uninterrupted(

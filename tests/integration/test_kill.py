@@ -68,7 +68,9 @@ def test_run_killed_at_random_instants_equals_uninterrupted(betons, tmp_path, tr
     assert len(phases) > 2 or kills < 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+)
 def test_signal_saves_after_the_step_and_the_run_resumes(betons, tmp_path, train, number):
     """Only one of two processes gets the signal. It gets it twice, as from a parent that forwards
     its own."""

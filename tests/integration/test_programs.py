@@ -174,7 +174,7 @@ def assert_same_course(folder, other):
             assert (one - two).norm() <= 1e-2 * two.norm(), kind
 
 
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4))])
 def test_any_split_of_a_step_over_processes_trains_the_same_model(
     betons, alone, tmp_path, train, world
 ):
@@ -280,6 +280,7 @@ def test_run_can_change_its_number_of_processes(betons, alone, tmp_path, train):
     assert_same_course(tmp_path / "run", alone)
 
 
+@pytest.mark.long
 def test_torchrun_restarts_a_job_whose_process_died(betons, tmp_path, call_program):
     """Also, its two processes of 16 images equal one process of 16 that accumulates twice."""
     more = {
@@ -838,6 +839,7 @@ FFCV_IMAGENETS_FILE = {
 }
 
 
+@pytest.mark.long
 def test_published_ffcv_imagenet_recipe_runs_unchanged(betons, tmp_path, run_program, free_port):
     """Flags shorten the run, as a user would do on a small machine. It has two processes, a growing
     resolution and BlurPool."""

@@ -145,6 +145,7 @@ def test_missing_weights_and_a_missing_resume_fail(done, tmp_path):
     assert failed == ["weights at the end", "resumed after step"]
 
 
+@pytest.mark.long
 def test_a_program_that_does_not_erase_fails(betons, call_program, tmp_path, monkeypatch):
     """A second smoke replaces the folder of the first."""
     made = build.batch_transform

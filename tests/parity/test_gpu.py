@@ -448,7 +448,9 @@ def test_eval_loader_gives_the_same_batches(betons, device):
 # ---- compiled for GPUs ----
 
 
-@pytest.mark.parametrize("major", [8, 9, 10, 12])
+@pytest.mark.parametrize(
+    "major", [9, *(pytest.param(n, marks=pytest.mark.long) for n in (8, 10, 12))]
+)
 def test_kernels_compile_within_their_limits(major):
     """At most 64 registers; no warning, stack, local memory or fused products."""
     found = kernels.usage(major, 0)

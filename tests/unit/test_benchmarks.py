@@ -100,8 +100,10 @@ def test_loader_table_shows_ratios_and_targets(monkeypatch):
     "kind",
     [
         "Ours",
-        "Timm",
-        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("StockFFCV", "RegionDecode")),
+        *(
+            pytest.param(kind, marks=pytest.mark.long)
+            for kind in ("Timm", "StockFFCV", "RegionDecode")
+        ),
     ],
 )
 def test_every_contestant_reads_all_images(betons, pictures, kind):
@@ -160,6 +162,7 @@ def peers(pictures, tmp_path_factory):
         ("eval", "SPDL", 1.0),  # boxes of 40 px, rounded to chroma pixels
     ],
 )
+@pytest.mark.long
 def test_peers_load_the_same_pixels_as_ours(peers, row, name, most):
     result = peers[row][name]
     if "not installed" in result.get("absent", ""):
@@ -204,6 +207,7 @@ def test_loaders_with_other_pixels_are_not_compared():
             Fixed(wrong).repeat()
 
 
+@pytest.mark.long
 def test_first_step_is_timed_and_its_errors_are_raised(betons, tmp_path):
     import start
 
@@ -238,6 +242,7 @@ def test_memory_of_the_writer_is_measured(tmp_path):
     assert all(0 < each["before_mib"] <= each["peak_mib"] for each in found.values())
 
 
+@pytest.mark.long
 def test_both_writers_write_all_images(pictures, tmp_path):
     code = f"""
         import sys
@@ -311,6 +316,7 @@ def test_gpu_check_runs_every_part_and_lists_what_fails(betons, tmp_path, monkey
     assert json.loads((tmp_path / "record" / "check.json").read_text())["environment"]["source"]
 
 
+@pytest.mark.long
 def test_gpu_check_measures_limits_and_runs_tests_and_a_short_training(betons, tmp_path):
     import gpu_check
     import torch
@@ -391,6 +397,7 @@ def test_every_recipe_with_figures_exists_and_points_lie_within_its_epochs(beton
         assert max(figures, default=0) <= c.training.epochs, path
 
 
+@pytest.mark.long
 def test_reproduce_trains_compares_and_writes_a_record(betons, tmp_path, monkeypatch):
     import reproduce
 
