@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from rsb_ffcv import InputError, option_names
 from rsb_ffcv.beton import read_beton
 from rsb_ffcv.commands.plan import STATES, count_parameters, meta_model
-from rsb_ffcv.config.train import TrainConfig
+from rsb_ffcv.config.train import TrainConfig, processes
 from rsb_ffcv.gpu.driver import Cuda
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.loading.batch import MEAN
@@ -137,15 +137,15 @@ def device(c: TrainConfig) -> Iterator[Finding]:
 
 def threads(c: TrainConfig) -> Iterator[Finding]:
     cores, requested = compute.available_cores(), c.data.num_workers
-    processes = c.dist.world_size if c.training.distributed else 1
+    count = processes(c)
     if isinstance(requested, str):
-        yield Finding("ok", "threads", f"{max(1, cores // processes)} of {cores} cores a process")
-    elif requested * processes > cores:
+        yield Finding("ok", "threads", f"{max(1, cores // count)} of {cores} cores a process")
+    elif requested * count > cores:
         yield Finding(
             "warn",
             "threads",
-            f"data.num_workers={requested} of {processes} processes on {cores} cores",
-            f"use data.num_workers={max(1, cores // processes)} or auto",
+            f"data.num_workers={requested} of {count} processes on {cores} cores",
+            f"use data.num_workers={max(1, cores // count)} or auto",
         )
     else:
         yield Finding("ok", "threads", f"data.num_workers={requested} on {cores} cores")

@@ -3,7 +3,7 @@ about it, and what departs from that file or from another recipe."""
 
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, takewhile
 from pathlib import Path
 
@@ -13,12 +13,18 @@ from torch import nn
 
 from rsb_ffcv import InputError, counted
 from rsb_ffcv.atomic import atomic_file
-from rsb_ffcv.beton import read_beton
 from rsb_ffcv.config.options import as_dict
-from rsb_ffcv.config.train import RECIPE, PlanOptions, TrainConfig, read_recipe
+from rsb_ffcv.config.train import (
+    RECIPE,
+    PlanOptions,
+    TrainConfig,
+    images_per_step,
+    processes,
+    read_recipe,
+)
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.reporting.log import METRICS, read_metrics, table
-from rsb_ffcv.training import facts
+from rsb_ffcv.training import build, facts
 from rsb_ffcv.training.plan import Epoch, Plan
 
 # float32 values for each parameter, beside the parameter and its gradient
@@ -37,20 +43,16 @@ def print_plan(config: TrainConfig, options: PlanOptions, files: Sequence[str] =
     Raises InputError if the data file has fewer images than a step, or if a file cannot be read or
     written.
     """
-    try:
-        beton = read_beton(config.data.train_dataset)
-    except InputError as error:
-        raise InputError(f"data.train_dataset={error}") from error.__cause__
+    beton = build.read_file(config, "train")
     images = len(beton)
     c = config.training
-    processes = config.dist.world_size if c.distributed else 1
-    batch = c.global_batch or c.batch_size * processes
+    batch, started = images_per_step(config), processes(config)
     if batch > images:
         of = f"training.batch_size={c.batch_size}"
         if c.global_batch:
             of = f"training.global_batch={batch}"
-        elif processes > 1:
-            of += f" with {processes} processes"
+        elif started > 1:
+            of += f" with {started} processes"
         raise InputError(
             f"{of}: data.train_dataset={config.data.train_dataset} has "
             f"only {images} images; lower it"
@@ -192,12 +194,16 @@ def _print_differences(config: TrainConfig, other: TrainConfig, name: str) -> No
     ours, theirs = ({key: as_dict(c)[key] for key in RECIPE} for c in (config, other))
     found = facts.changes(theirs, ours)
     print(f"\n{len(found)} options differ from {name}:" if found else f"\nthe same as {name}")
-    rows = [("option", "there", "here")]
-    rows += [
-        (key, str(facts.shown(old)), str(facts.shown(new))) for key, (old, new) in found.items()
-    ]
     if found:
-        print_columns(rows)
+        print_changes(found, "there")
+
+
+def print_changes(changed: Mapping[str, tuple[object, object]], other: str) -> None:
+    """Prints the options of `facts.changes` as a table. other: heads the column of old values."""
+    rows = [
+        (key, str(facts.shown(old)), str(facts.shown(new))) for key, (old, new) in changed.items()
+    ]
+    print_columns([("option", other, "here"), *rows])
 
 
 def head_comment(path: str) -> str:

@@ -18,7 +18,7 @@ import timm
 import torch
 
 from rsb_ffcv import InputError, option_names
-from rsb_ffcv.config.train import EmaOptions, ResolutionOptions, TrainConfig
+from rsb_ffcv.config.train import EmaOptions, ResolutionOptions, TrainConfig, images_per_step
 from rsb_ffcv.learning.layers import freeze
 from rsb_ffcv.learning.model import build_model, check_arch, check_input_size
 from rsb_ffcv.training import plan
@@ -55,8 +55,7 @@ class Short:
 
 def groups_per_step(c: TrainConfig) -> int:
     """The mix groups of an optimizer step of the recipe."""
-    processes = c.dist.world_size if c.training.distributed else 1
-    images = c.training.global_batch or c.training.batch_size * processes
+    images = images_per_step(c)
     groups, rest = divmod(images, c.training.batch_size)
     if rest or groups < 1:
         raise InputError(

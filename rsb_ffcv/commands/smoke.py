@@ -22,8 +22,7 @@ import torch
 
 from rsb_ffcv import InputError, counted, option_names
 from rsb_ffcv.atomic import lock
-from rsb_ffcv.beton import Beton, read_beton
-from rsb_ffcv.commands.plan import print_columns
+from rsb_ffcv.commands.plan import print_changes, print_columns
 from rsb_ffcv.commands.shorten import Short, groups_per_step, shorten
 from rsb_ffcv.config.options import as_dict
 from rsb_ffcv.config.train import AugmentOptions, MixOptions, TrainConfig
@@ -149,7 +148,7 @@ def prepare(c: TrainConfig, folder: Path) -> Short:
     paths = {"train": c.data.train_dataset, "val": c.data.val_dataset}
     missing = [split for split, path in paths.items() if not os.path.isfile(path)]
     places = {split: folder / f"{split}.beton" for split in paths}
-    files = {split: _read(split, path) for split, path in paths.items() if split not in missing}
+    files = {split: build.read_file(c, split) for split in paths if split not in missing}
     if len(missing) == 1:
         (split,) = missing
         raise InputError(
@@ -197,13 +196,6 @@ def prepare(c: TrainConfig, folder: Path) -> Short:
     return short
 
 
-def _read(split: str, path: str) -> Beton:
-    try:
-        return read_beton(path)
-    except InputError as error:
-        raise InputError(f"data.{split}_dataset={error}") from error.__cause__
-
-
 def _check_weights(c: TrainConfig, num_classes: int) -> None:
     """Loads checkpoint.warm_start into the recipe's own model. Raises InputError if it does not
     fit."""
@@ -216,13 +208,8 @@ def _check_weights(c: TrainConfig, num_classes: int) -> None:
 
 
 def _print_changes(c: TrainConfig, short: Short) -> None:
-    changed = facts.changes(as_dict(c), as_dict(short.config))
-    rows = [("option", "recipe", "here")]
-    rows += [
-        (key, str(facts.shown(old)), str(facts.shown(new))) for key, (old, new) in changed.items()
-    ]
     print("\nWhat differs from the recipe:")
-    print_columns(rows)
+    print_changes(facts.changes(as_dict(c), as_dict(short.config)), "recipe")
     print(
         f"\nThe recipe's {counted(c.training.epochs, 'epoch')} as "
         f"{counted(short.config.training.epochs, 'epoch')} of {counted(short.steps, 'step')}:"

@@ -57,27 +57,27 @@ def _smoke(arguments: list[str], description: str) -> int:
     return smoke(config)
 
 
-def _compare(arguments: list[str], description: str) -> None:
+def _folders(command: str, arguments: list[str], description: str) -> list[str]:
+    """The arguments of a command that takes folders of runs, and no options."""
     parser = argparse.ArgumentParser(
-        prog="train_imagenet.py compare",
+        prog=f"train_imagenet.py {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
-    folders = parser.parse_args(arguments).runs
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run")
+    folders: list[str] = parser.parse_args(arguments).runs
+    return folders
+
+
+def _compare(arguments: list[str], description: str) -> None:
+    folders = _folders("compare", arguments, description)
     from rsb_ffcv.commands.compare import compare
 
     compare(folders)
 
 
 def _report(arguments: list[str], description: str) -> None:
-    parser = argparse.ArgumentParser(
-        prog="train_imagenet.py report",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", nargs="*", metavar="RUN", help="folder of the run")
-    folders = parser.parse_args(arguments).run
+    folders = _folders("report", arguments, description)
     from rsb_ffcv.commands.report import write_report
 
     write_report(folders)

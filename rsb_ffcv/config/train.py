@@ -569,6 +569,16 @@ class EvalOptions:
     csv: str = option("", "file for the results of each class; empty: none")
 
 
+def processes(c: TrainConfig) -> int:
+    """The processes that the configuration itself starts; torchrun's are not known to it."""
+    return c.dist.world_size if c.training.distributed else 1
+
+
+def images_per_step(c: TrainConfig) -> int:
+    """The images of an optimizer step, with `processes`."""
+    return c.training.global_batch or c.training.batch_size * processes(c)
+
+
 # Sections whose options define what is trained and how it is evaluated; the others are about one
 # machine or one start
 RECIPE = (

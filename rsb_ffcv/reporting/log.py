@@ -2,6 +2,7 @@
 table."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def read_run(folder: Path, fix: str) -> tuple[dict[str, Any], list[dict[str, Any
         raise InputError(
             f"{folder}: no run, or one without results ({first_line(error)}); {fix}"
         ) from error
+
+
+def best_of(row: Mapping[str, Any]) -> tuple[str, float]:
+    """The weights with the highest top-1 in an epoch's `row`: "model", "ema" or "swa", and this
+    top-1 in per cent. Raises ValueError for an epoch without validation."""
+    found = {
+        weights: row[f"{prefix}top1"]
+        for weights, prefix in PREFIXES.items()
+        if row.get(f"{prefix}top1") is not None
+    }
+    weights = max(found, key=lambda name: found[name])
+    return weights, found[weights]
 
 
 def write_json(path: Path, content: object) -> None:

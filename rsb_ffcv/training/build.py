@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from rsb_ffcv import InputError, counted, option_names
-from rsb_ffcv.beton import Beton
+from rsb_ffcv.beton import Beton, read_beton
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa, decay_of_step
 from rsb_ffcv.learning.layers import freeze
@@ -152,6 +152,16 @@ def val_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str)
             decode=decode,
             memory_mb=c.data.decode_memory_mb,
         )
+
+
+def read_file(c: TrainConfig, split: str) -> Beton:
+    """Reads the metadata of data.train_dataset or data.val_dataset. split: "train" or "val". Raises
+    InputError if it cannot be read."""
+    name = f"{split}_dataset"
+    try:
+        return read_beton(getattr(c.data, name))
+    except InputError as error:
+        raise InputError(f"data.{name}={error}") from error.__cause__
 
 
 def left_out(c: TrainConfig, loader: TrainLoader) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rsb_ffcv.reporting.log import PREFIXES, WEIGHTS
+from rsb_ffcv.reporting.log import PREFIXES, WEIGHTS, best_of
 
 # Loss readings: the median of the newest RECENT is compared with that of the BEFORE earlier ones.
 RECENT, BEFORE = 5, 25
@@ -213,9 +213,7 @@ class Health:
         """
         last = rows[-1]
         epoch = last["epoch"] + 1
-        reached = max(
-            last[prefix + "top1"] for prefix in PREFIXES.values() if prefix + "top1" in last
-        )
+        _, reached = best_of(last)
         if self.expected != "off" and reached < curve.get(epoch, -math.inf) - self.behind:
             self.report(
                 f"after epoch {epoch} top-1 is {reached:.1f} %, and the recipe states "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rsb_ffcv.loading.batch import WEIGHT_UNIT
-from rsb_ffcv.reporting.log import PREFIXES
+from rsb_ffcv.reporting.log import best_of
 from rsb_ffcv.training import compute
 from rsb_ffcv.training.compute import Compute
 from rsb_ffcv.training.plan import Epoch
@@ -213,14 +213,6 @@ class Progress:
             epoch["waited"],
             list(epoch["events"]),
         )
-
-
-def best_of(row: dict[str, Any]) -> tuple[str, float]:
-    """The weights with the highest top-1 in a validated epoch's `row`: "model", "ema" or "swa", and
-    this top-1 in per cent."""
-    found = {weights: row[f"{p}top1"] for weights, p in PREFIXES.items() if f"{p}top1" in row}
-    weights = max(found, key=lambda name: found[name])
-    return weights, found[weights]
 
 
 def _shared_out(counted: list[dict], world_size: int) -> list[dict]:

@@ -25,9 +25,8 @@ from rsb_ffcv.beton import Beton, read_beton
 from rsb_ffcv.config.train import SECTIONS, expected_points
 from rsb_ffcv.reporting import log
 from rsb_ffcv.reporting.console import LOG
-from rsb_ffcv.reporting.log import PREFIXES
+from rsb_ffcv.reporting.log import PREFIXES, best_of
 from rsb_ffcv.reporting.page import page
-from rsb_ffcv.training.progress import best_of
 
 CONFUSED, WORST = 24, 24  # pairs of classes and images that are listed
 EXAMPLES = 2  # images of a pair

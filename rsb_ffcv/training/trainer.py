@@ -40,7 +40,7 @@ from rsb_ffcv.training.interrupt import Interrupt
 from rsb_ffcv.training.plan import Epoch, Plan
 from rsb_ffcv.training.processes import Heartbeat, check_shared
 from rsb_ffcv.training.profile import Profile
-from rsb_ffcv.training.progress import Progress, best_of
+from rsb_ffcv.training.progress import Progress
 from rsb_ffcv.training.resume import Checkpointer, State, newest
 
 
@@ -216,7 +216,7 @@ class Trainer:
                 raise InputError(str(request)) from request
         self.profile.close()
         compute.on_first_process(self._finish_checkpoint)
-        weights, _ = best_of(self.progress.rows[-1])
+        weights, _ = log.best_of(self.progress.rows[-1])
         per_image = self.evaluate.each_image(
             log.PREFIXES[weights], after_batch=lambda: self.checkpointer.after_step(False)
         )
