@@ -20,9 +20,10 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -70,11 +71,32 @@ TRAILER = np.dtype(
 )
 MAGIC, TRAILER_VERSION = b"rsb_ffcv", 3
 PAGE_BYTES = 1 << 23  # page size of the files written here: FFCV's default, 8 MiB
-INT_TYPE_ID, IMAGE_TYPE_ID = 1, 2
+# types of fields, and their metadata: the value itself, or where the data is
+(
+    FLOAT_TYPE_ID,
+    INT_TYPE_ID,
+    IMAGE_TYPE_ID,
+    BYTES_TYPE_ID,
+    ARRAY_TYPE_ID,
+    JSON_TYPE_ID,
+    TENSOR_TYPE_ID,
+) = range(7)
+BYTES_METADATA = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+METADATA = {
+    FLOAT_TYPE_ID: np.dtype("<f8"),
+    INT_TYPE_ID: LABEL_METADATA,
+    IMAGE_TYPE_ID: IMAGE_METADATA,
+    BYTES_TYPE_ID: BYTES_METADATA,
+    ARRAY_TYPE_ID: np.dtype("<u8"),
+    JSON_TYPE_ID: BYTES_METADATA,
+    TENSOR_TYPE_ID: np.dtype("<u8"),
+}
+SCALARS = {FLOAT_TYPE_ID, INT_TYPE_ID}  # types without data outside the metadata
 JPG, RAW = 0, 1
 # More than any labelled set has. A larger label is damage; it would determine the size of the
 # model's last layer
 MAX_CLASSES = 1 << 20
+AGAIN = "write it again with write_ffcv.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +144,92 @@ class About:
             raise ValueError("not as write_ffcv.py writes it")
 
 
+CustomType = Callable[[str, bytes], np.dtype | None]
+
+
+class Field(NamedTuple):
+    """One descriptor of a file.
+
+    name: of the field.
+    type_id: FFCV's number of its type: see `METADATA`.
+    arguments: 1024 bytes, whose meaning depends on the type.
+    """
+
+    name: str
+    type_id: int
+    arguments: bytes
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Beton:
-    """An image file whose pointers have all been checked. Arrays have one entry per sample, in
-    dataset order.
+class Structure:
+    """Everything in a file but the data of its samples, checked for consistency.
+
+    path: the file
+    num_bytes: its length
+    fields: its descriptors
+    metadata: records with one row per sample; field i is column f<i>
+    table: ALLOCATION records, sorted by their pointers
+    first: the first byte that may hold data
+    extras: EXTRA records; None in a file that FFCV wrote
+    about: the file's description; None in a file that FFCV wrote
+    names_at: position of the names (first byte, length in bytes, XXH64); None in a file that FFCV
+        wrote
+    """
+
+    path: Path
+    num_bytes: int
+    fields: list[Field]
+    metadata: np.ndarray
+    table: np.ndarray
+    first: int
+    extras: np.ndarray | None
+    about: About | None
+    names_at: tuple[int, int, int] | None
+
+    def refuse(self, why: str, fix: str = AGAIN) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"{self.path}: {why}; {fix}")
+
+    def column(self, name: str) -> np.ndarray:
+        """The metadata of a field, one entry per sample."""
+        return self.metadata[f"f{[field.name for field in self.fields].index(name)}"]
+
+    def sizes(self, pointers: np.ndarray) -> np.ndarray:
+        """uint64: the bytes that the file has for each of `pointers`, uint64. Raises InputError if
+        one is not in the allocation table, or points outside the file."""
+        rows = np.minimum(np.searchsorted(self.table["ptr"], pointers), len(self.table) - 1)
+        missing = self.table["ptr"][rows] != pointers
+        if missing.any():
+            self.refuse(
+                f"damaged: sample {int(np.argmax(missing))} is not in the allocation table "
+                f"({int(missing.sum())} such samples)"
+            )
+        sizes = self.table["size"][rows].copy()
+        self.refuse_any(self.outside(pointers, sizes), "points outside the file")
+        return sizes
+
+    def outside(self, pointers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """bool: whether the bytes at a pointer are not all in the file, behind its metadata."""
+        # The subtraction is on the right side, where it cannot be negative: a sum of two 64-bit
+        # numbers from the file could overflow
+        return (
+            (pointers < self.first)
+            | (pointers > self.num_bytes)
+            | (sizes > self.num_bytes - np.minimum(pointers, self.num_bytes))
+        )
+
+    def refuse_any(self, bad: np.ndarray, what: str) -> None:
+        """Raises InputError if any of `bad`, bool with one entry per sample, is set."""
+        if bad.any():
+            self.refuse(
+                f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Images:
+    """The images of a file, whose pointers have all been checked. Arrays have one entry per sample,
+    in dataset order.
 
     path: the file
     num_bytes: its length
@@ -133,11 +237,7 @@ class Beton:
     sizes: uint64, bytes of the stored image
     modes: uint8, `JPG` or `RAW`
     heights, widths: uint16, pixels
-    labels: int64, 0 or more
     extras: EXTRA records; None in a file that FFCV wrote
-    about: the file's description; None in a file that FFCV wrote
-    names_at: position of the names (first byte, length in bytes, XXH64); None in a file that FFCV
-        wrote
     """
 
     path: Path
@@ -147,22 +247,10 @@ class Beton:
     modes: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
-    labels: np.ndarray
     extras: np.ndarray | None
-    about: About | None
-    names_at: tuple[int, int, int] | None
 
     def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes that the file lists. If it lists none: the largest label + 1."""
-        return len(self.about.classes) if self.about else int(self.labels.max()) + 1
-
-    def class_name(self, label: int) -> str:
-        """The name that the file lists. If it lists none: the number."""
-        return self.about.classes[label] if self.about else str(label)
+        return len(self.pointers)
 
     @cached_property
     def stored_bytes(self) -> np.ndarray:
@@ -191,6 +279,30 @@ class Beton:
             return data.reshape(*sides, 3)
         return resized(data, sides, sides)
 
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Beton(Images):
+    """The images and labels of a file.
+
+    labels: int64, 0 or more
+    about: the file's description; None in a file that FFCV wrote
+    names_at: position of the names (first byte, length in bytes, XXH64); None in a file that FFCV
+        wrote
+    """
+
+    labels: np.ndarray
+    about: About | None
+    names_at: tuple[int, int, int] | None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the file lists. If it lists none: the largest label + 1."""
+        return len(self.about.classes) if self.about else int(self.labels.max()) + 1
+
+    def class_name(self, label: int) -> str:
+        """The name that the file lists. If it lists none: the number."""
+        return self.about.classes[label] if self.about else str(label)
+
     def names(self) -> list[str]:
         """The samples' names: their paths within the source, or `sample_<number>` if the file has
         no names. Raises InputError if they are damaged, OSError if they cannot be read."""
@@ -217,16 +329,20 @@ class Beton:
         return f"{checksum(np.concatenate(parts)):016x}"
 
 
-def read_beton(path: str | Path) -> Beton:
-    """Opens `path` and checks all of its structure: header, fields, table, and each image's
-    pointer, size and shape.
+def read_structure(
+    path: str | Path, custom: CustomType = lambda name, arguments: None
+) -> Structure:
+    """Opens `path` and checks its structure: header, fields, metadata, table, checksums.
 
-    Raises InputError, which names the file and the fault: missing, not a .beton, truncated, without
-    an image field `image` and an int field `label`, or with a sample that points outside the file.
+    custom: returns the metadata's dtype of a field, from its name and arguments, if its type is not
+        FFCV's own; otherwise None.
+
+    Raises InputError, which names the file and the fault: missing, not a .beton, truncated, damaged
+    or with a field of another type.
     """
     path = Path(path)
 
-    def refuse(why: str, fix: str = "write it again with write_ffcv.py") -> NoReturn:
+    def refuse(why: str, fix: str = AGAIN) -> NoReturn:
         raise InputError(f"{path}: {why}; {fix}")
 
     try:
@@ -249,8 +365,16 @@ def read_beton(path: str | Path) -> Beton:
             metadata_start = HEADER.itemsize + num_fields * FIELD.itemsize
             if metadata_start > num_bytes:
                 refuse(f"truncated: {num_bytes} bytes end inside the field descriptors")
-            fields = np.frombuffer(file.read(num_fields * FIELD.itemsize), FIELD)
-            metadata_type = _metadata_type(fields, refuse)
+            descriptors = np.frombuffer(file.read(num_fields * FIELD.itemsize), FIELD)
+            fields = [
+                Field(
+                    bytes(one["name"]).split(b"\0")[0].decode("ascii", "replace"),
+                    int(one["type_id"]),
+                    bytes(one["arguments"]),
+                )
+                for one in descriptors
+            ]
+            metadata_type = _metadata_type(fields, custom, refuse)
             metadata_end = metadata_start + num_samples * metadata_type.itemsize
             if metadata_end > num_bytes:
                 refuse(
@@ -258,8 +382,11 @@ def read_beton(path: str | Path) -> Beton:
                     f"at {metadata_end}"
                 )
             metadata = np.fromfile(file, metadata_type, num_samples)
+            # The table may be empty if all values are in the metadata.
+            paged = bool({field.type_id for field in fields} & set(METADATA) - SCALARS)
+            needed = ALLOCATION.itemsize if paged else 0
             if (
-                not metadata_end <= table_start < num_bytes
+                not metadata_end <= table_start <= num_bytes - needed
                 or (num_bytes - table_start) % ALLOCATION.itemsize
             ):
                 refuse(
@@ -276,6 +403,7 @@ def read_beton(path: str | Path) -> Beton:
                 table_start=table_start,
                 metadata_end=metadata_end,
                 structure=structure,
+                paged=paged,
                 refuse=refuse,
             )
     except OSError as error:
@@ -287,47 +415,71 @@ def read_beton(path: str | Path) -> Beton:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); give the path of a .beton file"
         ) from error
+    return Structure(
+        path=path,
+        num_bytes=num_bytes,
+        fields=fields,
+        metadata=metadata,
+        table=table[np.argsort(table["ptr"], kind="stable")],
+        first=metadata_end,
+        extras=extras,
+        about=about,
+        names_at=names_at,
+    )
 
-    names = [bytes(name).split(b"\0")[0] for name in fields["name"]]
-    image, labels = metadata[f"f{names.index(b'image')}"], metadata[f"f{names.index(b'label')}"]
+
+def read_images(structure: Structure, name: str) -> Images:
+    """The images of the image field `name`. Raises InputError if one of them points outside the
+    file, or if its shape or size is invalid."""
+    image = structure.column(name)
     pointers = image["data_ptr"].astype(np.uint64)
-    sizes = _image_sizes(pointers, table, refuse)
+    sizes = structure.sizes(pointers)
+    # Only files that write_ffcv.py wrote have them, and these have one image field.
+    extras = structure.extras if name == "image" else None
     stored = sizes if extras is None else sizes + extras["entry_bytes"]
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
-
-    # The subtraction is on the right side, where it cannot be negative: a sum of two 64-bit numbers
-    # from the file could overflow
-    outside = (
-        (pointers < metadata_end)
-        | (pointers > num_bytes)
-        | (stored > num_bytes - np.minimum(pointers, num_bytes))
-    )
-    outside |= stored < sizes
-    most = len(about.classes) if about else MAX_CLASSES
     raw_bytes = heights.astype(np.uint64) * widths * 3
     for bad, what in (
-        (outside, "points outside the file"),
+        (structure.outside(pointers, stored) | (stored < sizes), "points outside the file"),
         ((heights == 0) | (widths == 0), "has no pixels"),
         (modes > RAW, "has an unknown storage mode"),
         (sizes == 0, "has no data"),
         ((modes == RAW) & (sizes != raw_bytes), "has a size that is not height x width x 3"),
-        ((labels < 0) | (labels >= most), f"has a label outside 0 .. {most - 1}"),
     ):
-        if bad.any():
-            refuse(f"damaged: sample {int(np.argmax(bad))} {what} ({int(bad.sum())} such samples)")
-    return Beton(
-        path=path,
-        num_bytes=num_bytes,
+        structure.refuse_any(bad, what)
+    return Images(
+        path=structure.path,
+        num_bytes=structure.num_bytes,
         pointers=pointers,
         sizes=sizes,
         modes=modes,
         heights=heights,
         widths=widths,
-        labels=np.ascontiguousarray(labels),
         extras=extras,
+    )
+
+
+def read_beton(path: str | Path) -> Beton:
+    """Opens `path` and checks all of its structure: header, fields, table, and each image's
+    pointer, size and shape.
+
+    Raises InputError, which names the file and the fault: missing, not a .beton, truncated, without
+    an image field `image` and an int field `label`, or with a sample that points outside the file.
+    """
+    structure = read_structure(path)
+    found = {field.name: field.type_id for field in structure.fields}
+    if found.get("image") != IMAGE_TYPE_ID or found.get("label") != INT_TYPE_ID:
+        structure.refuse(f"needs an image field 'image' and an int field 'label', has {found}")
+    images, labels = read_images(structure, "image"), structure.column("label")
+    about = structure.about
+    most = len(about.classes) if about else MAX_CLASSES
+    structure.refuse_any((labels < 0) | (labels >= most), f"has a label outside 0 .. {most - 1}")
+    return Beton(
+        **{field.name: getattr(images, field.name) for field in dataclass_fields(images)},
+        labels=np.ascontiguousarray(labels),
         about=about,
-        names_at=names_at,
+        names_at=structure.names_at,
     )
 
 
@@ -435,6 +587,7 @@ def _read_extras(
     table_start: int,
     metadata_end: int,
     structure: int,
+    paged: bool,
     refuse: Callable[..., NoReturn],
 ) -> tuple[np.ndarray | None, About | None, tuple[int, int, int] | None]:
     """Returns (the samples' EXTRAs, About, position of the names), all None if FFCV wrote the
@@ -445,6 +598,7 @@ def _read_extras(
     table_start: first byte of the allocation table
     metadata_end: the byte after the metadata
     structure: result of structure_checksum
+    paged: whether the file has data outside its metadata
     refuse: raises InputError with a reason and, optionally, a fix
     """
     count = int(header["num_samples"])
@@ -453,7 +607,8 @@ def _read_extras(
         file.seek(at)
         trailer = np.fromfile(file, TRAILER, 1)
     if trailer["magic"][0] != MAGIC:
-        if header["page_size"] == 0 or table_start % int(header["page_size"]):
+        # FFCV starts no page if all values are in the metadata.
+        if paged and (header["page_size"] == 0 or table_start % int(header["page_size"])):
             refuse(
                 "damaged, or written before version 3 of this program's checksums: the checksums "
                 "are not at the expected position"
@@ -494,42 +649,17 @@ def _read_extras(
     return extras, about, (start + extras.nbytes, names_bytes, int(trailer["names"][0]))
 
 
-def _metadata_type(fields: np.ndarray, refuse: Callable[..., NoReturn]) -> np.dtype:
+def _metadata_type(
+    fields: list[Field], custom: CustomType, refuse: Callable[..., NoReturn]
+) -> np.dtype:
     """The dtype of a metadata row. Only fields of known width are accepted, because any other
     would shift the fields after it."""
-    widths = {
-        0: np.dtype("<f8"),
-        INT_TYPE_ID: LABEL_METADATA,
-        IMAGE_TYPE_ID: IMAGE_METADATA,
-        3: np.dtype([("ptr", "<u8"), ("size", "<u8")]),
-        4: np.dtype("<u8"),
-        5: np.dtype([("ptr", "<u8"), ("size", "<u8")]),
-        6: np.dtype("<u8"),
-    }
-    found = {bytes(field["name"]).split(b"\0")[0]: int(field["type_id"]) for field in fields}
-    if len(found) < len(fields):
-        refuse(f"has two fields with one name ({len(fields)} fields, {len(found)} names)")
-    if found.get(b"image") != IMAGE_TYPE_ID or found.get(b"label") != INT_TYPE_ID:
-        refuse(
-            f"needs an image field 'image' and an int field 'label', has "
-            f"{ {name.decode('ascii', 'replace'): kind for name, kind in found.items()} }"
-        )
-    unknown = set(found.values()) - set(widths)
+    names = {field.name for field in fields}
+    if len(names) < len(fields):
+        refuse(f"has two fields with one name ({len(fields)} fields, {len(names)} names)")
+    own = [custom(field.name, field.arguments) for field in fields]
+    unknown = {field.type_id for field, kind in zip(fields, own) if kind is None} - set(METADATA)
     if unknown:
         refuse(f"has a field of unknown type {unknown}")
-    return np.dtype([("", widths[int(field["type_id"])]) for field in fields], align=True)
-
-
-def _image_sizes(
-    pointers: np.ndarray, table: np.ndarray, refuse: Callable[..., NoReturn]
-) -> np.ndarray:
-    """Stored bytes of each image, looked up by its pointer in the allocation table."""
-    table = table[np.argsort(table["ptr"], kind="stable")]
-    rows = np.minimum(np.searchsorted(table["ptr"], pointers), len(table) - 1)
-    missing = table["ptr"][rows] != pointers
-    if missing.any():
-        refuse(
-            f"damaged: sample {int(np.argmax(missing))} is not in the allocation table "
-            f"({int(missing.sum())} such samples)"
-        )
-    return table["size"][rows].copy()
+    kinds = [METADATA[field.type_id] if kind is None else kind for field, kind in zip(fields, own)]
+    return np.dtype([("", kind) for kind in kinds], align=True)

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from rsb_ffcv import InputError, check_choice, option_names
-from rsb_ffcv.beton import RAW, Beton, read_beton
+from rsb_ffcv.beton import RAW, Images, read_beton
 from rsb_ffcv.gpu.batch import Decoded, DeviceDecoder, Slab
 from rsb_ffcv.loading.order import Order, epoch_order, group_slots
 from rsb_ffcv.loading.pool import Pool, Work, trace_events
@@ -60,7 +60,7 @@ class _Begun(NamedTuple):
     indices: np.ndarray
 
 
-class _Sent(NamedTuple):
+class Sent(NamedTuple):
     """A batch on its way to the loader's device. decoded: if the device decodes it."""
 
     begun: _Begun
@@ -69,9 +69,45 @@ class _Sent(NamedTuple):
     decoded: Decoded | None
 
 
-class _Loader:
-    """A file, threads, and a list of operations: first a decoder, then ops that change each image
-    in place."""
+class Windows:
+    """Tells the system which windows of an epoch's order will be read, and which were.
+
+    file: descriptor of the open file.
+    """
+
+    def __init__(self, file: int, order: Order) -> None:
+        self._file, self._order, self._advised = file, order, 0
+
+    def reach(self, place: int) -> None:
+        """place: position in the order of the sample that is read next."""
+        extents = self._order.extents
+        current = int(np.searchsorted(self._order.starts, place, "right")) - 1
+        # this window and the next one
+        while self._advised < len(extents) and self._advised <= current + 1:
+            if self._advised >= current:
+                self._advise(extents[self._advised], os.POSIX_FADV_WILLNEED)
+            if self._advised >= 2:
+                self._advise(extents[self._advised - 2], os.POSIX_FADV_DONTNEED)
+            self._advised += 1
+
+    def _advise(self, extents: np.ndarray, advice: int) -> None:
+        with suppress(OSError):  # only a hint; some file systems do not support it
+            for offset, length in extents:
+                os.posix_fadvise(self._file, int(offset), int(length), advice)
+
+
+class ImageLoader:
+    """The images of a file, threads, and a list of operations: first a decoder, then ops that
+    change each image in place. A subclass says which image is in which batch, and calls `_start`
+    at the end of __init__.
+
+    images: of the file.
+    batch_size: images per batch.
+    device: device of the batches.
+    decode, memory_mb: as in TrainLoader.
+    pinned: whether the batches are in memory from which a GPU can copy by itself. A `device` that
+        is a GPU needs it.
+    """
 
     # if not None: the events of the threads are appended, see pool.trace_events
     events: list[dict[str, Any]] | None = None
@@ -79,32 +115,29 @@ class _Loader:
 
     def __init__(
         self,
-        path: str | Path,
+        images: Images,
         batch_size: int,
         *,
-        num_workers: int,
-        device: str | torch.device,
-        decode: str,
-        memory_mb: int,
+        device: str | torch.device = "cpu",
+        decode: str = "cpu",
+        memory_mb: int = MEMORY_MB,
+        pinned: bool = False,
     ) -> None:
-        if num_workers < 1:
-            raise InputError(
-                f"`num_workers`={num_workers}: the loader needs at least one thread; use 1 or more"
-            )
         if batch_size < 1:
             raise InputError(f"`batch_size`={batch_size}: must be positive; use 1 or more")
         check_choice("decode", decode, ("cpu", "gpu"))
-        self.beton: Beton = read_beton(path)
-        self.batch_size = batch_size
+        self.images, self.batch_size = images, batch_size
         self.device = torch.device(device)
-        self._is_gpu = self.device.type == "cuda"
-        self._copying = torch.cuda.Stream(self.device) if self._is_gpu else None
+        is_gpu = self.device.type == "cuda"
+        self._pinned = pinned or is_gpu
+        self._ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // batch_size))
+        self._copying = torch.cuda.Stream(self.device) if is_gpu else None
         self._decoder = DeviceDecoder(self.device, memory_mb) if decode == "gpu" else None
 
-    def _start(self, num_workers: int) -> None:
-        """Starts the threads and opens the file. The last step of __init__, after all checks."""
-        self._pool = Pool(num_workers)
-        self._file = open(self.beton.path, "rb", buffering=0)  # noqa: SIM115 closed in close()
+    def _start(self, pool: Pool) -> None:
+        """Opens the file. pool: the threads."""
+        self._pool = pool
+        self._file = open(self.images.path, "rb", buffering=0)  # noqa: SIM115 closed in close()
 
     def close(self) -> None:
         """Ends the threads. Iterators that are still open raise an error. Garbage collection also
@@ -123,9 +156,9 @@ class _Loader:
         Raises InputError if it does not fit. stop: called between reads; if it returns True, the
         rest is not read."""
         available = psutil.virtual_memory().available
-        if self.beton.num_bytes > 0.9 * available:
+        if self.images.num_bytes > 0.9 * available:
             raise InputError(
-                f"{self.beton.path} has {self.beton.num_bytes / 1e9:.1f} GB and "
+                f"{self.images.path} has {self.images.num_bytes / 1e9:.1f} GB and "
                 f"{available / 1e9:.1f} GB of memory are free"
             )
         block, at = bytearray(1 << 24), 0
@@ -143,7 +176,7 @@ class _Loader:
         """Draws the random numbers of a batch and queues it. alone: the CPU decodes it, ahead of
         all batches that no thread has started."""
         self._pool.check()
-        b = self.beton
+        b = self.images
         samples = np.zeros(len(indices), SAMPLE)
         for name in ("height", "width", "pointer", "size"):
             samples[name] = getattr(b, f"{name}s")[indices]
@@ -166,13 +199,13 @@ class _Loader:
         shape = (len(indices), *first.shape)
         place: torch.Tensor | Slab
         if self._decoder is None or alone:
-            place = self._pool.memory(shape, self._is_gpu)
+            place = self._pool.memory(shape, self._pinned)
         else:
             place = self._decoder.slab(
                 samples,
                 shape,
                 draws=[draws for _, draws, _ in operations],
-                memory=lambda size: self._pool.memory(size, self._is_gpu),
+                memory=lambda size: self._pool.memory(size, self._pinned),
             )
         work = Work(
             place,
@@ -185,9 +218,7 @@ class _Loader:
         self._pool.submit(work, alone)
         return _Begun(work, address, indices)
 
-    def _send(
-        self, ops: Sequence[DrawnOperation], begun: _Begun, order: np.ndarray | None
-    ) -> _Sent:
+    def _send(self, ops: Sequence[DrawnOperation], begun: _Begun, order: np.ndarray | None) -> Sent:
         """Waits until the threads have finished a batch, and starts its way to the device. order:
         of the epoch, None in evaluation."""
         work, _, indices = begun
@@ -208,16 +239,14 @@ class _Loader:
         if isinstance(place, Slab):
             assert self._decoder is not None  # it has made the slab
             decoded = self._decoder.decode(place)
-            return _Sent(begun, decoded.images, indices, decoded)
+            return Sent(begun, decoded.images, indices, decoded)
         if self._copying is None:
-            return _Sent(begun, place.to(self.device), indices, None)
+            return Sent(begun, place.to(self.device), indices, None)
         # on a separate stream, so that the copy overlaps with steps that the device still computes
         with torch.cuda.stream(self._copying):
-            return _Sent(begun, place.to(self.device, non_blocking=True), indices, None)
+            return Sent(begun, place.to(self.device, non_blocking=True), indices, None)
 
-    def _finish(
-        self, ops: Sequence[DrawnOperation], sent: _Sent, order: np.ndarray | None
-    ) -> Batch:
+    def _finish(self, ops: Sequence[DrawnOperation], sent: Sent, order: np.ndarray | None) -> Batch:
         """Completes a batch: makes the rows that the device has left to the CPU, and lets the
         current stream wait for the rest."""
         begun, images, indices, decoded = sent
@@ -234,7 +263,7 @@ class _Loader:
             # The device has finished the other rows: failed_rows has waited for it.
             with torch.cuda.stream(stream):  # of a CPU: None, which changes nothing
                 images[row].copy_(image, non_blocking=True)
-        labels = torch.from_numpy(self.beton.labels[indices])
+        labels = self._labels(indices)
         slots = begun.address.slots
         if stream is None:
             return Batch(images, labels.to(self.device), slots)
@@ -259,6 +288,10 @@ class _Loader:
         assert isinstance(single.place, torch.Tensor)  # the CPU has decoded it
         return int(single.status[0]), single.place[0]
 
+    def _labels(self, indices: np.ndarray) -> torch.Tensor:
+        """What a batch contains beside its images: here, the indices in the file."""
+        return torch.from_numpy(indices)
+
     def _replacement(
         self,
         ops: Sequence[DrawnOperation],
@@ -274,11 +307,11 @@ class _Loader:
     def _error_text(self, index: int, status: int) -> str:
         if status not in DAMAGE:
             return (
-                f"{self.beton.path}: sample {index} {reason(status)}; correct the operation or the "
-                f"size of the images"
+                f"{self.images.path}: sample {index} {reason(status)}; correct the operation or "
+                f"the size of the images"
             )
         return (
-            f"{self.beton.path}: sample {index} {reason(status)}; write the file again with "
+            f"{self.images.path}: sample {index} {reason(status)}; write the file again with "
             f"write_ffcv.py{self._other_fix}"
         )
 
@@ -290,9 +323,8 @@ class _Loader:
     ) -> Batches:
         """Yields the batches of `batches`, an iterable of (Address, indices), and prefetches the
         next ones."""
-        ahead = max(BATCHES_AHEAD, -(-IMAGES_AHEAD // self.batch_size))
         begun: deque[_Begun] = deque()
-        sent: deque[_Sent] = deque()
+        sent: deque[Sent] = deque()
 
         def send() -> None:
             sent.append(self._send(ops, begun[0], order))
@@ -304,7 +336,7 @@ class _Loader:
         try:
             for address, indices in batches:
                 begun.append(self._submit(ops, address, indices))
-                if len(begun) > ahead:
+                if len(begun) > self._ahead:
                     send()
                     if len(sent) > later:
                         yield self._finish(ops, sent.popleft(), order)
@@ -315,6 +347,25 @@ class _Loader:
                     yield self._finish(ops, sent.popleft(), order)
         finally:
             self._pool.cancel([batch.work for batch in begun])
+
+
+class _Loader(ImageLoader):
+    """The images and labels of a file."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        batch_size: int,
+        *,
+        device: str | torch.device,
+        decode: str,
+        memory_mb: int,
+    ) -> None:
+        self.beton = read_beton(path)
+        super().__init__(self.beton, batch_size, device=device, decode=decode, memory_mb=memory_mb)
+
+    def _labels(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.beton.labels[indices])
 
 
 class TrainLoader(_Loader):
@@ -388,7 +439,6 @@ class TrainLoader(_Loader):
         super().__init__(
             path,
             batch_size,
-            num_workers=num_workers,
             device=device,
             decode=decode,
             memory_mb=memory_mb,
@@ -449,7 +499,7 @@ class TrainLoader(_Loader):
             )
         RandomResizedCrop(resolution, **self._crop)  # raises now if its settings are invalid
         self.check_memory(resolution)
-        self._start(num_workers)
+        self._start(Pool(num_workers))
 
     def __len__(self) -> int:
         """Number of batches of this process in an epoch."""
@@ -496,30 +546,15 @@ class TrainLoader(_Loader):
     def _batches(
         self, order: Order, epoch: int, start_step: int
     ) -> Iterator[tuple[Address, np.ndarray]]:
-        advised = 0
+        windows = Windows(self._file.fileno(), order)
         steps = range(start_step, self.steps_per_epoch)
         for step, place in itertools.product(steps, self._places):
             slots = group_slots(
                 step, place, batch_size=self.batch_size, groups=self.groups, repeats=self.repeats
             )
             places = slots // self.repeats
-            current = int(np.searchsorted(order.starts, places[0], "right")) - 1
-            # this window and the next one
-            while advised < len(order.extents) and advised <= current + 1:
-                self._advise(
-                    order.extents[advised], os.POSIX_FADV_WILLNEED if advised >= current else None
-                )
-                if advised >= 2:
-                    self._advise(order.extents[advised - 2], os.POSIX_FADV_DONTNEED)
-                advised += 1
+            windows.reach(int(places[0]))
             yield Address(self.seed, epoch, slots), order.indices[places]
-
-    def _advise(self, extents: np.ndarray, advice: int | None) -> None:
-        if advice is None:
-            return
-        with suppress(OSError):  # only a hint; some file systems do not support it
-            for offset, length in extents:
-                os.posix_fadvise(self._file.fileno(), int(offset), int(length), advice)
 
     def _replacement(
         self,
@@ -583,7 +618,6 @@ class EvalLoader(_Loader):
         super().__init__(
             path,
             batch_size,
-            num_workers=num_workers,
             device=device,
             decode=decode,
             memory_mb=memory_mb,
@@ -597,7 +631,7 @@ class EvalLoader(_Loader):
         self._crop = CenterCrop(resolution, crop_ratio, interpolation)
         self.indices = np.arange(rank, len(self.beton), world_size)
         self.check_memory(resolution)
-        self._start(num_workers)
+        self._start(Pool(num_workers))
 
     def __len__(self) -> int:
         """Number of batches of this process."""

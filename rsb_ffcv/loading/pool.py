@@ -51,7 +51,8 @@ class Work:
             for i in range(passes)
         ]
         self.times = np.zeros((rows, len(steps) + 3), np.int64) if measured else None
-        self._kept = samples, operations, np.array(steps, STEP)  # the job points into them
+        self.operations = operations
+        self._kept = samples, np.array(steps, STEP)  # the job points into them
         self.job = Job(
             file,
             rows,
@@ -60,7 +61,7 @@ class Work:
             len(steps),
             decoder,
             samples.ctypes.data,
-            self._kept[2].ctypes.data,
+            self._kept[1].ctypes.data,
             0 if isinstance(place, Slab) else place.data_ptr(),
             self.status.ctypes.data,
             place.structure.ctypes.data if isinstance(place, Slab) else None,
@@ -112,6 +113,10 @@ class Pool:
     """A fixed number of threads that decode and augment, without the interpreter."""
 
     def __init__(self, num_workers: int) -> None:
+        if num_workers < 1:
+            raise InputError(
+                f"`num_workers`={num_workers}: the loader needs at least one thread; use 1 or more"
+            )
         handle = library.rsb_pool_new(num_workers)
         if not handle:
             raise InputError(

@@ -135,25 +135,25 @@ def _random_boxes(
     return boxes, filters, flips
 
 
-class _CropDecoder(Decoder):
-    """Decodes and resizes one box of each image. Draws: (n,) records of `CROP`."""
+class CropDecoder(Decoder):
+    """Decodes and resizes one box of each image. Draws: (n,) records of `CROP`.
 
-    def __init__(self, resolution: int, interpolation: str) -> None:
+    height, width: of the result, in pixels.
+    interpolation: see `filter_number`.
+    """
+
+    def __init__(self, height: int, width: int, interpolation: str) -> None:
         super().__init__()
-        self.resolution, self.filter, self.shape = (
-            resolution,
-            filter_number(interpolation),
-            (resolution, resolution, 3),
-        )
+        self.filter, self.shape = filter_number(interpolation), (height, width, 3)
 
     def generate_code(self) -> int:
         return DECODE
 
 
-class RandomResizedCrop(_CropDecoder):
+class RandomResizedCrop(CropDecoder):
     """torchvision's RandomResizedCrop and a horizontal flip.
 
-    resolution: pixels per side of the result.
+    size: of the result, in pixels: of each side, or height and width.
     scale: range of the area, as fractions of the image's area.
     ratio: range of the aspect.
     flip_prob: probability that the crop is mirrored.
@@ -165,14 +165,15 @@ class RandomResizedCrop(_CropDecoder):
 
     def __init__(
         self,
-        resolution: int,
+        size: int | tuple[int, int],
         scale: tuple[float, float] = (0.08, 1.0),
         *,
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_prob: float = 0.5,
         interpolation: str = "random",
     ) -> None:
-        super().__init__(resolution, interpolation)
+        height, width = size if isinstance(size, tuple) else (size, size)
+        super().__init__(height, width, interpolation)
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip_prob <= 1):
             raise InputError(
                 f"`scale`={scale} must be two fractions of the area, the smaller first; "
@@ -187,14 +188,14 @@ class RandomResizedCrop(_CropDecoder):
             address.seed, address.epoch, address.slots, heights, widths, *self.numbers
         )
         crops["rows_first"] = rows_first(
-            heights, widths, out_heights=self.resolution, out_widths=self.resolution
+            heights, widths, out_heights=self.shape[0], out_widths=self.shape[1]
         )
         if self.filter >= 0:
             crops["filter"] = self.filter
         return crops
 
 
-class CenterCrop(_CropDecoder):
+class CenterCrop(CropDecoder):
     """timm's evaluation crop: the shorter side is resized to floor(resolution / ratio), and the
     central square is taken. Both are done in one step, as one box of the stored image. No draws.
 
@@ -206,12 +207,12 @@ class CenterCrop(_CropDecoder):
     """
 
     def __init__(self, resolution: int, ratio: float, interpolation: str = "bicubic") -> None:
-        super().__init__(resolution, interpolation)
+        super().__init__(resolution, resolution, interpolation)
         if self.filter < 0:
             raise InputError(
                 "`interpolation`='random': is not supported in evaluation; use bilinear or bicubic"
             )
-        self.ratio = ratio
+        self.resolution, self.ratio = resolution, ratio
 
     def draw(self, address: Address, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         sides = np.stack([heights, widths], 1).astype(np.int64)
