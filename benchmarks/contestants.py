@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 BATCH, SIDE, CROP_RATIO = 128, 224, 0.95
+# of ImageNet, 0 .. 255
+MEAN = [255 * mean for mean in (0.485, 0.456, 0.406)]
+STD = [255 * std for std in (0.229, 0.224, 0.225)]
 
 
 class Loader:
@@ -43,7 +46,9 @@ class Loader:
         means = []
         for batch in self.batches():
             pixels = np.asarray(batch.as_array() if hasattr(batch, "as_array") else batch)
-            if pixels.dtype != np.uint8 or sorted(pixels.shape[1:]) != [3, SIDE, SIDE]:
+            if pixels.dtype == np.float16:  # normalized, channels first
+                pixels = pixels.astype(np.float32).transpose(0, 2, 3, 1) * STD + MEAN
+            elif pixels.dtype != np.uint8 or sorted(pixels.shape[1:]) != [3, SIDE, SIDE]:
                 raise ValueError(f"a batch of {pixels.dtype} {pixels.shape}")
             means.append(pixels.mean((2, 3) if pixels.shape[1] == 3 else (1, 2)))
         each = np.concatenate(means)
@@ -73,27 +78,33 @@ class Ours(Loader):
 
 class StockFFCV(Loader):
     """Decodes the whole image, crops, and resizes with OpenCV's area filter. ToTensor makes no
-    copy."""
+    copy.
 
-    def __init__(self, path: str, threads: int, evaluate: bool = False):
+    normalized: whether NormalizeImage follows, to float16 as in ffcv-imagenet, on arrays because
+        that needs no GPU.
+    """
+
+    def __init__(self, path: str, threads: int, evaluate: bool = False, normalized: bool = False):
+        import numpy as np
         from ffcv.fields.basics import IntDecoder
         from ffcv.fields.rgb_image import (
             CenterCropRGBImageDecoder,
             RandomResizedCropRGBImageDecoder,
         )
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import RandomHorizontalFlip, ToTensor
+        from ffcv.loader import OrderOption
+        from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
 
         image = (
-            [CenterCropRGBImageDecoder((SIDE, SIDE), CROP_RATIO), ToTensor()]
+            [CenterCropRGBImageDecoder((SIDE, SIDE), CROP_RATIO)]
             if evaluate
-            else [
-                RandomResizedCropRGBImageDecoder((SIDE, SIDE)),
-                RandomHorizontalFlip(),
-                ToTensor(),
-            ]
+            else [RandomResizedCropRGBImageDecoder((SIDE, SIDE)), RandomHorizontalFlip()]
         )
-        self.loader = Loader(
+        if normalized:
+            image.append(NormalizeImage(np.array(MEAN), np.array(STD), np.float16))
+        image.append(ToTensor())
+        if normalized:
+            image.append(ToTorchImage())
+        self.loader = self.kind()(
             path,
             batch_size=BATCH,
             num_workers=threads,
@@ -103,8 +114,22 @@ class StockFFCV(Loader):
             pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
         )
 
+    def kind(self) -> Callable:
+        from ffcv.loader import Loader
+
+        return Loader
+
     def batches(self) -> Iterator:
         return (images for images, _ in self.loader)
+
+
+class Door(StockFFCV):
+    """FFCV's pipeline in the Loader of rsb_ffcv.ffcv."""
+
+    def kind(self) -> Callable:
+        from rsb_ffcv.ffcv import Loader
+
+        return Loader
 
 
 class Dali(Loader):

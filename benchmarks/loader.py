@@ -48,6 +48,9 @@ ROWS = {
     "augment": f"the same + RandAugment {SPEC}",
     "raw": "raw images, RRC + flip",
     "eval": "evaluation: resize + centre crop 0.95 bicubic",
+    # here, ours is rsb_ffcv.ffcv.Loader, with FFCV's classes in the pipeline
+    "ffcv": "FFCV's pipeline: RRC + flip + ToTensor",
+    "ffcv_half": "FFCV's pipeline: RRC + flip + NormalizeImage float16",
 }
 # row: {loader: target of our speed divided by its speed}; "region decode only" does less work
 TARGETS = {
@@ -55,6 +58,8 @@ TARGETS = {
     "augment": {"DALI CPU": 5.0, "timm": 4.5},
     "raw": {"stock ffcv": 2.0},
     "eval": {"stock ffcv": 2.5},
+    "ffcv": {"stock ffcv": 3.0},
+    "ffcv_half": {"stock ffcv": 3.0},
 }
 FIRST_BATCH_SECONDS = 1.0
 MEAN_TOLERANCE = 3.0  # of the mean colour of 2048 random crops; that of fewer crops varies more
@@ -147,6 +152,14 @@ def contestants(work: Path, threads: int) -> dict:
             "torchvision": (f"{source}:TorchVision", {"folder": files, "evaluate": True, **at}),
             "SPDL": (f"{source}:Spdl", {"folder": files, "evaluate": True, **at}),
         },
+        "ffcv": {
+            "ours": (f"{source}:Door", {"path": jpg, **at}),
+            "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, **at}),
+        },
+        "ffcv_half": {
+            "ours": (f"{source}:Door", {"path": jpg, "normalized": True, **at}),
+            "stock ffcv": (f"{source}:StockFFCV", {"path": jpg, "normalized": True, **at}),
+        },
     }
 
 
@@ -189,6 +202,7 @@ def first_batch(work: Path, threads: int, repeats: int) -> dict:
             ("ours", "Ours", ""),
             ("ours + RandAugment", "Ours", SPEC),
             ("stock ffcv", "StockFFCV", ""),
+            ("FFCV's pipeline, ours", "Door", ""),
         ):
             done = subprocess.run(
                 [
@@ -286,11 +300,11 @@ def table(results: dict) -> str:
 def plot(results: dict, path: Path):
     bars = [len(results["rows"][row]) for row in ROWS]
     figure, axes = plt.subplots(
+        3,
         2,
-        2,
-        figsize=(12, 7),
+        figsize=(12, 9),
         layout="constrained",
-        height_ratios=[max(bars[:2]), max(bars[2:])],
+        height_ratios=[max(bars[:2]), max(bars[2:4]), max(bars[4:])],
     )
     for axis, (row, title) in zip(axes.flat, ROWS.items()):
         found = {
@@ -368,7 +382,7 @@ def main():
             row: runner.race(who, options.repeats)
             for row, who in contestants(work, options.threads).items()
         }
-        for row in ("crop", "raw", "eval"):  # each loader's RandAugment is a different one
+        for row in ROWS.keys() - {"augment"}:  # each loader's RandAugment is a different one
             results["rows"][row] = refuse_wrong_pixels(results["rows"][row], options.count)
         results["scaling"] = scaling(work, results["environment"]["cores"], options.repeats)
         results["first_batch"] = first_batch(work, options.threads, options.repeats)

@@ -285,8 +285,9 @@ class Loader:
         if self._copying is not None:
             context = torch.cuda.stream(self._copying)
 
-        def prepare(indices: np.ndarray) -> tuple[Batch, torch.cuda.Event | None]:
-            batch = Batch(indices)
+        def prepare(number: int) -> tuple[Batch, torch.cuda.Event | None]:
+            here = slots[starts[number] : starts[number] + self.batch_size]
+            batch = Batch(chunks[number], Address(self.seed, epoch, here))
             for name, images in decoding.items():
                 batch.decoded[name] = next(images).images.numpy()
             with context:
@@ -299,8 +300,8 @@ class Loader:
         )
         prepared: deque[Future] = deque()
         try:
-            for chunk in chunks:
-                prepared.append(threads.submit(prepare, chunk))
+            for number in range(len(chunks)):
+                prepared.append(threads.submit(prepare, number))
                 if len(prepared) > self.batches_ahead:
                     yield self._finish(outputs, *prepared.popleft().result())
             while prepared:

@@ -42,8 +42,9 @@ from numba.core.errors import NumbaError
 from rsb_ffcv import InputError, warn
 from rsb_ffcv.beton import Structure
 from rsb_ffcv.ffcv import kernels
+from rsb_ffcv.ffcv.operations import CoreDecoder, CoreTransform, RandomErasing
 from rsb_ffcv.ops import native as n
-from rsb_ffcv.ops.operation import DrawnOperation
+from rsb_ffcv.ops.operation import Address, DrawnOperation
 
 CPU = torch.device("cpu")
 FIRST = State(True, CPU, (), np.dtype("u1"))  # before a decoder
@@ -63,12 +64,14 @@ class Batch:
     """A batch on its way through the steps.
 
     indices: (n,), of its samples in the file, an integer type.
+    address: of its draws.
     decoded: what the core has made, by output.
     results: the newest result of each output, by name, and of each operation, by id.
     shared: the shared memory of operations, by id.
     """
 
     indices: np.ndarray
+    address: Address
     decoded: dict[str, np.ndarray] = field(default_factory=dict)
     results: dict[str | int, Any] = field(default_factory=dict)
     shared: dict[int, Any] = field(default_factory=dict)
@@ -251,6 +254,8 @@ class Planner:
             return [
                 kernels.RandomCrop(_pair(decoder.output_size), decoder.scale, ratio=decoder.ratio)
             ]
+        if isinstance(decoder, CoreDecoder):
+            return [decoder.core.operation]
         return []
 
     def _add_to_core(self, core: list[DrawnOperation], operation: Operation, place: int) -> bool:
@@ -272,6 +277,8 @@ class Planner:
             core.append(kernels.Enhance(place, op, magnitude=magnitude, p=p))
         elif type(operation) is NormalizeImage and _table(operation).itemsize in kernels.NORMALIZE:
             core.append(kernels.Normalize(_table(operation), self._memory))
+        elif isinstance(operation, CoreTransform):
+            core.append(operation.core.operation)
         else:
             return False
         return True
@@ -345,6 +352,8 @@ class Planner:
             )
         if type(operation) is NormalizeImage and is_tensor:
             return self._normalize(operation, state)
+        if type(operation) is RandomErasing:
+            return lambda images, batch: operation.apply(images, batch.address), state
         if type(operation) is ReplaceLabel and not is_tensor:
 
             def relabel(labels: np.ndarray, batch: Batch) -> np.ndarray:

@@ -224,9 +224,15 @@ def bind(path: str | Path) -> ctypes.CDLL:
 
 
 library = bind(_find())
-DECODE, AUGMENT = (
+# Addresses of kernels. The first three are decoders.
+DECODE, DECODE_MEMORY, KEEP, AUGMENT = (
     cast(int, ctypes.cast(function, ctypes.c_void_p).value)  # None would be address 0
-    for function in (library.rsb_load, library.rsb_augment)
+    for function in (
+        library.rsb_load,
+        library.rsb_load_memory,
+        library.rsb_keep,
+        library.rsb_augment,
+    )
 )
 
 

@@ -193,6 +193,14 @@ int rsb_load(int file, const rsb_sample *sample, uint8_t *out, int height, int w
 int rsb_decode(const uint8_t *bytes, const rsb_sample *sample, uint8_t *out, int height, int width,
                rsb_scratch *scratch);
 
+/* The same as a decoder, where `pointer` is an address in memory. */
+int rsb_load_memory(int file, const rsb_sample *sample, uint8_t *out, int height, int width,
+                    rsb_scratch *scratch);
+
+/* The decoder of images that are in `out` already. */
+int rsb_keep(int file, const rsb_sample *sample, uint8_t *out, int height, int width,
+             rsb_scratch *scratch);
+
 /* Reads one image as rsb_load does, and packs it as row `row` of the slab. Where the device cannot
  * make its pixels, they are made here: `*pixels` is then their place in the slab, otherwise NULL.
  * Returns any status. */

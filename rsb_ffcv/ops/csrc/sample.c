@@ -84,3 +84,16 @@ int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_
     memcpy(padded, bytes, s->size + s->entry_bytes);
     return rsb_crop(padded, s, out, out_size, scratch);
 }
+
+int rsb_load_memory(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+                    rsb_scratch *scratch) {
+    (void)file;
+    return rsb_decode((const uint8_t *)(uintptr_t)s->pointer, s, out, out_height, out_width,
+                      scratch);
+}
+
+int rsb_keep(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+             rsb_scratch *scratch) {
+    (void)file, (void)s, (void)out, (void)out_height, (void)out_width, (void)scratch;
+    return RSB_OK;
+}
