@@ -17,6 +17,7 @@ the page size. A missing trailer is therefore detected.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -91,6 +92,7 @@ METADATA = {
     JSON_TYPE_ID: BYTES_METADATA,
     TENSOR_TYPE_ID: np.dtype("<u8"),
 }
+ARRAY_SIDES = 32  # most dimensions of an array field
 SCALARS = {FLOAT_TYPE_ID, INT_TYPE_ID}  # types without data outside the metadata
 JPG, RAW = 0, 1
 # More than any labelled set has. A larger label is damage; it would determine the size of the
@@ -190,9 +192,46 @@ class Structure:
         """Raises InputError."""
         raise InputError(f"{self.path}: {why}; {fix}")
 
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether it has the images and labels of a classifier."""
+        kinds = {field.name: field.type_id for field in self.fields}
+        return kinds.get("image") == IMAGE_TYPE_ID and kinds.get("label") == INT_TYPE_ID
+
     def column(self, name: str) -> np.ndarray:
         """The metadata of a field, one entry per sample."""
         return self.metadata[f"f{[field.name for field in self.fields].index(name)}"]
+
+    def arrays(self, name: str) -> tuple[np.ndarray, np.dtype, tuple[int, ...]]:
+        """The pointers, and the dtype and shape of each sample, of a field of arrays or tensors.
+        Raises InputError if they are damaged."""
+        field = next(field for field in self.fields if field.name == name)
+        sides = np.frombuffer(field.arguments, "<u8", ARRAY_SIDES + 1)
+        shape = tuple(side for side in sides[:-1].tolist() if side)
+        at, length = sides.nbytes, int(sides[-1])
+        try:
+            ((_, kind),) = json.loads(field.arguments[at : at + length])
+            dtype = np.dtype(kind)
+        except (ValueError, TypeError, RecursionError):
+            self.refuse(f"damaged: the type of the arrays {name!r} cannot be read")
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or not shape or size > self.num_bytes:
+            self.refuse(f"damaged: has arrays {name!r} of {dtype} and shape {shape}")
+        pointers = self.column(name)
+        sizes = np.full(len(pointers), size, np.uint64)
+        self.refuse_any(self.outside(pointers, sizes), f"has {name!r} outside the file")
+        return pointers, dtype, shape
+
+    def texts(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The pointers, and the bytes of each sample, of a field of bytes or JSON, uint64. Raises
+        InputError if one is outside the file."""
+        column = self.column(name)
+        outside = (column["size"] > 0) & self.outside(column["ptr"], column["size"])
+        self.refuse_any(outside, f"has {name!r} outside the file")
+        return column["ptr"], column["size"]
 
     def sizes(self, pointers: np.ndarray) -> np.ndarray:
         """uint64: the bytes that the file has for each of `pointers`, uint64. Raises InputError if
@@ -467,9 +506,14 @@ def read_beton(path: str | Path) -> Beton:
     Raises InputError, which names the file and the fault: missing, not a .beton, truncated, without
     an image field `image` and an int field `label`, or with a sample that points outside the file.
     """
-    structure = read_structure(path)
+    return labelled_images(read_structure(path))
+
+
+def labelled_images(structure: Structure) -> Beton:
+    """The images of the field `image`, with the labels of the field `label`. Raises InputError as
+    read_beton does."""
     found = {field.name: field.type_id for field in structure.fields}
-    if found.get("image") != IMAGE_TYPE_ID or found.get("label") != INT_TYPE_ID:
+    if not structure.is_labelled:
         structure.refuse(f"needs an image field 'image' and an int field 'label', has {found}")
     images, labels = read_images(structure, "image"), structure.column("label")
     about = structure.about
@@ -660,6 +704,9 @@ def _metadata_type(
     own = [custom(field.name, field.arguments) for field in fields]
     unknown = {field.type_id for field, kind in zip(fields, own) if kind is None} - set(METADATA)
     if unknown:
-        refuse(f"has a field of unknown type {unknown}")
+        refuse(
+            f"has a field of unknown type {unknown}",
+            "read it with `custom_fields` of rsb_ffcv.ffcv.Loader",
+        )
     kinds = [METADATA[field.type_id] if kind is None else kind for field, kind in zip(fields, own)]
     return np.dtype([("", kind) for kind in kinds], align=True)

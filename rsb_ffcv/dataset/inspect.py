@@ -14,7 +14,25 @@ from tqdm import tqdm
 
 from rsb_ffcv import InputError, counted, first_line, warn
 from rsb_ffcv.atomic import atomic_file, hidden, write_table
-from rsb_ffcv.beton import JPG, RAW, Beton, read_beton
+from rsb_ffcv.beton import (
+    ARRAY_TYPE_ID,
+    BYTES_TYPE_ID,
+    FLOAT_TYPE_ID,
+    IMAGE_TYPE_ID,
+    JPG,
+    JSON_TYPE_ID,
+    RAW,
+    SCALARS,
+    TENSOR_TYPE_ID,
+    Beton,
+    Field,
+    Images,
+    Structure,
+    labelled_images,
+    read_beton,
+    read_images,
+    read_structure,
+)
 from rsb_ffcv.dataset.workers import ordered
 from rsb_ffcv.ops import native
 
@@ -25,24 +43,36 @@ WIDEST = 40  # longest bar of a histogram, in characters
 
 def info(path: str | Path) -> str:
     """A readable description of a file, several lines: samples, classes, sizes, modes, settings,
-    bytes. Raises InputError as read_beton does."""
-    file = read_beton(path)
-    pixels, longer = file.heights.astype(int) * file.widths, np.maximum(file.heights, file.widths)
-    counts = np.bincount(file.labels, minlength=file.num_classes)
-    lines = [
-        f"{file.path}: {counted(len(file), 'image')}, "
-        f"{counted(file.num_classes, 'class', 'classes')}, {file.num_bytes} bytes "
-        f"({file.num_bytes / 1e9:.3f} GB)"
-    ]
+    bytes, and its other fields. Raises InputError if it is damaged."""
+    structure = read_structure(path)
+    size = f"{structure.num_bytes} bytes ({structure.num_bytes / 1e9:.3f} GB)"
+    lines, known = [f"{path}: {counted(len(structure), 'sample')}, {size}"], set()
+    if structure.is_labelled:
+        file, known = labelled_images(structure), {"image", "label"}
+        classes = counted(file.num_classes, "class", "classes")
+        lines = [f"{path}: {counted(len(file), 'image')}, {classes}, {size}"]
+        lines += [*_images(file), *_origin(file)]
+    for field in structure.fields:
+        if field.name not in known:
+            lines += _field(structure, field)
+    return "\n".join(lines)
+
+
+def _images(images: Images) -> list[str]:
+    """How images are stored, and their sides."""
+    pixels = images.heights.astype(int) * images.widths
+    longer = np.maximum(images.heights, images.widths)
+    lines = []
     for mode, name in ((JPG, "jpg"), (RAW, "raw")):
-        if (chosen := file.modes == mode).any():
+        if (chosen := images.modes == mode).any():
             lines.append(
                 f"{name}: {counted(int(chosen.sum()), 'image')}, "
-                f"{int(file.sizes[chosen].sum())} bytes, mean "
-                f"{file.sizes[chosen].mean() / 1e3:.1f} kB, "
-                f"{8 * file.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits per pixel"
+                f"{int(images.sizes[chosen].sum())} bytes, mean "
+                f"{images.sizes[chosen].mean() / 1e3:.1f} kB, "
+                f"{8 * images.sizes[chosen].sum() / pixels[chosen].sum():.2f} bits per pixel"
             )
-    for name, values in (("width", file.widths), ("height", file.heights), ("longer side", longer)):
+    sides = ("width", images.widths), ("height", images.heights), ("longer side", longer)
+    for name, values in sides:
         low, five, half, most, high = np.percentile(values, (0, 5, 50, 95, 100)).round().astype(int)
         lines.append(f"{name}: {low} .. {high} px, median {half}, 5 % .. 95 %: {five} .. {most}")
     lines.append("images by longer side:")
@@ -54,6 +84,13 @@ def info(path: str | Path) -> str:
             lines.append(
                 f"  {low:6.0f} .. {f'{high:.0f}' if high < np.inf else '':6} {count:9} {bar}"
             )
+    return lines
+
+
+def _origin(file: Beton) -> list[str]:
+    """What the file says about itself, and its classes."""
+    lines = []
+    counts = np.bincount(file.labels, minlength=file.num_classes)
     if file.about is None:
         lines.append(
             "written by another program: it has no checksums, names, settings or entry points"
@@ -77,15 +114,85 @@ def info(path: str | Path) -> str:
     for label, count in enumerate(counts.tolist()):
         title = file.about.titles[label] if file.about and file.about.titles else ""
         lines.append(f"  {label:5} {file.class_name(label):12} {count:7}  {title}".rstrip())
-    return "\n".join(lines)
+    return lines
+
+
+def _field(structure: Structure, field: Field) -> list[str]:
+    """A field that a classifier does not read. Raises InputError if it is damaged."""
+    title = f"field {field.name!r}"
+    if field.type_id in SCALARS:
+        kind = "float" if field.type_id == FLOAT_TYPE_ID else "int"
+        values = structure.column(field.name)
+        return [f"{title}: {kind}, {values.min()} .. {values.max()}"]
+    if field.type_id == IMAGE_TYPE_ID:
+        lines = _images(read_images(structure, field.name))
+        return [f"{title}: images", *(f"  {line}" for line in lines)]
+    if field.type_id in (ARRAY_TYPE_ID, TENSOR_TYPE_ID):
+        _, dtype, shape = structure.arrays(field.name)
+        return [f"{title}: arrays, {dtype} of shape {shape}"]
+    _, sizes = structure.texts(field.name)
+    kind = "JSON" if field.type_id == JSON_TYPE_ID else "bytes"
+    return [
+        f"{title}: {kind}, {sizes.sum()} bytes, {sizes.min()} .. {sizes.max()} bytes per sample"
+    ]
+
+
+class _Samples:
+    """The samples of a file with any fields, and how they are checked. Raises InputError if its
+    structure is damaged."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self._beton = labelled_images(structure) if structure.is_labelled else None
+        self._images: dict[str, Images] = {}
+        self._json: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for field in structure.fields:
+            if field.type_id == IMAGE_TYPE_ID:
+                self._images[field.name] = read_images(structure, field.name)
+            if field.type_id in (ARRAY_TYPE_ID, TENSOR_TYPE_ID):
+                structure.arrays(field.name)
+            if field.type_id in (BYTES_TYPE_ID, JSON_TYPE_ID):
+                texts = structure.texts(field.name)
+                if field.type_id == JSON_TYPE_ID:
+                    self._json[field.name] = texts
+        self.noun = "image" if list(self._images) == ["image"] else "sample"
+
+    def __len__(self) -> int:
+        return len(self.structure)
+
+    def names(self) -> list[str]:
+        """See Beton.names."""
+        if self._beton is not None:
+            return self._beton.names()
+        return [f"sample_{number:08d}" for number in range(len(self))]
+
+    def fingerprint(self) -> str:
+        if self._beton is not None:
+            return self._beton.fingerprint()
+        return f"{native.checksum(self.structure.metadata.view(np.uint8)):016x}"
+
+    def check(self, opened: int, index: int, *, decode: bool) -> None:
+        """Raises ValueError if the sample is damaged, OSError if it cannot be read. The arguments
+        are those of read_verified."""
+        for name, images in self._images.items():
+            try:
+                read_verified(opened, images, index, decode=decode)
+            except ValueError as error:
+                raise ValueError(str(error) if name == "image" else f"{name!r} {error}") from error
+        for name, (pointers, sizes) in self._json.items():
+            text = os.pread(opened, int(sizes[index]), int(pointers[index]))
+            try:
+                json.loads(text.partition(b"\0")[0])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name!r} is not JSON: {first_line(error)}") from error
 
 
 def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "") -> bool:
     """Checks a file and returns whether it is valid: its structure, the checksum of every image and
-    its entry points, and whether images decode to the size in the metadata. Prints what is damaged:
-    the structure (then nothing else is checked), or images.
+    its entry points, whether images decode to the size in the metadata, and whether JSON can be
+    read. Prints what is damaged: the structure (then nothing else is checked), or samples.
 
-    decode: share of the images that are decoded, 0 .. 1, spread evenly
+    decode: share of the samples whose images are decoded, 0 .. 1, spread evenly
     num_workers: threads
     report: CSV file that lists the damaged images, or empty
 
@@ -98,15 +205,15 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     if report:
         hidden(Path(report), "part")  # raises now if it names no file
     try:
-        file = read_beton(path)
+        file = _Samples(read_structure(path))
     except InputError as error:
         if isinstance(error.__cause__, OSError):  # no such file, or no permission
             raise
         _write_report(report, [("", "", str(error))])
         print(error, flush=True)
         return False
-    note = hidden(file.path, "verify")
-    known = os.stat(file.path)
+    note = hidden(Path(path), "verify")
+    known = os.stat(path)
     mark = {
         "bytes": known.st_size,
         "changed": known.st_mtime_ns,
@@ -119,17 +226,19 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
 
     done, bad = _remembered(note, mark)
     if done:
-        print(f"{file.path}: continuing after {done} of {len(file)} images", flush=True)
+        print(f"{path}: continuing after {done} of {counted(len(file), file.noun)}", flush=True)
     remember_at = time.monotonic() + REMEMBER_SECONDS
     can_remember = True
     with (
-        open(file.path, "rb", buffering=0) as opened,
-        tqdm(total=len(file), initial=done, desc=file.path.name, unit="img", smoothing=0.05) as bar,
+        open(path, "rb", buffering=0) as opened,
+        tqdm(
+            total=len(file), initial=done, desc=Path(path).name, unit="img", smoothing=0.05
+        ) as bar,
     ):
 
         def check(index: int) -> str | None:
             try:
-                read_verified(opened.fileno(), file, index, decode=chosen(index))
+                file.check(opened.fileno(), index, decode=chosen(index))
             except (ValueError, OSError) as error:
                 return first_line(error)
             return None
@@ -159,10 +268,12 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
         print(f"and {len(bad) - SHOWN} more")
     _write_report(report, [(index, names[index], why) for index, why in bad])
     decoded = int(len(file) * decode) - sum(chosen(index) for index, _ in bad)
-    checked = "no checksums in the file" if file.extras is None else "all checksums compared"
+    checked = (
+        "no checksums in the file" if file.structure.extras is None else "all checksums compared"
+    )
     print(
-        f"{file.path}: {len(bad)} of {counted(len(file), 'image')} damaged; structure valid, "
-        f"{checked}, {counted(decoded, 'image')} decoded without a fault",
+        f"{path}: {len(bad)} of {counted(len(file), file.noun)} damaged; structure valid, "
+        f"{checked}, {counted(decoded, file.noun)} decoded without a fault",
         flush=True,
     )
     return not bad
@@ -173,10 +284,10 @@ def _write_report(report: str, rows: list[tuple]) -> None:
         write_table(report, ["sample", "path", "reason"], rows, fix="choose another `report`")
 
 
-def read_verified(opened: int, file: Beton, index: int, *, decode: bool) -> np.ndarray:
-    """Beton.read; with `decode`, a JPEG is also decoded, and its size and entry points are compared
-    with those in the file. Raises ValueError if the image is damaged, OSError if it cannot be
-    read."""
+def read_verified(opened: int, file: Images, index: int, *, decode: bool) -> np.ndarray:
+    """Images.read; with `decode`, a JPEG is also decoded, and its size and entry points are
+    compared with those in the file. Raises ValueError if the image is damaged, OSError if it cannot
+    be read."""
     data = file.read(opened, index)
     height, width, size = int(file.heights[index]), int(file.widths[index]), int(file.sizes[index])
     if decode and file.modes[index] == JPG:

@@ -193,7 +193,7 @@ class Loader:
             if field.type_id in (ARRAY_TYPE_ID, TENSOR_TYPE_ID):
                 return column, structure.sizes(column)
             if field.type_id in (BYTES_TYPE_ID, JSON_TYPE_ID):
-                return column["ptr"], column["size"]
+                return structure.texts(field.name)
             if field.type_id == IMAGE_TYPE_ID:
                 images = read_images(structure, field.name)
                 return images.pointers, images.stored_bytes

@@ -293,15 +293,23 @@ class Planner:
         if type(decoder) in (basics.IntDecoder, basics.FloatDecoder):
             return lambda _, batch: metadata[batch.indices][:, None]
         if type(decoder) is ndarray.NDArrayDecoder:
+            # not the file's: a custom field may have another description of it
             shape, kind = tuple(map(int, handler.shape)), handler.dtype
-            size = int(np.prod(shape)) * kind.itemsize
-            sizes = np.full(len(metadata), size, np.uint64)
-            read = self._reader_of(column, metadata, sizes, width=size)
-            return lambda _, batch: read(batch.indices).view(kind).reshape(-1, *shape)
+            width = int(np.prod(shape)) * kind.itemsize
+            sizes = np.full(len(metadata), width, np.uint64)
+            outside = self._structure.outside(metadata, sizes)
+            self._structure.refuse_any(outside, f"has {column!r} outside the file")
+            return lambda _, batch: (
+                self._read(column, metadata, sizes=sizes, batch=batch, width=width)
+                .view(kind)
+                .reshape(-1, *shape)
+            )
         if type(decoder) is bytes.BytesDecoder:
-            sizes = metadata["size"]
-            read = self._reader_of(column, metadata["ptr"], sizes, width=int(sizes.max()))
-            return lambda _, batch: read(batch.indices)
+            pointers, sizes = self._structure.texts(column)
+            width = int(sizes.max())
+            return lambda _, batch: self._read(
+                column, pointers, sizes=sizes, batch=batch, width=width
+            )
         self._announce(decoder)
         storage = self._storage
         self._declare(decoder, column, FIRST, storage.read)
@@ -314,25 +322,25 @@ class Planner:
 
         return run
 
-    def _reader_of(
-        self, column: str, pointers: np.ndarray, sizes: np.ndarray, *, width: int
-    ) -> Callable[[np.ndarray], np.ndarray]:
-        """Returns a function that reads the data of samples: uint8 (n, width), the rest is 0."""
-        structure = self._structure
-        structure.refuse_any(structure.outside(pointers, sizes), f"has {column!r} outside the file")
-
-        def read(indices: np.ndarray) -> np.ndarray:
-            rows = np.zeros((len(indices), width), np.uint8)
-            for row, index in zip(rows, indices):
-                size = int(sizes[index])
-                if os.preadv(self._file, [row[:size]], int(pointers[index])) != size:
-                    raise InputError(
-                        f"{structure.path}: sample {index} cannot be read: the file ends inside "
-                        f"its {column!r}; write the file again"
-                    )
-            return rows
-
-        return read
+    def _read(
+        self,
+        column: str,
+        pointers: np.ndarray,
+        *,
+        sizes: np.ndarray,
+        batch: Batch,
+        width: int,
+    ) -> np.ndarray:
+        """Reads the data of a batch: uint8 (n, width). The rest of a row is 0."""
+        rows = np.zeros((len(batch.indices), width), np.uint8)
+        for row, index in zip(rows, batch.indices):
+            size = int(sizes[index])
+            if os.preadv(self._file, [row[:size]], int(pointers[index])) != size:
+                raise InputError(
+                    f"{self._structure.path}: sample {index} cannot be read: the file ends inside "
+                    f"its {column!r}; write the file again"
+                )
+        return rows
 
     # ---- transforms
 
