@@ -291,7 +291,7 @@ class Planner:
         """Returns what decodes a field."""
         metadata, handler = self._structure.column(column), self._handlers[column]
         if type(decoder) in (basics.IntDecoder, basics.FloatDecoder):
-            return lambda _, batch: metadata[batch.indices][:, None]
+            return lambda _, batch: metadata[batch.indices].reshape(-1, 1)
         if type(decoder) is ndarray.NDArrayDecoder:
             # not the file's: a custom field may have another description of it
             shape, kind = tuple(map(int, handler.shape)), handler.dtype
@@ -370,14 +370,17 @@ class Planner:
 
             return relabel, state
         before = state
-        state, allocation = self._declare(operation, column, state)
-        if type(operation) is ToTorchImage:
-            return _to_torch_image(operation), state
-        if is_tensor and state.jit_mode:
+        try:
+            state, allocation = self._declare(operation, column, state)
+        except AssertionError as error:  # of FFCV's State
+            if not is_tensor:
+                raise
             raise PipelineError(
                 f"{_name(operation)} works on arrays and comes after ToTensor; put it before "
                 f"ToTensor"
-            )
+            ) from error
+        if type(operation) is ToTorchImage:
+            return _to_torch_image(operation), state
         return self._generated(operation, state, before, allocation), state
 
     def _generated(
