@@ -236,7 +236,13 @@ def class_mixing() -> dict:
     found = {}
     for kind in ("random", "quasi_random", "sequential"):
         indices = epoch_order(
-            kind, 0, 0, pointers=pointers, sizes=sizes, window_bytes=1 << 30
+            kind,
+            0,
+            0,
+            files=np.zeros(len(labels), np.uint16),
+            pointers=pointers,
+            sizes=sizes,
+            window_bytes=1 << 30,
         ).indices
         batches = np.sort(labels[indices][: len(labels) // 256 * 256].reshape(-1, 256), 1)
         classes = 1 + (np.diff(batches) != 0).sum(1)

@@ -106,14 +106,13 @@ def _chosen(file: Beton, samples: str, classes: str, *, count: int) -> np.ndarra
 
 
 def _stored(file: Beton, chosen: np.ndarray) -> Iterator[np.ndarray]:
-    with open(file.path, "rb") as opened:
+    with file.open() as opened:
         for index in chosen.tolist():
             try:
-                yield file.picture(opened.fileno(), index)
+                yield file.picture(opened, index)
             except ValueError as error:
                 raise InputError(
-                    f"{file.path}: sample {index} {first_line(error)}; verify lists all damaged "
-                    f"samples"
+                    f"{file.place(index)} {first_line(error)}; verify lists all damaged samples"
                 ) from error
 
 

@@ -22,6 +22,7 @@ import torch
 
 from rsb_ffcv import InputError, counted, option_names
 from rsb_ffcv.atomic import lock
+from rsb_ffcv.beton import listed_files
 from rsb_ffcv.commands.plan import print_changes, print_columns
 from rsb_ffcv.commands.shorten import Short, groups_per_step, shorten
 from rsb_ffcv.config.options import as_dict
@@ -143,10 +144,18 @@ def _folder(path: Path) -> Iterator[Path]:
         yield path
 
 
+def _exists(path: str) -> bool:
+    """Whether all files that a data option names exist."""
+    try:
+        return all(map(os.path.isfile, listed_files(path)))
+    except InputError:
+        return False
+
+
 def prepare(c: TrainConfig, folder: Path) -> Short:
     """Shortens the recipe and writes its files to `folder`."""
     paths = {"train": c.data.train_dataset, "val": c.data.val_dataset}
-    missing = [split for split, path in paths.items() if not os.path.isfile(path)]
+    missing = [split for split, path in paths.items() if not _exists(path)]
     places = {split: folder / f"{split}.beton" for split in paths}
     files = {split: build.read_file(c, split) for split in paths if split not in missing}
     if len(missing) == 1:
@@ -228,7 +237,7 @@ def _print_changes(c: TrainConfig, short: Short) -> None:
     unchecked = {
         "model.pretrained": c.model.pretrained,
         "checkpoint.warm_start": c.checkpoint.warm_start
-        if not os.path.isfile(c.data.train_dataset)
+        if not _exists(c.data.train_dataset)
         else "",
         "checkpoint.branch": c.checkpoint.branch,
         "validation.labels": c.validation.labels,

@@ -43,6 +43,7 @@ class _Value(Checker):
         high: float,
         choices: Sequence[object],
         words: Sequence[str] = (),
+        several: bool = False,
         needed: bool = False,
     ) -> None:
         """kind: str, bool, int or float.
@@ -50,16 +51,11 @@ class _Value(Checker):
         high: largest value of a number.
         choices: the only valid values; empty: all values.
         words: words that are valid values in addition.
+        several: whether a YAML file may give a list of texts, which are joined by commas.
         needed: whether a text must not be empty.
         """
-        self.kind, self.low, self.high, self.choices, self.words, self.needed = (
-            kind,
-            low,
-            high,
-            choices,
-            words,
-            needed,
-        )
+        self.kind, self.low, self.high, self.choices, self.words = kind, low, high, choices, words
+        self.several, self.needed = several, needed
 
     def check(self, value: Any) -> Any:
         if value in self.words:
@@ -70,6 +66,8 @@ class _Value(Checker):
                 raise ValueError(self.help())
             value = text in ("1", "true")
         elif self.kind is str:
+            if self.several and isinstance(value, list) and all(isinstance(x, str) for x in value):
+                value = ",".join(value)
             if isinstance(value, bool):
                 word = "on" if value else "off"  # which YAML reads as bool
                 value = word if word in self.choices else int(value)
@@ -135,6 +133,7 @@ def option(
     high: float = math.inf,
     choices: Sequence[object] = (),
     words: Sequence[str] = (),
+    several: bool = False,
 ) -> Any:
     """Declares one option. The annotation of its field is its type: str, bool, int, float, or
     `int | str` if `words` are accepted as well.
@@ -145,9 +144,10 @@ def option(
     high: largest value of a number.
     choices: the only valid values; empty: all values.
     words: words that are valid values in addition, whatever the type.
+    several: whether a YAML file may give a list of texts, which are joined by commas.
     """
     extra: dict[str, Any] = {} if default is REQUIRED else {"default": default}
-    limits = {"low": low, "high": high, "choices": choices, "words": words}
+    limits = {"low": low, "high": high, "choices": choices, "words": words, "several": several}
     return field(metadata={"text": text, "limits": limits}, **extra)
 
 

@@ -65,8 +65,13 @@ class ResolutionOptions:
 class DataOptions:
     """data files and how they are read"""
 
-    train_dataset: str = option(REQUIRED, ".beton file to train on")
-    val_dataset: str = option(REQUIRED, ".beton file to evaluate on")
+    train_dataset: str = option(
+        REQUIRED,
+        ".beton file to train on; several as one dataset: separated by commas, or a pattern such "
+        "as 'shards/*.beton'",
+        several=True,
+    )
+    val_dataset: str = option(REQUIRED, ".beton file to evaluate on, or several", several=True)
     num_workers: int | str = option(
         "auto",
         "loader threads per process; auto: the machine's cores divided by its processes",
@@ -697,7 +702,9 @@ def _check_together(c: TrainConfig, unread: Collection[str]) -> None:
     """Raises InputError for a data file that does not exist, and for options that conflict."""
     for name in ("train_dataset", "val_dataset"):
         path = getattr(c.data, name)
-        if f"data.{name}" not in unread and not os.path.isfile(path):
+        # Whether files of a list or pattern exist is known when they are read.
+        several = any(sign in path for sign in ",*?[")
+        if f"data.{name}" not in unread and not several and not os.path.isfile(path):
             raise InputError(
                 f"data.{name}={path}: no such file; write it with write_ffcv.py or correct the path"
             )

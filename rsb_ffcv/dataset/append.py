@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from rsb_ffcv import InputError, beton, counted
 from rsb_ffcv.atomic import atomic_file, flush_folder, hidden, lock
-from rsb_ffcv.beton import PAGE_BYTES, About, Beton, read_beton
+from rsb_ffcv.beton import PAGE_BYTES, About, Beton, common_classes, read_beton
 from rsb_ffcv.dataset.assemble import (
     Samples,
     all_samples,
-    common_classes,
     common_settings,
     read_all,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rsb_ffcv import InputError, counted, first_line
-from rsb_ffcv.beton import JPG, Beton, read_beton
+from rsb_ffcv.beton import JPG, Beton, OpenFiles, common_classes, read_beton
 from rsb_ffcv.dataset.inspect import read_verified
 from rsb_ffcv.dataset.picture import BadPicture, Stored, stored
 from rsb_ffcv.dataset.writer import write_beton
@@ -40,17 +40,13 @@ class Samples:
             [numbers[which][files[which].labels[sample]] for which, sample in choice.tolist()],
             np.int64,
         )
-        self._opened = []
+        self._opened: list[OpenFiles] = []
         try:
             for file in files:
-                # SIM115: the files stay open until close()
-                self._opened.append(open(file.path, "rb", buffering=0))  # noqa: SIM115
-        except OSError as error:
+                self._opened.append(file.open())
+        except InputError:
             self.close()
-            raise InputError(
-                f"{file.path}: cannot be opened as file number {len(self._opened) + 1} "
-                f"({error.strerror}); merge fewer files at a time, or raise `ulimit -n`"
-            ) from error
+            raise
 
     def __len__(self) -> int:
         return len(self.choice)
@@ -91,7 +87,7 @@ class Samples:
         """The sample as it is stored. If its file has no entry points, they are added. Raises
         BadPicture if the sample is damaged."""
         which, sample = self.choice[index].tolist()
-        file, opened = self.files[which], self._opened[which].fileno()
+        file, opened = self.files[which], self._opened[which]
         try:
             data = read_verified(opened, file, sample, decode=file.extras is None)
         except ValueError as error:
@@ -254,58 +250,6 @@ def read_all(paths: list[str]) -> list[Beton]:
 def all_samples(files: list[Beton], which: int) -> np.ndarray:
     """All samples of one file, as a `choice` for Samples. which: number of the file."""
     return np.stack([np.full(len(files[which]), which, np.int64), np.arange(len(files[which]))], 1)
-
-
-def common_classes(
-    files: list[Beton], *, fixed: bool = False
-) -> tuple[list[str], list[str], list[np.ndarray]]:
-    """Combines the classes of several files. Returns (classes, titles, for each file the new label
-    of each of its labels).
-
-    If the lists of classes differ, the result is sorted; with `fixed`, the classes of the first
-    list keep their numbers and others follow. A file without class names has the numbers of the
-    first list. Raises InputError if its numbers cannot be matched.
-    """
-    lists = [
-        [file.class_name(label) for label in range(file.num_classes)] if file.about else None
-        for file in files
-    ]
-    named = [names for names in lists if names is not None]
-    if not named:
-        classes = [str(label) for label in range(max(file.num_classes for file in files))]
-    else:
-        known = set(named[0])
-        others = [
-            name
-            for name in dict.fromkeys(name for names in named for name in names)
-            if name not in known
-        ]
-        classes = named[0] + others
-        if others and not fixed:
-            classes = sorted(
-                classes,
-                key=(lambda name: (len(name), name)) if all(map(str.isdigit, classes)) else None,
-            )
-    numbers = []
-    for file, names in zip(files, lists):
-        if names is None:
-            if file.num_classes > len(classes) or named and classes != named[0]:
-                raise InputError(
-                    f"{file.path}: has no class names, and its numbers cannot be matched with the "
-                    f"classes of the other files; merge it with files of the same classes"
-                )
-            names = classes[: file.num_classes]
-        places = {name: number for number, name in enumerate(classes)}
-        numbers.append(np.array([places[name] for name in names], np.int64))
-    titles: dict[str, str] = {}
-    for file in files:
-        if file.about and file.about.titles:
-            titles.update(zip(file.about.classes, file.about.titles))
-    return (
-        classes,
-        [titles[name] for name in classes] if all(name in titles for name in classes) else [],
-        numbers,
-    )
 
 
 def common_settings(files: list[Beton]) -> dict:

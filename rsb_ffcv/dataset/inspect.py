@@ -27,6 +27,7 @@ from rsb_ffcv.beton import (
     Beton,
     Field,
     Images,
+    OpenFiles,
     Structure,
     labelled_images,
     read_beton,
@@ -171,7 +172,7 @@ class _Samples:
             return self._beton.fingerprint()
         return f"{native.checksum(self.structure.metadata.view(np.uint8)):016x}"
 
-    def check(self, opened: int, index: int, *, decode: bool) -> None:
+    def check(self, opened: OpenFiles, index: int, *, decode: bool) -> None:
         """Raises ValueError if the sample is damaged, OSError if it cannot be read. The arguments
         are those of read_verified."""
         for name, images in self._images.items():
@@ -180,7 +181,7 @@ class _Samples:
             except ValueError as error:
                 raise ValueError(str(error) if name == "image" else f"{name!r} {error}") from error
         for name, (pointers, sizes) in self._json.items():
-            text = os.pread(opened, int(sizes[index]), int(pointers[index]))
+            text = os.pread(int(opened.descriptors[0]), int(sizes[index]), int(pointers[index]))
             try:
                 json.loads(text.partition(b"\0")[0])
             except (ValueError, RecursionError) as error:
@@ -230,7 +231,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
     remember_at = time.monotonic() + REMEMBER_SECONDS
     can_remember = True
     with (
-        open(path, "rb", buffering=0) as opened,
+        OpenFiles([Path(path)]) as opened,
         tqdm(
             total=len(file), initial=done, desc=Path(path).name, unit="img", smoothing=0.05
         ) as bar,
@@ -238,7 +239,7 @@ def verify(path: str | Path, decode: float, num_workers: int, *, report: str = "
 
         def check(index: int) -> str | None:
             try:
-                file.check(opened.fileno(), index, decode=chosen(index))
+                file.check(opened, index, decode=chosen(index))
             except (ValueError, OSError) as error:
                 return first_line(error)
             return None
@@ -284,7 +285,7 @@ def _write_report(report: str, rows: list[tuple]) -> None:
         write_table(report, ["sample", "path", "reason"], rows, fix="choose another `report`")
 
 
-def read_verified(opened: int, file: Images, index: int, *, decode: bool) -> np.ndarray:
+def read_verified(opened: OpenFiles, file: Images, index: int, *, decode: bool) -> np.ndarray:
     """Images.read; with `decode`, a JPEG is also decoded, and its size and entry points are
     compared with those in the file. Raises ValueError if the image is damaged, OSError if it cannot
     be read."""
@@ -345,11 +346,11 @@ def export(path: str | Path, write_path: str, num_workers: int) -> None:
         mark.write_text(file.fingerprint())
         for folder in {place.parent for place in places}:
             (unfinished / folder).mkdir(parents=True, exist_ok=True)
-        with open(file.path, "rb", buffering=0) as opened:
+        with file.open() as opened:
 
             def put(index: int) -> None:
                 try:
-                    stored = read_verified(opened.fileno(), file, index, decode=False)
+                    stored = read_verified(opened, file, index, decode=False)
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}; write the file again, or leave the "

@@ -553,12 +553,12 @@ def read_back(
     """Reads a file's images and compares them with their checksums. samples: numbers of the images,
     default all. Raises InputError, which names the first damaged image."""
     samples = np.arange(len(file)) if samples is None else samples
-    with open(file.path, "rb", buffering=0) as opened:
+    with file.open() as opened:
 
         def check(chosen: np.ndarray) -> None:
             for index in chosen.tolist():
                 try:
-                    file.read(opened.fileno(), index)
+                    file.read(opened, index)
                 except ValueError as error:
                     raise InputError(
                         f"{file.path}: sample {index} {error}, just after it was written; check "

@@ -267,7 +267,9 @@ class Loader:
         slots = np.arange(len(order)) * processes + rank  # positions in the order of all processes
         windows = None
         if isinstance(self.traversal_order, _QuasiRandom) and not self.os_cache:
-            windows = Windows(self._file.fileno(), self.traversal_order.all_places(epoch))
+            windows = Windows(
+                np.array([self._file.fileno()]), self.traversal_order.all_places(epoch)
+            )
 
         def addressed(seed: int) -> Iterator[tuple[Address, np.ndarray]]:
             for start, chunk in zip(starts, chunks):
@@ -287,7 +289,7 @@ class Loader:
 
         def prepare(number: int) -> tuple[Batch, torch.cuda.Event | None]:
             here = slots[starts[number] : starts[number] + self.batch_size]
-            batch = Batch(chunks[number], Address(self.seed, epoch, here))
+            batch = Batch(indices=chunks[number], address=Address(self.seed, epoch, here))
             for name, images in decoding.items():
                 batch.decoded[name] = next(images).images.numpy()
             with context:
@@ -401,6 +403,7 @@ class _QuasiRandom(TraversalOrder):
             "quasi_random",
             self.seed,
             epoch,
+            files=np.zeros(len(self.indices), np.uint16),
             pointers=pointers[self.indices],
             sizes=sizes[self.indices],
             window_bytes=WINDOW_BYTES,

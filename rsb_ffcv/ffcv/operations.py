@@ -169,9 +169,7 @@ class _Core:
                 samples[name] = draws[name]
         elif self.operation.passes:
             steps = [(self.operation.generate_code(), draws, self.operation.passes)]
-        work = Work(
-            torch.from_numpy(images), -1, decoder=decoder, samples=samples, operations=steps
-        )
+        work = Work(torch.from_numpy(images), decoder=decoder, samples=samples, operations=steps)
         self._pool.submit(work)
         self._pool.wait(work, lambda row: f"sample {indices[row]}")
         for row in np.flatnonzero(work.status):

@@ -59,7 +59,7 @@ class PipelineError(InputError, TypeError):
     """A pipeline is invalid. For some of these, FFCV raises TypeError."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Batch:
     """A batch on its way through the steps.
 
@@ -84,7 +84,7 @@ class Step(NamedTuple):
     run: Callable[[Any, Batch], Any]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Output:
     """One output of a loader.
 
@@ -95,7 +95,7 @@ class Output:
     """
 
     name: str
-    core: list[DrawnOperation]
+    core: list[DrawnOperation] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     gpu_steps: list[Step] = field(default_factory=list)
 
@@ -198,7 +198,7 @@ class Planner:
         return made
 
     def _output(self, name: str, spec: PipelineSpec) -> Output:
-        output, transforms = Output(name, []), list(spec.transforms)
+        output, transforms = Output(name=name), list(spec.transforms)
         if isinstance(spec.source, Operation):
             last = spec.source
             if id(last) not in self._after:
@@ -233,7 +233,7 @@ class Planner:
         return output
 
     def _declare(
-        self, operation: Operation, column: str, state: State, read: Any = None
+        self, operation: Operation, column: str, state: State, *, read: Any = None
     ) -> tuple[State, Any]:
         """Returns the state after an operation, and the memory that it needs. read: the function
         with which compiled decoders read the file."""
@@ -312,7 +312,7 @@ class Planner:
             )
         self._announce(decoder)
         storage = self._storage
-        self._declare(decoder, column, FIRST, storage.read)
+        self._declare(decoder, column, FIRST, read=storage.read)
         decode = self._compiled(decoder, "decoder", decoder.generate_code())
 
         def run(_: Any, batch: Batch) -> Any:
@@ -381,10 +381,10 @@ class Planner:
             ) from error
         if type(operation) is ToTorchImage:
             return _to_torch_image(operation), state
-        return self._generated(operation, state, before, allocation), state
+        return self._generated(operation, state, before=before, allocation=allocation), state
 
     def _generated(
-        self, operation: Operation, state: State, before: State, allocation: Any
+        self, operation: Operation, state: State, *, before: State, allocation: Any
     ) -> Callable[[Any, Batch], Any]:
         """Returns what runs the code that an operation generates, compiled if it works on arrays.
         before: the state before it."""

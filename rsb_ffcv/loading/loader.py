@@ -72,11 +72,11 @@ class Sent(NamedTuple):
 class Windows:
     """Tells the system which windows of an epoch's order will be read, and which were.
 
-    file: descriptor of the open file.
+    descriptors: of the open files.
     """
 
-    def __init__(self, file: int, order: Order) -> None:
-        self._file, self._order, self._advised = file, order, 0
+    def __init__(self, descriptors: np.ndarray, order: Order) -> None:
+        self._descriptors, self._order, self._advised = descriptors, order, 0
 
     def reach(self, place: int) -> None:
         """place: position in the order of the sample that is read next."""
@@ -92,8 +92,8 @@ class Windows:
 
     def _advise(self, extents: np.ndarray, advice: int) -> None:
         with suppress(OSError):  # only a hint; some file systems do not support it
-            for offset, length in extents:
-                os.posix_fadvise(self._file, int(offset), int(length), advice)
+            for file, offset, length in extents.tolist():
+                os.posix_fadvise(int(self._descriptors[file]), offset, length, advice)
 
 
 class ImageLoader:
@@ -135,15 +135,15 @@ class ImageLoader:
         self._decoder = DeviceDecoder(self.device, memory_mb) if decode == "gpu" else None
 
     def _start(self, pool: Pool) -> None:
-        """Opens the file. pool: the threads."""
+        """Opens the files. pool: the threads."""
         self._pool = pool
-        self._file = open(self.images.path, "rb", buffering=0)  # noqa: SIM115 closed in close()
+        self._opened = self.images.open()
 
     def close(self) -> None:
         """Ends the threads. Iterators that are still open raise an error. Garbage collection also
         closes the loader."""
         self._pool.close()
-        self._file.close()
+        self._opened.close()
 
     def check_memory(self, resolution: int) -> None:
         """Raises InputError if `memory_mb` is too little to decode batches of `resolution` pixels
@@ -152,8 +152,8 @@ class ImageLoader:
             self._decoder.check(self.batch_size, resolution)
 
     def preload(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Reads the file once, in order, so that its pages are in memory before the first epoch.
-        Raises InputError if it does not fit. stop: called between reads; if it returns True, the
+        """Reads the files once, in order, so that their pages are in memory before the first epoch.
+        Raises InputError if they do not fit. stop: called between reads; if it returns True, the
         rest is not read."""
         available = psutil.virtual_memory().available
         if self.images.num_bytes > 0.9 * available:
@@ -161,9 +161,11 @@ class ImageLoader:
                 f"{self.images.path} has {self.images.num_bytes / 1e9:.1f} GB and "
                 f"{available / 1e9:.1f} GB of memory are free"
             )
-        block, at = bytearray(1 << 24), 0
-        while not stop() and (read := os.preadv(self._file.fileno(), [block], at)):
-            at += read
+        block = bytearray(1 << 24)
+        for file in self._opened.descriptors.tolist():
+            at = 0
+            while not stop() and (read := os.preadv(file, [block], at)):
+                at += read
 
     def _submit(
         self,
@@ -181,6 +183,7 @@ class ImageLoader:
         for name in ("height", "width", "pointer", "size"):
             samples[name] = getattr(b, f"{name}s")[indices]
         samples["raw"] = b.modes[indices] == RAW
+        samples["file"] = self._opened.descriptors[b.files[indices]]
         if b.extras is not None:
             samples["verify"] = 1
             for name in b.extras.dtype.names or ():
@@ -209,7 +212,6 @@ class ImageLoader:
             )
         work = Work(
             place,
-            self._file.fileno(),
             decoder=first.generate_code(),
             samples=samples,
             operations=operations,
@@ -223,7 +225,7 @@ class ImageLoader:
         of the epoch, None in evaluation."""
         work, _, indices = begun
         place = work.place
-        self._pool.wait(work, lambda row: f"sample {indices[row]}")
+        self._pool.wait(work, lambda row: self.images.place(int(indices[row])))
         if self.events is not None and work.times is not None:
             names = [type(op).__name__ for op in ops for _ in range(op.passes)]
             self.events += trace_events(work, names, indices)
@@ -307,11 +309,11 @@ class ImageLoader:
     def _error_text(self, index: int, status: int) -> str:
         if status not in DAMAGE:
             return (
-                f"{self.images.path}: sample {index} {reason(status)}; correct the operation or "
-                f"the size of the images"
+                f"{self.images.place(index)} {reason(status)}; correct the operation or the size "
+                f"of the images"
             )
         return (
-            f"{self.images.path}: sample {index} {reason(status)}; write the file again with "
+            f"{self.images.place(index)} {reason(status)}; write the file again with "
             f"write_ffcv.py{self._other_fix}"
         )
 
@@ -354,7 +356,7 @@ class _Loader(ImageLoader):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         batch_size: int,
         *,
         device: str | torch.device,
@@ -372,7 +374,7 @@ class TrainLoader(_Loader):
     """Random-resized crops, flips and augmentations of a training file, in an order that is a
     function of `seed` and epoch.
 
-    path: a .beton file.
+    path: a .beton file, or several: see beton.read_beton.
     batch_size: images per batch, which is a mix group.
     resolution: pixels per side; may be changed between epochs.
     num_workers: number of threads.
@@ -412,7 +414,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         *,
         batch_size: int,
         resolution: int,
@@ -457,8 +459,8 @@ class TrainLoader(_Loader):
             )
         if global_batch > len(self.beton):
             raise InputError(
-                f"`global_batch`={global_batch}: {path} has only {len(self.beton)} images; lower "
-                f"`batch_size` or `global_batch`, or write more images"
+                f"`global_batch`={global_batch}: {self.beton.path} has only {len(self.beton)} "
+                f"images; lower `batch_size` or `global_batch`, or write more images"
             )
         for name, value, choices in (
             ("order", order, ("random", "sequential", "quasi_random")),
@@ -535,8 +537,9 @@ class TrainLoader(_Loader):
             self.order,
             self.seed,
             epoch,
+            files=self.beton.files,
             pointers=self.beton.pointers,
-            sizes=self.beton.sizes,
+            sizes=self.beton.stored_bytes,
             window_bytes=self.window_bytes,
         )
 
@@ -546,7 +549,7 @@ class TrainLoader(_Loader):
     def _batches(
         self, order: Order, epoch: int, start_step: int
     ) -> Iterator[tuple[Address, np.ndarray]]:
-        windows = Windows(self._file.fileno(), order)
+        windows = Windows(self._opened.descriptors, order)
         steps = range(start_step, self.steps_per_epoch)
         for step, place in itertools.product(steps, self._places):
             slots = group_slots(
@@ -589,7 +592,7 @@ class EvalLoader(_Loader):
     r-th, in file order. The batches are those of TrainLoader; the last one may be smaller. An image
     that cannot be read is an error, because an accuracy over fewer images is not comparable.
 
-    path: a .beton file.
+    path: a .beton file, or several: see beton.read_beton.
     batch_size: images per batch.
     resolution: pixels per side.
     num_workers: threads.
@@ -602,7 +605,7 @@ class EvalLoader(_Loader):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         *,
         batch_size: int,
         resolution: int,

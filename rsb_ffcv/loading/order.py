@@ -19,13 +19,13 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The order of an epoch. The file is read window by window.
+    """The order of an epoch. The files are read window by window.
 
     indices: int64, the dataset index of each position; every image once.
     starts: int64, the position at which each window begins.
-    extents: int64 (n, 2) per window, its byte ranges in the file: offset, length.
+    extents: int64 (n, 3) per window, its byte ranges: number of the file, offset, length.
 
-    If all of the file is one window, `starts` and `extents` are empty.
+    If everything is one window, `starts` and `extents` are empty.
     """
 
     indices: np.ndarray
@@ -34,17 +34,25 @@ class Order:
 
 
 def epoch_order(
-    kind: str, seed: int, epoch: int, *, pointers: np.ndarray, sizes: np.ndarray, window_bytes: int
+    kind: str,
+    seed: int,
+    epoch: int,
+    *,
+    files: np.ndarray,
+    pointers: np.ndarray,
+    sizes: np.ndarray,
+    window_bytes: int,
 ) -> Order:
-    """The order of an epoch.
+    """The order of an epoch. It does not depend on how the samples are divided into files.
 
-    kind: "sequential": the order of the file.
+    kind: "sequential": the order of the dataset.
         "random": a permutation (64-bit draws sorted, ties by index).
         "quasi_random": chunks of neighbouring samples, CHUNK_BYTES long, in random order. A window
         is a number of chunks with `window_bytes` in total; the samples within a window are
-        permuted. A process needs at most its current window and the next one of the file in memory.
+        permuted. A process needs at most its current window and the next one in memory.
     seed, epoch: of the draws.
-    pointers: uint64 (n,), offset of each sample in the file.
+    files: (n,), number of each sample's file.
+    pointers: uint64 (n,), offset of each sample in its file.
     sizes: uint64 (n,), bytes of each sample.
     window_bytes: see "quasi_random".
     """
@@ -54,15 +62,13 @@ def epoch_order(
     keys = draws.words64(seed, epoch, draws.ORDER, count)
     if kind == "random" or sizes.sum() <= window_bytes:
         return Order(np.argsort(keys, kind="stable"), np.empty(0, np.int64), [])
-    by_place = np.argsort(pointers, kind="stable")
-    ends = (pointers[by_place] + sizes[by_place]).astype(np.int64)
-    chunk_of_place = ((ends - 1 - int(pointers[by_place[0]])) // CHUNK_BYTES).astype(np.int64)
+    by_place = np.lexsort((pointers, files))
+    # as if the samples followed each other without gaps, in one file
+    ends = np.cumsum(sizes[by_place], dtype=np.int64)
     chunks, first, chunk_of_place = np.unique(
-        chunk_of_place, return_index=True, return_inverse=True
+        (ends - 1) // CHUNK_BYTES, return_index=True, return_inverse=True
     )
-    last = np.append(first[1:], count) - 1
-    offsets = pointers[by_place[first]].astype(np.int64)
-    lengths = ends[last] - offsets
+    lengths = np.bincount(chunk_of_place, sizes[by_place])
     shuffled = np.argsort(draws.words64(seed, epoch, draws.WINDOW, len(chunks)), kind="stable")
     window_of_chunk = np.empty(len(chunks), np.int64)
     window_of_chunk[shuffled] = (np.cumsum(lengths[shuffled]) - 1) // window_bytes
@@ -70,10 +76,17 @@ def epoch_order(
     window = np.empty(count, np.int64)
     window[by_place] = window_of_chunk[chunk_of_place]
     indices = np.lexsort((np.arange(count), keys, window))
+    # a chunk that continues in the next file has an extent in each
+    file = files[by_place].astype(np.int64)
+    starts = np.union1d(first, np.flatnonzero(np.diff(file, prepend=file[:1])))
+    last = by_place[np.append(starts[1:], count) - 1]
+    offsets = pointers[by_place[starts]].astype(np.int64)
+    ranges = np.stack(
+        [file[starts], offsets, (pointers[last] + sizes[last]).astype(np.int64) - offsets], 1
+    )
+    window_of_range = window[by_place[starts]]
     windows = range(int(window.max()) + 1)
-    extents = [
-        np.stack([offsets[window_of_chunk == w], lengths[window_of_chunk == w]], 1) for w in windows
-    ]
+    extents = [ranges[window_of_range == number] for number in windows]
     return Order(indices, np.searchsorted(window[indices], np.array(windows)), extents)
 
 

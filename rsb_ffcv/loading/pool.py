@@ -23,7 +23,6 @@ class Work:
     csrc/rsb.h).
 
     place: uint8 (n, H, W, 3), or the slab of a batch that a device decodes.
-    file: descriptor of the open file.
     decoder: address of the decoder's kernel.
     samples: SAMPLE records (n,).
     operations: (address of a kernel, its draws, number of passes). The draws have the shape
@@ -35,7 +34,6 @@ class Work:
     def __init__(
         self,
         place: torch.Tensor | Slab,
-        file: int,
         *,
         decoder: int,
         samples: np.ndarray,
@@ -54,7 +52,6 @@ class Work:
         self.operations = operations
         self._kept = samples, np.array(steps, STEP)  # the job points into them
         self.job = Job(
-            file,
             rows,
             height,
             width,

@@ -24,6 +24,7 @@ SAMPLE = np.dtype(
         ("box", "<f8", 4),  # top, left, height, width
         ("height", "<i4"),
         ("width", "<i4"),
+        ("file", "<i4"),  # descriptor
         ("entry_bytes", "<u4"),
         ("raw", "u1"),
         ("verify", "u1"),
@@ -162,7 +163,6 @@ class Job(ctypes.Structure):
     has finished it."""
 
     _fields_ = [
-        ("file", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("height", ctypes.c_int32),
         ("width", ctypes.c_int32),
@@ -212,7 +212,7 @@ def bind(path: str | Path) -> ctypes.CDLL:
         ("rsb_jpeg_check", integer, pointer, size, pointer),
         ("rsb_scratch_new", pointer),
         ("rsb_scratch_free", None, pointer),
-        ("rsb_load", integer, integer, pointer, pointer, integer, integer, pointer),
+        ("rsb_load", integer, pointer, pointer, integer, integer, pointer),
         ("rsb_decode", integer, pointer, pointer, pointer, integer, integer, pointer),
         ("rsb_augment", integer, pointer, integer, integer, pointer, pointer),
         ("rsb_block_starts", None, pointer, integer, integer, integer, pointer),
@@ -289,7 +289,8 @@ def load(file: int, sample: np.ndarray | np.void, size: tuple[int, int]) -> np.n
     size: height and width.
     """
     image, sample = np.empty((*size, 3), np.uint8), np.array(sample, SAMPLE)
-    _run(library.rsb_load, file, sample.ctypes.data, image.ctypes.data, *size)
+    sample["file"] = file
+    _run(library.rsb_load, sample.ctypes.data, image.ctypes.data, *size)
     return image
 
 

@@ -3,6 +3,7 @@
 Files and options that do not fit together raise InputError, which names them.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -78,14 +79,13 @@ def hardware(c: TrainConfig) -> Compute:
 
 
 @contextmanager
-def _options_named(names: Mapping[str, str], option: str, path: str) -> Iterator[None]:
-    """option_names, which also names the `option` of the file at `path` in an error of reading
-    it."""
+def _options_named(names: Mapping[str, str], option: str) -> Iterator[None]:
+    """option_names, which also names the `option` of the files in an error of reading them."""
     with option_names(names):
         try:
             yield
         except InputError as error:
-            if not str(error).startswith(f"{Path(path)}: "):
+            if re.search(r"`\w+`", str(error)):  # it names a parameter
                 raise
             raise InputError(f"{option}={error}") from error.__cause__
 
@@ -93,7 +93,7 @@ def _options_named(names: Mapping[str, str], option: str, path: str) -> Iterator
 def train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> TrainLoader:
     """The loader of data.train_dataset, at resolution.min_res. num_workers: threads."""
     try:
-        with _options_named(TRAIN_OPTIONS, "data.train_dataset", c.data.train_dataset):
+        with _options_named(TRAIN_OPTIONS, "data.train_dataset"):
             return _train_loader(c, where, num_workers, decode=decode)
     except InputError as error:
         if c.training.global_batch:
@@ -138,7 +138,7 @@ def _train_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: s
 
 def val_loader(c: TrainConfig, where: Compute, num_workers: int, *, decode: str) -> EvalLoader:
     """The loader of data.val_dataset. num_workers: threads."""
-    with _options_named(VAL_OPTIONS, "data.val_dataset", c.data.val_dataset):
+    with _options_named(VAL_OPTIONS, "data.val_dataset"):
         return EvalLoader(
             c.data.val_dataset,
             batch_size=c.validation.batch_size,

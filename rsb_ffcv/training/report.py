@@ -21,7 +21,7 @@ from PIL import Image
 
 from rsb_ffcv import InputError, __version__, first_line
 from rsb_ffcv.atomic import atomic_file
-from rsb_ffcv.beton import Beton, read_beton
+from rsb_ffcv.beton import Beton, OpenFiles, read_beton
 from rsb_ffcv.config.train import SECTIONS, expected_points
 from rsb_ffcv.reporting import log
 from rsb_ffcv.reporting.console import LOG
@@ -269,13 +269,13 @@ def _pictures(made: dict[str, Any]) -> tuple[dict[int, str], str]:
         beton = read_beton(evaluation["file"])
         if beton.fingerprint() != evaluation["fingerprint"]:
             return {}, f"{beton.path} has other images now"
-        with open(beton.path, "rb") as opened:
-            return {sample: _thumbnail(beton, opened.fileno(), sample) for sample in samples}, ""
+        with beton.open() as opened:
+            return {sample: _thumbnail(beton, opened, sample) for sample in samples}, ""
     except (InputError, OSError, ValueError) as error:
         return {}, first_line(error)
 
 
-def _thumbnail(beton: Beton, opened: int, sample: int) -> str:
+def _thumbnail(beton: Beton, opened: OpenFiles, sample: int) -> str:
     image = Image.fromarray(beton.picture(opened, sample))
     image.thumbnail((SIDE, SIDE))
     jpeg = io.BytesIO()

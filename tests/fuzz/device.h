@@ -44,11 +44,11 @@ static int run_kernels(kernel_runner run, const uint8_t *slab, const rsb_layer *
     return result;
 }
 
-/* What the loader does with one image of `file`: packs it, and runs the kernels. Returns a status
+/* What the loader does with one image: packs it, and runs the kernels. Returns a status
  * of the core; `*refused` is set where the core must make the row. */
-static int device_load(kernel_runner run, int file, const rsb_sample *sample,
-                       const rsb_layer *layer, uint8_t *out, int height, int width, int order,
-                       rsb_scratch *scratch, int *refused) {
+static int device_load(kernel_runner run, const rsb_sample *sample, const rsb_layer *layer,
+                       uint8_t *out, int height, int width, int order, rsb_scratch *scratch,
+                       int *refused) {
     size_t pixels = ((size_t)3 * height * width + 63) / 64 * 64;
     size_t record = (sizeof(rsb_packed) + 63) / 64 * 64;
     rsb_slab slab = {.capacity = record + pixels + 40000, .scratch = 1 << 24};
@@ -60,8 +60,7 @@ static int device_load(kernel_runner run, int file, const rsb_sample *sample,
     slab.memory = aligned_alloc(64, (slab.capacity + RSB_SLAB_PADDING + 63) / 64 * 64);
     memset(slab.memory, 0, sizeof(rsb_packed));
     int status = layer ? rsb_check_layer(layer) : RSB_OK;
-    if (status == RSB_OK)
-        status = rsb_pack(file, sample, &slab, 0, height, width, scratch, &pixels_made);
+    if (status == RSB_OK) status = rsb_pack(sample, &slab, 0, height, width, scratch, &pixels_made);
     if (status == RSB_OK && pixels_made) {
         *refused = 1;
         if (layer) status = rsb_augment(pixels_made, height, width, layer, scratch);

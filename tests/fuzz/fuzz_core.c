@@ -209,6 +209,7 @@ static int run_input(const seed_file *f, uint8_t *data, size_t capacity, int mem
     if (pwrite(memory, data, all, 0) != (ssize_t)all || ftruncate(memory, (off_t)all))
         fail("memory file");
     rsb_sample sample = make_sample(f, size, entered);
+    sample.file = memory;
     int height = 1 + (int)below(80);
     int width = 1 + (int)below(80);
     /* allocations of their own: the sanitizer guards both ends */
@@ -217,7 +218,7 @@ static int run_input(const seed_file *f, uint8_t *data, size_t capacity, int mem
     uint8_t *from_device = malloc(bytes);
     rsb_layer layer;
     rsb_layer *used = NULL;
-    int status = rsb_load(memory, &sample, out, height, width, scratch);
+    int status = rsb_load(&sample, out, height, width, scratch);
     int loaded = status;
     if (status == RSB_OK && !below(10)) {
         layer = random_layer();
@@ -225,8 +226,8 @@ static int run_input(const seed_file *f, uint8_t *data, size_t capacity, int mem
         status = rsb_augment(out, height, width, used, scratch);
     }
     int refused;
-    int device = device_load(rsb_emulate, memory, &sample, used, from_device, height, width,
-                             (int)below(4), scratch, &refused);
+    int device = device_load(rsb_emulate, &sample, used, from_device, height, width, (int)below(4),
+                             scratch, &refused);
     int same = refused || (device == status && (status || !memcmp(out, from_device, bytes)));
     if (refused && device && device != status) same = 0;
     if (device == RSB_OK) *(refused ? &counts->refused : &counts->equal) += 1;

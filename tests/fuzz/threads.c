@@ -105,7 +105,7 @@ int main(int count, char **arguments) {
         size_t entered = rsb_jpeg_entries(data, size, data + size, ENTRY_ROOM, scratch);
         int file = memfd_create("image", 0);
         if (write(file, data, size + entered) != (ssize_t)(size + entered)) return 2;
-        rsb_sample sample = {.size = size, .entry_bytes = (uint32_t)entered};
+        rsb_sample sample = {.size = size, .file = file, .entry_bytes = (uint32_t)entered};
         for (size_t at = 2; at + 9 < size; at += 2 + (data[at + 2] << 8 | data[at + 3]))
             if (data[at + 1] >= 0xC0 && data[at + 1] <= 0xC2) {
                 sample.height = data[at + 5] << 8 | data[at + 6];
@@ -122,8 +122,8 @@ int main(int count, char **arguments) {
             kernel_runner runners[] = {rsb_emulate, run_threads};
             decode_in_threads = op == RSB_IDENTITY;
             for (int which = 0; which < 2; which++)
-                status[which] = device_load(runners[which], file, &sample, &layer, pixels[which],
-                                            16, 24, 0, scratch, &refused[which]);
+                status[which] = device_load(runners[which], &sample, &layer, pixels[which], 16, 24,
+                                            0, scratch, &refused[which]);
             if (status[0] || status[1] || refused[0] != refused[1] ||
                 memcmp(pixels[0], pixels[1], sizeof pixels[0])) {
                 fprintf(stderr, "%s, op %d: the results differ\n", arguments[i], op);

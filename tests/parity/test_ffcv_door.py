@@ -4,6 +4,7 @@ operations of this core give the same batches in both loaders."""
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import numba
 import numpy as np
@@ -44,7 +45,8 @@ from rsb_ffcv import ffcv as door  # noqa: E402
 from rsb_ffcv.ffcv import pipeline as door_pipeline  # noqa: E402
 from rsb_ffcv.ops import draws  # noqa: E402
 
-torch.set_num_threads(_threads[0]), numba.set_num_threads(_threads[1])
+torch.set_num_threads(_threads[0])
+numba.set_num_threads(_threads[1])
 
 # numba's clean-up of compiled functions
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -92,7 +94,8 @@ def threads():
     """The loaders set the threads of torch and numba."""
     before = torch.get_num_threads(), numba.get_num_threads()
     yield
-    torch.set_num_threads(before[0]), numba.set_num_threads(before[1])
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ class Backwards(TraversalOrder):
     ],
 )
 def test_order_equals_ffcvs(mixed, order, seed, indices, drop_last):
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": 8,
         "num_workers": 2,
         "order": order,
@@ -258,7 +261,7 @@ class Doubled(Operation):
                 out[i] = values[i] * 2 + shared[0] + (indices[i] == 3)
             return out
 
-        double.with_indices = True
+        double.with_indices = True  # type: ignore[attr-defined]
         return double
 
     def declare_shared_memory(self, previous_state):
@@ -327,7 +330,13 @@ SLOW = {"always flipped", "poisoned", "mixed"}  # FFCV compiles for seconds
     [pytest.param(name, marks=[pytest.mark.long] * (name in SLOW)) for name in _exact_pipelines()],
 )
 def test_pipeline_gives_ffcvs_values(mixed, name):
-    settings = {"batch_size": 7, "num_workers": 1, "drop_last": False, "order": RANDOM, "seed": 5}
+    settings: dict[str, Any] = {
+        "batch_size": 7,
+        "num_workers": 1,
+        "drop_last": False,
+        "order": RANDOM,
+        "seed": 5,
+    }
     stock = Stock(mixed, **settings, pipelines=_exact_pipelines()[name])
     ours = door.Loader(mixed, **settings, pipelines=_exact_pipelines()[name])
     for theirs, mine in zip(epochs(stock, 2), epochs(ours, 2)):
@@ -340,7 +349,7 @@ def test_pipeline_gives_ffcvs_values(mixed, name):
 def test_all_fields_without_pipelines(mixed):
     """FFCV's default pipelines. The rest of a row of bytes is 0; FFCV leaves what was there."""
     pipelines = {"large": [decoders.CenterCropRGBImageDecoder((16, 16), 0.9), ToTensor()]}
-    settings = {"batch_size": 60, "num_workers": 2, "pipelines": pipelines}
+    settings: dict[str, Any] = {"batch_size": 60, "num_workers": 2, "pipelines": pipelines}
     ((theirs,),) = epochs(Stock(mixed, **settings))
     ((mine,),) = epochs(door.Loader(mixed, **settings))
     assert described([theirs]) == described([mine])
@@ -361,7 +370,7 @@ def test_decoded_images_are_close_to_ffcvs(mixed, report):
     reported here is the one that docs/ffcv.md states."""
     for size, ratio in (((16, 16), 1.0), ((20, 12), 0.8), ((40, 40), 0.875)):
         pipelines = only(large=[decoders.CenterCropRGBImageDecoder(size, ratio), ToTensor()])
-        settings = {"batch_size": 60, "num_workers": 2, "pipelines": pipelines}
+        settings: dict[str, Any] = {"batch_size": 60, "num_workers": 2, "pipelines": pipelines}
         theirs = joined(*epochs(Stock(mixed, **settings))).astype(float)
         mine = joined(*epochs(door.Loader(mixed, **settings))).astype(float)
         difference = np.abs(theirs - mine)
@@ -449,7 +458,7 @@ def random_pipeline(size=(20, 16)):
 @pytest.mark.long
 def test_random_crops_have_ffcvs_distribution(mixed, tmp_path):
     """Means over many epochs of each image's pixels, which are smooth, agree."""
-    settings = {"batch_size": 60, "num_workers": 2}
+    settings: dict[str, Any] = {"batch_size": 60, "num_workers": 2}
     means = []
     for kind in (Stock, door.Loader):
         loader = kind(mixed, **settings, pipelines=only(large=random_pipeline()))
@@ -765,10 +774,15 @@ def begin(operations, epoch):
 
 def test_core_operations_give_the_same_in_both_loaders(mixed):
     """In file order, a sample's index is its slot."""
-    found = []
+    found: list[list] = []
     for kind in (Stock, door.Loader):
         operations = core_pipeline()
-        settings = {"batch_size": 13, "num_workers": 2, "drop_last": False, "seed": 5}
+        settings: dict[str, Any] = {
+            "batch_size": 13,
+            "num_workers": 2,
+            "drop_last": False,
+            "seed": 5,
+        }
         loader = kind(mixed, **settings, pipelines=only(large=operations))
         found.append([])
         for epoch in range(2):

@@ -77,6 +77,7 @@ def decode(images, out, layers=(), *, place=("cpu", 0), memory_mb=64, scratch_by
             samples[row] = sample
             samples["pointer"][row] = os.lseek(file, 0, os.SEEK_CUR)
             os.write(file, data)
+        samples["file"] = file
         operations = [
             (native.AUGMENT, drawn, drawn.shape[1] if drawn.ndim > 1 else 1) for drawn in layers
         ]
@@ -86,7 +87,7 @@ def decode(images, out, layers=(), *, place=("cpu", 0), memory_mb=64, scratch_by
         )
         plain = pool.memory(shape, False)
         works = [
-            Work(place, file, decoder=native.DECODE, samples=samples, operations=operations)
+            Work(place, decoder=native.DECODE, samples=samples, operations=operations)
             for place in (plain, slab)
         ]
         for work in works:

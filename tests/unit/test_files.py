@@ -15,6 +15,7 @@ from rsb_ffcv.beton import read_beton
 from rsb_ffcv.dataset import Encoding, Place, append, inspect, write_splits
 from rsb_ffcv.dataset.readers import open_sources
 from rsb_ffcv.loading import TrainLoader
+from rsb_ffcv.ops import native
 from tests import sources
 from tests.sources import WNIDS, contents, expected, pictures, put
 
@@ -342,8 +343,7 @@ def test_append_keeps_existing_images_in_place(copy, written, tmp_path):
 
 def test_append_moves_images_to_make_room_for_the_table(copy, written, tmp_path, monkeypatch):
     """The table of many samples is longer than the free part of the file's first page."""
-    monkeypatch.setattr(beton, "PAGE_BYTES", 4096 * 16)
-    for module in (append, dataset.writer):
+    for module in (beton, beton.layout, append, dataset.writer):
         monkeypatch.setattr(module, "PAGE_BYTES", 4096 * 16)
     small = dataset.subset(
         str(written / "train.beton"), str(tmp_path / "small.beton"), num_workers=1
@@ -832,11 +832,11 @@ def hostile(path, target, change):
     header["alloc_table_ptr"] = table + len(text) - int(trailer["about_bytes"][0])
     whole[:24] = header.tobytes()
     rows = np.frombuffer(whole, beton.ALLOCATION, -1, table).copy()
-    trailer["about_bytes"], trailer["about"] = len(text), beton.checksum(part)
+    trailer["about_bytes"], trailer["about"] = len(text), native.checksum(part)
     trailer["structure"] = beton.structure_checksum(
         bytes(whole[: beton.front_bytes(int(header["num_samples"][0]))]), rows
     )
-    trailer["trailer"] = beton.checksum(trailer.view(np.uint8)[:-8])
+    trailer["trailer"] = native.checksum(trailer.view(np.uint8)[:-8])
     target.write_bytes(whole[:start] + text + trailer.tobytes() + rows.tobytes())
     return target
 

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "gpu": {"ops"},
     "loading": {"ops", "beton", "gpu"},
     "dataset": {"ops", "beton", "atomic"},
+    "ffcv": {"ops", "beton", "loading"},
     "beton": {"ops", "atomic"},
     "config": set(),
     "atomic": set(),
@@ -82,8 +83,10 @@ def test_console_scripts_call_the_functions_of_the_programs():
 
 
 # draws.py takes the address of a draw (seed, epoch, slot, op, k); ColorJitter has torchvision's
-# signature. Functions compiled by numba are exempt as well: they have no keyword-only parameters
-MAY_HAVE_MORE_POSITIONAL = {"draws.py", "ColorJitter"}
+# signature, the Loader of rsb_ffcv.ffcv has FFCV's, and kernels.py and operations.py beside it have
+# functions that numba or FFCV call. Functions compiled by numba are exempt as well: they have no
+# keyword-only parameters
+MAY_HAVE_MORE_POSITIONAL = {"draws.py", "ColorJitter", "Loader", "kernels.py", "operations.py"}
 
 
 def test_at_most_three_parameters_are_positional():
@@ -138,10 +141,10 @@ def test_no_circular_imports():
             del imports[module]
 
 
-def test_only_one_module_imports_ffcv():
+def test_only_one_part_imports_ffcv():
     for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]:
         imports = {name for name in imported_names(path) if name.split(".")[0] == "ffcv"}
-        assert not imports or path == PACKAGE / "ffcv.py", f"{path} imports {imports}"
+        assert not imports or path.parent == PACKAGE / "ffcv", f"{path} imports {imports}"
 
 
 def test_training_imports_no_slow_module_it_does_not_need():

@@ -217,13 +217,13 @@ static int pack_jpeg(const uint8_t *bytes, const rsb_sample *s, rsb_slab *slab, 
     return RSB_OK;
 }
 
-int rsb_pack(int file, const rsb_sample *s, rsb_slab *slab, int row, int height, int width,
+int rsb_pack(const rsb_sample *s, rsb_slab *slab, int row, int height, int width,
              rsb_scratch *scratch, uint8_t **pixels) {
     rsb_size out = {height, width};
     rsb_packed *p = (rsb_packed *)slab->memory + row;
     const uint8_t *bytes;
     *pixels = NULL;
-    int status = rsb_read_sample(file, s, out, scratch, &bytes);
+    int status = rsb_read_sample(s, out, scratch, &bytes);
     if (status) return status;
     rsb_size image = {s->height, s->width};
     p->box = s->box;

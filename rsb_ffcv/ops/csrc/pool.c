@@ -59,8 +59,7 @@ static int pack_row(const rsb_job *job, int row, uint8_t **image, rsb_scratch *s
         int status = rsb_check_layer(draws_of(&job->steps[i], row));
         if (status) return status;
     }
-    return rsb_pack(job->file, job->samples + row, job->slab, row, job->height, job->width, scratch,
-                    image);
+    return rsb_pack(job->samples + row, job->slab, row, job->height, job->width, scratch, image);
 }
 
 static int run_row(const rsb_job *job, int row, rsb_scratch *scratch) {
@@ -73,8 +72,7 @@ static int run_row(const rsb_job *job, int row, rsb_scratch *scratch) {
         status = pack_row(job, row, &image, scratch);
     else {
         image = job->out + (size_t)row * job->height * job->width * 3;
-        status =
-            job->decoder(job->file, job->samples + row, image, job->height, job->width, scratch);
+        status = job->decoder(job->samples + row, image, job->height, job->width, scratch);
     }
     note_time(job, row, 1);
     return status || !image ? status : run_steps(job, row, image, scratch);

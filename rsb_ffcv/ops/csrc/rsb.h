@@ -127,6 +127,7 @@ typedef struct {
     uint64_t checksum;      /* XXH64 of the stored bytes, where `verify` is set */
     rsb_box box;            /* the crop */
     int32_t height, width;  /* of the stored image */
+    int32_t file;           /* descriptor of the open file */
     /* of the entry points that follow the image's `size` bytes; the checksum includes them */
     uint32_t entry_bytes;
     uint8_t raw;                      /* RGB pixels, not a JPEG */
@@ -135,8 +136,8 @@ typedef struct {
     uint8_t unused[3];
 } rsb_sample;
 
-/* Reads one image of an open file into `out`, height x width x 3 bytes. Returns a status. */
-typedef int (*rsb_decoder)(int file, const rsb_sample *sample, uint8_t *out, int height, int width,
+/* Makes one image of height x width x 3 bytes in `out`. Returns a status. */
+typedef int (*rsb_decoder)(const rsb_sample *sample, uint8_t *out, int height, int width,
                            rsb_scratch *scratch);
 
 /* Changes one image of height x width x 3 bytes in place. draw: the image's row of the batch's
@@ -165,7 +166,6 @@ typedef struct {
 
 /* A batch: `rows` samples are decoded, and the kernels of `num_steps` steps applied to each. */
 typedef struct rsb_job {
-    int32_t file; /* descriptor */
     int32_t rows, height, width, num_steps;
     rsb_decoder decoder;
     const rsb_sample *samples; /* rows */
@@ -186,25 +186,23 @@ typedef struct rsb_job {
 } rsb_job;
 
 /* The decoder of raw and JPEG images: reads, verifies, crops and resizes. Returns any status. */
-int rsb_load(int file, const rsb_sample *sample, uint8_t *out, int height, int width,
-             rsb_scratch *scratch);
+int rsb_load(const rsb_sample *sample, uint8_t *out, int height, int width, rsb_scratch *scratch);
 
 /* The same for an image in memory: `pointer`, `checksum` and `verify` are not used. */
 int rsb_decode(const uint8_t *bytes, const rsb_sample *sample, uint8_t *out, int height, int width,
                rsb_scratch *scratch);
 
 /* The same as a decoder, where `pointer` is an address in memory. */
-int rsb_load_memory(int file, const rsb_sample *sample, uint8_t *out, int height, int width,
+int rsb_load_memory(const rsb_sample *sample, uint8_t *out, int height, int width,
                     rsb_scratch *scratch);
 
 /* The decoder of images that are in `out` already. */
-int rsb_keep(int file, const rsb_sample *sample, uint8_t *out, int height, int width,
-             rsb_scratch *scratch);
+int rsb_keep(const rsb_sample *sample, uint8_t *out, int height, int width, rsb_scratch *scratch);
 
 /* Reads one image as rsb_load does, and packs it as row `row` of the slab. Where the device cannot
  * make its pixels, they are made here: `*pixels` is then their place in the slab, otherwise NULL.
  * Returns any status. */
-int rsb_pack(int file, const rsb_sample *sample, rsb_slab *slab, int row, int height, int width,
+int rsb_pack(const rsb_sample *sample, rsb_slab *slab, int row, int height, int width,
              rsb_scratch *scratch, uint8_t **pixels);
 
 /* RSB_OK or RSB_BAD_CALL: what rsb_augment returns for this layer if there is memory. */

@@ -49,7 +49,7 @@ static uint8_t *buffer_for(const rsb_sample *s, rsb_size out_size, rsb_scratch *
     return bytes;
 }
 
-int rsb_read_sample(int file, const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch,
+int rsb_read_sample(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch,
                     const uint8_t **read) {
     int status;
     uint64_t size = s->size + s->entry_bytes;
@@ -58,7 +58,7 @@ int rsb_read_sample(int file, const rsb_sample *s, rsb_size out_size, rsb_scratc
     /* The file is read, not mapped: if it shrinks, or the disk fails, there is a status and no
      * signal. */
     for (uint64_t got = 0; got < size;) {
-        ssize_t n = pread(file, bytes + got, size - got, (off_t)(s->pointer + got));
+        ssize_t n = pread(s->file, bytes + got, size - got, (off_t)(s->pointer + got));
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return RSB_BAD_READ;
         got += (uint64_t)n;
@@ -67,11 +67,11 @@ int rsb_read_sample(int file, const rsb_sample *s, rsb_size out_size, rsb_scratc
     return s->verify && rsb_checksum(bytes, size) != s->checksum ? RSB_BAD_CHECKSUM : RSB_OK;
 }
 
-int rsb_load(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+int rsb_load(const rsb_sample *s, uint8_t *out, int out_height, int out_width,
              rsb_scratch *scratch) {
     const uint8_t *bytes;
     rsb_size out_size = {out_height, out_width};
-    int status = rsb_read_sample(file, s, out_size, scratch, &bytes);
+    int status = rsb_read_sample(s, out_size, scratch, &bytes);
     return status ? status : rsb_crop(bytes, s, out, out_size, scratch);
 }
 
@@ -85,15 +85,14 @@ int rsb_decode(const uint8_t *bytes, const rsb_sample *s, uint8_t *out, int out_
     return rsb_crop(padded, s, out, out_size, scratch);
 }
 
-int rsb_load_memory(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+int rsb_load_memory(const rsb_sample *s, uint8_t *out, int out_height, int out_width,
                     rsb_scratch *scratch) {
-    (void)file;
     return rsb_decode((const uint8_t *)(uintptr_t)s->pointer, s, out, out_height, out_width,
                       scratch);
 }
 
-int rsb_keep(int file, const rsb_sample *s, uint8_t *out, int out_height, int out_width,
+int rsb_keep(const rsb_sample *s, uint8_t *out, int out_height, int out_width,
              rsb_scratch *scratch) {
-    (void)file, (void)s, (void)out, (void)out_height, (void)out_width, (void)scratch;
+    (void)s, (void)out, (void)out_height, (void)out_width, (void)scratch;
     return RSB_OK;
 }

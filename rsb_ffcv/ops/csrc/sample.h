@@ -8,7 +8,7 @@
 
 /* Reads and verifies a sample. `*bytes` are its bytes and entry points, with RSB_PAD readable bytes
  * after the end, in the scratch's RSB_FILE. Returns any status. */
-int rsb_read_sample(int file, const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch,
+int rsb_read_sample(const rsb_sample *s, rsb_size out_size, rsb_scratch *scratch,
                     const uint8_t **bytes);
 
 /* Decodes, crops and resizes such bytes. Returns any status. */

@@ -21,8 +21,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from dataclasses import fields as dataclass_fields
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -30,7 +28,7 @@ import numpy as np
 
 from rsb_ffcv import InputError
 from rsb_ffcv.atomic import hidden
-from rsb_ffcv.ops.native import checksum, resized
+from rsb_ffcv.ops.native import checksum
 
 # Declared here instead of imported: ffcv.types imports torch, numba and every field, and a check of
 # a file's header must not take seconds. tests/unit/test_beton.py compares them with ffcv's.
@@ -265,109 +263,6 @@ class Structure:
             )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Images:
-    """The images of a file, whose pointers have all been checked. Arrays have one entry per sample,
-    in dataset order.
-
-    path: the file
-    num_bytes: its length
-    pointers: uint64, position of the stored image, in bytes from the start of the file
-    sizes: uint64, bytes of the stored image
-    modes: uint8, `JPG` or `RAW`
-    heights, widths: uint16, pixels
-    extras: EXTRA records; None in a file that FFCV wrote
-    """
-
-    path: Path
-    num_bytes: int
-    pointers: np.ndarray
-    sizes: np.ndarray
-    modes: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
-    extras: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.pointers)
-
-    @cached_property
-    def stored_bytes(self) -> np.ndarray:
-        """uint64: bytes of each image with its entry points."""
-        return self.sizes if self.extras is None else self.sizes + self.extras["entry_bytes"]
-
-    def read(self, opened: int, index: int) -> np.ndarray:
-        """Reads an image and its entry points, uint8, as they are stored.
-
-        opened: descriptor of the open file. Raises ValueError if the bytes changed after they were
-        written, OSError if they cannot be read.
-        """
-        data = np.empty(int(self.stored_bytes[index]), np.uint8)
-        if os.preadv(opened, [data], int(self.pointers[index])) != data.nbytes:
-            raise ValueError("cannot be read: the file ends inside it")
-        if self.extras is not None and checksum(data) != self.extras["checksum"][index]:
-            raise ValueError("is damaged: its bytes do not match their checksum")
-        return data
-
-    def picture(self, opened: int, index: int) -> np.ndarray:
-        """Reads and decodes an image: uint8 (height, width, 3). Arguments and errors as in `read`;
-        also ValueError if the image cannot be decoded."""
-        sides = int(self.heights[index]), int(self.widths[index])
-        data = self.read(opened, index)[: int(self.sizes[index])]
-        if self.modes[index] == RAW:
-            return data.reshape(*sides, 3)
-        return resized(data, sides, sides)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Beton(Images):
-    """The images and labels of a file.
-
-    labels: int64, 0 or more
-    about: the file's description; None in a file that FFCV wrote
-    names_at: position of the names (first byte, length in bytes, XXH64); None in a file that FFCV
-        wrote
-    """
-
-    labels: np.ndarray
-    about: About | None
-    names_at: tuple[int, int, int] | None
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes that the file lists. If it lists none: the largest label + 1."""
-        return len(self.about.classes) if self.about else int(self.labels.max()) + 1
-
-    def class_name(self, label: int) -> str:
-        """The name that the file lists. If it lists none: the number."""
-        return self.about.classes[label] if self.about else str(label)
-
-    def names(self) -> list[str]:
-        """The samples' names: their paths within the source, or `sample_<number>` if the file has
-        no names. Raises InputError if they are damaged, OSError if they cannot be read."""
-        if self.names_at is None:
-            return [f"sample_{number:08d}" for number in range(len(self))]
-        start, length, expected = self.names_at
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            text = np.fromfile(file, np.uint8, length)
-        names = text.tobytes().split(b"\0")[:-1]
-        if checksum(text) != expected or len(names) != len(self):
-            raise InputError(
-                f"{self.path}: damaged: the samples' names do not match their checksum; write it "
-                f"again with write_ffcv.py"
-            )
-        return [name.decode("utf-8", "surrogateescape") for name in names]
-
-    def fingerprint(self) -> str:
-        """Differs between files with different images, labels or order. A copy under another name
-        has the same fingerprint."""
-        parts = [self.pointers, self.sizes, self.labels.astype(np.uint64)]
-        if self.extras is not None:
-            parts.append(self.extras["checksum"])
-        return f"{checksum(np.concatenate(parts)):016x}"
-
-
 def read_structure(
     path: str | Path, custom: CustomType = lambda name, arguments: None
 ) -> Structure:
@@ -464,66 +359,6 @@ def read_structure(
         extras=extras,
         about=about,
         names_at=names_at,
-    )
-
-
-def read_images(structure: Structure, name: str) -> Images:
-    """The images of the image field `name`. Raises InputError if one of them points outside the
-    file, or if its shape or size is invalid."""
-    image = structure.column(name)
-    pointers = image["data_ptr"].astype(np.uint64)
-    sizes = structure.sizes(pointers)
-    # Only files that write_ffcv.py wrote have them, and these have one image field.
-    extras = structure.extras if name == "image" else None
-    stored = sizes if extras is None else sizes + extras["entry_bytes"]
-    heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
-    modes = image["mode"].copy()
-    raw_bytes = heights.astype(np.uint64) * widths * 3
-    for bad, what in (
-        (structure.outside(pointers, stored) | (stored < sizes), "points outside the file"),
-        ((heights == 0) | (widths == 0), "has no pixels"),
-        (modes > RAW, "has an unknown storage mode"),
-        (sizes == 0, "has no data"),
-        ((modes == RAW) & (sizes != raw_bytes), "has a size that is not height x width x 3"),
-    ):
-        structure.refuse_any(bad, what)
-    return Images(
-        path=structure.path,
-        num_bytes=structure.num_bytes,
-        pointers=pointers,
-        sizes=sizes,
-        modes=modes,
-        heights=heights,
-        widths=widths,
-        extras=extras,
-    )
-
-
-def read_beton(path: str | Path) -> Beton:
-    """Opens `path` and checks all of its structure: header, fields, table, and each image's
-    pointer, size and shape.
-
-    Raises InputError, which names the file and the fault: missing, not a .beton, truncated, without
-    an image field `image` and an int field `label`, or with a sample that points outside the file.
-    """
-    return labelled_images(read_structure(path))
-
-
-def labelled_images(structure: Structure) -> Beton:
-    """The images of the field `image`, with the labels of the field `label`. Raises InputError as
-    read_beton does."""
-    found = {field.name: field.type_id for field in structure.fields}
-    if not structure.is_labelled:
-        structure.refuse(f"needs an image field 'image' and an int field 'label', has {found}")
-    images, labels = read_images(structure, "image"), structure.column("label")
-    about = structure.about
-    most = len(about.classes) if about else MAX_CLASSES
-    structure.refuse_any((labels < 0) | (labels >= most), f"has a label outside 0 .. {most - 1}")
-    return Beton(
-        **{field.name: getattr(images, field.name) for field in dataclass_fields(images)},
-        labels=np.ascontiguousarray(labels),
-        about=about,
-        names_at=structure.names_at,
     )
 
 
