@@ -4,6 +4,7 @@ ranks or earlier reads."""
 import ctypes
 import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
