@@ -10,7 +10,7 @@ RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
 C_FILES = $(foreach folder,rsb_ffcv/ops/csrc rsb_ffcv/ops/csrc/shared benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
 
-.PHONY: demo check test test-all gpu-check gpu-bundle reproduce set-up clean
+.PHONY: demo check test test-all docs gpu-check gpu-bundle reproduce set-up clean
 
 set-up: $(CORE)
 
@@ -38,6 +38,9 @@ test: set-up
 
 test-all: set-up
 	$(RUN) tests/record.py
+
+docs: set-up
+	$(RUN) -m rsb_ffcv.commands.options_page > docs/options.md
 
 gpu-check: set-up
 	$(RUN) benchmarks/gpu_check.py --out records/$$(date +%F)_gpu $(if $(TRAIN),--train $(TRAIN))

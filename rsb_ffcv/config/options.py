@@ -190,7 +190,7 @@ def read_options(
                 item.name: Param(
                     _checker(item),
                     item.metadata["text"],
-                    default=None if item.default is MISSING else _shown(item.default),
+                    default=None if item.default is MISSING else default_text(item),
                     required=item.default is MISSING,
                 )
                 for item in fields(section)
@@ -286,24 +286,31 @@ def _options_text(sections: Mapping[str, type[Any]], unread: Collection[str]) ->
     for name, section in sections.items():
         lines += ["", f"{name}: {section.__doc__}"]
         for item in fields(section):
-            default = (
-                f"default {_shown(item.default)}"
-                if item.default is not MISSING
-                else "not read by this command"
-                if f"{name}.{item.name}" in unread
-                else "required"
-            )
+            default = default_text(item)
+            if item.default is not MISSING:
+                default = f"default {default}"
+            elif f"{name}.{item.name}" in unread:
+                default = "not read by this command"
             lines.append(
-                f"  --{name}.{item.name}  [{default}; {_checker(item).help()}]\n"
+                f"  --{name}.{item.name}  [{default}; {values_text(item)}]\n"
                 f"        {item.metadata['text']}"
             )
     return "\n".join(lines)
 
 
-def _shown(default: object) -> object:
+def default_text(item: Field[Any]) -> str:
+    """The default of an option, for people."""
+    default = item.default
+    if default is MISSING:
+        return "required"
     if isinstance(default, float):
         return f"{default:.6g}"
-    return int(default) if isinstance(default, bool) else "empty" if default == "" else default
+    return str(int(default) if isinstance(default, bool) else default) or "empty"
+
+
+def values_text(item: Field[Any]) -> str:
+    """The valid values of an option, for people."""
+    return _checker(item).help()
 
 
 def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) -> None:

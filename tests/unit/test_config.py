@@ -514,3 +514,10 @@ def test_finetune_recipe_equals_maes(given):
         "pixel",
     )
     assert c.model.pretrained and timm.get_pretrained_cfg(c.model.arch).mean == MEAN
+
+
+def test_page_of_options_is_up_to_date():
+    """`make docs` writes it."""
+    from rsb_ffcv.commands.options_page import page
+
+    assert (ROOT / "docs" / "options.md").read_text() == page()

@@ -4,7 +4,6 @@ ranks or earlier reads."""
 import ctypes
 import gc
 import os
-import re
 import subprocess
 import sys
 import textwrap
