@@ -322,12 +322,15 @@ def _exact_pipelines():
     }
 
 
-SLOW = {"always flipped", "poisoned", "mixed"}  # FFCV compiles for seconds
+QUICK = {"raw", "arrays", "normalized", "labels", "user's"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.long] * (name in SLOW)) for name in _exact_pipelines()],
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK))
+        for name in _exact_pipelines()
+    ],
 )
 def test_pipeline_gives_ffcvs_values(mixed, name):
     settings: dict[str, Any] = {
@@ -810,6 +813,7 @@ def test_evaluation_crop_gives_the_same_in_both_loaders(mixed):
     assert np.array_equal(*found)
 
 
+@pytest.mark.long
 def test_repeated_draws_are_refused_in_ffcvs_loader(mixed):
     """The error is raised where the loader is iterated, instead of a hang."""
     for name in ("RandomResizedCropDecoder", "RandAugment", "RandomErasing"):

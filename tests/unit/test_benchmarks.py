@@ -102,7 +102,7 @@ def test_loader_table_shows_ratios_and_targets(monkeypatch):
         "Ours",
         *(
             pytest.param(kind, marks=pytest.mark.long)
-            for kind in ("Timm", "StockFFCV", "RegionDecode")
+            for kind in ("Timm", "StockFFCV", "Door", "RegionDecode")
         ),
     ],
 )
