@@ -271,7 +271,7 @@ def main() -> int:
     parser.add_argument("--val", type=Path, required=True, help=".beton file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args()
-    results = {
+    results: dict[str, Any] = {
         "command": f"benchmarks/ffcv_programs.py --train {options.train.name} "
         f"--val {options.val.name}",
         "commit": environment.commit(),
