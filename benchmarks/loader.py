@@ -257,6 +257,8 @@ def table(results: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row, title in ROWS.items():
+        if row not in results["rows"]:
+            continue
         ours = results["rows"][row]["ours"].get("images_per_s")
         for name, result in results["rows"][row].items():
             if "absent" in result:
@@ -304,7 +306,7 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path):
-    bars = [len(results["rows"][row]) for row in ROWS]
+    bars = [len(results["rows"].get(row, ())) or 1 for row in ROWS]
     figure, axes = plt.subplots(
         3,
         2,
@@ -313,6 +315,9 @@ def plot(results: dict, path: Path):
         height_ratios=[max(bars[:2]), max(bars[2:4]), max(bars[4:])],
     )
     for axis, (row, title) in zip(axes.flat, ROWS.items()):
+        if row not in results["rows"]:
+            axis.set_axis_off()
+            continue
         found = {
             name: result for name, result in results["rows"][row].items() if "absent" not in result
         }
@@ -359,12 +364,19 @@ def main():
     parser.add_argument(
         "--count", type=int, default=2048, help="images per repeat; a shorter list is repeated"
     )
+    parser.add_argument(
+        "--rows", default=",".join(ROWS), help="pipelines to measure, separated by commas"
+    )
     options = parser.parse_args()
+    chosen = options.rows.split(",")
+    if unknown := set(chosen) - ROWS.keys():
+        parser.error(f"--rows={options.rows}: no row {', '.join(unknown)}; use {', '.join(ROWS)}")
     work = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
         results = {
             "command": f"benchmarks/loader.py --images {options.images.name} "
-            f"--threads {options.threads} --repeats {options.repeats} --count {options.count}",
+            f"--threads {options.threads} --repeats {options.repeats} --count {options.count} "
+            f"--rows {options.rows}",
             "threads": options.threads,
             "environment": runner.environment(
                 [
@@ -387,8 +399,11 @@ def main():
         results["rows"] = {
             row: runner.race(who, options.repeats)
             for row, who in contestants(work, options.threads).items()
+            if row in chosen
         }
-        for row in ROWS.keys() - {"augment"}:  # each loader's RandAugment is a different one
+        for row in results["rows"].keys() - {
+            "augment"
+        }:  # each loader's RandAugment is a different one
             results["rows"][row] = refuse_wrong_pixels(results["rows"][row], options.count)
         results["scaling"] = scaling(work, results["environment"]["cores"], options.repeats)
         results["first_batch"] = first_batch(work, options.threads, options.repeats)
