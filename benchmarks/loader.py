@@ -306,18 +306,21 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path):
-    bars = [len(results["rows"].get(row, ())) or 1 for row in ROWS]
+    rows = [row for row in ROWS if row in results["rows"]]
+    pairs = [rows[first : first + 2] for first in range(0, len(rows), 2)]
+    bars = [max(len(results["rows"][row]) for row in pair) for pair in pairs]
     figure, axes = plt.subplots(
-        3,
+        len(pairs),
         2,
-        figsize=(12, 9),
+        figsize=(12, 1 + 0.5 * sum(bars)),
         layout="constrained",
-        height_ratios=[max(bars[:2]), max(bars[2:4]), max(bars[4:])],
+        height_ratios=bars,
+        squeeze=False,
     )
-    for axis, (row, title) in zip(axes.flat, ROWS.items()):
-        if row not in results["rows"]:
-            axis.set_axis_off()
-            continue
+    for axis in axes.flat[len(rows) :]:
+        axis.set_axis_off()
+    for axis, row in zip(axes.flat, rows):
+        title = ROWS[row]
         found = {
             name: result for name, result in results["rows"][row].items() if "absent" not in result
         }
