@@ -1,9 +1,11 @@
 """rsb_ffcv.ffcv beside stock FFCV: the same files, pipelines and seeds give the same batches, and
 operations of this core give the same batches in both loaders."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -51,6 +53,7 @@ numba.set_num_threads(_threads[1])
 # numba's clean-up of compiled functions
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+ROOT = Path(__file__).parents[2]
 MEAN, STD = np.array([120.0, 110.0, 100.0]), np.array([50.0, 60.0, 70.0])
 CPU = torch.device("cpu")
 RANDOM, SEQUENTIAL = door.OrderOption.RANDOM, door.OrderOption.SEQUENTIAL
@@ -237,7 +240,11 @@ def test_distributed_order_equals_ffcvs(mixed, tmp_path):
     code = DISTRIBUTED.format(folder=tmp_path, path=str(mixed), others=OTHERS)
     (tmp_path / "run.py").write_text(textwrap.dedent(code))
     done = subprocess.run(
-        [sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=300
+        [sys.executable, tmp_path / "run.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
@@ -635,8 +642,6 @@ def test_compiled_code_is_kept_unless_recompiled(mixed):
 
 
 def test_loader_of_a_forked_process_is_refused(mixed):
-    import os
-
     loader = door.Loader(mixed, 8, 2, pipelines=only(small=simple(ToTensor())))
     next(iter(loader))
     child = os.fork()
