@@ -1,6 +1,7 @@
 """rsb_ffcv.ffcv beside stock FFCV: the same files, pipelines and seeds give the same batches, and
 operations of this core give the same batches in both loaders."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -99,6 +100,26 @@ def threads():
     yield
     torch.set_num_threads(before[0])
     numba.set_num_threads(before[1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """Makes the collections of `collected` fast: they look at the objects of this module only."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Compiled functions are freed between tests. numba parses code when it frees them, and Python
+    3.11 raises SystemError if a collection does that while other code, of FFCV or of a later test,
+    is parsed."""
+    gc.disable()
+    yield
+    gc.collect()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
