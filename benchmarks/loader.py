@@ -404,9 +404,8 @@ def main():
             for row, who in contestants(work, options.threads).items()
             if row in chosen
         }
-        for row in results["rows"].keys() - {
-            "augment"
-        }:  # each loader's RandAugment is a different one
+        for row in results["rows"].keys() - {"augment"}:
+            # not of "augment": each loader's RandAugment is a different one
             results["rows"][row] = refuse_wrong_pixels(results["rows"][row], options.count)
         results["scaling"] = scaling(work, results["environment"]["cores"], options.repeats)
         results["first_batch"] = first_batch(work, options.threads, options.repeats)

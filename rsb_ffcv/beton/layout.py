@@ -219,17 +219,23 @@ class Structure:
         if dtype.hasobject or not shape or size > self.num_bytes:
             self.refuse(f"damaged: has arrays {name!r} of {dtype} and shape {shape}")
         pointers = self.column(name)
-        sizes = np.full(len(pointers), size, np.uint64)
-        self.refuse_any(self.outside(pointers, sizes), f"has {name!r} outside the file")
+        self.check_inside(name, pointers, np.uint64(size))
         return pointers, dtype, shape
 
     def texts(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The pointers, and the bytes of each sample, of a field of bytes or JSON, uint64. Raises
         InputError if one is outside the file."""
         column = self.column(name)
-        outside = (column["size"] > 0) & self.outside(column["ptr"], column["size"])
-        self.refuse_any(outside, f"has {name!r} outside the file")
+        self.check_inside(name, column["ptr"], column["size"])
         return column["ptr"], column["size"]
+
+    def check_inside(self, name: str, pointers: np.ndarray, sizes: np.ndarray | np.uint64) -> None:
+        """Raises InputError unless all data of the field `name` is in the file.
+
+        sizes: uint64 bytes of each sample, or of all. A sample without data may point anywhere.
+        """
+        outside = (sizes > 0) & self.outside(pointers, sizes)
+        self.refuse_any(outside, f"has {name!r} outside the file")
 
     def sizes(self, pointers: np.ndarray) -> np.ndarray:
         """uint64: the bytes that the file has for each of `pointers`, uint64. Raises InputError if
@@ -245,7 +251,7 @@ class Structure:
         self.refuse_any(self.outside(pointers, sizes), "points outside the file")
         return sizes
 
-    def outside(self, pointers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def outside(self, pointers: np.ndarray, sizes: np.ndarray | np.uint64) -> np.ndarray:
         """bool: whether the bytes at a pointer are not all in the file, behind its metadata."""
         # The subtraction is on the right side, where it cannot be negative: a sum of two 64-bit
         # numbers from the file could overflow

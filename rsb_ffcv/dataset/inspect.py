@@ -145,10 +145,10 @@ class _Samples:
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self._beton = labelled_images(structure) if structure.is_labelled else None
-        self._images: dict[str, Images] = {}
+        self._images: dict[str, Images] = {} if self._beton is None else {"image": self._beton}
         self._json: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for field in structure.fields:
-            if field.type_id == IMAGE_TYPE_ID:
+            if field.type_id == IMAGE_TYPE_ID and field.name not in self._images:
                 self._images[field.name] = read_images(structure, field.name)
             if field.type_id in (ARRAY_TYPE_ID, TENSOR_TYPE_ID):
                 structure.arrays(field.name)

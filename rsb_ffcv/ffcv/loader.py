@@ -153,9 +153,14 @@ class Loader:
         for number, output in enumerate(o for o in self._planner.outputs(self._specs) if o.core):
             images = read_images(self._structure, self._specs[output.name].source)
             # different draws for each output
-            stream = _Stream(images, batch_size, pinned=gpu is not None, seed=seed ^ number << 32)
-            stream.begin(self._pool, batches_ahead)
-            self._streams[output.name] = stream
+            self._streams[output.name] = _Stream(
+                images,
+                batch_size,
+                pinned=gpu is not None,
+                seed=seed ^ number << 32,
+                pool=self._pool,
+                ahead=batches_ahead,
+            )
         self.traversal_order = self._traversal(order)
         self.next_epoch = 0
         self.first_traversal_order = self.next_traversal_order()
@@ -220,6 +225,12 @@ class Loader:
             )
         return kind(self)
 
+    def share(self) -> tuple[int, int]:
+        """The number of this process, and of all processes that share an epoch."""
+        if not self.distributed:
+            return 0, 1
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
     def next_traversal_order(self) -> np.ndarray:
         """The samples of the next epoch, in this process's order."""
         return self._order(self.next_epoch)
@@ -259,12 +270,10 @@ class Loader:
     def _batches(
         self, outputs: list[Output], epoch: int, *, order: np.ndarray, start_step: int
     ) -> Iterator[tuple]:
-        starts = range(start_step * self.batch_size, len(order), self.batch_size)
-        chunks = [order[start : start + self.batch_size] for start in starts]
-        rank, processes = 0, 1
-        if self.distributed:
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, processes = self.share()
         slots = np.arange(len(order)) * processes + rank  # positions in the order of all processes
+        starts = range(start_step * self.batch_size, len(order), self.batch_size)
+        parts = [slice(start, start + self.batch_size) for start in starts]
         windows = None
         if isinstance(self.traversal_order, _QuasiRandom) and not self.os_cache:
             windows = Windows(
@@ -272,11 +281,10 @@ class Loader:
             )
 
         def addressed(seed: int) -> Iterator[tuple[Address, np.ndarray]]:
-            for start, chunk in zip(starts, chunks):
-                here = slots[start : start + self.batch_size]
+            for part in parts:
                 if windows is not None:
-                    windows.reach(int(here[0]))
-                yield Address(seed, epoch, here), chunk.astype(np.int64)
+                    windows.reach(int(slots[part.start]))
+                yield Address(seed, epoch, slots[part]), order[part].astype(np.int64)
 
         decoding = {
             output.name: self._streams[output.name].batches(output.core, addressed)
@@ -287,9 +295,8 @@ class Loader:
         if self._copying is not None:
             context = torch.cuda.stream(self._copying)
 
-        def prepare(number: int) -> tuple[Batch, torch.cuda.Event | None]:
-            here = slots[starts[number] : starts[number] + self.batch_size]
-            batch = Batch(indices=chunks[number], address=Address(self.seed, epoch, here))
+        def prepare(part: slice) -> tuple[Batch, torch.cuda.Event | None]:
+            batch = Batch(indices=order[part], address=Address(self.seed, epoch, slots[part]))
             for name, images in decoding.items():
                 batch.decoded[name] = next(images).images.numpy()
             with context:
@@ -302,8 +309,8 @@ class Loader:
         )
         prepared: deque[Future] = deque()
         try:
-            for number in range(len(chunks)):
-                prepared.append(threads.submit(prepare, number))
+            for part in parts:
+                prepared.append(threads.submit(prepare, part))
                 if len(prepared) > self.batches_ahead:
                     yield self._finish(outputs, *prepared.popleft().result())
             while prepared:
@@ -362,15 +369,26 @@ class Loader:
 
 
 class _Stream(ImageLoader):
-    """The images of one output. seed: of its draws."""
+    """The images of one output.
 
-    def __init__(self, images: Images, batch_size: int, *, pinned: bool, seed: int) -> None:
+    images, batch_size, pinned: see ImageLoader.
+    seed: of its draws.
+    pool: the threads, of all outputs.
+    ahead: batches prepared in advance.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        pinned: bool,
+        seed: int,
+        pool: Pool,
+        ahead: int,
+    ) -> None:
         super().__init__(images, batch_size, pinned=pinned)
-        self._seed = seed
-
-    def begin(self, pool: Pool, ahead: int) -> None:
-        """pool: the threads, of all outputs. ahead: batches prepared in advance."""
-        self._ahead = ahead
+        self._seed, self._ahead = seed, ahead
         self._start(pool)
 
     def batches(
@@ -396,8 +414,15 @@ class _QuasiRandom(TraversalOrder):
     torch's DistributedSampler shares an order: with the first samples repeated at the end until
     their number is a multiple of the processes."""
 
+    _newest: tuple[int, Order] | None = None  # an epoch needs it twice
+
     def all_places(self, epoch: int) -> Order:
         """The order of all processes: positions in `indices`."""
+        if self._newest is None or self._newest[0] != epoch:
+            self._newest = epoch, self._places(epoch)
+        return self._newest[1]
+
+    def _places(self, epoch: int) -> Order:
         pointers, sizes = self.loader.places
         return epoch_order(
             "quasi_random",
@@ -411,10 +436,9 @@ class _QuasiRandom(TraversalOrder):
 
     def sample_order(self, epoch: int) -> np.ndarray:
         places = self.all_places(epoch).indices
-        if self.distributed:
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            places = np.resize(places, -(-len(places) // processes) * processes)[rank::processes]
-        return self.indices[places]
+        rank, processes = self.loader.share()
+        shared = np.resize(places, -(-len(places) // processes) * processes)
+        return self.indices[shared[rank::processes]]
 
 
 def _checked(name: str, values: Sequence[int] | np.ndarray, count: int) -> np.ndarray:

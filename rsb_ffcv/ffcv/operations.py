@@ -334,7 +334,6 @@ class RandomErasing(Operation):
             "erase_area": area,
             "erase_aspect": aspect,
         }
-        self._seed = seed
         BatchTransform(seed=seed, **self.settings)  # raises now if the settings are invalid
         self.addresses = _Addresses(seed, type(self).__name__)
 

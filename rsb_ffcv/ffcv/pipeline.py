@@ -296,9 +296,8 @@ class Planner:
             # not the file's: a custom field may have another description of it
             shape, kind = tuple(map(int, handler.shape)), handler.dtype
             width = int(np.prod(shape)) * kind.itemsize
-            sizes = np.full(len(metadata), width, np.uint64)
-            outside = self._structure.outside(metadata, sizes)
-            self._structure.refuse_any(outside, f"has {column!r} outside the file")
+            self._structure.check_inside(column, metadata, np.uint64(width))
+            sizes = np.broadcast_to(width, len(metadata))
             return lambda _, batch: (
                 self._read(column, metadata, sizes=sizes, batch=batch, width=width)
                 .view(kind)
