@@ -9,6 +9,7 @@ import errno
 import fcntl
 import io
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +53,32 @@ def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | Path, fix: str) -> Iterator[Path]:
+    """Yields a new folder for writing. When the block ends, it is renamed to `path`; if the block
+    raises, it is removed.
+
+    Raises InputError, whose message contains `path` and ends with `fix`, if `path` exists and is
+    not an empty folder, or if the folder cannot be written.
+    """
+    path = Path(path)
+    unfinished = hidden(path, "part")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path}: exists already; {fix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that was killed
+        unfinished.mkdir()
+        yield unfinished
+        os.replace(unfinished, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(f"{path}: cannot be written ({reason}); {fix}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_table(

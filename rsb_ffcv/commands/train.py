@@ -8,11 +8,15 @@ from rsb_ffcv.config.options import config_files
 from rsb_ffcv.config.train import (
     ONLY_FOR_RUNS,
     SECTIONS,
+    AppOptions,
     EvalOptions,
+    ExportOptions,
     PlanOptions,
+    PredictOptions,
     read_config,
     read_eval,
     read_plan,
+    read_words,
 )
 
 ABOUT = """Trains an image classifier on .beton files:
@@ -55,6 +59,30 @@ def _smoke(arguments: list[str], description: str) -> int:
     from rsb_ffcv.commands.smoke import smoke
 
     return smoke(config)
+
+
+def _export(arguments: list[str], description: str) -> None:
+    words = ("run", "folder of a run")
+    options, runs = read_words(description, arguments, command="export", words=words)
+    from rsb_ffcv.commands.export import export_run
+
+    export_run(runs, options)
+
+
+def _predict(arguments: list[str], description: str) -> int:
+    words = ("pictures", "files, folders or patterns of pictures, and .beton files")
+    options, given = read_words(description, arguments, command="predict", words=words)
+    from rsb_ffcv.commands.predict import predict
+
+    return predict(given, options)
+
+
+def _app(arguments: list[str], description: str) -> None:
+    words = ("model", "folder that export wrote")
+    options, models = read_words(description, arguments, command="app", words=words)
+    from rsb_ffcv.commands.app import write_app
+
+    write_app(models, options)
 
 
 def _folders(command: str, arguments: list[str], description: str) -> list[str]:
@@ -115,6 +143,20 @@ COMMANDS = {
         "evaluate a file of weights on data.val_dataset, also class by class",
         SECTIONS | {"eval": EvalOptions},
         _eval,
+    ),
+    "export": Command(
+        "write the weights of a run for use: timm and the Hugging Face Hub, torch.export, ONNX: "
+        "export FOLDER",
+        {"export": ExportOptions},
+        _export,
+    ),
+    "predict": Command(
+        "classify pictures with an exported model: predict PICTURE PICTURE ...",
+        {"predict": PredictOptions},
+        _predict,
+    ),
+    "app": Command(
+        "write a Gradio app for an exported model: app FOLDER", {"app": AppOptions}, _app
     ),
 }
 

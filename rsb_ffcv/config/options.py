@@ -166,6 +166,7 @@ def read_options(
     *,
     ignored: Collection[str] = (),
     unread: Collection[str] = (),
+    words: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Reads the options of the command line, and returns an instance of each section.
 
@@ -179,6 +180,8 @@ def read_options(
     arguments: the command line; None: this process's.
     ignored: names that are valid in files but not used. One warning lists those that occur.
     unread: required options that may be omitted; they are then empty.
+    words: name and meaning of what the command line may contain beside options. These words are
+        added to the result as a list under this name. None: there may be none.
 
     Raises InputError for anything unknown, mistyped, out of range or missing.
     """
@@ -197,6 +200,8 @@ def read_options(
             }
         )
     parser = _Parser(description=description, allow_abbrev=False)
+    if words:
+        parser.add_argument(words[0], nargs="*", metavar=words[0].upper(), help=words[1])
     _check_flags(arguments, sections)
     # Both are emptied for this call: otherwise fastargs reads environment variables and the files
     # named in sys.argv without checks.
@@ -209,7 +214,8 @@ def read_options(
         os.environ.update(saved[1])
     # fastargs' own epilog uses VT100 control codes and mentions environment variables.
     parser.epilog = _options_text(sections, unread)
-    given = parser.parse_args(arguments)
+    given = (parser.parse_intermixed_args if words else parser.parse_args)(arguments)
+    found: dict[str, Any] = {words[0]: vars(given).pop(words[0])} if words else {}
 
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     met = []
@@ -238,7 +244,7 @@ def read_options(
                     f"{name}.{item.name} is missing ({item.metadata['text']}); give "
                     f"--{name}.{item.name}=... or set it in the file of --config-file"
                 )
-    return {name: section(**values[name]) for name, section in sections.items()}
+    return found | {name: section(**values[name]) for name, section in sections.items()}
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:

@@ -564,7 +564,8 @@ class EvalOptions:
     weights: str = option(
         REQUIRED,
         "best_weights.pt, a checkpoint, or any file that checkpoint.warm_start takes (then "
-        "model.arch and model.num_classes say what it is of)",
+        "model.arch and model.num_classes say what it is of); or a program that export wrote, "
+        "model.pt2 or model.onnx",
     )
     which: str = option(
         "model",
@@ -572,6 +573,77 @@ class EvalOptions:
         choices=("model", "ema", "swa"),
     )
     csv: str = option("", "file for the results of each class; empty: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """exporting the weights of a run"""
+
+    folder: str = option(REQUIRED, "new folder for the model")
+    formats: str = option(
+        "timm",
+        "what to write beside the weights, any of timm, torch, onnx, separated by commas. timm: "
+        "the files of the Hugging Face Hub; torch: a torch.export program; onnx: an ONNX model",
+    )
+    input: str = option(
+        "uint8",
+        "torch, onnx: the input: uint8 (n, side, side, 3), or float (n, 3, side, side) in 0 .. 1; "
+        "the program contains the normalization",
+        choices=("uint8", "float"),
+    )
+    weights: str = option("", "file of the run's weights; empty: its best_weights.pt")
+    which: str = option(
+        "model",
+        "which weights of a file with several sets, such as a checkpoint",
+        choices=("model", "ema", "swa"),
+    )
+    data: str = option(
+        "",
+        ".beton file that lists the classes; empty: the run's data.train_dataset",
+        several=True,
+    )
+    repository: str = option(
+        "", "<user>/<name> on the Hugging Face Hub, for the model card; empty: the folder's name"
+    )
+    license: str = option(
+        "unknown",
+        "license of the weights, an identifier of the Hugging Face Hub such as apache-2.0",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """predicting the classes of pictures"""
+
+    model: str = option(REQUIRED, "folder that export wrote")
+    format: str = option("csv", "output: csv, or json lines", choices=("csv", "json"))
+    out: str = option("", "file for the output; empty: standard output")
+    top: int = option(5, "number of classes of each picture", low=1, high=1000)
+    lr_tta: bool = option(False, "average the outputs for the picture and its mirror image")
+    batch_size: int = option(64, "pictures per forward pass", low=1, high=65536)
+    num_workers: int = option(4, "threads that read and decode", low=1, high=1024)
+    device: str = option(
+        "auto", "auto: cuda if there is a device, else cpu", choices=("auto", "cpu", "cuda")
+    )
+    precision: str = option(
+        "fp32",
+        "auto: fp16 on cuda; on the CPU bf16 if the processor supports it natively, else fp32",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    """writing an app for a model"""
+
+    folder: str = option(REQUIRED, "new folder for the app")
+    examples: str = option(
+        "",
+        "pictures that the app offers: files, folders, patterns and .beton files, separated by "
+        "commas; empty: none",
+        several=True,
+    )
+    count: int = option(6, "largest number of examples, spread over them", low=1, high=100)
 
 
 def processes(c: TrainConfig) -> int:
@@ -599,7 +671,13 @@ RECIPE = (
 )
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(TrainConfig)}
 # Sections that one command reads in addition
-COMMAND_SECTIONS: dict[str, Any] = {"plan": PlanOptions, "eval": EvalOptions}
+COMMAND_SECTIONS: dict[str, Any] = {
+    "plan": PlanOptions,
+    "eval": EvalOptions,
+    "export": ExportOptions,
+    "predict": PredictOptions,
+    "app": AppOptions,
+}
 # Required options that only a run reads
 ONLY_FOR_RUNS = {"data.val_dataset", "data.in_memory", "logging.folder"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -631,6 +709,17 @@ def read_eval(description: str | None, arguments: Sequence[str]) -> tuple[TrainC
     """Reads the configuration and the options of the command eval; see read_config."""
     unread = {"data.train_dataset", "data.in_memory", "logging.folder"}
     return _read(description, arguments, unread=unread, own=EvalOptions)
+
+
+def read_words(
+    description: str | None, arguments: Sequence[str], *, command: str, words: tuple[str, str]
+) -> tuple[Any, list[str]]:
+    """Reads the options of a command that has its own section only, and the words beside them.
+
+    command: its name, of COMMAND_SECTIONS. words: see read_options.
+    """
+    found = read_options({command: COMMAND_SECTIONS[command]}, description, arguments, words=words)
+    return found[command], found[words[0]]
 
 
 def _read(

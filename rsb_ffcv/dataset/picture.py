@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,22 +14,11 @@ from PIL import Image, UnidentifiedImageError
 
 from rsb_ffcv import InputError, beton, check_choice, first_line
 from rsb_ffcv.ops import native
+from rsb_ffcv.preprocessing import UPRIGHT, to_rgb
 
 MAX_SIDE = 65535  # largest width and height in a .beton's metadata
 # Pillow reads other formats, too; for some of them it starts programs
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
-
-# EXIF orientation -> the operation that makes the stored pixels upright. Pillow's exif_transpose
-# also rewrites the EXIF block, which fails for unusual but harmless blocks of cameras and editors.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @contextmanager
@@ -140,7 +129,7 @@ class Encoding:
         if frame and frame.kind in (0xC0, 0xC2) and frame.bits == 8 and frame.components in (1, 3):
             data = np.frombuffer(picture, np.uint8)
             height, width = self._sides(frame.height, frame.width, name)
-            upright, same = frame.orientation not in _UPRIGHT, (height, width) == frame[2:4]
+            upright, same = frame.orientation not in UPRIGHT, (height, width) == frame[2:4]
             if (
                 upright
                 and same
@@ -157,7 +146,7 @@ class Encoding:
                 )
             pixels = _decode(data, name, size=(frame.height, frame.width), to=(height, width))
             if not upright:
-                pixels = np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[frame.orientation]))
+                pixels = np.asarray(Image.fromarray(pixels).transpose(UPRIGHT[frame.orientation]))
         else:
             pixels = (
                 load_rgb(picture, name, self.max_pixels) if isinstance(picture, bytes) else picture
@@ -317,37 +306,6 @@ def jpeg_frame(data: bytes) -> Frame | None:
     if frame is None or not frame[2] or not frame[3]:
         return None
     return Frame(*frame, orientation if isinstance(orientation, int) else 1)
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Converts a picture to mode RGB with the EXIF orientation applied (Pillow applies TIFF's when
-    it loads the file). Greyscale is replicated. CMYK, YCbCr, LAB and palettes are converted. Alpha
-    is blended onto white, as on a web page. 16-bit and float grey are scaled to 0 .. 255."""
-    picture.load()
-    turn = _UPRIGHT.get(_orientation(picture))
-    if turn is not None:
-        picture = picture.transpose(turn)
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        values = np.asarray(picture).astype(np.float64)
-        if picture.mode != "F":  # integers: the 16-bit range, not the range of this picture
-            values = values / 257.0
-        elif values.max(initial=0.0) <= 1.0:
-            values = values * 255.0
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        page = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(page, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _orientation(picture: Image.Image) -> Any:
-    try:
-        return picture.getexif().get(0x0112)
-    # As in jpeg_frame: Pillow raises any type of error for a damaged EXIF block, without which the
-    # picture is usable
-    except Exception:
-        return None
 
 
 def load_rgb(data: bytes, name: str, max_pixels: int = Encoding.max_pixels) -> np.ndarray:

@@ -8,7 +8,6 @@ do on photographs.
 
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from rsb_ffcv.atomic import atomic_folder
 
 CLASSES = [
     "arrow",
@@ -46,21 +47,20 @@ def make_demo_images(
         target = root / split
         if target.is_dir():
             continue
-        unfinished = root / f".{split}.part"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        draw = partial(_draw_class, unfinished, count=count, seed=seed, split_number=split_number)
-        try:
-            with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                for _ in tqdm(
-                    pool.map(draw, CLASSES),
-                    total=len(CLASSES),
-                    desc=f"demo pictures, {split}",
-                    unit="class",
-                ):
-                    pass
-            unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with (
+            atomic_folder(target, "choose another `data_dir`") as unfinished,
+            ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ):
+            draw = partial(
+                _draw_class, unfinished, count=count, seed=seed, split_number=split_number
+            )
+            for _ in tqdm(
+                pool.map(draw, CLASSES),
+                total=len(CLASSES),
+                desc=f"demo pictures, {split}",
+                unit="class",
+            ):
+                pass
 
 
 def _draw_class(folder: Path, name: str, *, count: int, seed: int, split_number: int) -> None:

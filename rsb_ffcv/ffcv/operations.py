@@ -163,11 +163,11 @@ class _Core:
             samples["raw"] = stored["mode"] == RAW
             decoder = DECODE_MEMORY
         at = Address(0, 0, indices) if self.addresses is None else self.addresses.of(indices)
-        draws = np.ascontiguousarray(self.operation.draw(at, samples["height"], samples["width"]))
-        if self.metadata is not None:
-            for name in draws.dtype.names or ():
-                samples[name] = draws[name]
+        if isinstance(self.operation, Decoder):
+            self.operation.draw_into(samples, at)
         elif self.operation.passes:
+            draws = self.operation.draw(at, samples["height"], samples["width"])
+            draws = np.ascontiguousarray(draws)
             steps = [(self.operation.generate_code(), draws, self.operation.passes)]
         work = Work(torch.from_numpy(images), decoder=decoder, samples=samples, operations=steps)
         self._pool.submit(work)

@@ -32,16 +32,17 @@ def normalize(
     images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
 ) -> torch.Tensor:
     """uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last: (x / 255 - mean) / std."""
-    scale, shift = _normalization(mean, std, images.device)
+    scale, shift = scale_and_shift(mean, std, images.device)
     # from uint8 in one pass: a float copy would be written and read again
     return torch.mul(images, scale).add_(shift).permute(0, 3, 1, 2)
 
 
 @cache
-def _normalization(
+def scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cached on the device: a copy in each step would synchronize with it."""
+    """The two constants of `normalize` for uint8 values, float32 (3,). Cached on the device: a copy
+    in each step would synchronize with it."""
     return (
         torch.tensor([1 / (255 * s) for s in std], device=device),
         torch.tensor([-m / s for m, s in zip(mean, std)], device=device),

@@ -190,9 +190,7 @@ class ImageLoader:
                 samples[name] = b.extras[name][indices]
         first, *others = ops
         assert isinstance(first, Decoder)
-        crops = first.draw(address, samples["height"], samples["width"])
-        for name in crops.dtype.names or ():
-            samples[name] = crops[name]
+        first.draw_into(samples, address)
         heights, widths = (np.full(len(indices), side) for side in first.shape[:2])
         operations = [
             (op.generate_code(), np.ascontiguousarray(op.draw(address, heights, widths)), op.passes)

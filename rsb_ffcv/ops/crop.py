@@ -12,7 +12,7 @@ from numba import int64, njit
 
 from rsb_ffcv import InputError
 from rsb_ffcv.ops import draws as d
-from rsb_ffcv.ops.native import BICUBIC, BILINEAR, DECODE
+from rsb_ffcv.ops.native import BICUBIC, BILINEAR, DECODE, SAMPLE, cropped
 from rsb_ffcv.ops.operation import Address, Decoder
 
 # box: top, left, height, width in pixels
@@ -227,3 +227,11 @@ class CenterCrop(CropDecoder):
             rows_first(heights, widths, out_heights=scaled[:, 0], out_widths=scaled[:, 1]),
         )
         return crops
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """The crop of a decoded image: uint8 (height, width, 3) -> (resolution, resolution, 3)."""
+        height, width, _ = image.shape
+        sample = np.zeros(1, SAMPLE)
+        sample["height"], sample["width"] = height, width
+        self.draw_into(sample, Address(0, 0, np.zeros(1, np.int64)))
+        return cropped(image, (height, width), sample, to=self.shape[:2])

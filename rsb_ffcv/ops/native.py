@@ -308,22 +308,23 @@ def resized(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.
     size: height and width of the image.
     to: height and width of the result.
     """
-    height, width = size
     sample = np.zeros(1, SAMPLE)
-    sample["size"] = data.nbytes
-    sample["height"], sample["width"] = height, width
-    sample["raw"] = data.ndim == 3
-    sample["box"] = (0, 0, height, width)
-    sample["filter"] = BICUBIC
+    sample["box"], sample["filter"] = (0, 0, *size), BICUBIC
+    return cropped(data, size, sample, to=to)
+
+
+def cropped(
+    data: np.ndarray, size: tuple[int, int], sample: np.ndarray, *, to: tuple[int, int]
+) -> np.ndarray:
+    """Returns a part of an image, resized to uint8 (*to, 3). Arguments and errors as in `resized`.
+
+    sample: a SAMPLE record (1,), whose box, filter, flip and rows_first are used.
+    """
+    sample, data = sample.copy(), np.ascontiguousarray(data)
+    sample["size"], sample["raw"] = data.nbytes, data.ndim == 3
+    sample["height"], sample["width"] = size
     image = np.empty((*to, 3), np.uint8)
-    data = np.ascontiguousarray(data)
-    _run(
-        library.rsb_decode,
-        data.ctypes.data,
-        sample.ctypes.data,
-        image.ctypes.data,
-        *to,
-    )
+    _run(library.rsb_decode, data.ctypes.data, sample.ctypes.data, image.ctypes.data, *to)
     return image
 
 

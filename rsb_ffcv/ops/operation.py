@@ -64,3 +64,9 @@ class Decoder(DrawnOperation):
     """
 
     shape: tuple[int, int, int]  # of each image that it makes: height, width, 3
+
+    def draw_into(self, samples: np.ndarray, address: Address) -> None:
+        """Writes the draws into `samples`: SAMPLE records (n,) with heights and widths."""
+        draws = self.draw(address, samples["height"], samples["width"])
+        for name in draws.dtype.names or ():
+            samples[name] = draws[name]

@@ -72,7 +72,7 @@ def read_label_sets(path: str, names: list[str], classes: int) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
+    model: Callable[[torch.Tensor], torch.Tensor],
     loader: EvalLoader,
     *,
     compute: Compute,
@@ -81,14 +81,15 @@ def evaluate(
     per_class: torch.Tensor | None = None,
     per_image: torch.Tensor | None = None,
     after_batch: Callable[[int], object] = lambda number: None,
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict:
-    """Evaluates `model` in eval mode, over all processes.
+    """Evaluates `model`, which is in eval mode, over all processes.
 
     Returns "top1" and "top5" in per cent, "val_loss" (mean cross-entropy) and "images". With
     `label_sets` it also returns "relabelled_images", the number of images with at least one
     accepted label, and "relabelled_top1" over these, in per cent.
 
-    model: images (n, 3, H, W) -> logits (n, classes).
+    model: prepared images -> logits (n, classes).
     loader: this process's batches.
     compute: device, precision and processes.
     flip_tta: average the logits of each image and its mirror image.
@@ -98,18 +99,22 @@ def evaluate(
     per_image: zeros (images of the file, 3), float64, on the device; of each image, the predicted
         class, 1 if it is correct in 5, and the loss are written to it, over all processes.
     after_batch: called with each batch's number.
+    prepare: uint8 images (n, H, W, 3) -> the model's input; None: normalized images (n, 3, H, W).
     """
-    model.eval()
+
+    def normalized(images: torch.Tensor) -> torch.Tensor:
+        return normalize(images).contiguous(memory_format=compute.memory_format)
+
+    prepare = prepare or normalized
     # correct, correct in 5, loss; of the relabelled images: correct, all
     counts = torch.zeros(5, device=compute.device, dtype=torch.float64)
     seen = 0
     with closing(iter(loader)) as batches:
         for number, (images, labels, samples) in enumerate(batches):
-            images = normalize(images).contiguous(memory_format=compute.memory_format)
             with compute.autocast():
-                logits = model(images)
+                logits = model(prepare(images))
                 if flip_tta:
-                    logits = (logits + model(images.flip(3))) / 2
+                    logits = (logits + model(prepare(images.flip(2)))) / 2
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1]), 1).indices
             right = best == labels[:, None]
@@ -228,6 +233,7 @@ class Evaluator:
         per_image: torch.Tensor | None = None,
     ) -> dict:
         """The results of `evaluate`, with the progress under `title`."""
+        model.eval()
         loader = self._loader
         common = len(loader.beton) // (loader.batch_size * self._compute.world_size)
         with (

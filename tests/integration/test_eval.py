@@ -6,16 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.integration.runs import options, rows
-
-
-@pytest.fixture(scope="module")
-def run(betons, tmp_path_factory, train):
-    """A finished run whose best weights are those of one of its epochs."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    statuses, _, err = train(options(betons, folder)).wait()
-    assert statuses == [0], err
-    return folder
+from tests.integration.runs import rows
 
 
 @pytest.fixture
@@ -40,17 +31,18 @@ def evaluate(betons, call_program):
     return call
 
 
-def test_weights_of_a_run_have_the_results_of_its_log(run, evaluate, tmp_path):
-    last = rows(run)[-1]
-    newest = max(run.glob("checkpoint_*.pt"))
+def test_weights_of_a_run_have_the_results_of_its_log(finished_run, evaluate, tmp_path):
+    last = rows(finished_run)[-1]
+    newest = max(finished_run.glob("checkpoint_*.pt"))
     for which, prefix in (("model", ""), ("ema", "ema_")):
         status, result, err = evaluate(newest, **{"eval.which": which})
         assert status == 0, err
         for name in ("top1", "top5", "val_loss"):
             assert result[name] == last[prefix + name]
-    best = torch.load(run / "best_weights.pt", weights_only=True)
+    best = torch.load(finished_run / "best_weights.pt", weights_only=True)
     status, result, err = evaluate(
-        run / "best_weights.pt", **{"eval.csv": tmp_path / "classes.csv", "model.arch": "resnet50"}
+        finished_run / "best_weights.pt",
+        **{"eval.csv": tmp_path / "classes.csv", "model.arch": "resnet50"},
     )
     assert status == 0, err
     assert result["top1"] == best["metrics"]["top1"] and result["images"] == 27
@@ -66,10 +58,10 @@ def test_weights_of_a_run_have_the_results_of_its_log(run, evaluate, tmp_path):
         assert mean == pytest.approx(result[name], abs=0.01)
 
 
-def test_weights_of_other_programs_need_their_architecture(run, evaluate, tmp_path):
-    weights = run / "final_weights.pt"
+def test_weights_of_other_programs_need_their_architecture(finished_run, evaluate, tmp_path):
+    weights = finished_run / "final_weights.pt"
     status, result, err = evaluate(weights, **{"model.arch": "resnet10t"})
-    assert status == 0 and result["top1"] == rows(run)[-1]["top1"], err
+    assert status == 0 and result["top1"] == rows(finished_run)[-1]["top1"], err
     status, _, err = evaluate(weights, **{"model.arch": "resnet18"})
     assert status == 2 and err.splitlines()[-1].startswith(f"error: eval.weights={weights}: ")
     status, _, err = evaluate(tmp_path / "absent.pt")

@@ -1,0 +1,6 @@
+"""Trained weights for use: files that other programs load.
+
+In: a model with its weights, and a `Description` of it: classes, evaluation settings, metrics,
+recipe. Out: a folder that timm loads and the Hugging Face Hub shows, with `torch.export` and ONNX
+programs on request (`formats`, `card`), and a Gradio app for it (`space`).
+"""
