@@ -123,16 +123,17 @@ def device(c: TrainConfig) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("warn", "decode=gpu", str(error))
     if c.compute.compile != "0":
-        tools = [tool for tool in ("gcc", "g++", "cc", "clang") if shutil.which(tool)]
-        if tools and environment.versions(["triton"])["triton"]:
-            yield Finding("ok", "torch.compile", f"triton and {tools[0]}")
-        else:
+        lacking = compute.missing_for_compile("cuda")
+        if lacking:
+            auto = c.compute.compile == "auto"
             yield Finding(
-                "fail",
+                "warn" if auto else "fail",
                 "torch.compile",
-                "needs triton and a C compiler",
-                "install them, or use compute.compile=0",
+                f"needs {lacking}" + "; auto does not compile" * auto,
+                "install it, or use compute.compile=0",
             )
+        else:
+            yield Finding("ok", "torch.compile", "triton, a C compiler and Python's headers")
 
 
 def threads(c: TrainConfig) -> Iterator[Finding]:
