@@ -1,6 +1,7 @@
 # make demo: from nothing to a trained network in minutes. make check: formatters, linter and type
 # checker. make test: the test suite, in minutes. make test-all: all of it at full length (hundreds
-# of kills, 100,000 damaged inputs), with its log in records/.
+# of kills, 100,000 damaged inputs), with its log in records/. make wheel: an sdist and a wheel, in
+# dist/.
 # Each target runs the set-up first if needed: system packages (apt, as root), .venv, the versions
 # in constraints.txt.
 # PYTHON: the interpreter for .venv (default: python3 if its version is supported, else the newest
@@ -10,7 +11,7 @@ RUN = .venv/bin/python
 CORE = rsb_ffcv/ops/_native.abi3.so
 C_FILES = $(foreach folder,rsb_ffcv/ops/csrc rsb_ffcv/ops/csrc/shared benchmarks tests/fuzz,$(wildcard $(folder)/*.[ch]))
 
-.PHONY: demo check test test-all docs gpu-check gpu-bundle reproduce set-up clean
+.PHONY: demo check test test-all docs gpu-check gpu-bundle reproduce wheel set-up clean
 
 set-up: $(CORE)
 
@@ -54,5 +55,14 @@ reproduce: set-up
 gpu-bundle: set-up
 	$(RUN) benchmarks/gpu_bundle.py --out gpu_bundle.tar.xz
 
+# The wheel is built from the sdist, which therefore is complete. rsb_ffcv.egg-info would add the
+# files of an earlier build.
+wheel: .venv/.ready
+	rm -rf dist rsb_ffcv.egg-info
+	$(RUN) -m build --no-isolation --outdir dist/built
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
+
 clean:
-	rm -rf .venv demo build *.egg-info $(CORE)
+	rm -rf .venv demo build dist *.egg-info $(CORE)

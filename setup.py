@@ -1,4 +1,8 @@
-"""Builds the compiled core, rsb_ffcv/ops/_native.abi3.so. Everything else is in pyproject.toml."""
+"""Builds the compiled core, rsb_ffcv/ops/_native.abi3.so, and adapts README.md to package indexes.
+Everything else is in pyproject.toml."""
+
+import re
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -48,7 +52,20 @@ HEADERS = (
     "shared/kernels",
 )
 
+
+def description() -> str:
+    """README.md without its pictures, and without links to files of the repository: a package index
+    shows it, but has none of these files."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    # The core is plain C, called with ctypes: one wheel fits every CPython from 3.11 on.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     ext_modules=[
         Extension(
             "rsb_ffcv.ops._native",
@@ -68,7 +85,7 @@ setup(
                 "-Wextra",
             ],
             extra_link_args=["-pthread"],
-            py_limited_api=True,  # plain C, called with ctypes: one build fits every Python
+            py_limited_api=True,
         )
-    ]
+    ],
 )

@@ -65,13 +65,13 @@ def examine(c: TrainConfig) -> int:
 def versions(_: TrainConfig) -> Iterator[Finding]:
     installed = environment.versions(PACKAGES)
     found = [f"{name} {version}" for name, version in installed.items() if version]
-    missing = [name for name, version in installed.items() if not version]
+    # only rsb_ffcv.ffcv needs ffcv
+    missing = [name for name, version in installed.items() if not version and name != "ffcv"]
     found.insert(0, f"Python {platform.python_version()}")
     yield Finding("ok", "versions", ", ".join(found))
     if missing:
-        needed = [name for name in missing if name != "ffcv"]  # only the tests import it
         yield Finding(
-            "fail" if needed else "warn",
+            "fail",
             "packages",
             f"not installed: {', '.join(missing)}",
             "run `make set-up`, or install them with pip",
@@ -123,16 +123,17 @@ def device(c: TrainConfig) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("warn", "decode=gpu", str(error))
     if c.compute.compile != "0":
-        tools = [tool for tool in ("gcc", "g++", "cc", "clang") if shutil.which(tool)]
-        if tools and environment.versions(["triton"])["triton"]:
-            yield Finding("ok", "torch.compile", f"triton and {tools[0]}")
-        else:
+        lacking = compute.missing_for_compile("cuda")
+        if lacking:
+            auto = c.compute.compile == "auto"
             yield Finding(
-                "fail",
+                "warn" if auto else "fail",
                 "torch.compile",
-                "needs triton and a C compiler",
-                "install them, or use compute.compile=0",
+                f"needs {lacking}" + "; auto does not compile" * auto,
+                "install it, or use compute.compile=0",
             )
+        else:
+            yield Finding("ok", "torch.compile", "triton, a C compiler and Python's headers")
 
 
 def threads(c: TrainConfig) -> Iterator[Finding]:

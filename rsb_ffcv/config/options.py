@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 REQUIRED = object()
+# The recipes: a folder of the repository, which a wheel installs beside the package
+RECIPES = Path(__file__).parents[2] / "rsb_configs"
 
 
 class _Value(Checker):
@@ -173,7 +175,7 @@ def read_options(
     Flags are `--section.name=value`. `--config-file FILE` reads a YAML file and may be repeated.
     Later files override earlier ones, and flags override files. A file with the key
     `extends: OTHER` inherits the values of OTHER, a path relative to the file's own folder, and may
-    override them.
+    override them. `recipe_file` tells which file such a path names.
 
     sections: name -> dataclass of `option`s.
     description: shown by --help.
@@ -247,11 +249,20 @@ def read_options(
     return found | {name: section(**values[name]) for name, section in sections.items()}
 
 
+def recipe_file(path: str | Path, folder: str | Path = "") -> Path:
+    """The file that `path`, relative to `folder`, names. rsb_configs/NAME also names the recipe
+    that is installed with the package, if `folder` has no such file."""
+    given, installed = Path(folder, path), RECIPES / Path(path).name
+    in_recipes = Path(path).parent == Path(RECIPES.name)
+    return installed if in_recipes and not given.exists() and installed.exists() else given
+
+
 def config_files(arguments: Sequence[str]) -> list[str]:
     """The files of --config-file in `arguments`, in their order."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-file", action="append", default=[])
-    return list(parser.parse_known_args(list(arguments))[0].config_file)
+    given = parser.parse_known_args(list(arguments))[0].config_file
+    return [str(recipe_file(path)) for path in given]
 
 
 def as_dict(config: "DataclassInstance") -> dict[str, dict[str, Any]]:
@@ -287,7 +298,10 @@ class _UniqueKeys(yaml.SafeLoader):
 def _options_text(sections: Mapping[str, type[Any]], unread: Collection[str]) -> str:
     lines = [
         "Options, written as --section.name=value, or in a YAML file as 'section:' followed by "
-        "'  name: value':"
+        "'  name: value':",
+        "",
+        f"--config-file {RECIPES.name}/NAME.yaml is the recipe in {RECIPES} unless the working "
+        "directory has this file.",
     ]
     for name, section in sections.items():
         lines += ["", f"{name}: {section.__doc__}"]
@@ -329,24 +343,24 @@ def _check_flags(arguments: Sequence[str], sections: Mapping[str, type[Any]]) ->
 
 
 def _read_yaml(
-    path: str | Path, extended_by: tuple[Path, ...] = ()
+    path: str, extended_by: tuple[Path, ...] = ()
 ) -> Iterator[tuple[str, str, Any, Path]]:
     """Yields (section, key, value, file) for each line of a recipe, first for those of the file
     that it extends.
 
     extended_by: the files that led to this one.
     """
-    path = Path(path)
-    where = f"--config-file={path}"
+    file, where = recipe_file(path), f"--config-file={path}"
     if extended_by:
-        where = f"extends: {path.name} in {extended_by[-1]}"
-    if path.resolve() in [other.resolve() for other in extended_by]:
+        file = recipe_file(path, extended_by[-1].parent)
+        where = f"extends: {path} in {extended_by[-1]}"
+    if file.resolve() in [other.resolve() for other in extended_by]:
         raise InputError(f"{where}: the files extend each other in a cycle; remove one `extends:`")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(
-            f"{where}: cannot be read ({error.strerror}); recipes are in {_recipes()}"
+            f"{where}: cannot be read ({error.strerror}); recipes are in {RECIPES}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
@@ -361,20 +375,14 @@ def _read_yaml(
     if extended is not None:
         if not isinstance(extended, str):
             raise InputError(f"{where}: extends={extended!r}: must be the name of one file")
-        yield from _read_yaml(path.parent / extended, (*extended_by, path))
+        yield from _read_yaml(extended, (*extended_by, file))
     for name, section in content.items():
         if not isinstance(section, dict):
             raise InputError(
                 f"{where}: section '{name}' must contain 'key: value' lines, not {section!r}"
             )
         for key, value in section.items():
-            yield str(name), str(key), value, path
-
-
-def _recipes() -> str:
-    """Where the recipes are, for a message: a wheel does not contain them."""
-    folder = Path(__file__).parents[2] / "rsb_configs"
-    return str(folder) if folder.is_dir() else "rsb_configs/ of the project's repository"
+            yield str(name), str(key), value, file
 
 
 def _find(sections: Mapping[str, type[Any]], full_name: str, where: str) -> Field[Any]:

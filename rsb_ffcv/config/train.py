@@ -499,7 +499,12 @@ class ComputeOptions:
         "auto: fp16 on cuda; on the CPU bf16 if the processor supports it natively, else fp32",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
-    compile: str = option("auto", "torch.compile; auto: on cuda only", choices=("auto", "0", "1"))
+    compile: str = option(
+        "auto",
+        "torch.compile; auto: on cuda only, if the machine has what it needs: a C compiler and "
+        "Python's headers",
+        choices=("auto", "0", "1"),
+    )
     profile: int = option(
         0,
         "write a trace of this number of steps to trace.json in logging.folder, from the 11th step "

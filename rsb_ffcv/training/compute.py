@@ -4,13 +4,16 @@ lines of output report the choice."""
 import gc
 import math
 import os
+import shutil
 import socket
+import sysconfig
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, Queue
 from resource import RUSAGE_SELF, getrusage
@@ -145,14 +148,15 @@ def set_up(
 
     device: "auto", "cpu" or "cuda".
     precision: "auto", "fp32", "fp16" or "bf16".
-    compile: "auto", "0" or "1".
+    compile: "auto", "0" or "1"; "auto" warns if a GPU's model cannot be compiled.
     channels_last: whether weights and images use this memory layout.
     threads: CPU threads of torch; 0: OMP_NUM_THREADS, else an equal share of the cores.
     timeout_s: seconds after which a silent process counts as lost (see processes.Heartbeat).
 
-    Raises InputError if this machine lacks the requested device or precision, if it has a CUDA
-    device that torch cannot use, if the environment describes a job incompletely, if the processes
-    cannot connect to each other, or if two of them have the same GPU.
+    Raises InputError if this machine lacks the requested device or precision, or what torch.compile
+    needs, if it has a CUDA device that torch cannot use, if the environment describes a job
+    incompletely, if the processes cannot connect to each other, or if two of them have the same
+    GPU.
     """
     rank, world_size, local_rank, local_world_size = _place_in_job()
     wrong = ""
@@ -199,6 +203,17 @@ def set_up(
             wrong
             or "compute.precision=fp16: the CPU trains in fp32 or bf16; use compute.precision=auto"
         )
+    lacking = missing_for_compile(kind)
+    if compile == "1" and lacking:
+        wrong = wrong or (
+            f"compute.compile=1: torch.compile needs {lacking}; install it, or use "
+            f"compute.compile=0, which trains more slowly"
+        )
+    if compile == "auto" and kind == "cuda" and lacking and rank == 0:
+        warn(
+            f"compute.compile=auto: the model is not compiled, and trains more slowly: "
+            f"torch.compile needs {lacking}; install it, or use compute.compile=0"
+        )
     if world_size > 1 and not dist.is_initialized():
         try:
             store, rank, world_size = next(
@@ -229,7 +244,7 @@ def set_up(
     return Compute(
         device=chosen,
         precision=precision,
-        compile={"0": False, "1": True}.get(compile, kind == "cuda"),
+        compile=compile == "1" or compile == "auto" and kind == "cuda" and not lacking,
         channels_last=channels_last,
         rank=rank,
         world_size=world_size,
@@ -279,6 +294,28 @@ def available_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2
         return cores
+
+
+def missing_for_compile(kind: str) -> str:
+    """What torch.compile needs for a device of this kind, "cpu" or "cuda", and this machine lacks,
+    as text for a message; empty if nothing.
+
+    The code that inductor (for the CPU) and Triton (for CUDA) make and compile includes Python.h.
+    """
+    missing = []
+    if kind == "cuda":
+        if not find_spec("triton"):
+            missing.append("the package triton")
+        if not any(
+            map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])
+        ):
+            missing.append("a C compiler (gcc or clang, or the one that CC names)")
+    elif not shutil.which(os.environ.get("CXX", "g++")):
+        missing.append("a C++ compiler (g++, or the one that CXX names)")
+    # not the scheme of Debian's own Python, whose headers are elsewhere; Triton does the same
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        missing.append("Python's headers (Debian: python3-dev)")
+    return " and ".join(missing)
 
 
 def nvidia_devices(root: str = "/dev") -> str:

@@ -10,7 +10,7 @@ import timm
 
 from rsb_ffcv import InputError, __version__, option_names
 from rsb_ffcv.commands import train, write
-from rsb_ffcv.config.options import as_dict
+from rsb_ffcv.config.options import as_dict, config_files
 from rsb_ffcv.config.train import RECIPE, read_config, read_recipe
 from rsb_ffcv.reporting import log
 from rsb_ffcv.training.facts import changes
@@ -90,6 +90,33 @@ def test_resolved_config_json_is_a_recipe(given, tmp_path):
     lineage = {"lineage": [{"checkpoint": "a", "step": 3}]}  # which a branch has in addition
     log.write_json(tmp_path / "config.json", as_dict(c) | lineage)
     assert read_config("", [f"--config-file={tmp_path}/config.json"]) == c
+
+
+def test_installed_recipes_are_found_in_any_folder(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "rsb_configs/a2_600.yaml"
+    expected = read([f"--config-file={ROOT}/{name}", *given])
+    assert expected.training.epochs == 600
+    assert read([f"--config-file={name}", *given]) == expected
+    (tmp_path / "sub").mkdir()
+    own = tmp_path / "sub" / "own.yaml"
+    own.write_text(f"extends: {name}\nema: {{decay: 0.5}}")
+    assert as_dict(read([f"--config-file={own}", *given])) == as_dict(expected) | {
+        "ema": as_dict(expected)["ema"] | {"decay": 0.5}
+    }
+    assert config_files(["--config-file", name, "--config-file=a2_600.yaml"]) == [
+        f"{ROOT}/{name}",
+        "a2_600.yaml",
+    ]
+    for folder, epochs in ((tmp_path / "sub", 5), (tmp_path, 6)):
+        (folder / "rsb_configs").mkdir()
+        (folder / name).write_text(f"training: {{epochs: {epochs}}}")
+    assert read([f"--config-file={own}", *given]).training.epochs == 5
+    assert read([f"--config-file={name}", *given]).training.epochs == 6
+    for wrong in ("rsb_configs/a2.yaml", "a2_300.yaml", "sub/rsb_configs/a2_300.yaml"):
+        message = f"--config-file={wrong}: cannot be read .*recipes are in {ROOT}/rsb_configs"
+        with pytest.raises(InputError, match=message):
+            read([f"--config-file={wrong}", *given])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -572,3 +573,60 @@ def test_a_run_draws_the_numbers_of_torch_manual_seed():
     expected = torch.rand(3)
     where.seed(7)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """tools(*names): makes these programs the only ones on PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).touch(mode=0o755)
+
+    return make
+
+
+def test_what_torch_compile_lacks_is_named(tools, monkeypatch):
+    monkeypatch.setattr(compute.sysconfig, "get_path", lambda *_: os.environ["PATH"])
+    tools("Python.h")
+    for kind, compiler in (("cpu", "a C++ compiler (g++"), ("cuda", "a C compiler (gcc")):
+        assert compute.missing_for_compile(kind).startswith(compiler)
+    monkeypatch.setenv("CC", "icx")
+    tools("gcc", "g++")
+    assert not compute.missing_for_compile("cpu")
+    assert "that CC names" in compute.missing_for_compile("cuda")  # as Triton, which then fails
+    tools("icx")
+    assert not compute.missing_for_compile("cuda")
+    monkeypatch.setattr(compute, "find_spec", lambda name: None)
+    assert compute.missing_for_compile("cuda") == "the package triton"
+    Path(os.environ["PATH"], "Python.h").unlink()
+    assert compute.missing_for_compile("cpu") == "Python's headers (Debian: python3-dev)"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_without_a_compiler_auto_does_not_compile(tools, monkeypatch, capsys, kind):
+    def compiles(choice):
+        where = compute.set_up(
+            kind, "fp32", compile=choice, channels_last=True, threads=torch.get_num_threads()
+        )
+        return where.compile
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(compute, "_device_id", lambda device: "")
+    with pytest.raises(InputError, match=r"compute.compile=1: torch.compile needs .*compiler"):
+        compiles("1")
+    assert not compiles("0") and not compiles("auto")
+    lines = capsys.readouterr().err.splitlines()
+    if kind == "cpu":
+        assert not lines
+    else:
+        assert len(lines) == 1 and lines[0].startswith("warning: compute.compile=auto: ")
+    tools("gcc", "g++")
+    assert compiles("1") and compiles("auto") == (kind == "cuda") and not compiles("0")
+    assert not capsys.readouterr().err

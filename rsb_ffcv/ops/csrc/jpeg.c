@@ -16,6 +16,9 @@
  *     jpeg_planes.c    Huffman decoding, inverse DCT
  *     jpeg_pixels.c    upsampling, colours
  */
+#if !__has_include(<turbojpeg.h>)
+#error "turbojpeg.h is missing: install libturbojpeg's headers (Debian: libturbojpeg0-dev)"
+#endif
 #include <turbojpeg.h>
 
 #include "jpeg.h"
