@@ -195,7 +195,9 @@ def test_pinned_versions_satisfy_pyproject():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [
-        text for name in ("ffcv", "test", "dev") for text in project["optional-dependencies"][name]
+        text
+        for name in ("ffcv", "export", "test", "dev")
+        for text in project["optional-dependencies"][name]
     ]  # the others are not installed by the set-up
     for text in project["dependencies"] + extras:
         requirement = Requirement(text)
