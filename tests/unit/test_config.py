@@ -543,6 +543,50 @@ def test_finetune_recipe_equals_maes(given):
     assert c.model.pretrained and timm.get_pretrained_cfg(c.model.arch).mean == MEAN
 
 
+def test_documents_name_options_and_files_that_exist():
+    """Options, recipes and links of every page."""
+    known: dict[str, set[str]] = {}
+    for commands in (train.COMMANDS, write.COMMANDS):
+        for command in commands.values():
+            for name, section in command.sections.items():
+                known.setdefault(name, set()).update(item.name for item in fields(section))
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*.md")]
+    assert len(pages) > 8
+    option = re.compile(rf"(?<![\w./])({'|'.join(known)})\.(\w+)(\*?)(?![\w.(/])")
+    suffixes = {
+        "py",
+        "pt",
+        "json",
+        "jsonl",
+        "md",
+        "log",
+        "beton",
+        "csv",
+        "png",
+        "yaml",
+        "pt2",
+        "onnx",
+        "safetensors",
+    }
+    for page in pages:
+        text = page.read_text()
+        for section, name, star in option.findall(text):
+            found = [one for one in known[section] if one == name or star and one.startswith(name)]
+            assert found or name in suffixes, f"{page}: {section}.{name}"
+        for name in re.findall(r"rsb_configs/([\w]+\.yaml)", text):
+            assert (ROOT / "rsb_configs" / name).is_file(), f"{page}: {name}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            other = page.parent / target if target else page
+            assert other.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(other), f"{page}: {target}#{anchor}"
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+
+
 def test_page_of_options_is_up_to_date():
     """`make docs` writes it."""
     from rsb_ffcv.commands.options_page import page
