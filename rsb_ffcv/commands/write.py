@@ -53,6 +53,7 @@ def _write(c: options.WriteOptions) -> None:
         place,
         c.write_path,
         split=c.split,
+        val_share=c.val_share,
         subset=c.subset,
         num_workers=c.num_workers,
         chunk_size=c.chunk_size,
@@ -70,6 +71,7 @@ def _estimate(c: options.SourceOptions) -> None:
     dataset.estimate_splits(
         place,
         c.split,
+        val_share=c.val_share,
         subset=c.subset,
         num_workers=c.num_workers,
         chunk_size=c.chunk_size,

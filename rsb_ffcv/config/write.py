@@ -37,6 +37,13 @@ class SourceOptions:
         ),
     )
     split: str = option("", "train or val; empty: both", choices=("", "train", "val"))
+    val_share: float = option(
+        0.0,
+        "share of each class that goes to val, below 1, if the images have no val split "
+        "(<class>/<image>); 0: they have both splits",
+        low=0,
+        high=1,
+    )
     data_dir: str = option(
         REQUIRED,
         "folder of the images, a file or pattern of shards ({split}, {000..147}, {a,b}, *), or "

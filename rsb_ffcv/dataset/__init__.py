@@ -15,6 +15,7 @@ from rsb_ffcv import InputError, beton, counted, duration
 from rsb_ffcv.atomic import hidden
 from rsb_ffcv.dataset.append import concat
 from rsb_ffcv.dataset.assemble import merge, shard, subset
+from rsb_ffcv.dataset.division import divided
 from rsb_ffcv.dataset.inspect import export, info, verify
 from rsb_ffcv.dataset.picture import BadPicture, Encoding, Stored, conversion
 from rsb_ffcv.dataset.sources import Place, Source
@@ -50,6 +51,7 @@ def write_splits(
     write_path: str,
     *,
     split: str = "",
+    val_share: float = 0,
     subset: int = -1,
     num_workers: int = 1,
     chunk_size: int = 100,
@@ -68,6 +70,8 @@ def write_splits(
     write_path: the file if `split` is given, otherwise a folder for train.beton and val.beton. With
         `split`, an existing folder or a path that ends in "/" is also a folder
     split: "train", "val", or empty for both
+    val_share: share of each class that goes to val, of a dataset that has no val split; above 0 and
+        below 1. 0: the dataset has both splits. See division.divided
     subset: number of images to use, from the start of each split; -1: all
     num_workers: threads
     chunk_size: maximum number of encoded images that wait to be written
@@ -90,12 +94,13 @@ def write_splits(
         ) from error
     if not split and (target.suffix in (".beton", ".ffcv", ".dat") or stat.S_ISREG(mode)):
         raise InputError(
-            f"`write_path`={target}: is one file for two splits; give a folder, or `split`"
+            f"`write_path`={target}: is one file for two splits; give a folder"
+            + ("" if val_share else ", or `split`")
         )
     one_file = bool(split) and not (stat.S_ISDIR(mode) or write_path.endswith("/"))
     if report:
         hidden(Path(report), "part")  # raises now if it names no file
-    sources = _sources(place, split, subset)
+    sources = _sources(place, split, val_share=val_share, subset=subset, num_workers=num_workers)
     targets = {name: target if one_file else target / f"{name}.beton" for name in sources}
     needed = sum(
         _estimate(
@@ -118,6 +123,7 @@ def write_splits(
             f"`write_path`={target}: about {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} "
             f"GB are free; free space, choose another, or lower `max_resolution` or `jpeg_quality`"
         )
+    checksums = []
     for name, source in sources.items():
         began = time.monotonic()
         path = targets[name]
@@ -129,7 +135,7 @@ def write_splits(
             path,
             source,
             store=storing(source, encoding),
-            settings=settings_of(encoding),
+            settings=settings_of(encoding) | ({"val_share": val_share} if val_share else {}),
             num_workers=num_workers,
             chunk_size=chunk_size,
             on_error=on_error,
@@ -139,16 +145,32 @@ def write_splits(
         if not report and not written.about.counts["left out"]:
             named.unlink(missing_ok=True)  # of an earlier call
         _summary(written, source, time.monotonic() - began, report=on_error.report)
+        assert written.extras is not None  # as `about`
+        checksums.append(written.extras["checksum"])
+    if len(checksums) == 2 and (shared := int(np.isin(checksums[1], checksums[0]).sum())):
+        print(
+            f"images of val that are byte-identical to an image of train: {shared} of "
+            f"{len(checksums[1])}",
+            flush=True,
+        )
 
 
 @conversion()
 def estimate_splits(
-    place: Place, split: str, *, subset: int, num_workers: int, chunk_size: int, encoding: Encoding
+    place: Place,
+    split: str,
+    *,
+    val_share: float,
+    subset: int,
+    num_workers: int,
+    chunk_size: int,
+    encoding: Encoding,
 ) -> None:
     """Prints the size and time that write_splits would need.
 
     place: the dataset
     split: "train", "val", or empty for both
+    val_share: as in write_splits
     subset: number of images to use, from the start of each split; -1: all
     num_workers: threads
     chunk_size: maximum number of encoded images that wait
@@ -156,16 +178,32 @@ def estimate_splits(
 
     Raises InputError if a source cannot be used.
     """
-    for name, source in _sources(place, split, subset).items():
+    sources = _sources(place, split, val_share=val_share, subset=subset, num_workers=num_workers)
+    for name, source in sources.items():
         _estimate(name, source, encoding=encoding, num_workers=num_workers, chunk_size=chunk_size)
 
 
-def _sources(place: Place, split: str, subset: int) -> dict[str, Source]:
+def _sources(
+    place: Place, split: str, *, val_share: float, subset: int, num_workers: int
+) -> dict[str, Source]:
     if subset == 0:
         raise InputError("`subset`=0: no image would be written; give -1 for all")
-    from rsb_ffcv.dataset.readers import open_sources  # the commands on finished files need none
+    if not 0 <= val_share < 1:
+        raise InputError(
+            f"`val_share`={val_share}: must be above 0 and below 1, or 0 if there is a val split"
+        )
+    if val_share and split:
+        raise InputError(
+            f"`split`={split}: cannot be given with `val_share`={val_share}, which writes train "
+            f"and val; leave out one of them"
+        )
+    # The commands on finished files need no reader
+    from rsb_ffcv.dataset.readers import open_sources, open_undivided
 
-    sources = open_sources(place, [split] if split else ["train", "val"])
+    if val_share:
+        sources = divided(open_undivided(place), val_share, num_workers)
+    else:
+        sources = open_sources(place, [split] if split else ["train", "val"])
     return {
         name: source.first(subset) if subset > 0 else source for name, source in sources.items()
     }

@@ -1,5 +1,8 @@
 """Sources whose pictures are in folders, lists and archives: ImageNet as downloaded, unpacked or
-from Kaggle, Tiny-ImageNet, CSV."""
+from Kaggle, Tiny-ImageNet, CSV.
+
+The readers listed in readers.UNDIVIDED also take the split "": all images, of a dataset without
+validation images."""
 
 import csv
 import io
@@ -16,7 +19,16 @@ import numpy as np
 from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.dataset import synthetic
 from rsb_ffcv.dataset.files import Files, inside, open_root, opened, read_text, tar_members
-from rsb_ffcv.dataset.sources import IMAGE_SUFFIXES, Index, Place, Source, is_image, label_numbers
+from rsb_ffcv.dataset.sources import (
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    Index,
+    Place,
+    Source,
+    is_image,
+    label_numbers,
+    refuse_val,
+)
 
 Row = TypeVar("Row")
 
@@ -45,17 +57,21 @@ def _root(place: Place) -> Files:
 
 def image_folder(place: Place, split: str) -> Source:
     """<split>/<class>/.../<image> in a folder or in a tar file. A tar file may also contain
-    <class>/<image>, which is used for every split."""
+    <class>/<image>, which is used for every split. split "": <class>/.../<image>, also below
+    train/."""
     files, name = open_root(place.data_dir, place.follow_links)
     if name.endswith(".tar"):
-        return _image_tar(files, name, split)
+        return _image_tar(place, files, name=name, split=split)
     files = _root(place)
+    if not split:
+        return _undivided_folder(place, files)
     if not files.is_folder(split):
         found = files.folders("")[:5]
         content = f"the folders {', '.join(found)}" if found else "no folders"
         raise InputError(
             f"`data_dir`={place.data_dir}: has no folder '{split}' (it contains {content}); give "
-            f"the folder that contains train/<class>/ and val/<class>/"
+            f"the folder that contains train/<class>/ and val/<class>/, or `val_share` to divide "
+            f"<class>/<image>"
         )
     classes = _subfolders(files, split)
     other = "val" if split == "train" else "train"
@@ -70,12 +86,32 @@ def image_folder(place: Place, split: str) -> Source:
     return index.source(classes)
 
 
+def _undivided_folder(place: Place, files: Files) -> Source:
+    """<class>/.../<image>, below train/ if there is such a folder."""
+    # A folder that contains no folder is a class, whatever its name is
+    known = {
+        each: next((name for name in names if files.is_folder(name) and files.folders(name)), "")
+        for each, names in SPLIT_NAMES.items()
+    }
+    if known["val"]:
+        refuse_val(place, f"the folder '{known['val']}'")
+    classes = _subfolders(files, known["train"])
+    if len(classes) == 1:
+        raise InputError(
+            f"{files.path(known['train'])} has only the class folder '{classes[0]}'; give the "
+            f"folder that contains the class folders"
+        )
+    index = Index(files)
+    _class_folders(index, known["train"], classes)
+    return index.source(classes)
+
+
 def _subfolders(files: Files, name: str) -> list[str]:
     classes = files.folders(name)
     if not classes:
         raise InputError(
             f"{files.path(name)} has no class folder; move the images to "
-            f"{files.path(name)}/<class>/"
+            f"{files.path(name).rstrip('/')}/<class>/"
         )
     return classes
 
@@ -84,7 +120,7 @@ def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str 
     """Adds the images below folder/<class>/inner, and prints the number of other files."""
     left_out = 0
     for label, name in enumerate(classes):
-        where = f"{folder}/{name}/{inner}".rstrip("/")
+        where = "/".join(filter(None, (folder, name, inner)))
         if not index.files.is_folder(where):
             raise InputError(
                 f"class '{name}' has no folder {index.files.path(where)}; add its images or "
@@ -99,7 +135,7 @@ def _class_folders(index: Index, folder: str, classes: list[str], *, inner: str 
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}); add images or remove the folder"
             )
         for path in images:
-            index.add_file(path, label, path[len(folder) + 1 :])
+            index.add_file(path, label, path.removeprefix(f"{folder}/"))
     _report_skipped(index.files.path(folder), left_out)
 
 
@@ -112,7 +148,7 @@ def _report_skipped(where: str, count: int) -> None:
         )
 
 
-def _image_tar(files: Files, name: str, split: str) -> Source:
+def _image_tar(place: Place, files: Files, *, name: str, split: str) -> Source:
     path = files.path(name)
     with opened(files, name) as file:
         everything = list(tar_members(file, path))
@@ -122,6 +158,10 @@ def _image_tar(files: Files, name: str, split: str) -> Source:
         raise InputError(
             f"{path}: contains no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give another archive"
         )
+    if not split:
+        if any(re.search(r"(^|/)val/[^/]+/[^/]", member[0]) for member in members):
+            refuse_val(place, "the folder 'val'")
+        split = "train"
     prefix, wanted = "", []
     while True:  # removes the folders that contain everything, except for the class folder
         wanted = [member for member in members if member[0].startswith(f"{prefix}{split}/")]
@@ -407,11 +447,13 @@ def csv_list(place: Place, split: str) -> Source:
     """<split>.csv in a folder, or one file. Each line is `path,label`; a header line is optional.
     Paths are relative to the file's folder."""
     files, name = open_root(place.data_dir, place.follow_links)
-    name = name or f"{split}.csv"
+    if not name and not split and files.is_file("val.csv"):
+        refuse_val(place, "val.csv")
+    name = name or f"{split or 'train'}.csv"
     if not files.is_file(name):
         raise InputError(
             f"{files.path(name)} is missing; give the folder that contains train.csv and val.csv, "
-            f"or one file with `split`"
+            f"or one file with `split` or `val_share`"
         )
     pairs = _csv_pairs(files, name)
     other = f"{'val' if split == 'train' else 'train'}.csv"
@@ -454,7 +496,7 @@ def _csv_pairs(files: Files, name: str) -> list[tuple[str, str]]:
 
 def python_callable(place: Place, split: str) -> Source:
     """The (path, label) pairs that module:function(split) returns. Paths are relative to
-    data_dir."""
+    data_dir. split "": those of train."""
     from importlib import import_module
 
     files = _root(place)
@@ -468,7 +510,7 @@ def python_callable(place: Place, split: str) -> Source:
     try:
         pairs = [
             (str(path), str(label))
-            for path, label in getattr(import_module(module), function)(split)
+            for path, label in getattr(import_module(module), function)(split or "train")
         ]
     except Exception as error:  # raised by the user's code
         raise InputError(

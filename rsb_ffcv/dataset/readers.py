@@ -10,7 +10,7 @@ from rsb_ffcv import InputError, check_choice
 from rsb_ffcv.dataset import layouts, shards
 from rsb_ffcv.dataset.files import open_root, read_text
 from rsb_ffcv.dataset.picture import BadPicture
-from rsb_ffcv.dataset.sources import SPLIT_NAMES, Place, Source
+from rsb_ffcv.dataset.sources import SPLIT_NAMES, Place, Source, refuse_val
 
 READERS = {
     "imagenet": layouts.image_folder,
@@ -28,6 +28,17 @@ READERS = {
     "cifar100": shards.torchvision,
     "imagenette": shards.torchvision,
 }
+# Datasets that may have no validation images. With the split "", their readers return all images
+UNDIVIDED = {"imagenet", "csv", "callable", "webdataset", "parquet", "datasets"}
+
+
+def open_undivided(place: Place) -> Source:
+    """Opens a dataset that has no val split: all its images. Raises InputError, also if it has
+    one."""
+    check_choice("dataset", place.dataset, READERS)
+    if place.dataset not in UNDIVIDED:
+        refuse_val(place, f"every `dataset`={place.dataset} has")
+    return _open(place, [""])[""]
 
 
 def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
@@ -36,6 +47,10 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
     check_choice("dataset", place.dataset, READERS)
     for split in splits:
         check_choice("split", split, SPLIT_NAMES)
+    return _open(place, splits)
+
+
+def _open(place: Place, splits: list[str]) -> dict[str, Source]:
     reader = READERS[place.dataset]
     try:
         sources = {split: reader(place, split) for split in splits}
@@ -70,7 +85,7 @@ def open_sources(place: Place, splits: list[str]) -> dict[str, Source]:
     ):
         raise InputError(
             f"`data_dir`={place.data_dir}: train and val would contain the same images; give "
-            f"`split`, or {{split}} in a pattern"
+            f"`split`, {{split}} in a pattern, or `val_share` to divide them"
         )
     return sources
 

@@ -28,6 +28,7 @@ from rsb_ffcv.dataset.sources import (
     Place,
     Source,
     label_numbers,
+    refuse_val,
 )
 
 GROUPS_KEPT = 4  # parquet row groups in memory at once
@@ -37,25 +38,35 @@ def shard_names(place: Place, split: str, suffix: str) -> tuple[Files, list[str]
     """Returns (root, names of the split's shards).
 
     place.data_dir is a folder or a pattern (`{split}`, `{000..147}`, `{a,b}`, `*`). In a folder,
-    the shards are used whose file or folder name contains the split's name. suffix: end of the
-    shards' names. Raises InputError if there are none.
+    the shards are used whose file or folder name contains the split's name. split "": those of
+    train, or all if there are none. suffix: end of the shards' names. Raises InputError if there
+    are none, and with split "" if there are shards of val.
     """
     import bracex
 
+    if not split and "{split}" in place.data_dir:
+        refuse_val(place, "{split} stands for train and val")
     pattern = place.data_dir.replace("{split}", split)
     files, name = open_root(pattern, place.follow_links)
     if not name:
-        words = "|".join(SPLIT_NAMES[split])
-        found = [
-            path
-            for path in files.list()
-            if path.endswith(suffix) and re.search(rf"(^|[^a-z])({words})([^a-z]|$)", path.lower())
-        ]
+        everything = [path for path in files.list() if path.endswith(suffix)]
+        known = {
+            each: [
+                path
+                for path in everything
+                if re.search(rf"(^|[^a-z])({'|'.join(words)})([^a-z]|$)", path.lower())
+            ]
+            for each, words in SPLIT_NAMES.items()
+        }
+        if not split and known["val"]:
+            refuse_val(place, known["val"][0])
+        found = known[split] if split else known["train"] or everything
         if not found:
+            words = f" with {' or '.join(SPLIT_NAMES[split])} in its name" if split else ""
             raise InputError(
-                f"`data_dir`={place.data_dir}: contains no {suffix} file with "
-                f"{words.replace('|', ' or ')} in its name; give a pattern, such as "
-                f"{place.data_dir}/{{split}}-{{000..147}}{suffix}"
+                f"`data_dir`={place.data_dir}: contains no {suffix} file{words}; give a pattern, "
+                f"such as {place.data_dir}/{{split}}-{{000..147}}{suffix}"
+                + (", or `val_share` to divide all" if everything and split else "")
             )
         return files, found
     found, listed = [], None
@@ -427,17 +438,22 @@ class _RowGroups:
 
 
 def hugging_face(place: Place, split: str) -> Source:
-    """A dataset of the `datasets` library, given by its name or by the folder of its files."""
+    """A dataset of the `datasets` library, given by its name or by the folder of its files. split
+    "": its train split, or its only one."""
     import datasets
 
-    names = "|".join(SPLIT_NAMES[split])
+    names = SPLIT_NAMES[split or "train"]
     try:
         known = datasets.get_dataset_split_names(place.data_dir)
-        theirs = next((name for name in known if name in SPLIT_NAMES[split]), None)
+        if not split and (val := next((name for name in known if name in SPLIT_NAMES["val"]), "")):
+            refuse_val(place, f"the split {val}")
+        theirs = next((name for name in known if name in names), None)
+        if theirs is None and not split and len(known) == 1:
+            theirs = known[0]
         if theirs is None:
             raise InputError(
                 f"`data_dir`={place.data_dir}: has the splits {', '.join(known)}, but none of "
-                f"{names.replace('|', ', ')}; give another dataset, or `split`"
+                f"{', '.join(names)}; give another dataset, `split` or `val_share`"
             )
         table = datasets.load_dataset(place.data_dir, split=theirs)
     except InputError:

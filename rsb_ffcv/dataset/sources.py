@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from typing import NoReturn
 
 import numpy as np
 
@@ -49,6 +50,7 @@ class Source:
     origin: place of the first picture
     place(index): the place of a picture, for messages
     stamp(index): changes when the picture's file changes
+    size(index): bytes of a picture's file, or None if they are not known without reading it
     """
 
     classes: list[str]
@@ -60,6 +62,7 @@ class Source:
     origin: str = ""
     place: Callable[[int], str] = None  # type: ignore[assignment]  # set by __post_init__
     stamp: Callable[[int], tuple] = lambda index: ()
+    size: Callable[[int], int | None] = lambda index: None
 
     def __post_init__(self) -> None:
         self.names, self.classes, self.titles = (
@@ -80,11 +83,24 @@ class Source:
 
     def first(self, count: int) -> "Source":
         """The first `count` pictures, or all if there are fewer."""
+        return self.chosen(np.arange(min(count, len(self))))
+
+    def chosen(self, numbers: np.ndarray) -> "Source":
+        """The pictures with these numbers, in this order."""
+        kept = numbers.tolist()
         return replace(
             self,
-            names=self.names[:count],
-            labels=self.labels[:count],
-            faults={index: why for index, why in self.faults.items() if index < count},
+            names=[self.names[number] for number in kept],
+            labels=self.labels[numbers],
+            faults={
+                index: self.faults[number]
+                for index, number in enumerate(kept)
+                if number in self.faults
+            },
+            read=lambda index: self.read(kept[index]),
+            place=lambda index: self.place(kept[index]),
+            stamp=lambda index: self.stamp(kept[index]),
+            size=lambda index: self.size(kept[index]),
         )
 
     def picture(self, index: int) -> bytes | np.ndarray:
@@ -155,6 +171,13 @@ class Index:
             self._stamps[path] = self.files.stamp(self.paths[path])
         return start, *self._stamps[path]
 
+    def size(self, index: int) -> int | None:
+        path, _, length = self._ranges[3 * index : 3 * index + 3]
+        if length >= 0:
+            return length
+        stamp = self.files.stamp(self.paths[path])  # empty if the file is remote
+        return stamp[0] if stamp else None
+
     def place(self, index: int) -> str:
         path, _, length = self._ranges[3 * index : 3 * index + 3]
         return self.files.path(self.paths[path]) + (f": {self.names[index]}" if length >= 0 else "")
@@ -174,6 +197,7 @@ class Index:
             origin=f"{self.files.path(self.paths[0])}:{self._ranges[1]}",
             place=self.place,
             stamp=self.stamp,
+            size=self.size,
         )
 
 
@@ -196,6 +220,14 @@ class Place:
     callable: str = ""
     image_column: str = ""
     label_column: str = ""
+
+
+def refuse_val(place: Place, found: str) -> NoReturn:
+    """Raises InputError: `val_share` is given, and the dataset has validation images."""
+    raise InputError(
+        f"`val_share`: `data_dir`={place.data_dir} has validation images ({found}); leave out "
+        f"`val_share`, or give only the images to divide"
+    )
 
 
 def is_image(path: str) -> bool:
