@@ -36,6 +36,7 @@ __all__ = [
     "write_splits",
 ]
 SAMPLED = 100  # number of pictures that an estimate encodes
+SHOWN_CLASSES = 30  # number of classes whose counts are printed
 # For messages, what was done with a number of pictures; see beton.About.counts
 HOW = {
     "kept": "JPEGs copied unchanged",
@@ -274,13 +275,14 @@ def _summary(written: beton.Beton, source: Source, seconds: float, *, report: Pa
         f"{written.num_bytes / 1e6:.1f} MB, in {duration(seconds)} "
         f"({', '.join(f'{count} {HOW[how]}' for how, count in counts.items() if count)})"
     )
-    print(
-        "images per class: "
-        + ", ".join(
-            f"{name} {count}" + (f" of {expected}" if count < expected else "")
-            for name, count, expected in zip(source.classes, found.tolist(), total.tolist())
-        )
-    )
+    shown = [
+        f"{name} {count}" + (f" of {expected}" if count < expected else "")
+        for name, count, expected in zip(source.classes, found.tolist(), total.tolist())
+        if len(found) <= SHOWN_CLASSES or count < expected
+    ]
+    if len(found) > SHOWN_CLASSES:
+        shown = [f"{found.min()} to {found.max()}", *shown[:SHOWN_CLASSES]]
+    print("images per class: " + ", ".join(shown))
     order = np.argsort(written.extras["checksum"], kind="stable")
     firsts = np.flatnonzero(
         np.diff(written.extras["checksum"][order], prepend=~written.extras["checksum"][order[:1]])

@@ -210,6 +210,26 @@ def test_single_split_is_checked_against_the_classes_of_both(tmp_path):
         )
 
 
+def test_many_classes_are_summarized(tmp_path, capsys):
+    """Those that lack images are named."""
+    for label in range(40):
+        folder = tmp_path / "in" / "train" / f"c{label:02d}"
+        folder.mkdir(parents=True)
+        for number in range(1 + label % 3):
+            pixels = np.full((8, 8, 3), 5 * label + number, np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "in" / "train" / "c07" / "1.png").write_bytes(b"damaged")
+    write_splits(
+        Place(dataset="imagenet", data_dir=str(tmp_path / "in")),
+        str(tmp_path / "a.beton"),
+        split="train",
+        num_workers=1,
+        skip=True,
+        max_skipped=0.1,
+    )
+    assert "images per class: 1 to 3, c07 1 of 2\n" in capsys.readouterr().out
+
+
 def test_unwritable_demo_folder_is_an_error(tmp_path):
     with pytest.raises(
         InputError, match="/dev/null/x/train: cannot be .*; choose another `data_dir`"
