@@ -168,7 +168,11 @@ class Beton(Images):
     def fingerprint(self) -> str:
         """Differs between files with different images, labels or order. A copy under another name
         has the same fingerprint. That of several files does not depend on where one ends."""
-        parts = [self.sizes, self.labels.astype(np.uint64)]
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        parts = [self.sizes, self.labels.view(np.uint64)]
         if len(self.paths) == 1:
             parts.insert(0, self.pointers)
         if self.extras is not None:
@@ -190,7 +194,8 @@ def read_images(structure: Structure, name: str) -> Images:
     stored = sizes if extras is None else sizes + extras["entry_bytes"]
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
-    raw_bytes = heights.astype(np.uint64) * widths * 3
+    raw_bytes = np.multiply(heights, widths, dtype=np.uint64)
+    raw_bytes *= 3
     for bad, what in (
         (structure.outside(pointers, stored) | (stored < sizes), "points outside the file"),
         ((heights == 0) | (widths == 0), "has no pixels"),
@@ -336,6 +341,7 @@ def common_classes(
                 classes,
                 key=(lambda name: (len(name), name)) if all(map(str.isdigit, classes)) else None,
             )
+    places = {name: number for number, name in enumerate(classes)}
     numbers = []
     for file, names in zip(files, lists):
         if names is None:
@@ -345,7 +351,6 @@ def common_classes(
                     f"classes of the other files; merge it with files of the same classes"
                 )
             names = classes[: file.num_classes]
-        places = {name: number for number, name in enumerate(classes)}
         numbers.append(np.array([places[name] for name in names], np.int64))
     titles: dict[str, str] = {}
     for file in files:
