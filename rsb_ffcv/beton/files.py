@@ -6,7 +6,7 @@ sample. Their pointers are checked and can be passed to native code.
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -147,23 +147,45 @@ class Beton(Images):
         """The samples' names: their paths within the source, or `sample_<number>` if a file has no
         names. Raises InputError if they are damaged, OSError if they cannot be read."""
         found: list[str] = []
-        counts = np.bincount(self.files, minlength=len(self.paths)).tolist()
-        for path, place, count in zip(self.paths, self.names_at, counts):
-            if place is None:
-                found += [f"sample_{number:08d}" for number in range(count)]
-                continue
-            start, length, expected = place
-            with open(path, "rb") as file:
-                file.seek(start)
-                text = np.fromfile(file, np.uint8, length)
-            names = text.tobytes().split(b"\0")[:-1]
-            if checksum(text) != expected or len(names) != count:
-                raise InputError(
-                    f"{path}: damaged: the samples' names do not match their checksum; write it "
-                    f"again with write_ffcv.py"
-                )
-            found += [name.decode("utf-8", "surrogateescape") for name in names]
+        for number, count in enumerate(np.bincount(self.files).tolist()):
+            if (text := self._names_of_file(number)) is None:
+                found += [f"sample_{inside:08d}" for inside in range(count)]
+            else:
+                found += text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
         return found
+
+    def names_of(self, samples: Iterable[int]) -> dict[int, str]:
+        """The names of a few samples, as in `names`, without making all of them. Raises the same
+        errors, for the files of these samples."""
+        chosen, found = np.unique(np.fromiter(samples, np.int64)), dict[int, str]()
+        for number in np.unique(self.files[chosen]).tolist():
+            text, first = self._names_of_file(number), int(np.searchsorted(self.files, number))
+            ends = np.flatnonzero(text == 0) if text is not None else ()
+            for index in chosen[self.files[chosen] == number].tolist():
+                inside = index - first
+                if text is None:
+                    found[index] = f"sample_{inside:08d}"
+                    continue
+                name = text[ends[inside - 1] + 1 if inside else 0 : ends[inside]].tobytes()
+                found[index] = name.decode("utf-8", "surrogateescape")
+        return found
+
+    def _names_of_file(self, number: int) -> np.ndarray | None:
+        """The names of a file's samples, uint8, each with a zero after it; None if it has none."""
+        path, place = self.paths[number], self.names_at[number]
+        if place is None:
+            return None
+        start, length, expected = place
+        with open(path, "rb") as file:
+            file.seek(start)
+            text = np.fromfile(file, np.uint8, length)
+        ends, count = np.count_nonzero(text == 0), np.count_nonzero(self.files == number)
+        if checksum(text) != expected or ends != count:
+            raise InputError(
+                f"{path}: damaged: the samples' names do not match their checksum; write it "
+                f"again with write_ffcv.py"
+            )
+        return text
 
     def fingerprint(self) -> str:
         """Differs between files with different images, labels or order. A copy under another name
