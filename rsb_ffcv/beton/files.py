@@ -6,7 +6,7 @@ sample. Their pointers are checked and can be passed to native code.
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -147,28 +147,54 @@ class Beton(Images):
         """The samples' names: their paths within the source, or `sample_<number>` if a file has no
         names. Raises InputError if they are damaged, OSError if they cannot be read."""
         found: list[str] = []
-        counts = np.bincount(self.files, minlength=len(self.paths)).tolist()
-        for path, place, count in zip(self.paths, self.names_at, counts):
-            if place is None:
-                found += [f"sample_{number:08d}" for number in range(count)]
-                continue
-            start, length, expected = place
-            with open(path, "rb") as file:
-                file.seek(start)
-                text = np.fromfile(file, np.uint8, length)
-            names = text.tobytes().split(b"\0")[:-1]
-            if checksum(text) != expected or len(names) != count:
-                raise InputError(
-                    f"{path}: damaged: the samples' names do not match their checksum; write it "
-                    f"again with write_ffcv.py"
-                )
-            found += [name.decode("utf-8", "surrogateescape") for name in names]
+        for number, count in enumerate(np.bincount(self.files).tolist()):
+            if (text := self._names_of_file(number)) is None:
+                found += [f"sample_{inside:08d}" for inside in range(count)]
+            else:
+                found += text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
         return found
+
+    def names_of(self, samples: Iterable[int]) -> dict[int, str]:
+        """The names of a few samples, as in `names`, without making all of them. Raises the same
+        errors, for the files of these samples."""
+        chosen, found = np.unique(np.fromiter(samples, np.int64)), dict[int, str]()
+        for number in np.unique(self.files[chosen]).tolist():
+            text, first = self._names_of_file(number), int(np.searchsorted(self.files, number))
+            ends = np.flatnonzero(text == 0) if text is not None else ()
+            for index in chosen[self.files[chosen] == number].tolist():
+                inside = index - first
+                if text is None:
+                    found[index] = f"sample_{inside:08d}"
+                    continue
+                name = text[ends[inside - 1] + 1 if inside else 0 : ends[inside]].tobytes()
+                found[index] = name.decode("utf-8", "surrogateescape")
+        return found
+
+    def _names_of_file(self, number: int) -> np.ndarray | None:
+        """The names of a file's samples, uint8, each with a zero after it; None if it has none."""
+        path, place = self.paths[number], self.names_at[number]
+        if place is None:
+            return None
+        start, length, expected = place
+        with open(path, "rb") as file:
+            file.seek(start)
+            text = np.fromfile(file, np.uint8, length)
+        ends, count = np.count_nonzero(text == 0), np.count_nonzero(self.files == number)
+        if checksum(text) != expected or ends != count:
+            raise InputError(
+                f"{path}: damaged: the samples' names do not match their checksum; write it "
+                f"again with write_ffcv.py"
+            )
+        return text
 
     def fingerprint(self) -> str:
         """Differs between files with different images, labels or order. A copy under another name
         has the same fingerprint. That of several files does not depend on where one ends."""
-        parts = [self.sizes, self.labels.astype(np.uint64)]
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        parts = [self.sizes, self.labels.view(np.uint64)]
         if len(self.paths) == 1:
             parts.insert(0, self.pointers)
         if self.extras is not None:
@@ -190,7 +216,8 @@ def read_images(structure: Structure, name: str) -> Images:
     stored = sizes if extras is None else sizes + extras["entry_bytes"]
     heights, widths = (image[side].astype(np.uint16) for side in ("height", "width"))
     modes = image["mode"].copy()
-    raw_bytes = heights.astype(np.uint64) * widths * 3
+    raw_bytes = np.multiply(heights, widths, dtype=np.uint64)
+    raw_bytes *= 3
     for bad, what in (
         (structure.outside(pointers, stored) | (stored < sizes), "points outside the file"),
         ((heights == 0) | (widths == 0), "has no pixels"),
@@ -336,6 +363,7 @@ def common_classes(
                 classes,
                 key=(lambda name: (len(name), name)) if all(map(str.isdigit, classes)) else None,
             )
+    places = {name: number for number, name in enumerate(classes)}
     numbers = []
     for file, names in zip(files, lists):
         if names is None:
@@ -345,7 +373,6 @@ def common_classes(
                     f"classes of the other files; merge it with files of the same classes"
                 )
             names = classes[: file.num_classes]
-        places = {name: number for number, name in enumerate(classes)}
         numbers.append(np.array([places[name] for name in names], np.int64))
     titles: dict[str, str] = {}
     for file in files:

@@ -240,19 +240,26 @@ class Structure:
     def sizes(self, pointers: np.ndarray) -> np.ndarray:
         """uint64: the bytes that the file has for each of `pointers`, uint64. Raises InputError if
         one is not in the allocation table, or points outside the file."""
-        rows = np.minimum(np.searchsorted(self.table["ptr"], pointers), len(self.table) - 1)
-        missing = self.table["ptr"][rows] != pointers
-        if missing.any():
-            self.refuse(
-                f"damaged: sample {int(np.argmax(missing))} is not in the allocation table "
-                f"({int(missing.sum())} such samples)"
-            )
-        sizes = self.table["size"][rows].copy()
+        known = self.table["ptr"]
+        if np.array_equal(known, pointers) and (known[1:] > known[:-1]).all():
+            sizes = self.table["size"].copy()  # one row per sample, in the same order
+        else:
+            rows = np.minimum(np.searchsorted(known, pointers), len(known) - 1)
+            missing = known[rows] != pointers
+            if missing.any():
+                self.refuse(
+                    f"damaged: sample {int(np.argmax(missing))} is not in the allocation table "
+                    f"({int(missing.sum())} such samples)"
+                )
+            sizes = self.table["size"][rows]
         self.refuse_any(self.outside(pointers, sizes), "points outside the file")
         return sizes
 
     def outside(self, pointers: np.ndarray, sizes: np.ndarray | np.uint64) -> np.ndarray:
         """bool: whether the bytes at a pointer are not all in the file, behind its metadata."""
+        end = int(pointers.max()) + int(sizes.max())
+        if pointers.min() >= self.first and end <= self.num_bytes:  # the usual case, without copies
+            return np.zeros(len(pointers), bool)
         # The subtraction is on the right side, where it cannot be negative: a sum of two 64-bit
         # numbers from the file could overflow
         return (
@@ -321,7 +328,6 @@ def read_structure(
                     f"truncated: {num_bytes} bytes, and the metadata of {num_samples} samples end "
                     f"at {metadata_end}"
                 )
-            metadata = np.fromfile(file, metadata_type, num_samples)
             # The table may be empty if all values are in the metadata.
             paged = bool({field.type_id for field in fields} & set(METADATA) - SCALARS)
             needed = ALLOCATION.itemsize if paged else 0
@@ -333,16 +339,24 @@ def read_structure(
                     f"truncated: {num_bytes} bytes do not contain the allocation table that "
                     f"starts at {table_start}"
                 )
-            file.seek(table_start)
-            table = np.fromfile(file, ALLOCATION)
-            file.seek(0)
-            structure = structure_checksum(file.read(metadata_end), table)
+            # Both in one buffer, because one checksum covers them: copies of the structure of
+            # millions of samples are large
+            padding = -metadata_start % 8  # aligns the metadata
+            buffer = np.empty(padding + metadata_end + num_bytes - table_start, np.uint8)[padding:]
+            front, rest = np.split(buffer, [metadata_end])
+            for part, start in ((front, 0), (rest, table_start)):
+                file.seek(start)
+                if file.readinto(part) < part.nbytes:
+                    refuse("truncated: it became shorter while it was read")
+            metadata, table = front[metadata_start:].view(metadata_type), rest.view(ALLOCATION)
+            if (table["ptr"][1:] < table["ptr"][:-1]).any():
+                table = table[np.argsort(table["ptr"], kind="stable")]
             extras, about, names_at = _read_extras(
                 file,
                 header,
                 table_start=table_start,
                 metadata_end=metadata_end,
-                structure=structure,
+                structure=checksum(buffer),
                 paged=paged,
                 refuse=refuse,
             )
@@ -360,7 +374,7 @@ def read_structure(
         num_bytes=num_bytes,
         fields=fields,
         metadata=metadata,
-        table=table[np.argsort(table["ptr"], kind="stable")],
+        table=table,
         first=metadata_end,
         extras=extras,
         about=about,
@@ -400,15 +414,13 @@ def write_structure(
     for row, (name, type_id) in zip(fields, (("image", IMAGE_TYPE_ID), ("label", INT_TYPE_ID))):
         row["type_id"] = type_id
         row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    text = b"".join(name.encode("utf-8", "surrogateescape") + b"\0" for name in names)
+    text = "\0".join([*names, ""]).encode("utf-8", "surrogateescape")
     known = json.dumps(asdict(about), ensure_ascii=False, separators=(",", ":")).encode(
         "utf-8", "surrogateescape"
     )
     end += -end % PAGE_BYTES
     head["alloc_table_ptr"] = end + extras.nbytes + len(text) + len(known) + TRAILER.itemsize
-    front = b"".join(part.tobytes() for part in (head, fields, metadata))
-    # Overwrites with zeros what was there before: it is no part of the file
-    gap = bytes(max(0, int(metadata["f0"]["data_ptr"].min()) - len(front)))
+    front = b"".join((head, fields, metadata))
     text_part, known_part = np.frombuffer(text, np.uint8), np.frombuffer(known, np.uint8)
     trailer = make_trailer(
         extras,
@@ -417,6 +429,8 @@ def write_structure(
         about=known_part,
         structure=structure_checksum(front, table),
     )
+    # Overwrites with zeros what was there before: it is no part of the file
+    front += bytes(max(0, int(metadata["f0"]["data_ptr"].min()) - len(front)))
     with open(path, "r+b") as file:
         file.truncate(end)
         file.seek(end)
@@ -424,9 +438,9 @@ def write_structure(
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-        before_front(front + gap)
+        before_front(front)
         file.seek(0)
-        file.write(front + gap)
+        file.write(front)
         file.flush()
         os.fsync(file.fileno())
 
@@ -438,7 +452,7 @@ def front_bytes(count: int) -> int:
 
 def structure_checksum(front: bytes, table: np.ndarray) -> int:
     """The checksum of the file's structure. front: header, descriptors and metadata."""
-    return checksum(np.frombuffer(front + table.tobytes(), np.uint8))
+    return checksum(np.frombuffer(b"".join((front, table)), np.uint8))
 
 
 def make_trailer(
@@ -482,7 +496,7 @@ def _read_extras(
     header: its HEADER
     table_start: first byte of the allocation table
     metadata_end: the byte after the metadata
-    structure: result of structure_checksum
+    structure: its checksum, as of structure_checksum
     paged: whether the file has data outside its metadata
     refuse: raises InputError with a reason and, optionally, a fix
     """

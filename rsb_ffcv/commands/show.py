@@ -61,7 +61,7 @@ def show(
             f"fewer"
         )
     stored = [Image.fromarray(picture) for picture in _stored(file, chosen)]
-    names = file.names()
+    names = file.names_of(chosen.tolist())
     titles = file.about.titles if file.about else []
     labels = [
         f"{index}  {file.class_name(label)}\n{titles[label] if titles else names[index]}"

@@ -60,7 +60,9 @@ def findings(
     losses = per_image[:, 2]
     # A loss that is not a number is the worst of all
     rank = np.argsort(-np.nan_to_num(losses, nan=np.inf, posinf=np.inf), kind="stable")
-    names = beton.names()
+    confused = list(_confused(labels, predicted, rank, classes=classes))
+    worst = rank[:WORST].tolist()
+    names = beton.names_of([*worst, *(one for *_, shown in confused for one in shown)])
 
     def image(sample: int) -> dict[str, Any]:
         about = {
@@ -86,9 +88,9 @@ def findings(
         "classes": _classes(beton, classes, predicted=predicted, in_five=per_image[:, 1] > 0),
         "confused": [
             {"label": true, "predicted": wrong, "images": count, "examples": [*map(image, shown)]}
-            for true, wrong, count, shown in _confused(labels, predicted, rank, classes=classes)
+            for true, wrong, count, shown in confused
         ],
-        "worst": [image(int(sample)) for sample in rank[:WORST]],
+        "worst": [*map(image, worst)],
     }
 
 

@@ -81,6 +81,55 @@ def test_each_epoch_has_a_new_permutation():
     assert (order("sequential").indices == np.arange(1000)).all()
 
 
+def slow_order(keys, window_keys, files, *, pointers, sizes, window_bytes):
+    """The definition of quasi_random, one sample after another. With one window: of random."""
+    count, total = len(keys), 0
+    found: dict[int, list[int]] = {}
+    window: dict[int, int] = {}
+    for sample in sorted(range(count), key=lambda sample: (files[sample], pointers[sample])):
+        total += sizes[sample]
+        found.setdefault((total - 1) // CHUNK_BYTES, []).append(sample)
+    chunks, total = list(found.values()), 0
+    for chunk in sorted(range(len(chunks)), key=lambda chunk: (window_keys[chunk], chunk)):
+        total += sum(sizes[sample] for sample in chunks[chunk])
+        window |= dict.fromkeys(chunks[chunk], (total - 1) // window_bytes)
+    return sorted(range(count), key=lambda sample: (window[sample], keys[sample], sample))
+
+
+@pytest.mark.parametrize("bits", [2, 11, 20, 64])  # of the draws, the others are 0
+@pytest.mark.parametrize("sorted_by_place", [True, False])
+def test_orders_are_those_of_a_stable_sort_also_of_equal_draws(monkeypatch, bits, sorted_by_place):
+    from rsb_ffcv.ops import draws
+
+    rng = np.random.default_rng(bits)
+    drawn = {
+        op: rng.integers(0, 1 << 64, 3000, np.uint64) >> np.uint64(64 - bits)
+        for op in (draws.ORDER, draws.WINDOW)
+    }
+    monkeypatch.setattr(draws, "words64", lambda seed, epoch, op, count: drawn[op][:count])
+    sizes = rng.integers(1, 60_000, 3000)
+    pointers = (np.cumsum(sizes) - sizes)[slice(None) if sorted_by_place else rng.permutation(3000)]
+    files = np.sort(rng.integers(0, 3, 3000))
+    for kind, window_bytes in (("random", 1 << 40), ("quasi_random", 7 << 20)):
+        made = epoch_order(
+            kind,
+            0,
+            0,
+            files=files.astype(np.uint16),
+            pointers=pointers.astype(np.uint64),
+            sizes=sizes.astype(np.uint64),
+            window_bytes=window_bytes,
+        )
+        assert made.indices.tolist() == slow_order(
+            drawn[draws.ORDER].tolist(),
+            drawn[draws.WINDOW].tolist(),
+            files.tolist(),
+            pointers=pointers.tolist(),
+            sizes=sizes.tolist(),
+            window_bytes=window_bytes,
+        )
+
+
 def test_quasi_random_stays_within_its_windows():
     """Between two starts are only samples of the window's extents. Every byte is in one window. No
     window is larger than requested."""

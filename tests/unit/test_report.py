@@ -77,8 +77,8 @@ class File(SimpleNamespace):
     def __len__(self):
         return len(self.labels)
 
-    def names(self):
-        return [f"{HOSTILE}_{number}.jpg" for number in range(len(self))]
+    def names_of(self, samples):
+        return {number: f"{HOSTILE}_{number}.jpg" for number in samples}
 
     def fingerprint(self):
         return "0123456789abcdef"

@@ -66,7 +66,10 @@ def test_description_does_not_depend_on_the_split_into_files(betons, shards):
         read_beton(path)
         for path in (betons / "train.beton", f"{shards}/5/*.beton", f"{shards}/2/*.beton")
     )
-    assert five.names() == two.names() == whole.names()
+    names = whole.names()
+    assert five.names() == two.names() == names
+    for file in (whole, five, two):
+        assert file.names_of([95, 0, 40, 95]) == {place: names[place] for place in (0, 40, 95)}
     assert five.fingerprint() == two.fingerprint() != whole.fingerprint()
     assert five.about is not None and whole.about is not None
     assert five.about.classes == whole.about.classes and five.about.counts == whole.about.counts
