@@ -12,7 +12,7 @@ set -eu
 images=${1:?give the folder of images} out=${2:?give the folder of the result}
 shift 2
 
-# 1. Divide the images into train and val (10 % of each class), and write both to one file each.
+# 1. Divide the images into train and val (about 10 % of each class), and write both to one file each.
 python write_ffcv.py --cfg.data_dir="$images" --cfg.write_path="$out" --cfg.val_share=0.1 \
     --cfg.max_resolution=500
 

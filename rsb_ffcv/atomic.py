@@ -35,13 +35,18 @@ def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     """Yields a binary file for writing. When the block ends, the file is flushed to disk and
     renamed to `path`, and the folder is flushed.
 
-    If the block raises, the previous file at `path` is kept and the unfinished file is removed.
-    If the file cannot be written (no such folder, no permission, full disk), InputError is raised.
-    Its message contains `path`, and `fix`: what the user can do.
+    If the block raises, the previous file at `path` is kept and the unfinished file is removed. If
+    `path` is a symbolic link, the file that it names is replaced. If the file cannot be written (no
+    such folder, no permission, full disk, a device), InputError is raised. Its message contains
+    `path`, and `fix`: what the user can do.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     temporary = hidden(path, "part")
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file; {fix}")
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -57,28 +62,50 @@ def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
 
 @contextmanager
 def atomic_folder(path: str | Path, fix: str) -> Iterator[Path]:
-    """Yields a new folder for writing. When the block ends, it is renamed to `path`; if the block
-    raises, it is removed.
+    """Yields a new folder for writing. When the block ends, all of it is flushed to disk, and it is
+    renamed to `path`; if the block raises, it is removed.
 
     Raises InputError, whose message contains `path` and ends with `fix`, if `path` exists and is
-    not an empty folder, or if the folder cannot be written.
+    not an empty folder, if another process is writing it, or if it cannot be written.
     """
     path = Path(path)
     unfinished = hidden(path, "part")
+    held = None
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if os.path.lexists(path) and (
+            path.is_symlink() or not path.is_dir() or any(path.iterdir())
+        ):
             raise InputError(f"{path}: exists already; {fix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that was killed
-        unfinished.mkdir()
-        yield unfinished
-        os.replace(unfinished, path)
+        unfinished.mkdir(exist_ok=True)
+        held = os.open(unfinished, os.O_RDONLY)
+        _lock_folder(held, unfinished)
+        for left in unfinished.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield unfinished
+            for written in [*unfinished.rglob("*"), unfinished]:
+                flush_folder(written)
+            os.replace(unfinished, path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         flush_folder(path.parent)
+    except BlockingIOError as error:
+        raise InputError(f"{path}: another process is writing it; {fix}") from error
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise InputError(f"{path}: cannot be written ({reason}); {fix}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _lock_folder(held: int, path: Path) -> None:
+    """Locks an open folder. Raises BlockingIOError if another process has it, or has renamed it."""
+    lock(held, path)
+    if not path.exists() or not os.path.samestat(os.fstat(held), path.stat()):
+        raise BlockingIOError
 
 
 def write_table(
@@ -94,7 +121,7 @@ def write_table(
 
 
 def flush_folder(path: str | Path) -> None:
-    """Flushes a folder to disk, so that its names survive a power failure.
+    """Flushes a folder to disk, so that its names survive a power failure; also a file's content.
 
     Some file systems (SMB, some FUSE file systems) cannot flush a folder. This is only a warning,
     printed once per folder, because the names are in place.

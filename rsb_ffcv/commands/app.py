@@ -2,6 +2,8 @@
 Hugging Face Hub."""
 
 import json
+import os
+import shlex
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +14,7 @@ from PIL import Image
 
 from rsb_ffcv import InputError, counted, export, option_names, preprocessing
 from rsb_ffcv.atomic import atomic_folder
-from rsb_ffcv.beton import JPG, Beton
+from rsb_ffcv.beton import Beton
 from rsb_ffcv.commands.predict import sources
 from rsb_ffcv.config.train import AppOptions
 from rsb_ffcv.dataset.picture import load_rgb
@@ -20,6 +22,7 @@ from rsb_ffcv.export.description import NAME, Description, read_description
 from rsb_ffcv.export.formats import CONFIG, WEIGHTS
 
 GRADIO = "6.31.0"  # that the app was tested with
+SIDE = 1024  # longest side of an example, in pixels
 FIX = "give a folder that `train_imagenet.py export` wrote, with export.formats=timm"
 
 
@@ -52,10 +55,11 @@ def write_app(models: list[str], options: AppOptions) -> None:
         (unfinished / "requirements.txt").write_text(needed)
         (unfinished / "README.md").write_text(_card(about, folder), encoding="utf-8")
     name = folder.resolve().name
-    print(f"{folder}: start it with: cd {folder}; pip install -r requirements.txt; python app.py")
-    print(f"upload: hf upload --type=space <user>/{name} {folder} .")
+    quoted = shlex.quote(str(folder))
+    print(f"{folder}: start it with: cd {quoted}; pip install -r requirements.txt; python app.py")
+    print(f"upload: hf upload --type=space {shlex.quote(f'<user>/{name}')} {quoted} .")
     if examples:
-        print(f"its {counted(len(examples), 'example')} are published with it")
+        print(f"published with it: {counted(len(examples), 'example')}")
 
 
 def _card(about: Description, folder: Path) -> str:
@@ -66,39 +70,33 @@ def _card(about: Description, folder: Path) -> str:
 
 
 def _examples(options: AppOptions) -> list[tuple[str, bytes]]:
-    """Name and content of each example, at most options.count, spread over the given pictures."""
-    with option_names({"pictures": "app.examples"}):
-        given = sources([part for part in options.examples.split(",") if part.strip()])
-    each = [(source, index) for source in given for index in range(len(source))]
+    """Name and content of each example, at most options.count, spread over the given pictures. They
+    are JPEGs without metadata, which may have a place or a name."""
+    text = options.examples
+    given = [text] if os.path.exists(text) else [part for part in text.split(",") if part.strip()]
     found: list[tuple[str, bytes]] = []
+    each = [(source, index) for source in sources(given) for index in range(len(source))]
     chosen = np.unique(np.linspace(0, len(each) - 1, min(options.count, len(each))).astype(int))
     for number in chosen.tolist():
         source, index = each[number]
-        name, data = (_stored if isinstance(source, Beton) else _file)(source, index)
-        found.append((f"{len(found) + 1:02d}_{name}", data))
+        if isinstance(source, Beton):
+            name = source.names_of([index])[index]
+            with source.open() as opened:
+                pixels = source.picture(opened, index)
+        else:
+            name = str(source[index])
+            pixels = _pixels(source[index])
+        picture, jpeg = Image.fromarray(pixels), BytesIO()
+        picture.thumbnail((SIDE, SIDE))
+        picture.save(jpeg, "JPEG", quality=95)
+        found.append((f"{len(found) + 1:02d}_{Path(name).stem}.jpg", jpeg.getvalue()))
     return found
 
 
-def _file(paths: list[Path], index: int) -> tuple[str, bytes]:
-    path = paths[index]
+def _pixels(path: Path) -> np.ndarray:
     try:
-        data = path.read_bytes()
+        return load_rgb(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(
             f"app.examples: {path} cannot be read ({error.strerror}); leave it out"
         ) from error
-    load_rgb(data, str(path))
-    return path.name, data
-
-
-def _stored(beton: Beton, index: int) -> tuple[str, bytes]:
-    """A JPEG as it is stored, a raw image as PNG."""
-    name = Path(beton.names()[index])
-    with beton.open() as opened:
-        if beton.modes[index] == JPG:
-            return f"{name.stem}.jpg", beton.read(opened, index)[
-                : int(beton.sizes[index])
-            ].tobytes()
-        png = BytesIO()
-        Image.fromarray(beton.picture(opened, index)).save(png, "PNG")
-        return f"{name.stem}.png", png.getvalue()

@@ -113,6 +113,17 @@ def _program(c: TrainConfig, options: EvalOptions, where: Compute, *, beton: Bet
     path = Path(options.weights)
     with option_names({"path": "eval.weights", "formats": "eval.weights"}):
         program = read_program(path, where.device)
+    if options.which != "model":
+        raise InputError(
+            f"eval.which={options.which}: eval.weights={path} has one set of weights; use model"
+        )
+    names = beton.about.classes if beton.about else program.classes
+    if names != program.classes:
+        raise InputError(
+            f"data.val_dataset={beton.path}: its classes ({', '.join(names[:3])}, ...) are not "
+            f"those of eval.weights={path} ({', '.join(program.classes[:3])}, ...); use a file "
+            f"with these"
+        )
     if program.side != c.validation.resolution:
         raise InputError(
             f"validation.resolution={c.validation.resolution}: eval.weights={path} takes images of "

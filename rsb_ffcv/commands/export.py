@@ -2,13 +2,14 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
 
-from rsb_ffcv import InputError, __version__, counted, option_names, preprocessing, warn
+from rsb_ffcv import InputError, __version__, counted, first_line, option_names, preprocessing, warn
 from rsb_ffcv.atomic import atomic_folder
 from rsb_ffcv.beton import About, read_beton
 from rsb_ffcv.config.train import RECIPE, ExportOptions
@@ -45,10 +46,10 @@ def export_run(runs: list[str], options: ExportOptions) -> None:
         about, model = _described(run, options)
         model.eval()
         with atomic_folder(folder, "give a new export.folder") as unfinished:
+            _check_space(model, unfinished, kinds)
+            formats.write_weights(model, unfinished)
             if "timm" in kinds:
-                formats.write_timm(model, about, unfinished)
-            else:
-                formats.write_weights(model, unfinished)
+                formats.write_timm(model, about, unfinished, license=options.license)
             if "torch" in kinds:
                 formats.write_torch(model, about, unfinished, kind=options.input)
             if "onnx" in kinds:
@@ -66,7 +67,18 @@ def export_run(runs: list[str], options: ExportOptions) -> None:
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if "timm" in kinds:
         print(f'timm:   timm.create_model("local-dir:{folder}", pretrained=True)')
-        print(f"upload: hf upload {repository} {folder} .   (needs: pip install 'rsb_ffcv[hub]')")
+        print(f"upload: hf upload {shlex.join([repository, str(folder)])} .")
+
+
+def _check_space(model: Any, folder: Path, kinds: list[str]) -> None:
+    """Raises InputError if the disk lacks space: torch's writer would abort the process."""
+    size = sum(value.nbytes for value in model.state_dict().values()) + (1 << 20)
+    needed, free = size * (1 + len({*kinds} - {"timm"})) * 1.05, shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"`folder`={folder.parent}: {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB "
+            f"are free; free space, or give another"
+        )
 
 
 def _formats(text: str) -> list[str]:
@@ -80,7 +92,7 @@ def _formats(text: str) -> list[str]:
 
 def _repository(name: str, folder: Path) -> str:
     if not name:
-        return f"<user>/{folder.resolve().name}"
+        return f"<user>/{' '.join(folder.resolve().name.split())}"
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII):
         raise InputError(
             f"export.repository={name!r}: must be <user>/<name>, of letters, digits, '-', '_' and "
@@ -92,58 +104,59 @@ def _repository(name: str, folder: Path) -> str:
 def _described(run: Path, options: ExportOptions) -> tuple[Description, Any]:
     """The description of the weights, and the model with them."""
     config, rows = log.read_run(run, FIX)
+    environment = _environment(run)
     path = Path(options.weights) if options.weights else run / BEST_WEIGHTS
     known = model_of(path)
     try:
         recipe = {section: dict(config[section]) for section in RECIPE}
-        validation, data = recipe["validation"], config["data"]
-        arch = known.get("arch", config["model"]["arch"])
-        blurpool = config["training"]["use_blurpool"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{run}/config.json: not of a run ({error}); {FIX}") from error
-    # A published file contains no folders of this machine.
-    validation["labels"] = Path(validation["labels"]).name
-    lineage = [
-        step | {"checkpoint": "/".join(Path(step["checkpoint"]).parts[-2:])}
-        for step in config.get("lineage", [])
-    ]
-    environment = _environment(run)
-    files = environment.get("files", {})
-    classes, titles = _classes(options.data or data["train_dataset"], known.get("num_classes"))
-    model = build_model(arch, len(classes), blurpool=blurpool)
-    load_weights(model, path, which=options.which)
-    kind, metrics, epoch = _results(path, rows)
-    about = Description(
-        arch=arch,
-        blurpool=blurpool,
-        classes=classes,
-        titles=titles,
-        side=validation["resolution"],
-        crop_ratio=validation["crop_ratio"],
-        interpolation=validation["interpolation"],
-        mean=list(MEAN),
-        std=list(STD),
-        weights=kind,
-        metrics=metrics,
-        evaluation={
-            **{name: files["val"][name] for name in ("images", "fingerprint") if "val" in files},
-            **({"precision": environment["precision"]} if "precision" in environment else {}),
-            "lr_tta": validation["lr_tta"],
-            "epoch": epoch,
+        validation, files = recipe["validation"], environment.get("files", {})
+        train, val = (dict(files.get(split, {})) for split in ("train", "val"))
+        # A published file contains no folders of this machine.
+        validation["labels"] = Path(validation["labels"]).name
+        lineage = [
+            step | {"checkpoint": "/".join(Path(step["checkpoint"]).parts[-2:])}
+            for step in config.get("lineage", [])
+        ]
+        arch, blurpool = known.get("arch", recipe["model"]["arch"]), recipe["training"]
+        kind, metrics, epoch = _results(run, path, rows)
+        evaluation = {name: val[name] for name in ("images", "fingerprint") if name in val}
+        if "precision" in environment:
+            evaluation["precision"] = environment["precision"]
+        evaluation |= {"lr_tta": validation["lr_tta"], "epoch": epoch}
+        facts: dict[str, Any] = {
+            "arch": arch,
+            "blurpool": blurpool["use_blurpool"],
+            "side": validation["resolution"],
+            "crop_ratio": validation["crop_ratio"],
+            "interpolation": validation["interpolation"],
+            "weights": kind,
+            "metrics": metrics,
+            "evaluation": evaluation if metrics else {},
+            "recipe": recipe,
+            "lineage": lineage,
+            "data": {name: train[name] for name in ("images", "classes", "fingerprint") if train},
+            "software": {
+                "rsb_ffcv": environment.get("rsb_ffcv", __version__),
+                "commit": environment.get("commit"),
+                **environment.get("versions", versions(PACKAGES)),
+            },
         }
-        if metrics
-        else {},
-        recipe=recipe,
-        lineage=lineage,
-        data={name: files["train"][name] for name in ("images", "classes", "fingerprint")}
-        if "train" in files
-        else {},
-        software={
-            "rsb_ffcv": environment.get("rsb_ffcv", __version__),
-            "commit": environment.get("commit"),
-            **environment.get("versions", versions(PACKAGES)),
-        },
-    )
+        classes, titles = _classes(
+            options.data,
+            config["data"]["train_dataset"],
+            expected=known.get("num_classes"),
+            fingerprint=train.get("fingerprint"),
+        )
+        about = Description(**facts, classes=classes, titles=titles, mean=list(MEAN), std=list(STD))
+        about.check()
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{run}: config.json or environment.json are not of a run ({first_line(error)}); {FIX}"
+        ) from error
+    model = build_model(about.arch, len(classes), blurpool=about.blurpool)
+    load_weights(model, path, which=options.which)
     return about, model
 
 
@@ -159,31 +172,42 @@ def _environment(run: Path) -> dict[str, Any]:
     return found
 
 
-def _results(path: Path, rows: list[dict[str, Any]]) -> tuple[str, dict[str, float], int | None]:
+def _results(
+    run: Path, path: Path, rows: list[dict[str, Any]]
+) -> tuple[str, dict[str, float], int | None]:
     """Of a file of weights of a run: which weights they are, their metrics as the run measured
     them, and the epoch, counted from 1. Weights that the run did not measure have none."""
-    names = ("top1", "top5", "val_loss", "relabelled_top1")
+    final = re.fullmatch(r"final_weights_?(\w*)\.pt", path.name)
+    if path.resolve().parent != run.resolve():
+        return "", {}, None
     if path.name == BEST_WEIGHTS:
         content = read(path)
         return log.WEIGHTS[content["weights"]], content["metrics"], content["epoch"] + 1
-    final = re.fullmatch(r"final_weights_?(\w*)\.pt", path.name)
-    if not final or not rows:
+    which = (final[1] or "model") if final else ""
+    if which not in log.PREFIXES or not rows:
         return "", {}, None
-    which = final[1] or "model"
-    if which not in log.PREFIXES:
-        return "", {}, None
-    prefix = log.PREFIXES[which]
+    prefix, names = log.PREFIXES[which], ("top1", "top5", "val_loss", "relabelled_top1")
     found = {name: rows[-1][prefix + name] for name in names if prefix + name in rows[-1]}
     return log.WEIGHTS[which], found, rows[-1]["epoch"] + 1
 
 
-def _classes(path: str, expected: int | None) -> tuple[list[str], list[str]]:
-    """Names of the classes of a .beton file, and readable names, which may be empty. expected:
-    their number, if it is known."""
+def _classes(
+    given: str, trained_on: str, *, expected: int | None, fingerprint: str | None
+) -> tuple[list[str], list[str]]:
+    """Names of the classes, and readable names, which may be empty.
+
+    given: export.data.
+    trained_on: data.train_dataset of the run, which is read if `given` is empty.
+    expected: number of classes, if it is known.
+    fingerprint: of the file that the run was trained on, if it is known.
+    """
+    path, fix = given or trained_on, "give export.data, a .beton file with the run's classes"
     try:
         beton = read_beton(path)
     except InputError as error:
-        raise InputError(f"{error}; or give export.data, a .beton file with the classes") from error
+        raise InputError(f"{error}; or {fix}") from error
+    if not given and fingerprint and beton.fingerprint() != fingerprint:
+        raise InputError(f"{path}: has other images than when the run was trained; {fix}")
     about: About | None = beton.about
     count = expected or beton.num_classes
     if about is None:  # written by FFCV: it lists no names
@@ -191,7 +215,7 @@ def _classes(path: str, expected: int | None) -> tuple[list[str], list[str]]:
     if len(about.classes) != count:
         raise InputError(
             f"{path}: has {counted(len(about.classes), 'class', 'classes')}, and the weights are "
-            f"of a model with {count}; give export.data, the file that the run was trained on"
+            f"of a model with {count}; {fix}"
         )
     return about.classes, about.titles or _wordnet(about.classes)
 

@@ -7,6 +7,7 @@ file are cropped by the operation of the run's evaluation.
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -66,7 +67,8 @@ def predict(given: list[str], options: PredictOptions) -> int:
     with option_names(OPTIONS):
         predictor = _Predictor(options)
         pictures = sum(map(len, given_files))
-        unread = right = targets = 0
+        unread = right = targets = others = 0
+        known = {*predictor.about.classes}
         with (
             _output(options.out) as out,
             Console(True) as console,
@@ -79,10 +81,16 @@ def predict(given: list[str], options: PredictOptions) -> int:
                 if found.scores is None:
                     unread += 1
                     console.warn(found.error)
-                elif found.target:
+                elif found.target in known:
                     targets += 1
                     best = int(found.scores.argmax())
                     right += predictor.about.classes[best] == found.target
+                else:
+                    others += found.target != ""
+    if others:
+        print(
+            f"{counted(others, 'image')} of classes that the model does not have", file=sys.stderr
+        )
     if targets:
         print(f"top-1: {100 * right / targets:.2f} % of {targets} images", file=sys.stderr)
     if unread:
@@ -113,7 +121,7 @@ def _paths(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
         found = sorted(one for one in path.rglob("*") if is_image(one.name) and one.is_file())
-    elif path.exists():
+    elif os.path.lexists(path):  # also a link whose target is missing: an error in its row
         return [path]
     else:
         found = sorted(Path(one) for one in glob(name, recursive=True) if Path(one).is_file())
@@ -164,12 +172,14 @@ class _Predictor:
 
     def _read(self, path: Path) -> np.ndarray | str:
         """The crop of a picture, or why it cannot be read."""
+        if path.exists() and not path.is_file():
+            return f"{path}: is not a file; leave it out"
         try:
-            pixels = load_rgb(path.read_bytes(), str(path))
+            pixels = load_rgb(path.read_bytes(), str(path), self._options.max_pixels)
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror}); correct or remove it"
         except BadPicture as error:
-            return str(error)
+            return str(error).replace("`max_pixels`", "predict.max_pixels")
         return self._crop.apply(pixels)
 
     def _beton(self, beton: Beton) -> Iterator[Found]:
@@ -197,7 +207,8 @@ class _Predictor:
     @torch.no_grad()
     def _scores(self, images: torch.Tensor) -> np.ndarray:
         """uint8 (n, side, side, 3) -> probabilities, float32 (n, classes)."""
-        pixels = normalize(images.to(self._where.device))
+        mean, std = tuple(self.about.mean), tuple(self.about.std)
+        pixels = normalize(images.to(self._where.device), mean, std)
         pixels = pixels.contiguous(memory_format=self._where.memory_format)
         with self._where.autocast():
             logits = self._model(pixels)
@@ -210,6 +221,8 @@ class _Predictor:
 def _output(path: str) -> Iterator[TextIO]:
     """The file at `path`, which appears when it is complete; standard output if that is empty."""
     if not path:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdout
         return
     with atomic_file(path, "give another predict.out") as file:
@@ -240,7 +253,7 @@ def _writer(out: TextIO, about: Description, options: PredictOptions) -> Callabl
             if found.target:
                 row["target"] = found.target
             row |= {"error": found.error} if found.scores is None else {"top": best(found.scores)}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps(row) + "\n")
 
         return line
     columns = ["class", *(["title"] if about.titles else []), "probability"]
@@ -253,6 +266,7 @@ def _writer(out: TextIO, about: Description, options: PredictOptions) -> Callabl
     def row(found: Found) -> None:
         classes = [] if found.scores is None else best(found.scores)
         values = [one[name] for one in classes for name in columns]
+        values += [""] * (count * len(columns) - len(values))
         table.writerow([found.path, found.target, found.error, *values])
 
     return row

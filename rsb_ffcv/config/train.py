@@ -627,6 +627,12 @@ class PredictOptions:
     lr_tta: bool = option(False, "average the outputs for the picture and its mirror image")
     batch_size: int = option(64, "pictures per forward pass", low=1, high=65536)
     num_workers: int = option(4, "threads that read and decode", low=1, high=1024)
+    max_pixels: int = option(
+        100_000_000,
+        "pictures with more pixels are not read",
+        low=1,
+        high=2**28,
+    )
     device: str = option(
         "auto", "auto: cuda if there is a device, else cpu", choices=("auto", "cpu", "cuda")
     )

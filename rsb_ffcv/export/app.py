@@ -9,7 +9,7 @@ import gradio as gr
 import timm
 import torch
 from PIL import Image
-from preprocessing import preprocess  # of this folder
+from preprocessing import MAX_ASPECT, preprocess  # of this folder
 
 HERE = Path(__file__).parent
 ABOUT = json.loads((HERE / "model" / "rsb_ffcv.json").read_text(encoding="utf-8"))
@@ -55,6 +55,8 @@ def classify(path: str | None) -> tuple[dict[str, float], str]:
         raise Refused(f"This file is none of {', '.join(FORMATS)}.") from error
     if picture.width * picture.height > MAX_PIXELS:
         raise Refused(f"This picture has more than {MAX_PIXELS:,} pixels.")
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        raise Refused(f"This picture is more than {MAX_ASPECT} times as long as wide.")
     try:
         pixels = preprocess(
             picture,
@@ -90,6 +92,7 @@ page = gr.Interface(
     ),
     flagging_mode="never",
     analytics_enabled=False,
+    delete_cache=(3600, 3600),  # uploads, after an hour
     api_name="predict",
 )
 

@@ -1,7 +1,7 @@
 """What a user of a model needs beside its weights: `rsb_ffcv.json` of an exported folder."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,32 @@ class Description:
     data: dict[str, Any]
     software: dict[str, str | None]
 
+    def check(self) -> None:
+        """Raises ValueError if a value cannot be used, for example after the file was edited."""
+
+        def are_texts(values: object) -> bool:
+            return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+        def are_numbers(values: object) -> bool:
+            return (
+                isinstance(values, list)
+                and len(values) == 3
+                and all(isinstance(value, float | int) for value in values)
+            )
+
+        for name, is_right in (
+            ("arch", isinstance(self.arch, str)),
+            ("classes", are_texts(self.classes) and self.classes),
+            ("titles", are_texts(self.titles) and len(self.titles) in (0, len(self.classes or ()))),
+            ("side", type(self.side) is int and 0 < self.side <= 4096),
+            ("crop_ratio", isinstance(self.crop_ratio, float | int) and 0 < self.crop_ratio <= 1),
+            ("interpolation", self.interpolation in ("bilinear", "bicubic")),
+            ("mean", are_numbers(self.mean)),
+            ("std", are_numbers(self.std) and all(self.std)),
+        ):
+            if not is_right:
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}")
+
     def preprocessing(self) -> dict[str, Any]:
         """The arguments of `preprocessing.preprocess`."""
         return {
@@ -66,9 +92,12 @@ class Description:
 
 def read_description(folder: Path) -> Description:
     """Reads the description of an exported folder. Raises InputError if there is none."""
-    path = folder / NAME
+    path, known = folder / NAME, {item.name for item in fields(Description)}
     try:
-        return Description(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = Description(**{name: content[name] for name in content if name in known})
+        found.check()
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"`model`={folder}: no exported model ({first_line(error)}); give a folder that "

@@ -33,7 +33,7 @@ from rsb_ffcv.loading.batch import scale_and_shift
 WEIGHTS, CONFIG, TORCH, ONNX = "model.safetensors", "config.json", "model.pt2", "model.onnx"
 INPUTS = ("uint8", "float")
 TOLERANCE = 1e-4  # of logits, between onnxruntime and torch
-MISSING = "`formats`=onnx: needs the package {}; install it: pip install 'rsb_ffcv[export]'"
+MISSING = "`formats`=onnx: needs the package {0}; install it: pip install {0}"
 
 
 class Normalized(nn.Module):
@@ -65,9 +65,10 @@ class Normalized(nn.Module):
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:
-    """Writes `model.safetensors` alone."""
+    """Writes `model.safetensors`."""
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    # save_file would make it readable for this user only
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
 
 
 def read_model(folder: Path) -> tuple[Any, Description]:
@@ -78,12 +79,14 @@ def read_model(folder: Path) -> tuple[Any, Description]:
     try:
         load_weights(model, folder / WEIGHTS)
     except InputError as error:
-        raise InputError(str(error).replace("`path`=", "`model`=", 1)) from error
+        raise InputError(
+            f"`model`={folder}: {WEIGHTS} is missing, damaged or of another model; export it again"
+        ) from error
     return model.eval(), about
 
 
-def write_timm(model: nn.Module, about: Description, folder: Path) -> None:
-    """Writes `model.safetensors` and `config.json` with timm's own function. Raises InputError for
+def write_timm(model: nn.Module, about: Description, folder: Path, *, license: str) -> None:
+    """Writes `config.json` with timm's own function. license: of the weights. Raises InputError for
     a model that timm cannot build."""
     if about.blurpool:
         raise InputError(
@@ -91,10 +94,9 @@ def write_timm(model: nn.Module, about: Description, folder: Path) -> None:
             "onnx"
         )
     titles = dict(zip(about.classes, about.titles))
-    timm.models.save_for_hf(
+    timm.models._hub.save_config_for_hf(
         model,
-        str(folder),
-        safe_serialization=True,
+        str(folder / CONFIG),
         model_config={"label_names": about.classes}
         | ({"label_descriptions": titles} if titles else {}),
         data_config={
@@ -106,6 +108,13 @@ def write_timm(model: nn.Module, about: Description, folder: Path) -> None:
             "std": tuple(about.std),
         },
     )
+    # timm describes the weights that it publishes itself for this architecture
+    made = json.loads((folder / CONFIG).read_text())
+    published = made["pretrained_cfg"]
+    for name in ("tag", "origin_url", "paper_ids", "paper_name", "notes"):
+        published.pop(name, None)
+    published["license"] = license
+    (folder / CONFIG).write_text(json.dumps(made, indent=2) + "\n")
 
 
 def write_torch(model: nn.Module, about: Description, folder: Path, *, kind: str) -> None:
@@ -116,6 +125,8 @@ def write_torch(model: nn.Module, about: Description, folder: Path, *, kind: str
         program = torch.export.export(
             wrapped, (wrapped.example(2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
+        for node in program.graph.nodes:  # it names files and folders of this machine
+            node.meta.pop("stack_trace", None)
         extra = {NAME: json.dumps(_metadata(about, kind))}
         torch.export.save(program, folder / TORCH, extra_files=extra)
         _compare(wrapped, folder / TORCH, tolerance=0)
@@ -144,6 +155,8 @@ def write_onnx(model: nn.Module, about: Description, folder: Path, *, kind: str)
         assert program is not None  # what `dynamo` returns
         program.save(str(folder / ONNX), external_data=False)
     made = onnx.load(folder / ONNX)
+    for node in made.graph.node:  # the exporter's notes name files and folders of this machine
+        del node.metadata_props[:]
     onnx.helper.set_model_props(
         made, {name: json.dumps(value) for name, value in _metadata(about, kind).items()}
     )

@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -21,6 +23,7 @@ from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.preprocessing import preprocess
 from tests.integration.runs import options, rows
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ["amber", "blue", "cyan"]
 
 
@@ -128,6 +131,9 @@ def test_preprocess_takes_pictures_of_any_kind():
     turned.save(file, "PNG", exif=exif)
     upright = preprocess(turned.rotate(270, expand=True), side=32, crop_ratio=1.0)
     assert np.array_equal(preprocess(Image.open(file), side=32, crop_ratio=1.0), upright)
+    assert preprocess(Image.new("L", (3200, 32)), side=32, crop_ratio=1.0).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="more than 100 times as long as wide"):
+        preprocess(Image.new("1", (400_000, 1)), side=32, crop_ratio=1.0)
 
 
 def test_programs_contain_what_a_user_needs(exported, pictures, tmp_path, run_program):
@@ -180,8 +186,132 @@ def test_card_states_what_the_run_measured(finished_run, exported):
 
 
 def test_exported_files_name_no_folder_of_the_machine(exported, finished_run):
+    for place in (finished_run.parent, ROOT, sys.prefix, Path.home(), timm.__file__):
+        for path in exported["uint8"].iterdir():
+            assert str(place).encode() not in path.read_bytes(), f"{path} names {place}"
+
+
+def test_files_are_readable_for_everyone_who_may_read_new_files(exported, tmp_path):
+    (tmp_path / "new").touch()
     for path in exported["uint8"].iterdir():
-        assert str(finished_run.parent).encode() not in path.read_bytes()
+        assert path.stat().st_mode == (tmp_path / "new").stat().st_mode, path
+
+
+def test_config_describes_these_weights(finished_run, tmp_path, command):
+    """timm's starts from that of the weights which it publishes for the architecture."""
+    folder = tmp_path / "model"
+    status, out, err = command("export", finished_run, {"folder": folder, "license": "mit"})
+    assert status == 0, err
+    published = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert published["license"] == "mit"
+    assert not {"tag", "origin_url", "paper_ids", "url", "hf_hub_id"} & published.keys()
+
+
+def test_weights_of_elsewhere_have_no_metrics_of_the_run(finished_run, tmp_path, command):
+    for number, name in enumerate(("final_weights.pt", "best_weights.pt")):
+        other = tmp_path / "other" / name
+        other.parent.mkdir(exist_ok=True)
+        torch.save(torch.load(finished_run / "final_weights.pt", weights_only=True), other)
+        folder = tmp_path / str(number)
+        status, _, err = command("export", finished_run, {"folder": folder, "weights": other})
+        assert status == 0, err
+        assert not read_description(folder).metrics
+        assert "did not measure" in (folder / "README.md").read_text()
+
+
+def test_changed_training_file_is_refused(finished_run, betons, tmp_path, command):
+    """Its classes may be others."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["train_dataset"] = str(betons / "val.beton")
+    (run / "config.json").write_text(json.dumps(config))
+    status, _, err = command("export", run, {"folder": tmp_path / "model"})
+    assert status == 2 and "val.beton: has other images than when the run was trained; give" in err
+    given = {"folder": tmp_path / "model", "data": betons / "val.beton"}
+    status, _, err = command("export", run, given)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("config.json", {"validation": {"resolution": "x", "labels": ""}}),
+        ("config.json", {"lineage": 5}),
+        ("config.json", {"data": {}}),
+        ("environment.json", {"files": 5}),
+        ("environment.json", {"versions": None}),
+    ],
+)
+def test_edited_run_is_one_line(finished_run, tmp_path, command, file, change):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    content = json.loads((run / file).read_text())
+    (run / file).write_text(json.dumps(content | change))
+    status, _, err = command("export", run, {"folder": tmp_path / "model"})
+    assert status == 2 and err.splitlines()[-1].startswith(f"error: {run}: config.json or env"), err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"side": 0},
+        {"side": "48"},
+        {"crop_ratio": 0},
+        {"classes": None},
+        {"titles": ["one"]},
+        {"arch": 5},
+        {"mean": [0, 0]},
+        {"interpolation": "nearest"},
+    ],
+)
+def test_edited_description_is_one_line(exported, pictures, tmp_path, command, change):
+    folder = tmp_path / "model"
+    shutil.copytree(exported["uint8"], folder)
+    content = json.loads((folder / "rsb_ffcv.json").read_text())
+    (folder / "rsb_ffcv.json").write_text(json.dumps(content | change))
+    status, _, err = command("predict", pictures / "val", {"model": folder})
+    assert (
+        status == 2 and f"predict.model={folder}: no exported model ({next(iter(change))}=" in err
+    )
+    (folder / "rsb_ffcv.json").write_text(json.dumps(content | {"newer": 1}))
+    status, _, err = command("predict", pictures / "val" / "blue", {"model": folder})
+    assert status == 0, err
+
+
+def test_damaged_weights_are_one_line(exported, pictures, tmp_path, command):
+    folder = tmp_path / "model"
+    shutil.copytree(exported["uint8"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9000])
+    status, _, err = command("predict", pictures / "val", {"model": folder})
+    message = f"error: predict.model={folder}: model.safetensors is missing, damaged or of another"
+    assert status == 2 and err.startswith(message)
+
+
+def test_full_disk_is_one_line(finished_run, tmp_path, command, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    given = {"folder": tmp_path / "model", "formats": "torch"}
+    status, _, err = command("export", finished_run, given)
+    assert status == 2 and f"export.folder={tmp_path}: " in err and " MB are free; " in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_program_is_evaluated_on_its_classes_only(
+    finished_run, exported, betons, tmp_path, command
+):
+    from rsb_ffcv.dataset import subset
+
+    other = tmp_path / "other.beton"
+    subset(str(betons / "val.beton"), str(other), num_workers=1, classes="blue,cyan")
+    weights = exported["uint8"] / "model.pt2"
+    common = ["--config-file", finished_run / "config.json"]
+    given = {"weights": weights}
+    status, _, err = command("eval", [*common, f"--data.val_dataset={other}"], given)
+    assert status == 2 and "its classes (blue, cyan, ...) are not those of eval.weights=" in err
+    status, _, err = command("eval", common, given | {"which": "ema"})
+    assert status == 2 and f"eval.which=ema: eval.weights={weights} has one set" in err
 
 
 def test_other_weights_of_the_run(finished_run, tmp_path, command):
@@ -301,8 +431,7 @@ def test_missing_package_says_how_to_install_it(finished_run, tmp_path, monkeypa
             )
         assert status == 2
         assert (
-            f"export.formats=onnx: needs the package {name}; install it: pip install "
-            f"'rsb_ffcv[export]'" in err
+            f"export.formats=onnx: needs the package {name}; install it: pip install {name}" in err
         )
     assert not list(tmp_path.iterdir())
 
@@ -373,7 +502,8 @@ def test_architectures_are_exported_exactly(tmp_path, arch, side):
         software={},
     )
     about.write(tmp_path)
-    formats.write_timm(model, about, tmp_path)
+    formats.write_weights(model, tmp_path)
+    formats.write_timm(model, about, tmp_path, license="mit")
     formats.write_torch(model, about, tmp_path, kind="uint8")  # these compare themselves
     formats.write_onnx(model, about, tmp_path, kind="uint8")
     loaded, images = (

@@ -3,7 +3,12 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from rsb_ffcv.export import formats
 from rsb_ffcv.loading.batch import normalize
 from rsb_ffcv.preprocessing import preprocess
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ["amber", "blue", "cyan"]
 
 
@@ -83,6 +89,7 @@ def test_unreadable_pictures_are_named(exported, pictures, tmp_path, format, com
             assert row["error"].startswith(f"{row['path']}: not a readable picture")
             assert f"warning: {row['error']}" in err
             assert not row.get("class_1") and "top" not in row
+            assert format == "json" or row["probability_3"] == ""  # all rows have all columns
         else:
             assert not row.get("error") and (row.get("class_1") or row["top"])
 
@@ -106,3 +113,54 @@ def test_file_of_other_classes_has_its_own_targets(exported, betons, tmp_path, c
     right = sum(row["class_1"] == "cyan" for row in table(text))
     status, _, err = command("predict", tmp_path / "one.beton", {"model": exported["uint8"]})
     assert f"top-1: {100 * right / 9:.2f} % of 9 images" in err
+
+
+def test_images_of_other_classes_have_no_accuracy(exported, pictures, tmp_path, command):
+    from rsb_ffcv.dataset import Place, write_splits
+
+    for name, other in (("blue", "blue"), ("cyan", "violet")):
+        shutil.copytree(pictures / "val" / name, tmp_path / "in" / "val" / other)
+    place = Place(dataset="imagenet", data_dir=str(tmp_path / "in"))
+    write_splits(place, str(tmp_path / "a.beton"), split="val", num_workers=1)
+    status, _, err = command("predict", tmp_path / "a.beton", {"model": exported["uint8"]})
+    assert status == 0 and "9 images of classes that the model does not have\n" in err
+    assert re.search(r"top-1: [\d.]+ % of 9 images\n", err)
+
+
+def test_names_that_are_no_text_are_kept(exported, pictures, tmp_path):
+    name = os.fsencode(tmp_path) + b"/bad\xff.jpg"
+    shutil.copy(pictures / "val" / "blue" / "0.jpg", os.fsdecode(name))
+    (tmp_path / "link.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for kind in ("csv", "json"):
+        done = subprocess.run(
+            [
+                *(sys.executable, "train_imagenet.py", "predict", os.fsdecode(name)),
+                *(f"{tmp_path}/link.jpg", f"{tmp_path}/pipe.jpg"),
+                *(f"--predict.model={exported['uint8']}", f"--predict.format={kind}"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        )
+        assert done.returncode == 1, done.stderr
+        if kind == "csv":
+            assert done.stdout.splitlines()[1].startswith(name)
+            assert b"link.jpg: cannot be read" in done.stdout
+        else:
+            rows = [*map(json.loads, done.stdout.splitlines())]
+            assert os.fsencode(rows[0]["path"]) == name and "is not a file" in rows[2]["error"]
+
+
+def test_output_is_a_regular_file(exported, pictures, tmp_path, command):
+    """A link stays one, and a device is not replaced by a file."""
+    (tmp_path / "link.csv").symlink_to("target.csv")
+    given = {"model": exported["uint8"], "out": tmp_path / "link.csv"}
+    status, _, err = command("predict", pictures / "val" / "blue", given)
+    assert status == 0, err
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "target.csv").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    given["out"] = tmp_path / "pipe"
+    status, _, err = command("predict", pictures / "val" / "blue", given)
+    assert status == 2 and "pipe: is not a regular file; give another predict.out" in err
+    assert (tmp_path / "pipe").is_fifo()
