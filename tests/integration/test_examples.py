@@ -101,10 +101,11 @@ def test_fine_tuning_starts_from_the_given_weights(betons, tmp_path):
     assert not torch.equal(trained["layer4.0.conv1.weight"], published["layer4.0.conv1.weight"])
 
 
-def test_pytorch_loop_learns_and_continues_in_the_middle_of_an_epoch_with_the_same_bits(
-    betons, tmp_path
-):
-    def loop(name, *more):
+@pytest.fixture
+def loop(betons, tmp_path):
+    """loop(checkpoint, options): runs the PyTorch loop and returns its output."""
+
+    def call(name, *more):
         out, _ = run(
             *("python", "examples/pytorch_loop.py", betons / "train.beton", betons / "val.beton"),
             *("--checkpoint", tmp_path / name, "--epochs", 3, "--batch-size", 16, "--lr", 0.01),
@@ -112,10 +113,20 @@ def test_pytorch_loop_learns_and_continues_in_the_middle_of_an_epoch_with_the_sa
         )
         return out
 
+    return call
+
+
+def test_pytorch_loop_learns(loop, tmp_path):
     out = loop("whole.pt")
     top1 = [float(value) for value in re.findall(r"top-1 ([\d.]+) %", out)]
     assert len(top1) == 3 and top1[-1] > 60
     assert abs(round(0.27 * top1[-1]) - 0.27 * top1[-1]) < 0.01  # of 27 images
+    assert torch.load(tmp_path / "whole.pt", weights_only=True)["step"] == 18
+
+
+@pytest.mark.long
+def test_pytorch_loop_continues_in_the_middle_of_an_epoch_with_the_same_bits(loop, tmp_path):
+    loop("whole.pt")
     out = loop("parts.pt", "--max-minutes", 0)
     assert "out of time at step 1 of 18; run the command again\n" in out
     out = loop("parts.pt")
@@ -123,7 +134,6 @@ def test_pytorch_loop_learns_and_continues_in_the_middle_of_an_epoch_with_the_sa
     whole, parts = (
         torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt")
     )
-    assert whole["step"] == 18
     assert_same(whole, parts)
 
 

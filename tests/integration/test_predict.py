@@ -127,29 +127,30 @@ def test_images_of_other_classes_have_no_accuracy(exported, pictures, tmp_path, 
     assert re.search(r"top-1: [\d.]+ % of 9 images\n", err)
 
 
-def test_names_that_are_no_text_are_kept(exported, pictures, tmp_path):
+def test_names_that_are_no_text_are_kept(exported, pictures, tmp_path, command):
     name = os.fsencode(tmp_path) + b"/bad\xff.jpg"
     shutil.copy(pictures / "val" / "blue" / "0.jpg", os.fsdecode(name))
     (tmp_path / "link.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")
-    for kind in ("csv", "json"):
-        done = subprocess.run(
-            [
-                *(sys.executable, "train_imagenet.py", "predict", os.fsdecode(name)),
-                *(f"{tmp_path}/link.jpg", f"{tmp_path}/pipe.jpg"),
-                *(f"--predict.model={exported['uint8']}", f"--predict.format={kind}"),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
-        )
-        assert done.returncode == 1, done.stderr
-        if kind == "csv":
-            assert done.stdout.splitlines()[1].startswith(name)
-            assert b"link.jpg: cannot be read" in done.stdout
-        else:
-            rows = [*map(json.loads, done.stdout.splitlines())]
-            assert os.fsencode(rows[0]["path"]) == name and "is not a file" in rows[2]["error"]
+    given = [os.fsdecode(name), tmp_path / "link.jpg", tmp_path / "pipe.jpg"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "train_imagenet.py", "predict", *map(str, given)),
+            f"--predict.model={exported['uint8']}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[1].startswith(name)
+    assert b"link.jpg: cannot be read" in done.stdout
+    status, out, err = command(
+        "predict", given, {"model": exported["uint8"], "format": "json", "out": tmp_path / "out"}
+    )
+    assert status == 1 and "2 of 3 pictures could not be read" in err
+    rows = [*map(json.loads, (tmp_path / "out").read_text(encoding="ascii").splitlines())]
+    assert os.fsencode(rows[0]["path"]) == name and "is not a file" in rows[2]["error"]
 
 
 def test_output_is_a_regular_file(exported, pictures, tmp_path, command):

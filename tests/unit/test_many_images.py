@@ -88,6 +88,7 @@ def test_a_few_names_are_read_without_making_all(many):
     assert peak < 80  # bytes; of all names as str: 250
 
 
+@pytest.mark.long
 def test_benchmark_measures_both_checkouts_in_turn(many, tmp_path, monkeypatch):
     root = Path(__file__).parents[2]
     arguments = [f"--work={many}", f"--out={tmp_path}", f"--images={COUNT}", "--shards=8"]
