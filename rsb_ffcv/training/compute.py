@@ -63,6 +63,8 @@ class Compute:
     channels_last: memory layout of weights and images.
     rank, world_size: this process, and the number of processes, in the complete job.
     local_world_size: processes of the job on this machine.
+    sharing: those of them that may run on the same cores as this process, with itself. SLURM may
+        bind each process to its own cores.
     hosts: the name of each process's machine.
     """
 
@@ -73,6 +75,7 @@ class Compute:
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    sharing: int = 1
     hosts: tuple[str, ...] = ()
 
     @property
@@ -101,14 +104,14 @@ class Compute:
         """The number of loader threads for data.num_workers=`requested`. Warns, with a number
         that fits, if the processes of this machine have more threads than cores."""
         cores = available_cores()
-        fitting = max(1, cores // self.local_world_size)
+        fitting = max(1, cores // self.sharing)
         if isinstance(requested, str):  # "auto"
             return fitting
-        if self.is_main and requested * self.local_world_size > cores:
+        if self.is_main and requested * self.sharing > cores:
             warn(
-                f"data.num_workers={requested}: with {self.local_world_size} "
-                f"process{'es' if self.local_world_size > 1 else ''} on this machine, this starts "
-                f"{requested * self.local_world_size} threads on {cores} cores; "
+                f"data.num_workers={requested}: with {self.sharing} "
+                f"process{'es' if self.sharing > 1 else ''} on these cores, this starts "
+                f"{requested * self.sharing} threads on {cores} cores; "
                 f"use data.num_workers={fitting} or auto"
             )
         return requested
@@ -180,16 +183,6 @@ def set_up(
         chosen = torch.device("cuda", own_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-    # torchrun sets it to 1 unless the user has set it.
-    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    torch.set_num_threads(
-        threads
-        or (
-            int(requested)
-            if requested.isdigit() and requested != "0"
-            else max(1, available_cores() // local_world_size)
-        )
-    )
     if precision == "auto":
         precision = (
             "fp16"
@@ -223,9 +216,23 @@ def set_up(
         )
     if wrong:  # raised after the processes have connected, so that one of them reports it for all
         raise InputError(wrong)
-    here = launch.host_name(), _device_id(chosen)
-    places = gather([here])
+    host, own_cores = launch.host_name(), os.sched_getaffinity(0)
+    places = gather([(host, _device_id(chosen))])
     check_devices(places)
+    sharing = sum(
+        other == host and not own_cores.isdisjoint(cores)
+        for (other, _), cores in zip(places, gather([own_cores]))
+    )
+    # torchrun sets it to 1 unless the user has set it.
+    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    torch.set_num_threads(
+        threads
+        or (
+            int(requested)
+            if requested.isdigit() and requested != "0"
+            else max(1, available_cores() // sharing)
+        )
+    )
     return Compute(
         device=chosen,
         precision=precision,
@@ -234,6 +241,7 @@ def set_up(
         rank=rank,
         world_size=world_size,
         local_world_size=local_world_size,
+        sharing=sharing,
         hosts=tuple(host for host, _ in places),
     )
 
