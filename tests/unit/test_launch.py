@@ -84,6 +84,8 @@ def test_tasks_of_srun_are_the_processes_of_a_job(environment):
 def test_one_process_in_a_job_script_or_a_step_of_one_task_is_alone(environment, variables):
     environment(variables)
     assert launch.place_in_job() == ALONE and "MASTER_ADDR" not in os.environ
+    # SLURM sends SIGTERM twice, whoever started the process
+    assert launch.has_parent() == ("SLURM_JOB_ID" in variables)
 
 
 def test_variables_of_torchrun_come_before_those_of_slurm(environment):
