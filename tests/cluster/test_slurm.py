@@ -151,15 +151,19 @@ class Held:
     def assert_equal(self, whole, restarts: int = 1):
         assert self.job.wait() == f"0:0, restarts {restarts}", self.job.text()
         assert self.job.text().count("resuming") == restarts
+        assert self.job.text().count("saved after step") == restarts, self.job.text()
         assert "Traceback" not in self.job.text() and "error: process" not in self.job.text()
         assert_same_run(self.folder, whole)
 
 
 @pytest.mark.long
 def test_time_limit_one_gpu(cluster, betons, tmp_path, whole_run):
-    """SLURM sends SIGUSR1 before the limit. The run saves, and the job requeues itself."""
-    limit = ("--time=1", "--signal=USR1@60")
-    held = Held(cluster, betons, tmp_path, "one_gpu.sh", sbatch=limit, more=SMALL, tasks=1)
+    """SLURM sends SIGUSR1 before the limit. The run saves, and the job requeues itself. The limit
+    is lowered when the run is held: a step that has not begun would not receive the signal."""
+    signal = ("--time=60", "--signal=USR1@60")
+    held = Held(cluster, betons, tmp_path, "one_gpu.sh", sbatch=signal, more=SMALL, tasks=1)
+    held.wait_until_held()
+    cluster.call("scontrol", "update", f"jobid={held.job.number}", "timelimit=1")
     held.wait_for_text("SIGUSR1: finishing the step and saving")
     cluster.call("scontrol", "update", f"jobid={held.job.number}", "timelimit=60")
     held.go_on()
