@@ -28,7 +28,7 @@ from rsb_ffcv.gpu.driver import Cuda
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.loading.batch import MEAN
 from rsb_ffcv.ops.native import library
-from rsb_ffcv.training import build, compute, environment
+from rsb_ffcv.training import build, compute, environment, launch
 from rsb_ffcv.training.environment import NVIDIA
 
 PACKAGES = (*environment.PACKAGES, "fastargs")
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 def examine(c: TrainConfig) -> int:
     """Prints a line for each finding. Returns the exit status: 1 if a check failed."""
     failed = False
-    for check in (versions, core, device, threads, memory, folder, speed):
+    for check in (versions, core, job, device, threads, memory, folder, speed):
         for finding in check(c):
             print(finding, flush=True)
             failed |= finding.status == "fail"
@@ -90,6 +90,22 @@ def core(_: TrainConfig) -> Iterator[Finding]:
             "core",
             f"{name}, without AVX2: the portable code gives the same bytes, slower",
             "use a processor with AVX2 where loading limits the training",
+        )
+
+
+def job(_: TrainConfig) -> Iterator[Finding]:
+    """The processes that torchrun or srun has started."""
+    try:
+        place = launch.place_in_job()
+    except InputError as error:
+        yield Finding("fail", "job", str(error))
+        return
+    if place.world_size > 1:
+        yield Finding(
+            "ok",
+            "job",
+            f"process {place.rank} of {place.world_size} on {launch.host_name()}; process 0 "
+            f"listens at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
         )
 
 

@@ -34,6 +34,7 @@ from rsb_ffcv.learning.loss import Loss
 from rsb_ffcv.reporting.log import METRICS, read_metrics
 from rsb_ffcv.training import build, compute, facts, run
 from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
+from rsb_ffcv.training.launch import read_slurm
 from rsb_ffcv.training.plan import Plan, resolution
 
 SUFFIX = "_smoke"
@@ -63,10 +64,11 @@ def smoke(c: TrainConfig) -> int:
 
     Raises InputError if the recipe, its files or the folder cannot be used.
     """
+    read_slurm()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: smoke runs in one process; start it without "
-            f"torchrun"
+            f"torchrun, and with one task of srun"
         )
     with _folder(Path(f"{c.logging.folder or 'runs/recipe'}".rstrip("/") + SUFFIX)) as folder:
         short = prepare(c, folder)

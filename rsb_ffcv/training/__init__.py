@@ -9,6 +9,7 @@ from types import FrameType
 
 from rsb_ffcv import InputError, exit_status, option_names
 from rsb_ffcv.config.train import TrainConfig
+from rsb_ffcv.training import launch
 from rsb_ffcv.training.interrupt import REQUEUE, SIGNALS, Interrupt
 
 # After a process has failed, time for the others to detect it and to end before they are terminated
@@ -18,8 +19,8 @@ GRACE_SECONDS = 10.0
 def run(config: TrainConfig, interrupt: Interrupt | None = None) -> None:
     """Trains or evaluates according to `config`, in one process or in several.
 
-    Processes that torchrun started are used as they are. With training.distributed=1 and without
-    torchrun, this function starts dist.world_size processes.
+    Processes that torchrun or srun started are used as they are. With training.distributed=1 and
+    without torchrun, this function starts dist.world_size processes.
 
     interrupt: says when the run is to be saved and ended; None: after a signal.
 
@@ -29,10 +30,17 @@ def run(config: TrainConfig, interrupt: Interrupt | None = None) -> None:
     # Set before torch is imported, here or in a child. Without it, torch's store adds C++ stack
     # traces to the one-line message about a lost process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if config.training.distributed and "RANK" not in os.environ and launch.slurm_tasks() > 1:
+        raise InputError(
+            f"training.distributed=1: srun has started {launch.slurm_tasks()} processes "
+            f"(SLURM_STEP_NUM_TASKS), and each would start {config.dist.world_size} "
+            f"(dist.world_size); use training.distributed=0, or one task"
+        )
     if config.training.distributed and "WORLD_SIZE" not in os.environ:
         return _spawn(config)
+    launch.read_slurm()
     # Before the slow imports, so that a signal during them is noticed.
-    interrupt = interrupt or Interrupt(forwarded="WORLD_SIZE" in os.environ)
+    interrupt = interrupt or Interrupt(forwarded=launch.has_parent())
     try:
         from rsb_ffcv.training.build import TRAIN_OPTIONS
         from rsb_ffcv.training.compute import is_first_to_report, wait_for_others, within_memory

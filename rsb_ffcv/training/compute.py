@@ -5,7 +5,6 @@ import gc
 import math
 import os
 import shutil
-import socket
 import sysconfig
 import time
 import uuid
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError, counted, first_line, warn
+from rsb_ffcv.training import launch
 
 
 class _Joined(NamedTuple):
@@ -63,6 +63,8 @@ class Compute:
     channels_last: memory layout of weights and images.
     rank, world_size: this process, and the number of processes, in the complete job.
     local_world_size: processes of the job on this machine.
+    sharing: those of them that may run on the same cores as this process, with itself. SLURM may
+        bind each process to its own cores.
     hosts: the name of each process's machine.
     """
 
@@ -73,6 +75,7 @@ class Compute:
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    sharing: int = 1
     hosts: tuple[str, ...] = ()
 
     @property
@@ -101,14 +104,14 @@ class Compute:
         """The number of loader threads for data.num_workers=`requested`. Warns, with a number
         that fits, if the processes of this machine have more threads than cores."""
         cores = available_cores()
-        fitting = max(1, cores // self.local_world_size)
+        fitting = max(1, cores // self.sharing)
         if isinstance(requested, str):  # "auto"
             return fitting
-        if self.is_main and requested * self.local_world_size > cores:
+        if self.is_main and requested * self.sharing > cores:
             warn(
-                f"data.num_workers={requested}: with {self.local_world_size} "
-                f"process{'es' if self.local_world_size > 1 else ''} on this machine, this starts "
-                f"{requested * self.local_world_size} threads on {cores} cores; "
+                f"data.num_workers={requested}: with {self.sharing} "
+                f"process{'es' if self.sharing > 1 else ''} on these cores, this starts "
+                f"{requested * self.sharing} threads on {cores} cores; "
                 f"use data.num_workers={fitting} or auto"
             )
         return requested
@@ -144,7 +147,7 @@ def set_up(
     threads: int,
     timeout_s: float = 120.0,
 ) -> Compute:
-    """Resolves "auto", and joins the process group that torchrun's environment describes, if any.
+    """Resolves "auto", and joins the process group of the job, if any (see launch).
 
     device: "auto", "cpu" or "cuda".
     precision: "auto", "fp32", "fp16" or "bf16".
@@ -158,7 +161,7 @@ def set_up(
     incompletely, if the processes cannot connect to each other, or if two of them have the same
     GPU.
     """
-    rank, world_size, local_rank, local_world_size = _place_in_job()
+    rank, world_size, local_rank, local_world_size = launch.place_in_job()
     wrong = ""
     if device != "cpu" and not torch.cuda.is_available():
         found = nvidia_devices()
@@ -180,16 +183,6 @@ def set_up(
         chosen = torch.device("cuda", own_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-    # torchrun sets it to 1 unless the user has set it.
-    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    torch.set_num_threads(
-        threads
-        or (
-            int(requested)
-            if requested.isdigit() and requested != "0"
-            else max(1, available_cores() // local_world_size)
-        )
-    )
     if precision == "auto":
         precision = (
             "fp16"
@@ -215,32 +208,31 @@ def set_up(
             f"torch.compile needs {lacking}; install it, or use compute.compile=0"
         )
     if world_size > 1 and not dist.is_initialized():
-        try:
-            store, rank, world_size = next(
-                dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
-            )
-            store = _private_store(store, rank, world_size)
-            # A second connection: a collective that waits blocks the first one.
-            second = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
-            _joined.append(_Joined(second, rank, world_size))
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=max(COLLECTIVE_SECONDS, 2 * timeout_s)),
-            )
-        except (dist.DistError, OSError) as error:
-            raise InputError(
-                f"process {rank} of {world_size} cannot connect to the others at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-                f"({first_line(error)}); give an address and a free port that all of them can reach"
-            ) from error
+        _join(
+            rank,
+            world_size,
+            backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            timeout_s=max(COLLECTIVE_SECONDS, 2 * timeout_s),
+        )
     if wrong:  # raised after the processes have connected, so that one of them reports it for all
         raise InputError(wrong)
-    here = socket.gethostname(), _device_id(chosen)
-    places = gather([here])
+    host, own_cores = launch.host_name(), os.sched_getaffinity(0)
+    places = gather([(host, _device_id(chosen))])
     check_devices(places)
+    sharing = sum(
+        other == host and not own_cores.isdisjoint(cores)
+        for (other, _), cores in zip(places, gather([own_cores]))
+    )
+    # torchrun sets it to 1 unless the user has set it.
+    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    torch.set_num_threads(
+        threads
+        or (
+            int(requested)
+            if requested.isdigit() and requested != "0"
+            else max(1, available_cores() // sharing)
+        )
+    )
     return Compute(
         device=chosen,
         precision=precision,
@@ -249,40 +241,9 @@ def set_up(
         rank=rank,
         world_size=world_size,
         local_world_size=local_world_size,
+        sharing=sharing,
         hosts=tuple(host for host, _ in places),
     )
-
-
-def _place_in_job() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises InputError if they are invalid, or
-    if only some of the variables that torchrun sets are set."""
-    found = {}
-    for name, default in (
-        ("RANK", 0),
-        ("WORLD_SIZE", 1),
-        ("LOCAL_RANK", 0),
-        ("LOCAL_WORLD_SIZE", 1),
-    ):
-        text = os.environ.get(name, str(default))
-        if not text.isdecimal():
-            raise InputError(
-                f"{name}={text}: must be an integer, 0 or more; start the job with torchrun, or "
-                f"unset it"
-            )
-        found[name] = int(text)
-    rank, world_size, local_rank, local_world_size = found.values()
-    if rank >= world_size or not 0 < local_world_size <= world_size:
-        raise InputError(
-            f"RANK={rank} and LOCAL_WORLD_SIZE={local_world_size} do not fit "
-            f"WORLD_SIZE={world_size}; start the job with torchrun, or unset them"
-        )
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if world_size > 1 and missing:
-        raise InputError(
-            f"WORLD_SIZE={world_size} is set, but {' and '.join(missing)} "
-            f"{'are' if missing[1:] else 'is'} not; start the job with torchrun, or set them"
-        )
-    return rank, world_size, local_rank, local_world_size
 
 
 def available_cores() -> int:
@@ -388,7 +349,54 @@ def within_memory(what: str, fix: str) -> Iterator[None]:
         raise InputError(f"out of memory with {what} ({first_line(error)}); {fix}") from error
 
 
-def _private_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+def _join(rank: int, world_size: int, *, backend: str, timeout_s: float) -> None:
+    """Connects this process to the others and creates the process group.
+
+    Raises InputError if that fails, or takes more than RENDEZVOUS_SECONDS.
+    """
+    fresh = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if fresh:  # else torchrun listens at the address
+        launch.check_address(rank)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    within = timedelta(seconds=RENDEZVOUS_SECONDS)
+    try:
+        if fresh:
+            # torch's rendezvous would wait for all processes, and does not say which are missing.
+            store: dist.Store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=rank == 0,
+                timeout=within,
+                wait_for_workers=False,
+            )
+            # Until all have met, an error is reported through this store.
+            _joined.append(_Joined(_clone(store), rank, world_size))
+        else:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=within))
+        store = _private_store(store, rank, world_size, fresh=fresh, address=address)
+        # A second connection: a collective that waits blocks the first one.
+        _joined[:] = [_Joined(_clone(store), rank, world_size)]
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (dist.DistError, OSError) as error:
+        raise InputError(
+            f"process {rank} of {world_size} cannot connect to the others at {address} "
+            f"({first_line(error)}); give an address and a free port that all of them can reach"
+        ) from error
+
+
+def _clone(store: dist.Store) -> dist.Store:
+    return store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+
+
+def _private_store(
+    store: dist.Store, rank: int, world_size: int, *, fresh: bool, address: str
+) -> dist.Store:
     """Returns `store` with a prefix that only the running processes know.
 
     torchrun's store is kept over a restart. Entries of earlier processes would direct the new ones
@@ -397,19 +405,56 @@ def _private_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     Each process writes a unique name. Rank 0 publishes the list of all names repeatedly, until
     every process has found its name in the list.
 
-    Raises InputError if that takes more than RENDEZVOUS_SECONDS.
+    fresh: only processes of this start have written to the store.
+    address: of the store, for messages.
+
+    Raises InputError, the same on all processes that have connected, if that takes more than
+    RENDEZVOUS_SECONDS, or if two of them have another WORLD_SIZE or the same RANK.
     """
     own_name, until = uuid.uuid4().hex, time.monotonic() + RENDEZVOUS_SECONDS
+    own_entry = f"{own_name} {world_size} {launch.host_name()}"
 
-    def of_all(key: str) -> list | None:
+    def of_all(key: str) -> list[str] | None:
         keys = [f"{key}/{other}" for other in range(world_size)]
         return [store.get(key).decode() for key in keys] if store.check(keys) else None
 
-    store.set(f"name/{rank}", own_name)
+    def connected() -> dict[int, list[str]]:
+        """The name, WORLD_SIZE and machine of each process that has connected."""
+        return {
+            other: store.get(f"name/{other}").decode().split(" ", 2)
+            for other in range(world_size)
+            if store.check([f"name/{other}"])
+        }
+
+    def failure(text: str) -> InputError:
+        """The error of this process, which the others raise as well."""
+        for name, *_ in connected().values():
+            store.set(f"failed/{name}", text)
+        return InputError(text)
+
+    if fresh:
+        entry = store.compare_set(f"name/{rank}", "", own_entry).decode()
+        if entry != own_entry:
+            raise failure(
+                f"two processes have RANK={rank} (on {entry.split(' ', 2)[2]} and "
+                f"{launch.host_name()}); number the {world_size} processes from 0 to "
+                f"{world_size - 1}"
+            )
+    else:
+        store.set(f"name/{rank}", own_entry)
     while time.monotonic() < until:
-        names = of_all("name") if rank == 0 else None
-        if names:
-            store.set("members", " ".join(names))
+        if store.check([f"failed/{own_name}"]):
+            raise InputError(store.get(f"failed/{own_name}").decode())
+        if fresh and rank and store.check(["name/0"]):
+            _, size, host = store.get("name/0").decode().split(" ", 2)
+            if int(size) != world_size:
+                raise failure(
+                    f"WORLD_SIZE={size} on process 0 ({host}), but {world_size} on process {rank} "
+                    f"({launch.host_name()}); start all processes with the same number"
+                )
+        entries = of_all("name") if rank == 0 else None
+        if entries:
+            store.set("members", " ".join(entry.split(" ")[0] for entry in entries))
         members = store.get("members").decode() if store.check(["members"]) else ""
         if own_name in members:
             store.set(f"confirmed/{rank}", members)
@@ -418,9 +463,10 @@ def _private_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
             if store.check([f"started/{members}"]):
                 return dist.PrefixStore(members, store)
         time.sleep(0.02)
-    raise InputError(
-        f"process {rank} of {world_size}: not all processes have connected within "
-        f"{RENDEZVOUS_SECONDS} s; see the error message of the process that ended"
+    hosts = {other: host for other, (_, _, host) in connected().items()}
+    raise failure(
+        f"{launch.absent(hosts, world_size)} at {address} after {RENDEZVOUS_SECONDS} s; see "
+        f"whether they have started, and the error message of one that ended"
     )
 
 

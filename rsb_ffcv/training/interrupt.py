@@ -20,8 +20,8 @@ ECHO_SECONDS = 2.0
 class Interrupt:
     """Records the first SIGTERM or SIGUSR1. A second one ends the process immediately.
 
-    forwarded: this process has a parent (torchrun, training.distributed=1) that forwards signals. A
-        signal within ECHO_SECONDS of the first is then ignored as a duplicate.
+    forwarded: this process may receive a signal twice (see launch.has_parent). One within
+        ECHO_SECONDS of the first is then ignored as a duplicate.
     """
 
     def __init__(self, forwarded: bool) -> None:

@@ -77,6 +77,35 @@ def test_processes_with_different_versions_are_rejected(betons, tmp_path, train)
     assert statuses == [2, 2] and "process 1 differs from process 0 (timm: 99.0, but " in err, err
 
 
+@pytest.mark.parametrize(
+    "world, change, message",
+    [
+        (
+            2,
+            'RANK"] == "1": os.environ["WORLD_SIZE"] = "3',
+            r"WORLD_SIZE=2 on process 0 \(.+\), but 3",
+        ),
+        (
+            3,
+            'RANK"] == "2": os.environ["RANK"] = "1',
+            r"two processes have RANK=1 \(on .+ and .+\)",
+        ),
+    ],
+)
+def test_processes_that_do_not_agree_about_their_number_are_rejected(
+    betons, tmp_path, train, world, change, message
+):
+    """All of them end, and one reports it."""
+    run = train(
+        options(betons, tmp_path / "run", **TWO),
+        world,
+        prepare=f'import os\nif os.environ["{change}"',
+    )
+    statuses, _, err = run.wait()
+    assert statuses == [2] * world and err.count("error:") == 1 and "Traceback" not in err, err
+    assert re.search(f"error: {message}", err), err
+
+
 def test_same_file_under_another_path_is_accepted(betons, tmp_path, train):
     shutil.copytree(betons, tmp_path / "copy")
     own = {
@@ -222,6 +251,25 @@ def test_only_visible_gpu_is_used_and_not_shared():
         compute.check_devices([("a", "GPU-1"), ("a", "GPU-2"), ("a", "GPU-1")])
 
 
+def test_processes_bound_to_their_own_cores_do_not_share_them(monkeypatch):
+    """As SLURM binds them. The third process of machine a may use cores of the other two."""
+    cores = [{0, 1, 2, 3}, {4, 5, 6, 7}, {2, 3, 4, 5, 6, 7}, {0, 1, 2, 3}]
+    hosts = ["a", "a", "a", "b"]
+    gathered = {"host": [(host, "") for host in hosts], "cores": cores}
+    monkeypatch.setattr(compute.launch, "host_name", lambda: "a")
+    monkeypatch.setattr(compute.launch, "place_in_job", lambda: (0, 1, 0, 1))
+    monkeypatch.setattr(
+        compute, "gather", lambda items: gathered["host" if type(items[0]) is tuple else "cores"]
+    )
+
+    def sharing(own):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: own)
+        return compute.set_up("cpu", "fp32", compile="0", channels_last=False, threads=1).sharing
+
+    assert [sharing(own) for own in cores[:3]] == [2, 2, 3]
+    assert sharing({0, 1}) == 1
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_nvidia_device_that_torch_cannot_use_is_rejected(
     betons, tmp_path, call_program, monkeypatch, device
@@ -281,13 +329,14 @@ def test_more_loader_threads_than_cores_is_a_warning(capsys, monkeypatch):
         rank=0,
         world_size=16,
         local_world_size=8,
+        sharing=8,
     )
     assert (
         eight.loader_threads(8) == eight.loader_threads("auto") == 8 and not capsys.readouterr().err
     )
     assert eight.loader_threads(12) == 12
     assert (
-        "data.num_workers=12: with 8 processes on this machine, this starts 96 threads on 64 "
+        "data.num_workers=12: with 8 processes on these cores, this starts 96 threads on 64 "
         "cores; use data.num_workers=8 or auto" in capsys.readouterr().err
     )
     assert (
@@ -299,6 +348,7 @@ def test_more_loader_threads_than_cores_is_a_warning(capsys, monkeypatch):
             rank=1,
             world_size=16,
             local_world_size=8,
+            sharing=8,
         ).loader_threads(12)
         == 12
         and not capsys.readouterr().err

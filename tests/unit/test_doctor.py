@@ -128,3 +128,16 @@ def test_too_few_cores_for_the_device_are_found(config, monkeypatch):
     monkeypatch.setattr(doctor.compute, "available_cores", lambda: 4)
     finding = found(doctor.speed, config())["num_workers"]
     assert finding.status == "warn" and "data.decode=gpu" in finding.remedy
+
+
+def test_doctor_names_the_place_in_a_job_and_what_is_wrong_with_it(config, monkeypatch):
+    job = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "20016"}
+    assert not found(doctor.job, config())
+    for name, value in {**job, "SLURMD_NODENAME": "node2"}.items():
+        monkeypatch.setenv(name, value)
+    assert found(doctor.job, config())["job"] == doctor.Finding(
+        "ok", "job", "process 1 of 2 on node2; process 0 listens at node1:20016"
+    )
+    monkeypatch.delenv("MASTER_ADDR")
+    finding = found(doctor.job, config())["job"]
+    assert finding.status == "fail" and "MASTER_ADDR is not; start the job" in finding.text
