@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+# Pillow reads other formats, too; for some of them it starts programs
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
+
 # EXIF orientation -> the operation that makes the stored pixels upright. Pillow's exif_transpose
 # also rewrites the EXIF block, which fails for unusual but harmless blocks of cameras and editors.
 UPRIGHT = {

@@ -9,9 +9,10 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rsb_ffcv import InputError, __version__
+from rsb_ffcv import InputError, __version__, counted
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Command:
     text: str
     sections: Mapping[str, type[Any]]
     run: Callable[[list[str], str], int | None]
+
+
+def only_folder(command: str, folders: list[str], fix: str) -> Path:
+    """The folder that a command was given. Raises InputError, which ends with `fix`, if there is
+    none, or more than one."""
+    if len(folders) != 1:
+        raise InputError(f"{command}: {counted(len(folders), 'folder')}; {fix}")
+    return Path(folders[0])
 
 
 def dispatch(commands: Mapping[str, Command], default: str, about: str) -> int:

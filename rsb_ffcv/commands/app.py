@@ -15,6 +15,7 @@ from PIL import Image
 from rsb_ffcv import InputError, counted, export, option_names, preprocessing
 from rsb_ffcv.atomic import atomic_folder
 from rsb_ffcv.beton import Beton
+from rsb_ffcv.commands import only_folder
 from rsb_ffcv.commands.predict import sources
 from rsb_ffcv.config.train import AppOptions
 from rsb_ffcv.dataset.picture import load_rgb
@@ -32,9 +33,7 @@ def write_app(models: list[str], options: AppOptions) -> None:
 
     Raises InputError if the model or an example cannot be read, or if the folder cannot be written.
     """
-    if len(models) != 1:
-        raise InputError(f"app: {counted(len(models), 'folder')}; {FIX}")
-    model, folder = Path(models[0]), Path(options.folder)
+    model, folder = only_folder("app", models, FIX), Path(options.folder)
     with option_names({"model": "app"}):
         about = read_description(model)
     for name in (CONFIG, WEIGHTS):

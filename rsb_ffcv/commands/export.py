@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 from rsb_ffcv import InputError, __version__, counted, first_line, option_names, preprocessing, warn
 from rsb_ffcv.atomic import atomic_folder
 from rsb_ffcv.beton import About, read_beton
+from rsb_ffcv.commands import only_folder
 from rsb_ffcv.config.train import RECIPE, ExportOptions
 from rsb_ffcv.export import formats
 from rsb_ffcv.export.card import card
@@ -24,7 +25,7 @@ from rsb_ffcv.training.checkpoint import BEST_WEIGHTS
 from rsb_ffcv.training.environment import versions
 
 FORMATS = ("timm", "torch", "onnx")
-OPTIONS = {name: f"export.{name}" for name in ("folder", "formats", "which", "repository")}
+OPTIONS = {name: f"export.{name}" for name in ("folder", "formats", "which")}
 OPTIONS["path"] = "export.weights"
 FIX = "give the folder of a run"
 PACKAGES = ("torch", "timm", "numpy", "pillow")
@@ -37,9 +38,7 @@ def export_run(runs: list[str], options: ExportOptions) -> None:
     Raises InputError if the run, its weights or the classes cannot be read, or if the folder cannot
     be written.
     """
-    if len(runs) != 1:
-        raise InputError(f"export: {counted(len(runs), 'folder')}; {FIX}")
-    run, folder = Path(runs[0]), Path(options.folder)
+    run, folder = only_folder("export", runs, FIX), Path(options.folder)
     kinds = _formats(options.formats)
     repository = _repository(options.repository, folder)
     with option_names(OPTIONS):
@@ -117,37 +116,39 @@ def _described(run: Path, options: ExportOptions) -> tuple[Description, Any]:
             step | {"checkpoint": "/".join(Path(step["checkpoint"]).parts[-2:])}
             for step in config.get("lineage", [])
         ]
-        arch, blurpool = known.get("arch", recipe["model"]["arch"]), recipe["training"]
         kind, metrics, epoch = _results(run, path, rows)
         evaluation = {name: val[name] for name in ("images", "fingerprint") if name in val}
         if "precision" in environment:
             evaluation["precision"] = environment["precision"]
         evaluation |= {"lr_tta": validation["lr_tta"], "epoch": epoch}
-        facts: dict[str, Any] = {
-            "arch": arch,
-            "blurpool": blurpool["use_blurpool"],
-            "side": validation["resolution"],
-            "crop_ratio": validation["crop_ratio"],
-            "interpolation": validation["interpolation"],
-            "weights": kind,
-            "metrics": metrics,
-            "evaluation": evaluation if metrics else {},
-            "recipe": recipe,
-            "lineage": lineage,
-            "data": {name: train[name] for name in ("images", "classes", "fingerprint") if train},
-            "software": {
-                "rsb_ffcv": environment.get("rsb_ffcv", __version__),
-                "commit": environment.get("commit"),
-                **environment.get("versions", versions(PACKAGES)),
-            },
-        }
         classes, titles = _classes(
             options.data,
             config["data"]["train_dataset"],
             expected=known.get("num_classes"),
             fingerprint=train.get("fingerprint"),
         )
-        about = Description(**facts, classes=classes, titles=titles, mean=list(MEAN), std=list(STD))
+        about = Description(
+            arch=(known or recipe["model"])["arch"],
+            blurpool=recipe["training"]["use_blurpool"],
+            classes=classes,
+            titles=titles,
+            side=validation["resolution"],
+            crop_ratio=validation["crop_ratio"],
+            interpolation=validation["interpolation"],
+            mean=list(MEAN),
+            std=list(STD),
+            weights=kind,
+            metrics=metrics,
+            evaluation=evaluation if metrics else {},
+            recipe=recipe,
+            lineage=lineage,
+            data={name: train[name] for name in ("images", "classes", "fingerprint") if train},
+            software={
+                "rsb_ffcv": environment.get("rsb_ffcv", __version__),
+                "commit": environment.get("commit"),
+                **environment.get("versions", versions(PACKAGES)),
+            },
+        )
         about.check()
     except InputError:
         raise
@@ -177,17 +178,16 @@ def _results(
 ) -> tuple[str, dict[str, float], int | None]:
     """Of a file of weights of a run: which weights they are, their metrics as the run measured
     them, and the epoch, counted from 1. Weights that the run did not measure have none."""
-    final = re.fullmatch(r"final_weights_?(\w*)\.pt", path.name)
     if path.resolve().parent != run.resolve():
         return "", {}, None
     if path.name == BEST_WEIGHTS:
         content = read(path)
         return log.WEIGHTS[content["weights"]], content["metrics"], content["epoch"] + 1
+    final = re.fullmatch(r"final_weights_?(\w*)\.pt", path.name)
     which = (final[1] or "model") if final else ""
     if which not in log.PREFIXES or not rows:
         return "", {}, None
-    prefix, names = log.PREFIXES[which], ("top1", "top5", "val_loss", "relabelled_top1")
-    found = {name: rows[-1][prefix + name] for name in names if prefix + name in rows[-1]}
+    found = log.results_of(rows[-1], log.PREFIXES[which])
     return log.WEIGHTS[which], found, rows[-1]["epoch"] + 1
 
 

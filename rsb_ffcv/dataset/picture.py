@@ -14,11 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from rsb_ffcv import InputError, beton, check_choice, first_line
 from rsb_ffcv.ops import native
-from rsb_ffcv.preprocessing import UPRIGHT, to_rgb
+from rsb_ffcv.preprocessing import FORMATS, UPRIGHT, to_rgb
 
 MAX_SIDE = 65535  # largest width and height in a .beton's metadata
-# Pillow reads other formats, too; for some of them it starts programs
-FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
 
 
 @contextmanager

@@ -9,12 +9,11 @@ import gradio as gr
 import timm
 import torch
 from PIL import Image
-from preprocessing import MAX_ASPECT, preprocess  # of this folder
+from preprocessing import FORMATS, MAX_ASPECT, preprocess  # of this folder
 
 HERE = Path(__file__).parent
 ABOUT = json.loads((HERE / "model" / "rsb_ffcv.json").read_text(encoding="utf-8"))
 NAMES = ABOUT["titles"] or ABOUT["classes"]
-FORMATS = ["JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP"]
 MAX_PIXELS = 50_000_000
 TOP = 5
 

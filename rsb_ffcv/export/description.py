@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rsb_ffcv import InputError, first_line
-from rsb_ffcv.atomic import atomic_file
 
 NAME = "rsb_ffcv.json"
 
@@ -85,9 +84,8 @@ class Description:
         }
 
     def write(self, folder: Path) -> None:
-        """Raises InputError if it cannot be written."""
-        with atomic_file(folder / NAME, "choose another `folder`") as file:
-            file.write(json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def read_description(folder: Path) -> Description:

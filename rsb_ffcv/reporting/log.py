@@ -53,6 +53,12 @@ def best_of(row: Mapping[str, Any]) -> tuple[str, float]:
     return weights, found[weights]
 
 
+def results_of(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The results of one set of weights in an epoch's `row`. prefix: of PREFIXES."""
+    names = ("top1", "top5", "val_loss", "relabelled_top1")
+    return {name: row[prefix + name] for name in names if prefix + name in row}
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes `content` to a JSON file, atomically. Raises InputError as atomic_file does."""
     with atomic_file(path, FIX) as file:

@@ -1,7 +1,7 @@
 """The place of this process in its job: which process of how many, and where the first one listens.
 
 The launcher's environment variables go in; torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) come out, whoever started the processes. Everything that
+LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) come out, for every launcher. Everything that
 asks for them, torch included, then finds the same values.
 
 Does not import torch, whose import takes seconds.

@@ -422,13 +422,12 @@ class Trainer:
         best = self.progress.best
         prefix = log.PREFIXES[best["weights"]]
         module = swa if prefix == "swa_" and swa is not None else self.evaluate.models[prefix]
-        metrics = ("top1", "top5", "val_loss", "relabelled_top1")
         return {
             "state_dict": module.state_dict(),
             "weights": best["weights"],
             "epoch": best["epoch"],
             "step": best["step"],
-            "metrics": {name: row[prefix + name] for name in metrics if prefix + name in row},
+            "metrics": log.results_of(row, prefix),
             "arch": self.config.model.arch,
             "num_classes": self.data.num_classes,
         }

@@ -84,7 +84,7 @@ def test_tasks_of_srun_are_the_processes_of_a_job(environment):
 def test_one_process_in_a_job_script_or_a_step_of_one_task_is_alone(environment, variables):
     environment(variables)
     assert launch.place_in_job() == ALONE and "MASTER_ADDR" not in os.environ
-    # SLURM sends SIGTERM twice, whoever started the process
+    # SLURM sends SIGTERM twice, with every launcher
     assert launch.has_parent() == ("SLURM_JOB_ID" in variables)
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "atomic",
         "beton",
     },
-    "export": {"loading", "learning", "atomic"},
+    "export": {"loading", "learning"},
     "commands": {
         "training",
         "export",
