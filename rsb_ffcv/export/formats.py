@@ -32,6 +32,11 @@ from rsb_ffcv.loading.batch import scale_and_shift
 
 WEIGHTS, CONFIG, TORCH, ONNX = "model.safetensors", "config.json", "model.pt2", "model.onnx"
 INPUTS = ("uint8", "float")
+# Entries of timm's configuration that describe the weights that timm publishes for an architecture
+OTHER_WEIGHTS = (
+    *("tag", "origin_url", "paper_ids", "paper_name", "notes"),
+    *("test_input_size", "test_crop_pct", "test_pool_size", "pool_size"),
+)
 TOLERANCE = 1e-4  # of logits, between onnxruntime and torch
 MISSING = "`formats`=onnx: needs the package {0}; install it: pip install {0}"
 
@@ -96,23 +101,23 @@ def write_timm(model: nn.Module, about: Description, folder: Path, *, license: s
     titles = dict(zip(about.classes, about.titles))
     timm.models._hub.save_config_for_hf(
         model,
-        str(folder / CONFIG),
+        folder / CONFIG,  # type: ignore[arg-type]  # earlier versions of timm need a Path
         model_config={"label_names": about.classes}
         | ({"label_descriptions": titles} if titles else {}),
-        data_config={
-            "input_size": (3, about.side, about.side),
-            "interpolation": about.interpolation,
-            "crop_pct": about.crop_ratio,
-            "crop_mode": "center",
-            "mean": tuple(about.mean),
-            "std": tuple(about.std),
-        },
     )
-    # timm describes the weights that it publishes itself for this architecture
+    # The function has an argument for the preprocessing since timm 1.0.31 only.
     made = json.loads((folder / CONFIG).read_text())
     published = made["pretrained_cfg"]
-    for name in ("tag", "origin_url", "paper_ids", "paper_name", "notes"):
+    for name in OTHER_WEIGHTS:
         published.pop(name, None)
+    published |= {
+        "input_size": (3, about.side, about.side),
+        "interpolation": about.interpolation,
+        "crop_pct": about.crop_ratio,
+        "crop_mode": "center",
+        "mean": about.mean,
+        "std": about.std,
+    }
     published["license"] = license
     (folder / CONFIG).write_text(json.dumps(made, indent=2) + "\n")
 
