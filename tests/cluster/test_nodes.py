@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import sys
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 from tests.cluster.jobs import RENDEZVOUS, Job
 from tests.cluster.nodes import Network
 from tests.cluster.traced import Trace
+from tests.conftest import ROOT
 from tests.integration.runs import assert_same_course, assert_same_run, options, state
 from tests.sizes import CUTS
 from tests.stops import Stop
@@ -162,6 +164,104 @@ def test_cut_ends_the_others_with_a_line_that_names_the_node(
         assert all(SILENT in found for found in job.errors(lost))
 
 
+# ---------------------------------------------------------------- at the start
+
+# The times are long enough for a busy machine: the last process of three is ready much earlier
+START = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from rsb_ffcv import exit_status
+from rsb_ffcv.training import compute, trainer
+compute.RENDEZVOUS_SECONDS, compute.CONNECT_SECONDS = 60, 20
+import train_imagenet
+rank, folder = int(os.environ["RANK"]), Path(os.environ["FOLDER"])
+def wait_until_all_are_ready(count):
+    (folder / f"ready_{rank}").touch()
+    while len(list(folder.glob("ready_*"))) < count:
+        time.sleep(0.01)
+def hold(*_, **__):
+    (folder / "held").touch()
+    time.sleep(1000)
+{more}
+sys.exit(exit_status(train_imagenet.main))
+"""
+
+
+@pytest.fixture
+def start(betons, tmp_path):
+    """start(nodes, world, more): starts one of `world` processes on each node, without torchrun.
+    more: Python code that it runs first."""
+
+    def start(nodes, world: int, more: str):
+        (tmp_path / "start.py").write_text(START.replace("{more}", more))
+        return [
+            node.start(
+                *(sys.executable, tmp_path / "start.py"),
+                *options(betons, tmp_path / "run", **GROUPS),
+                env={
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "1",
+                    "MASTER_ADDR": nodes[0].name,
+                    "MASTER_PORT": "2000",
+                    "PYTHONPATH": str(ROOT),
+                    "FOLDER": str(tmp_path),
+                },
+            )
+            for rank, node in enumerate(nodes)
+        ]
+
+    return start
+
+
+def errors(*commands) -> list[str]:
+    return [line for it in commands for line in re.findall("^error: .*", it.text(), re.M)]
+
+
+@pytest.mark.long
+def test_node_that_never_arrives_is_reported_once(make_nodes, start):
+    """The others wait for it after all of them have started."""
+    jobs = start(make_nodes(2), 3, "wait_until_all_are_ready(2)")
+    assert [job.wait() for job in jobs] == [2, 2]
+    (line,) = errors(*jobs)
+    assert line == (
+        "error: 2 of 3 processes have connected; missing: 2 at node1:2000 after 60 s; see whether "
+        "they have started, and the error message of one that ended"
+    )
+
+
+@pytest.mark.long
+def test_port_in_use_is_reported_by_process_0(make_nodes, start):
+    nodes = make_nodes(2)
+    occupy = (
+        "import socket, time; s = socket.create_server(('', 2000)); print('ready', flush=True);"
+    )
+    nodes[0].start(sys.executable, "-c", occupy + " time.sleep(1000)").wait_for_text("ready")
+    jobs = start(nodes, 2, "")
+    assert jobs[0].wait() == 2
+    assert errors(jobs[0]) == [
+        "error: MASTER_PORT=2000: process 0 cannot listen on it on node1 (Address already in use); "
+        "set MASTER_PORT to a free port"
+    ]
+
+
+@pytest.mark.long
+def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(make_nodes, start, tmp_path):
+    """Process 2 has met the others and not yet connected to them."""
+    nodes = make_nodes(3)
+    jobs = start(nodes, 3, "if rank == 2: dist.init_process_group = hold")
+    jobs[2].wait_until((tmp_path / "held").exists)
+    nodes[2].link_down()
+    assert [job.wait() for job in jobs[:2]] == [2, 2]
+    for rank, job in enumerate(jobs[:2]):
+        (line,) = errors(job)
+        assert line.startswith(
+            f"error: process {rank} of 3 cannot connect to the others at node1:2000 ("
+        )
+
+
 # ---------------------------------------------------------------- going on with fewer nodes
 
 # The command of docs/nodes.md
@@ -173,9 +273,13 @@ STORE = (
 
 
 class ElasticJob(Job):
-    """A job of 1 to 3 of three nodes, with a store on the fourth, and its trace."""
+    """A job of 1 to 3 of three nodes, with a store on the fourth, and its trace.
 
-    def __init__(self, nodes, folder, flags):
+    shares: whether torchrun's processes meet at a store of the first node, as is the default. It is
+        lost with the node.
+    """
+
+    def __init__(self, nodes, folder, flags, shares=False):
         *nodes, self.host = nodes
         self.trace, self.names = Trace(folder), [node.name for node in nodes]
         self.store = self.host.start(sys.executable, "-c", STORE)
@@ -186,8 +290,7 @@ class ElasticJob(Job):
             nnodes="1:3",
             endpoint=self.host.name,
             more=["--max-restarts=1000", f"--rdzv-conf=is_host=0,{RENDEZVOUS}"],
-            # else the processes meet at a store of the first node, which is lost with it
-            env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **self.trace.env},
+            env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not shares)), **self.trace.env},
             program="tests/cluster/traced.py",
         )
 
@@ -261,6 +364,21 @@ def test_job_goes_on_without_the_node_of_process_0_and_takes_it_back(
     assert [life[-1] for life in dict.fromkeys(lives)] == ["3", "2", "3"], lives
     assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
     job.assert_equal(tmp_path / "run", tmp_path / "whole", more["training.epochs"])
+
+
+@pytest.mark.long
+def test_lost_store_of_the_processes_is_named(make_nodes, betons, tmp_path):
+    flags = options(betons, tmp_path / "run", **ELASTIC)
+    job = ElasticJob(make_nodes(4), tmp_path, flags, shares=True)
+    job.wait_until_held()
+    one, two, _ = job.nodes
+    job.cut(one, "power")
+    named = (
+        r"error: process \d of 2 cannot connect to the others at node1:\d+ \(.*\); torchrun "
+        r"listens there; if that machine is lost, start torchrun with "
+        r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
+    )
+    job.wait_until(lambda: any(re.fullmatch(named, line) for line in job.errors(two)), two)
 
 
 @pytest.mark.long
