@@ -215,7 +215,7 @@ def start(betons, tmp_path):
         return [
             node.start(
                 *(sys.executable, tmp_path / "start.py"),
-                *options(betons, tmp_path / "run", **GROUPS),
+                *options(betons, tmp_path / "run", **GROUPS, **{"dist.timeout_s": 5}),
                 env={
                     "RANK": str(rank),
                     "WORLD_SIZE": str(world),
@@ -265,13 +265,21 @@ def test_port_in_use_is_reported_by_process_0(make_nodes, start):
 
 
 @pytest.mark.long
-def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(make_nodes, start, tmp_path):
-    """Process 2 has met the others and not yet connected to them."""
+@pytest.mark.parametrize("function", ["init_process_group", "new_group"])
+def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(
+    make_nodes, start, tmp_path, function
+):
+    """Process 2 has met the others and not yet connected to them, for training or for the
+    heartbeat."""
     nodes = make_nodes(3)
-    jobs = start(nodes, 3, "if rank == 2: dist.init_process_group = hold")
+    jobs = start(nodes, 3, f"if rank == 2: dist.{function} = hold")
     jobs[2].wait_until((tmp_path / "held").exists)
     nodes[2].link_down()
-    assert [job.wait() for job in jobs[:2]] == [2, 2]
+    status = {"init_process_group": 2, "new_group": 3}[function]
+    assert [job.wait() for job in jobs[:2]] == [status, status]
+    if status == 3:
+        assert errors(*jobs[:2]) == [f"error: process 2 (node3) of 3 {SILENT}{RESUMES}"]
+        return
     for rank, job in enumerate(jobs[:2]):
         (line,) = errors(job)
         assert line.startswith(
@@ -334,6 +342,7 @@ class ElasticJob(Job):
         assert len(trained) == len(others)
         CUT[cut](node)
         self.wait_until(lambda: not any(map(_runs, trained)), others[0])
+        self.trace.forget()
 
     def bring_back(self, node):
         """Undoes a cut."""
