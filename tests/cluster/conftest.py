@@ -1,6 +1,7 @@
-"""A SLURM cluster of four nodes on this machine: munged, slurmctld, and one slurmd for each node.
+"""Nodes with their own network (see nodes.py), and a SLURM cluster of four nodes on this machine:
+munged, slurmctld, and one slurmd for each node.
 
-The daemons have their own key, socket, ports and folders. They run in namespaces of their own:
+SLURM's daemons have their own key, socket, ports and folders. They run in namespaces of their own:
 /etc/hosts has the names of the nodes there, as a cluster's name service has them, and no process of
 a job outlives the fixture.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import nodes
 from tests.conftest import ROOT, a_free_port
 from tests.stops import wait_until
 
@@ -222,3 +224,20 @@ def cluster(running_cluster):
     yield running_cluster
     running_cluster.call("scancel", "--user=root")
     running_cluster.call("scancel", "--user=root", "--signal=KILL", "--full")
+
+
+@pytest.fixture
+def make_nodes(tmp_path_factory):
+    """make(count, private=[folders], trap=False): the nodes of a Network, which ends with the
+    test."""
+    if lacking := nodes.missing():
+        pytest.skip(f"needs {lacking}")
+    networks = []
+
+    def make(count: int, **options) -> list[nodes.Node]:
+        networks.append(nodes.Network(tmp_path_factory.mktemp("nodes"), count, **options))
+        return networks[-1].nodes
+
+    yield make
+    for network in networks:
+        network.stop()
