@@ -1,10 +1,12 @@
 """Processes that do not belong together are rejected at the start. A process that is silent for too
 long ends the job."""
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -165,6 +167,61 @@ def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, sil
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 2).wait()
     assert statuses == [0, 0] and "resuming" in out, err
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# Code for three processes, with a clock that is not the machine's. Each group takes 10 ms. Process
+# 1 waits for its images until the other two have all their gradients, which takes 70 ms more. They
+# wait for its gradients in the meantime, as the clock shows after the step's last collective.
+SLOW_PROCESS = """
+import os, time
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.training import compute, step
+rank, clock = int(os.environ["RANK"]), SimpleNamespace(now=0.0, step=0)
+step.time = SimpleNamespace(perf_counter=lambda: clock.now)
+draw, mark, end_step = BatchTransform.draw, step.OwnTime.mark, step.RunningStatistics.end_step
+def joined():
+    return compute._joined[0].store
+def slow_draw(self, *arguments, **options):
+    clock.now += 0.01
+    if rank == 1:
+        clock.now, clock.step = clock.now + 0.07, clock.step + 1
+        # in the forward pass of its second step, DDP waits for all processes: it has new buckets
+        while clock.step != 2 and joined().add("have gradients", 0) < 2 * clock.step:
+            time.sleep(0.002)
+    return draw(self, *arguments, **options)
+def counted_mark(self):
+    mark(self)
+    if rank != 1 and len(self._steps[-1]) == 2:
+        joined().add("have gradients", 1)
+def synchronized_end(self):
+    end_step(self)
+    latest = torch.tensor(clock.now, dtype=torch.float64)
+    dist.all_reduce(latest, dist.ReduceOp.MAX)
+    clock.now = latest.item()
+BatchTransform.draw, step.OwnTime.mark = slow_draw, counted_mark
+step.RunningStatistics.end_step = synchronized_end
+"""
+
+
+def test_slowest_process_is_named_though_all_have_the_same_time_per_step(betons, tmp_path, train):
+    more = {"training.batch_size": 8, "training.global_batch": 24, "data.num_workers": 1}
+    more |= {"training.epochs": 2}
+    flags = options(betons, tmp_path / "run", **more)
+    statuses, out, err = train(flags, 3, prepare=SLOW_PROCESS).wait()
+    assert statuses == [0, 0, 0], err
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["own_step_ms"] == [10, 80, 10]
+        assert row["slowest"] == {
+            "process": 1,
+            "host": socket.gethostname(),
+            "own_step_ms": 80,
+            "percent_above_median": 700,
+        }
+    told = f"; slowest: process 1 ({socket.gethostname()}), 80 ms a step, 700 % above the median"
+    assert [line.endswith(told) for line in out.splitlines() if line[:6] == "epoch "] == [True] * 2
 
 
 @pytest.mark.parametrize("training", [True, False])
