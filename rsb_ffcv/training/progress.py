@@ -146,7 +146,7 @@ class Progress:
         lr: learning rate of the last step, if no step was taken.
         """
         total, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
-        own_ms = statistics.median(self.own_ms) if self.own_ms else None
+        own_ms = statistics.median(self.own_ms or [0.0])
         # One gather, which is two collectives on the CPU
         parts = compute.gather([(self.skipped, self.counts, own_ms, self._weight)])
         found = sorted({item for skipped, *_ in parts for item in skipped})
@@ -175,7 +175,7 @@ class Progress:
                 "skipped": len(found),
                 "skipped_samples": [f"sample {index} {reason}" for index, reason in found],
             }
-        if len(parts) > 1 and own_ms is not None:
+        if len(parts) > 1 and own_ms:
             times, weights = [ms for *_, ms, _ in parts], [weight for *_, weight in parts]
             row |= slowest(times, weights, self._compute.hosts)
         return row

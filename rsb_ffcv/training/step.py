@@ -76,7 +76,7 @@ class OwnTime:
         """Has the backward pass from `logits` mark that the gradients exist. Autograd calls back in
         the order of the requests. This one is made before that of DDP, which waits there for the
         other processes."""
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine = torch.autograd.Variable._execution_engine
         logits.register_hook(lambda _: engine.queue_callback(self.mark))
 
     def read(self) -> list[float]:
