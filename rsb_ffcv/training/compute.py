@@ -2,9 +2,11 @@
 lines of output report the choice."""
 
 import gc
+import hashlib
 import math
 import os
 import shutil
+import socket
 import sysconfig
 import time
 import uuid
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError, counted, first_line, warn
-from rsb_ffcv.training import launch
+from rsb_ffcv.training import launch, network
 
 
 class _Joined(NamedTuple):
@@ -36,6 +38,7 @@ class _Joined(NamedTuple):
 
 
 _joined: list[_Joined] = []
+_held: dict[str, socket.socket] = {}  # see _is_first_here
 # Timeout of collectives while all processes are alive: one of them may be reading a large file.
 COLLECTIVE_SECONDS = 1800
 # Texts of out-of-memory errors that torch does not raise as OutOfMemoryError: from the CPU's
@@ -48,6 +51,7 @@ OUT_OF_MEMORY = (
     "cuda error: out of memory",
 )
 STORE_SECONDS = 5.0  # seconds without a response after which the store is considered lost
+HELD_SECONDS = 10.0  # processes of one machine may differ as much in the time that they start
 RENDEZVOUS_SECONDS = 600  # time limit for all processes to connect
 Result = TypeVar("Result")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -358,24 +362,20 @@ def _join(rank: int, world_size: int, *, backend: str, timeout_s: float) -> None
     if fresh:  # else torchrun listens at the address
         launch.check_address(rank)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    within = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
         if fresh:
             # torch's rendezvous would wait for all processes, and does not say which are missing.
-            store: dist.Store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=rank == 0,
-                timeout=within,
-                wait_for_workers=False,
-            )
+            store: dist.Store = _first_store(rank, address)
             # Until all have met, an error is reported through this store.
             _joined.append(_Joined(_clone(store), rank, world_size))
         else:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=within))
+            store, rank, world_size = next(
+                dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+            )
         store = _private_store(store, rank, world_size, fresh=fresh, address=address)
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
+        network.choose(store, rank, world_size, nccl="nccl" in backend)
         dist.init_process_group(
             backend,
             store=store,
@@ -388,6 +388,33 @@ def _join(rank: int, world_size: int, *, backend: str, timeout_s: float) -> None
             f"process {rank} of {world_size} cannot connect to the others at {address} "
             f"({first_line(error)}); give an address and a free port that all of them can reach"
         ) from error
+
+
+def _first_store(rank: int, address: str) -> dist.TCPStore:
+    """The store that process 0 hosts. Raises InputError if it does not answer: the processes of a
+    machine that wait for it have the same message."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    until = time.monotonic() + RENDEZVOUS_SECONDS
+    while rank:  # torch's store would print stack traces if nothing listens
+        try:
+            socket.create_connection((host, port), STORE_SECONDS).close()
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"process 0 does not answer at {address} ({launch.host_name()} waits for it): "
+                    f"no connection within {RENDEZVOUS_SECONDS} s ({first_line(error)}); see "
+                    f"whether it has started, and the error message of one that ended, and give "
+                    f"an address and a free port that all of them can reach"
+                ) from error
+            time.sleep(0.2)
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
+        wait_for_workers=False,
+    )
 
 
 def _clone(store: dist.Store) -> dist.Store:
@@ -560,11 +587,29 @@ def is_first_to_report(what: str) -> bool:
     """Returns True on exactly one process, the first that calls this with `what`. Works even if the
     job's collectives fail."""
     if not _joined:
-        return True
+        return _is_first_here(what)
     try:
         return call_store(lambda store: store.add(f"reported/{what}", 1), STORE_SECONDS) == 1
     except (RuntimeError, TimeoutError):  # rank 0, which hosts the store, is lost: rank 1 reports
         return _joined[0].rank == 1
+
+
+def _is_first_here(what: str) -> bool:
+    """is_first_to_report for the processes of a job on this machine, which have not met the others.
+    The first one holds a name until it ends; the kernel forgets it then."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    name = hashlib.sha256(f"{os.getuid()} {place} {what}".encode()).hexdigest()
+    if name in _held:
+        return True
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(f"\0rsb_ffcv.{name}")
+    except OSError:
+        return False
+    _held[name] = held
+    return True
 
 
 def wait_for_others(seconds: float = 2.0) -> None:
@@ -574,6 +619,8 @@ def wait_for_others(seconds: float = 2.0) -> None:
     hosts, to detect that it has been reported.
     """
     if not _joined:
+        if _held:
+            time.sleep(HELD_SECONDS)  # others of this machine may be about to report the same
         return
     until = time.monotonic() + seconds
 
