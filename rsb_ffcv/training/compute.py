@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rsb_ffcv import InputError, counted, first_line, warn
 from rsb_ffcv.training import launch, network
@@ -35,6 +36,14 @@ class _Joined(NamedTuple):
     store: dist.Store
     rank: int
     world_size: int
+
+
+class _Place(NamedTuple):
+    """Where a process runs. device: see _device_id. cores: that it may use."""
+
+    host: str
+    device: str
+    cores: set[int]
 
 
 _joined: list[_Joined] = []
@@ -53,6 +62,8 @@ OUT_OF_MEMORY = (
 STORE_SECONDS = 5.0  # seconds without a response after which the store is considered lost
 HELD_SECONDS = 10.0  # processes of one machine may differ as much in the time that they start
 RENDEZVOUS_SECONDS = 600  # time limit for all processes to connect
+# Time limit, when all are there, for what precedes the heartbeat
+CONNECT_SECONDS = 60
 Result = TypeVar("Result")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -211,21 +222,22 @@ def set_up(
             f"compute.compile=auto: the model is not compiled, and trains more slowly: "
             f"torch.compile needs {lacking}; install it, or use compute.compile=0"
         )
+    place = _Place(launch.host_name(), _device_id(chosen), os.sched_getaffinity(0))
     if world_size > 1 and not dist.is_initialized():
-        _join(
+        places = _join(
             rank,
             world_size,
             backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             timeout_s=max(COLLECTIVE_SECONDS, 2 * timeout_s),
+            place=place,
         )
+    else:
+        places = gather([place])
     if wrong:  # raised after the processes have connected, so that one of them reports it for all
         raise InputError(wrong)
-    host, own_cores = launch.host_name(), os.sched_getaffinity(0)
-    places = gather([(host, _device_id(chosen))])
-    check_devices(places)
+    check_devices([(other.host, other.device) for other in places])
     sharing = sum(
-        other == host and not own_cores.isdisjoint(cores)
-        for (other, _), cores in zip(places, gather([own_cores]))
+        other.host == place.host and not place.cores.isdisjoint(other.cores) for other in places
     )
     # torchrun sets it to 1 unless the user has set it.
     requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
@@ -246,7 +258,7 @@ def set_up(
         world_size=world_size,
         local_world_size=local_world_size,
         sharing=sharing,
-        hosts=tuple(host for host, _ in places),
+        hosts=tuple(other.host for other in places),
     )
 
 
@@ -353,8 +365,13 @@ def within_memory(what: str, fix: str) -> Iterator[None]:
         raise InputError(f"out of memory with {what} ({first_line(error)}); {fix}") from error
 
 
-def _join(rank: int, world_size: int, *, backend: str, timeout_s: float) -> None:
-    """Connects this process to the others and creates the process group.
+def _join(
+    rank: int, world_size: int, *, backend: str, timeout_s: float, place: "_Place"
+) -> list["_Place"]:
+    """Connects this process to the others and creates the process group. Returns the `place` of
+    each process.
+
+    timeout_s: of collectives; until this function returns, it is CONNECT_SECONDS.
 
     Raises InputError if that fails, or takes more than RENDEZVOUS_SECONDS.
     """
@@ -362,16 +379,23 @@ def _join(rank: int, world_size: int, *, backend: str, timeout_s: float) -> None
     if fresh:  # else torchrun listens at the address
         launch.check_address(rank)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    within = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
+        if fresh and rank:
+            _await_first_process(address)
+        # torch's rendezvous would wait for all processes, and does not say which are missing.
+        store: dist.Store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=fresh and rank == 0,
+            # torchrun listens before it starts its processes
+            timeout=within if fresh else timedelta(seconds=CONNECT_SECONDS),
+            wait_for_workers=False,
+        )
+        store.set_timeout(within)
         if fresh:
-            # torch's rendezvous would wait for all processes, and does not say which are missing.
-            store: dist.Store = _first_store(rank, address)
             # Until all have met, an error is reported through this store.
             _joined.append(_Joined(_clone(store), rank, world_size))
-        else:
-            store, rank, world_size = next(
-                dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
-            )
         store = _private_store(store, rank, world_size, fresh=fresh, address=address)
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
@@ -381,24 +405,35 @@ def _join(rank: int, world_size: int, *, backend: str, timeout_s: float) -> None
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=CONNECT_SECONDS),
         )
-    except (dist.DistError, OSError) as error:
+        places = gather([place])
+        _set_pg_timeout(timedelta(seconds=timeout_s))
+        return places
+    except (RuntimeError, OSError) as error:  # from the store, and from gloo
         raise InputError(
             f"process {rank} of {world_size} cannot connect to the others at {address} "
-            f"({first_line(error)}); give an address and a free port that all of them can reach"
+            f"({first_line(error)}); "
+            + (
+                "give an address and a free port that all of them can reach"
+                if fresh
+                else "torchrun listens there; if that machine is lost, start torchrun with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
+            )
         ) from error
 
 
-def _first_store(rank: int, address: str) -> dist.TCPStore:
-    """The store that process 0 hosts. Raises InputError if it does not answer: the processes of a
-    machine that wait for it have the same message."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+def _await_first_process(address: str) -> None:
+    """Returns when process 0 listens at MASTER_ADDR and MASTER_PORT. torch's store would print a
+    stack trace if it does not.
+
+    Raises InputError after RENDEZVOUS_SECONDS, with the same message on all processes of a machine.
+    """
+    target = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     until = time.monotonic() + RENDEZVOUS_SECONDS
-    while rank:  # torch's store would print stack traces if nothing listens
+    while True:
         try:
-            socket.create_connection((host, port), STORE_SECONDS).close()
-            break
+            return socket.create_connection(target, STORE_SECONDS).close()
         except OSError as error:
             if time.monotonic() > until:
                 raise InputError(
@@ -408,13 +443,6 @@ def _first_store(rank: int, address: str) -> dist.TCPStore:
                     f"an address and a free port that all of them can reach"
                 ) from error
             time.sleep(0.2)
-    return dist.TCPStore(
-        host,
-        port,
-        is_master=rank == 0,
-        timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
-        wait_for_workers=False,
-    )
 
 
 def _clone(store: dist.Store) -> dist.Store:

@@ -102,14 +102,17 @@ class Node:
         for number, path in enumerate(self._network.private):
             (self.folder / "private" / str(number)).mkdir(exist_ok=True)
             mounts += f"mount --bind {self.folder}/private/{number} {path};"
-        self._holder = subprocess.Popen(
-            in_namespaces(
-                self._network.pid,
-                *(*UNSHARE, "sh", "-ec", INIT.format(name=self.name, mounts=mounts)),
-                options=["--net", "--mount", "--pid"],
-            ),
-            stdin=subprocess.DEVNULL,
-        )
+        with open(self.folder / "boot.txt", "a") as output:
+            self._holder = subprocess.Popen(
+                in_namespaces(
+                    self._network.pid,
+                    *(*UNSHARE, "sh", "-ec", INIT.format(name=self.name, mounts=mounts)),
+                    options=["--net", "--mount", "--pid"],
+                ),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
         wait_until(lambda: self._first_process() is not None, self._holder)
         self.pid = self._first_process() or 0
         self._network.ip(

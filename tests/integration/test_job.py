@@ -313,12 +313,10 @@ def test_processes_bound_to_their_own_cores_do_not_share_them(monkeypatch):
     """As SLURM binds them. The third process of machine a may use cores of the other two."""
     cores = [{0, 1, 2, 3}, {4, 5, 6, 7}, {2, 3, 4, 5, 6, 7}, {0, 1, 2, 3}]
     hosts = ["a", "a", "a", "b"]
-    gathered = {"host": [(host, "") for host in hosts], "cores": cores}
+    places = [compute._Place(host, "", own) for host, own in zip(hosts, cores)]
     monkeypatch.setattr(compute.launch, "host_name", lambda: "a")
     monkeypatch.setattr(compute.launch, "place_in_job", lambda: (0, 1, 0, 1))
-    monkeypatch.setattr(
-        compute, "gather", lambda items: gathered["host" if type(items[0]) is tuple else "cores"]
-    )
+    monkeypatch.setattr(compute, "gather", lambda items: places)
 
     def sharing(own):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: own)
