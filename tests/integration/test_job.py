@@ -224,6 +224,64 @@ def test_slowest_process_is_named_though_all_have_the_same_time_per_step(betons,
     assert [line.endswith(told) for line in out.splitlines() if line[:6] == "epoch "] == [True] * 2
 
 
+# Code that writes the calls of process 0 to torch.distributed, but those of the heartbeat's thread,
+# and the begin of each step and of each row, to a file
+COUNTED = """
+import os, threading
+import torch.distributed as dist
+from rsb_ffcv.training.progress import Progress
+from rsb_ffcv.training.step import TrainStep
+def note(*what):
+    if os.environ["RANK"] == "0" and threading.current_thread() is threading.main_thread():
+        with open("{path}", "a") as file:
+            print(*what, file=file)
+def noted(name, function):
+    def call(*arguments, **options):
+        about = [arguments[0].dtype, arguments[0].nbytes] if "reduce" in name else []
+        note(name, *about)
+        return function(*arguments, **options)
+    return call
+for name in [name for name in dir(dist) if name.startswith(
+    ("all_", "broadcast", "gather", "scatter", "reduce", "barrier", "monitored", "send", "recv")
+)]:
+    if callable(getattr(dist, name)):
+        setattr(dist, name, noted(name, getattr(dist, name)))
+for kind, method in ((TrainStep, "__call__"), (Progress, "row")):
+    def begin(self, *arguments, __of=getattr(kind, method), __name=kind.__name__, **options):
+        note("begin", __name)
+        return __of(self, *arguments, **options)
+    setattr(kind, method, begin)
+"""
+
+
+def test_a_step_has_one_small_vote_and_no_gather_of_objects(betons, tmp_path, train):
+    """Besides its gradients, which DDP's C++ averages, and the statistics of batch norm. A row has
+    one sum and one gather."""
+    flags = options(betons, tmp_path / "run", **TWO)
+    statuses, _, err = train(flags, 2, prepare=COUNTED.format(path=tmp_path / "calls")).wait()
+    assert statuses == [0, 0], err
+    steps = (tmp_path / "calls").read_text().split("begin TrainStep\n")[1:]
+    assert len(steps) == 9  # 3 epochs
+    for number, step in enumerate(steps, 1):
+        of_step, *of_row = step.split("begin Progress\n")
+        calls = of_step.splitlines()
+        statistics = [call for call in calls if call.startswith("all_reduce torch.float32 ")]
+        calls.remove(statistics[0])
+        if number % 3 == 0:  # the last one of an epoch reads the losses, and they are checked
+            assert calls[0].startswith("all_reduce torch.float64 ")
+            del calls[0]
+        assert calls[0] == "all_reduce torch.int32 8"
+        assert number % 3 == 0 or len(calls) == 1
+        assert bool(of_row) == (number % 3 == 0)
+        if of_row:
+            # and then the vote after the first batch of the validation
+            assert of_row[0].splitlines()[:3] == [
+                "all_reduce torch.float64 24",
+                "all_gather_object",
+                "all_reduce torch.int32 8",
+            ]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_parent_reports_a_killed_child_in_one_line(betons, tmp_path, free_port, training):
     """A child is killed in training, when the heartbeat of the other one detects it; or all are
