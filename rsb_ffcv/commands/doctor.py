@@ -5,6 +5,7 @@ with the remedy.
 """
 
 import fcntl
+import ipaddress
 import os
 import platform
 import shutil
@@ -28,7 +29,7 @@ from rsb_ffcv.gpu.driver import Cuda
 from rsb_ffcv.learning.model import build_model
 from rsb_ffcv.loading.batch import MEAN
 from rsb_ffcv.ops.native import library
-from rsb_ffcv.training import build, compute, environment, launch
+from rsb_ffcv.training import build, compute, environment, launch, network
 from rsb_ffcv.training.environment import NVIDIA
 
 PACKAGES = (*environment.PACKAGES, "fastargs")
@@ -107,6 +108,45 @@ def job(_: TrainConfig) -> Iterator[Finding]:
             f"process {place.rank} of {place.world_size} on {launch.host_name()}; process 0 "
             f"listens at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
         )
+        yield _network(place)
+
+
+def _network(place: launch.Place) -> Finding:
+    """The interface over which this process will reach the others."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    found, nccl = network.interfaces(), torch.cuda.is_available()
+    try:
+        launch.check_address(rank=1)  # not whether the port is free: the job may be using it
+        own, _ = network.own_address(address, int(port))
+    except InputError as error:
+        return Finding("fail", "network", str(error))
+    except OSError as error:
+        text = f"{launch.host_name()} has no route to MASTER_ADDR={address} ({error.strerror})"
+        return Finding("fail", "network", text, f"it has {network.shown(found)}")
+    wrong = network.wrong_choice(nccl)
+    if wrong:
+        return Finding("fail", "network", wrong)
+    loopback = ipaddress.ip_address(own).is_loopback
+    if loopback and place.rank >= place.local_world_size < place.world_size:
+        return Finding(
+            "fail",
+            "network",
+            f"MASTER_ADDR={address} is {launch.host_name()} itself ({own}), but process 0 is on "
+            f"another machine",
+            "set MASTER_ADDR to an address of that machine, and see /etc/hosts",
+        )
+    if chosen := os.environ.get(network.GLOO):
+        text = f"gloo uses {chosen} ({network.GLOO})"
+    elif place.local_world_size == place.world_size:
+        text = "all processes are on this machine"
+    elif loopback:
+        text = "gloo uses the interface that reaches the other machines, once they have connected"
+    else:
+        text = f"gloo uses {network.interface_of(own)} ({own}), which reaches {address}"
+    if nccl:
+        choice = os.environ.get(network.NCCL)
+        text += f"; NCCL {f'uses {choice} ({network.NCCL})' if choice else 'chooses by itself'}"
+    return Finding("ok", "network", f"{text}; {launch.host_name()} has {network.shown(found)}")
 
 
 def device(c: TrainConfig) -> Iterator[Finding]:
@@ -130,7 +170,7 @@ def device(c: TrainConfig) -> Iterator[Finding]:
             f"driver {environment.driver()}",
         )
     if torch.distributed.is_nccl_available():
-        yield Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+        yield Finding("ok", "NCCL", environment.nccl_version())
     elif torch.cuda.device_count() > 1:
         yield Finding("fail", "NCCL", "not available", "install a build of torch that has it")
     try:

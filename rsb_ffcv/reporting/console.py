@@ -20,6 +20,8 @@ from rsb_ffcv import InputError, duration, first_line, warn, warning_listeners
 from rsb_ffcv.reporting.log import REPORT, table
 
 LOG = "training.log"
+# The slowest process is named from this difference on: GPUs of one kind differ by a few per cent
+SLOWER_PERCENT = 5.0
 QUIET_SECONDS = 60.0  # without a terminal: longest time without a line about the progress
 
 
@@ -248,4 +250,17 @@ def epoch_line(row: dict, epochs: int, best: dict) -> str:
     ]
     if done < epochs:
         parts.append(f"{duration(row['eta_s'])} left")
-    return f"epoch {done}/{epochs}: {', '.join(parts)}"
+    return f"epoch {done}/{epochs}: {', '.join(parts)}{_slowest(row)}"
+
+
+def _slowest(row: dict) -> str:
+    """The process that the others of the job wait for, if it is so slow that it is worth a look."""
+    found = row.get("slowest")
+    if found is None or found["percent_above_median"] < SLOWER_PERCENT:
+        return ""
+    ms = found["own_step_ms"]
+    return (
+        f"; slowest: process {found['process']} ({found['host']}), "
+        f"{f'{ms:.0f}' if ms >= 10 else f'{ms:.2g}'} ms a step, "
+        f"{found['percent_above_median']:.0f} % above the median"
+    )

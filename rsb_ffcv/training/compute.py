@@ -2,9 +2,11 @@
 lines of output report the choice."""
 
 import gc
+import hashlib
 import math
 import os
 import shutil
+import socket
 import sysconfig
 import time
 import uuid
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rsb_ffcv import InputError, counted, first_line, warn
-from rsb_ffcv.training import launch
+from rsb_ffcv.training import launch, network
 
 
 class _Joined(NamedTuple):
@@ -45,6 +47,7 @@ class _Place(NamedTuple):
 
 
 _joined: list[_Joined] = []
+_held: dict[str, socket.socket] = {}  # see _is_first_here
 # Timeout of collectives while all processes are alive: one of them may be reading a large file.
 COLLECTIVE_SECONDS = 1800
 # Texts of out-of-memory errors that torch does not raise as OutOfMemoryError: from the CPU's
@@ -57,6 +60,7 @@ OUT_OF_MEMORY = (
     "cuda error: out of memory",
 )
 STORE_SECONDS = 5.0  # seconds without a response after which the store is considered lost
+HELD_SECONDS = 10.0  # processes of one machine may differ as much in the time that they start
 RENDEZVOUS_SECONDS = 600  # time limit for all processes to connect
 # Time limit, when all are there, for what precedes the heartbeat
 CONNECT_SECONDS = 60
@@ -377,6 +381,8 @@ def _join(
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     within = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
+        if fresh and rank:
+            _await_first_process(address)
         # torch's rendezvous would wait for all processes, and does not say which are missing.
         store: dist.Store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -393,6 +399,7 @@ def _join(
         store = _private_store(store, rank, world_size, fresh=fresh, address=address)
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
+        network.choose(store, rank, world_size, nccl="nccl" in backend)
         dist.init_process_group(
             backend,
             store=store,
@@ -414,6 +421,28 @@ def _join(
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
             )
         ) from error
+
+
+def _await_first_process(address: str) -> None:
+    """Returns when process 0 listens at MASTER_ADDR and MASTER_PORT. torch's store would print a
+    stack trace if it does not.
+
+    Raises InputError after RENDEZVOUS_SECONDS, with the same message on all processes of a machine.
+    """
+    target = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    until = time.monotonic() + RENDEZVOUS_SECONDS
+    while True:
+        try:
+            return socket.create_connection(target, STORE_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"process 0 does not answer at {address} ({launch.host_name()} waits for it): "
+                    f"no connection within {RENDEZVOUS_SECONDS} s ({first_line(error)}); see "
+                    f"whether it has started, and the error message of one that ended, and give "
+                    f"an address and a free port that all of them can reach"
+                ) from error
+            time.sleep(0.2)
 
 
 def _clone(store: dist.Store) -> dist.Store:
@@ -586,11 +615,29 @@ def is_first_to_report(what: str) -> bool:
     """Returns True on exactly one process, the first that calls this with `what`. Works even if the
     job's collectives fail."""
     if not _joined:
-        return True
+        return _is_first_here(what)
     try:
         return call_store(lambda store: store.add(f"reported/{what}", 1), STORE_SECONDS) == 1
     except (RuntimeError, TimeoutError):  # rank 0, which hosts the store, is lost: rank 1 reports
         return _joined[0].rank == 1
+
+
+def _is_first_here(what: str) -> bool:
+    """is_first_to_report for the processes of a job on this machine, which have not met the others.
+    The first one holds a name until it ends; the kernel forgets it then."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    name = hashlib.sha256(f"{os.getuid()} {place} {what}".encode()).hexdigest()
+    if name in _held:
+        return True
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(f"\0rsb_ffcv.{name}")
+    except OSError:
+        return False
+    _held[name] = held
+    return True
 
 
 def wait_for_others(seconds: float = 2.0) -> None:
@@ -600,6 +647,8 @@ def wait_for_others(seconds: float = 2.0) -> None:
     hosts, to detect that it has been reported.
     """
     if not _joined:
+        if _held:
+            time.sleep(HELD_SECONDS)  # others of this machine may be about to report the same
         return
     until = time.monotonic() + seconds
 

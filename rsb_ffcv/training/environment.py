@@ -125,6 +125,15 @@ def driver() -> str:
     return found[0] if found else "unknown"
 
 
+def nccl_version() -> str:
+    """The version of NCCL that torch uses, empty if it has none."""
+    import torch
+
+    if not torch.distributed.is_nccl_available():
+        return ""
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
 def commit() -> str:
     """The commit of the code, and whether tracked files differ from it; empty if the package is not
     used in its git repository."""

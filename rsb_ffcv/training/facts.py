@@ -14,6 +14,7 @@ from rsb_ffcv.config.train import SECTIONS, TrainConfig
 from rsb_ffcv.loading import EvalLoader, TrainLoader
 from rsb_ffcv.ops.native import checksum
 from rsb_ffcv.training.compute import Compute
+from rsb_ffcv.training.environment import driver, nccl_version
 
 # Options that may differ between the processes of a job: the paths of files, which are compared by
 # their content, the number of threads, and `auto` choices, which are compared by their results
@@ -92,7 +93,7 @@ def shared(
     label_sets: torch.Tensor | None,
 ) -> dict:
     """The facts that must be equal on all processes: options, the content of the files, device,
-    precision, and versions."""
+    precision, versions, and the kind of the GPUs: others have another speed and other bits."""
     facts = {
         f"{section}.{name}": value
         for section, options in as_dict(c).items()
@@ -107,6 +108,14 @@ def shared(
         )
     if label_sets is not None:
         facts["validation.labels"] = f"{checksum(label_sets.numpy()):016x}"
+    if where.device.type == "cuda":
+        facts |= {
+            "GPU": torch.cuda.get_device_name(where.device),
+            "driver": driver(),
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+            "NCCL": nccl_version(),
+        }
     return facts | {
         "device": where.device.type,
         "precision": where.precision,

@@ -28,21 +28,30 @@ REPORT_SECONDS = 2.0
 FOLDER_SECONDS = 5.0  # time for a network file system to show a new file to the other machines
 
 
-def check_same(facts: dict[str, str]) -> None:
+def check_same(facts: dict[str, str], hosts: Sequence[str]) -> None:
     """Raises InputError, the same on every process, if the facts (name: value) of a process differ
-    from those of rank 0."""
+    from those of rank 0. hosts: the host name of each process; empty in a run of one process."""
     first, *others = gather([facts])
-    for rank, theirs in enumerate(others, 1):
-        differing = [
-            f"{name}: {theirs.get(name)}, but {first.get(name)} on process 0"
-            for name in {**first, **theirs}
-            if theirs.get(name) != first.get(name)
-        ]
-        if differing:
-            raise InputError(
-                f"process {rank} differs from process 0 ({'; '.join(differing)}); start all "
-                f"processes with the same recipe, files and versions"
-            )
+    differing = [rank for rank, theirs in enumerate(others, 1) if theirs != first]
+    if not differing:
+        return
+    rank = differing[0]
+    theirs = others[rank - 1]
+    found = [
+        f"{name}: {theirs.get(name)}, but {first.get(name)} on process 0"
+        for name in {**first, **theirs}
+        if theirs.get(name) != first.get(name)
+    ]
+    machines = sorted({hosts[other] for other in differing})
+    more = (
+        f"; {len(differing)} processes differ from it, on {', '.join(machines)}"
+        if differing[1:]
+        else ""
+    )
+    raise InputError(
+        f"process {rank} ({hosts[rank]}) differs from process 0 ({hosts[0]}): {'; '.join(found)}"
+        f"{more}; start all processes with the same recipe, files and versions, on GPUs of one kind"
+    )
 
 
 def check_shared(folder: Path) -> None:

@@ -6,6 +6,7 @@ number of processes resumes it, rank 0 takes over the sum of all counts.
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Progress:
         # the steps whose losses are in `window` and not read yet
         self.unread: list[int] = []
         self.seconds = self.waited = 0.0
+        self.own_ms: list[float] = []  # see step.OwnTime; steps since the last start only
         self.counts = Counter[str]()  # see loading.batch.Drawn.counts
         self.lrs: list[float] = []  # learning rates of the first and the newest step
         self.skipped: list[tuple[int, str]] = []
@@ -144,8 +146,11 @@ class Progress:
         lr: learning rate of the last step, if no step was taken.
         """
         total, correct, images = compute.sum_over_processes(self.totals.clone()).tolist()
-        found = sorted(set(compute.gather(self.skipped)))
-        counts = sum(compute.gather([self.counts]), Counter[str]())
+        own_ms = statistics.median(self.own_ms or [0.0])
+        # One gather, which is two collectives on the CPU
+        parts = compute.gather([(self.skipped, self.counts, own_ms, self._weight)])
+        found = sorted({item for skipped, *_ in parts for item in skipped})
+        counts = sum((counts for _, counts, *_ in parts), Counter[str]())
         row: dict[str, Any] = {
             "epoch": epoch.number,
             "steps": epoch.steps,
@@ -170,6 +175,9 @@ class Progress:
                 "skipped": len(found),
                 "skipped_samples": [f"sample {index} {reason}" for index, reason in found],
             }
+        if len(parts) > 1 and own_ms:
+            times, weights = [ms for *_, ms, _ in parts], [weight for *_, weight in parts]
+            row |= slowest(times, weights, self._compute.hosts)
         return row
 
     # ---------------------------------------------------------------- state
@@ -213,6 +221,28 @@ class Progress:
             epoch["waited"],
             list(epoch["events"]),
         )
+
+
+def slowest(own_ms: list[float], weights: list[float], hosts: Sequence[str]) -> dict[str, Any]:
+    """The log's figures of the processes' own times.
+
+    own_ms: the median of the own time per step of each process, by rank; see `step.OwnTime`.
+    weights: mix groups that each process takes, as a multiple of the mean. A process with more
+        groups is not slower for that: the processes are compared by the time per group.
+    hosts: the host name of each process.
+    """
+    per_group = [ms / weight for ms, weight in zip(own_ms, weights)]
+    process = max(range(len(per_group)), key=per_group.__getitem__)
+    above = per_group[process] / statistics.median(per_group) - 1
+    return {
+        "own_step_ms": [round(ms, 2) for ms in own_ms],
+        "slowest": {
+            "process": process,
+            "host": hosts[process],
+            "own_step_ms": round(own_ms[process], 2),
+            "percent_above_median": round(100 * above, 1),
+        },
+    }
 
 
 def _shared_out(counted: list[dict], world_size: int) -> list[dict]:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -37,6 +37,57 @@ class Taken(NamedTuple):
     sums: torch.Tensor
     waited: float
     counts: Counter[str]
+
+
+class OwnTime:
+    """The own time of this process in each step: that of the step without the wait for the other
+    processes.
+
+    The time of a step is the same on all processes, because each one waits for the slowest when
+    gradients are averaged. The own time leaves out the part from the moment at which this process
+    has all its gradients until they and the batch-norm statistics are averaged. It includes the
+    wait for data.
+
+    On a GPU the moments are events on its stream, so that no step synchronizes with the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._steps: list[list[Any]] = []  # the moments of each step that is not read yet
+
+    def begin_epoch(self) -> None:
+        """Drops the steps that are not read: the run may have gone back."""
+        self._steps = []
+
+    def begin_step(self) -> None:
+        self._steps.append([])
+        self.mark()
+
+    def mark(self) -> None:
+        """Notes a moment of the step: begin, gradients exist, gradients are averaged, end."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._steps[-1].append(event)
+        else:
+            self._steps[-1].append(time.perf_counter())
+
+    def mark_gradients(self, logits: torch.Tensor) -> None:
+        """Has the backward pass from `logits` mark that the gradients exist. Autograd calls back in
+        the order of the requests. This one is made before that of DDP, which waits there for the
+        other processes."""
+        engine = torch.autograd.Variable._execution_engine
+        logits.register_hook(lambda _: engine.queue_callback(self.mark))
+
+    def read(self) -> list[float]:
+        """The own time of each step since the last call, in ms. On a GPU: call it after a
+        synchronization with the device."""
+        steps, self._steps = self._steps, []
+
+        def ms(start: Any, end: Any) -> float:
+            return start.elapsed_time(end) if self._cuda else 1000 * (end - start)
+
+        return [ms(begin, exist) + ms(averaged, end) for begin, exist, averaged, end in steps]
 
 
 class TrainStep:
@@ -84,6 +135,8 @@ class TrainStep:
         self.mean_groups = mean_groups
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.statistics = RunningStatistics(model, groups, mean_groups, repeated=grad_checkpointing)
+        # A process alone waits for no other
+        self.own_time = OwnTime(compute.device) if compute.world_size > 1 else None
         # of the newest work for the device
         self._work = torch.cuda.Event() if compute.device.type == "cuda" else None
         if ema is not None:
@@ -96,6 +149,8 @@ class TrainStep:
     def begin_epoch(self) -> None:
         """Puts the model in training mode; frozen batch norms stay in eval mode."""
         self.wrapped.train()
+        if self.own_time is not None:
+            self.own_time.begin_epoch()
         eval_frozen(self.model)
 
     def __call__(
@@ -117,6 +172,8 @@ class TrainStep:
         counts = Counter[str]()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self.own_time is not None:
+            self.own_time.begin_step()
         for number in range(self.groups):
             started = time.perf_counter()
             images, labels, slots = next(batches)
@@ -135,6 +192,8 @@ class TrainStep:
                 with self.compute.autocast():
                     logits = self.wrapped(images)
                 loss = self.loss(logits, labels, lam)
+                if self.own_time is not None and last:
+                    self.own_time.mark_gradients(logits)
                 with self.statistics.backward():
                     self.scaler.scale(loss / self.mean_groups).backward()
             with torch.no_grad():
@@ -145,6 +204,8 @@ class TrainStep:
             if self._work is not None:
                 self._work.record()
         self.statistics.end_step()
+        if self.own_time is not None:
+            self.own_time.mark()
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -153,4 +214,6 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self._work is not None:
             self._work.record()
+        if self.own_time is not None:
+            self.own_time.mark()
         return Taken(totals, waited, counts)

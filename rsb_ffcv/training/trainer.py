@@ -334,6 +334,8 @@ class Trainer:
                 reads = progress.window_is_full or last
                 if reads:
                     steps, losses = progress.read_losses()
+                    if self.train_step.own_time is not None:
+                        progress.own_ms += self.train_step.own_time.read()
                     self.health.check_losses(steps, losses)
                 progress.seconds += time.perf_counter() - started
                 self.profile.after_step()

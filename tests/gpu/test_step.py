@@ -17,7 +17,7 @@ from rsb_ffcv.learning.optimizer import build_optimizer, decay_groups
 from rsb_ffcv.loading import Batch
 from rsb_ffcv.loading.batch import BatchTransform
 from rsb_ffcv.training import compute
-from rsb_ffcv.training.step import TrainStep
+from rsb_ffcv.training.step import OwnTime, TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -50,6 +50,7 @@ def test_no_step_synchronizes_with_the_device(precision, clip, optimizer):
         np.arange(16),
     )
     step(0, iter([group] * 2), lr=0.001, mixing=True)
+    step.own_time = OwnTime(where.device)  # as with several processes
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -57,6 +58,9 @@ def test_no_step_synchronizes_with_the_device(precision, clip, optimizer):
             step(0, iter([group] * 2), lr=0.001, mixing=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    own_ms = step.own_time.read()
+    assert len(own_ms) == 3 and all(0 < ms < 60_000 for ms in own_ms)
 
 
 def test_lamb_on_the_device_equals_timms_with_a_fifth_of_its_kernel_launches():

@@ -12,6 +12,8 @@ TIMINGS = {
     "val_seconds",
     "eta_s",
     "data_wait_s",
+    "own_step_ms",
+    "slowest",
     "peak_memory_mb",
 }
 

@@ -1,10 +1,12 @@
 """Processes that do not belong together are rejected at the start. A process that is silent for too
 long ends the job."""
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -67,14 +69,14 @@ def test_processes_with_different_files_or_recipes_are_rejected(
     run = train(options(betons, tmp_path / "run", **TWO), 2, own={1: [own.format(others=others)]})
     statuses, _, err = run.wait()
     assert statuses == [2, 2] and err.count("error:") == 1 and "Traceback" not in err, err
-    assert re.search(rf"error: process 1 differs from process 0 \({differs}", err), err
+    assert re.search(rf"error: process 1 \(.+\) differs from process 0 \(.+\): {differs}", err), err
     assert not (tmp_path / "run").exists()
 
 
 def test_processes_with_different_versions_are_rejected(betons, tmp_path, train):
     newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
-    assert statuses == [2, 2] and "process 1 differs from process 0 (timm: 99.0, but " in err, err
+    assert statuses == [2, 2] and "): timm: 99.0, but " in err and err.count("error:") == 1, err
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,119 @@ def test_silent_process_is_named_and_the_others_end(betons, tmp_path, train, sil
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+# Code for three processes, with a clock that is not the machine's. Each group takes 10 ms. Process
+# 1 waits for its images until the other two have all their gradients, which takes 70 ms more. They
+# wait for its gradients in the meantime, as the clock shows after the step's last collective.
+SLOW_PROCESS = """
+import os, time
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from rsb_ffcv.loading.batch import BatchTransform
+from rsb_ffcv.training import compute, step
+rank, clock = int(os.environ["RANK"]), SimpleNamespace(now=0.0, step=0)
+step.time = SimpleNamespace(perf_counter=lambda: clock.now)
+draw, mark, end_step = BatchTransform.draw, step.OwnTime.mark, step.RunningStatistics.end_step
+def joined():
+    return compute._joined[0].store
+def slow_draw(self, *arguments, **options):
+    clock.now += 0.01
+    if rank == 1:
+        clock.now, clock.step = clock.now + 0.07, clock.step + 1
+        # in the forward pass of its second step, DDP waits for all processes: it has new buckets
+        while clock.step != 2 and joined().add("have gradients", 0) < 2 * clock.step:
+            time.sleep(0.002)
+    return draw(self, *arguments, **options)
+def counted_mark(self):
+    mark(self)
+    if rank != 1 and len(self._steps[-1]) == 2:
+        joined().add("have gradients", 1)
+def synchronized_end(self):
+    end_step(self)
+    latest = torch.tensor(clock.now, dtype=torch.float64)
+    dist.all_reduce(latest, dist.ReduceOp.MAX)
+    clock.now = latest.item()
+BatchTransform.draw, step.OwnTime.mark = slow_draw, counted_mark
+step.RunningStatistics.end_step = synchronized_end
+"""
+
+
+def test_slowest_process_is_named_though_all_have_the_same_time_per_step(betons, tmp_path, train):
+    more = {"training.batch_size": 8, "training.global_batch": 24, "data.num_workers": 1}
+    more |= {"training.epochs": 2}
+    flags = options(betons, tmp_path / "run", **more)
+    statuses, out, err = train(flags, 3, prepare=SLOW_PROCESS).wait()
+    assert statuses == [0, 0, 0], err
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["own_step_ms"] == [10, 80, 10]
+        assert row["slowest"] == {
+            "process": 1,
+            "host": socket.gethostname(),
+            "own_step_ms": 80,
+            "percent_above_median": 700,
+        }
+    told = f"; slowest: process 1 ({socket.gethostname()}), 80 ms a step, 700 % above the median"
+    assert [line.endswith(told) for line in out.splitlines() if line[:6] == "epoch "] == [True] * 2
+
+
+# Code that writes the calls of process 0 to torch.distributed, but those of the heartbeat's thread,
+# and the begin of each step and of each row, to a file
+COUNTED = """
+import os, threading
+import torch.distributed as dist
+from rsb_ffcv.training.progress import Progress
+from rsb_ffcv.training.step import TrainStep
+def note(*what):
+    if os.environ["RANK"] == "0" and threading.current_thread() is threading.main_thread():
+        with open("{path}", "a") as file:
+            print(*what, file=file)
+def noted(name, function):
+    def call(*arguments, **options):
+        about = [arguments[0].dtype, arguments[0].nbytes] if "reduce" in name else []
+        note(name, *about)
+        return function(*arguments, **options)
+    return call
+for name in [name for name in dir(dist) if name.startswith(
+    ("all_", "broadcast", "gather", "scatter", "reduce", "barrier", "monitored", "send", "recv")
+)]:
+    if callable(getattr(dist, name)):
+        setattr(dist, name, noted(name, getattr(dist, name)))
+for kind, method in ((TrainStep, "__call__"), (Progress, "row")):
+    def begin(self, *arguments, __of=getattr(kind, method), __name=kind.__name__, **options):
+        note("begin", __name)
+        return __of(self, *arguments, **options)
+    setattr(kind, method, begin)
+"""
+
+
+def test_a_step_has_one_small_vote_and_no_gather_of_objects(betons, tmp_path, train):
+    """Besides its gradients, which DDP's C++ averages, and the statistics of batch norm. A row has
+    one sum and one gather."""
+    flags = options(betons, tmp_path / "run", **TWO)
+    statuses, _, err = train(flags, 2, prepare=COUNTED.format(path=tmp_path / "calls")).wait()
+    assert statuses == [0, 0], err
+    steps = (tmp_path / "calls").read_text().split("begin TrainStep\n")[1:]
+    assert len(steps) == 9  # 3 epochs
+    for number, step in enumerate(steps, 1):
+        of_step, *of_row = step.split("begin Progress\n")
+        calls = of_step.splitlines()
+        statistics = [call for call in calls if call.startswith("all_reduce torch.float32 ")]
+        calls.remove(statistics[0])
+        if number % 3 == 0:  # the last one of an epoch reads the losses, and they are checked
+            assert calls[0].startswith("all_reduce torch.float64 ")
+            del calls[0]
+        assert calls[0] == "all_reduce torch.int32 8"
+        assert number % 3 == 0 or len(calls) == 1
+        assert bool(of_row) == (number % 3 == 0)
+        if of_row:
+            # and then the vote after the first batch of the validation
+            assert of_row[0].splitlines()[:3] == [
+                "all_reduce torch.float64 24",
+                "all_gather_object",
+                "all_reduce torch.int32 8",
+            ]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_parent_reports_a_killed_child_in_one_line(betons, tmp_path, free_port, training):
     """A child is killed in training, when the heartbeat of the other one detects it; or all are
@@ -235,6 +350,7 @@ def test_incomplete_job_variables_are_one_error_line(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(compute, "HELD_SECONDS", 0.0)
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 

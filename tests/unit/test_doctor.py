@@ -141,3 +141,55 @@ def test_doctor_names_the_place_in_a_job_and_what_is_wrong_with_it(config, monke
     monkeypatch.delenv("MASTER_ADDR")
     finding = found(doctor.job, config())["job"]
     assert finding.status == "fail" and "MASTER_ADDR is not; start the job" in finding.text
+
+
+def test_doctor_names_the_interface_of_a_job_and_what_is_wrong_with_it(config, monkeypatch):
+    """On a machine with two networks: process 0 is at 10.0.0.1, which eth0 reaches."""
+    own = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "ib0": ["10.1.0.2"]}
+    reached = {"10.0.0.1": ("10.0.0.2", True), "127.0.1.1": ("127.0.0.1", False)}
+    monkeypatch.setattr(doctor.network, "interfaces", lambda: own)
+    monkeypatch.setattr(doctor.network, "own_address", lambda address, _: reached[address])
+    job = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "20016"}
+
+    def network(**more):
+        for name, value in {**job, "SLURMD_NODENAME": "node2", **more}.items():
+            monkeypatch.setenv(name, value)
+        return found(doctor.job, config())["network"]
+
+    has = "; node2 has eth0 (10.0.0.2), ib0 (10.1.0.2)"
+    assert network() == (
+        "ok",
+        "network",
+        f"gloo uses eth0 (10.0.0.2), which reaches 10.0.0.1{has}",
+        "",
+    )
+    assert network(LOCAL_WORLD_SIZE="2").text == f"all processes are on this machine{has}"
+    here = {"RANK": "0", "MASTER_ADDR": "127.0.1.1", "LOCAL_WORLD_SIZE": "1"}
+    assert "once they have connected" in network(**here).text
+    finding = network(MASTER_ADDR="127.0.1.1")
+    assert finding.status == "fail" and "127.0.1.1 is node2 itself (127.0.0.1)" in finding.text
+    assert network(GLOO_SOCKET_IFNAME="ib0").text == f"gloo uses ib0 (GLOO_SOCKET_IFNAME){has}"
+    finding = network(GLOO_SOCKET_IFNAME="ib7")
+    assert finding.status == "fail" and "no such interface (ib7)" in finding.text
+    finding = network(MASTER_ADDR="no.such.host.invalid")
+    assert finding.status == "fail" and "node2 does not know this name" in finding.text
+
+
+@pytest.mark.parametrize(
+    "value, missing",
+    [
+        ("eth", ""),
+        ("=eth0", ""),
+        ("=eth", "eth"),
+        ("^lo,docker", ""),
+        ("^lo,eth", "lo, eth"),
+        ("ib,eth", ""),
+        ("ib", "ib"),
+    ],
+)
+def test_interfaces_that_nccl_cannot_find_are_named(monkeypatch, value, missing):
+    monkeypatch.setattr(doctor.network, "interfaces", lambda: {"lo": ["::1"], "eth0": ["::2"]})
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", value)
+    assert not doctor.network.wrong_choice(nccl=False)
+    wrong = doctor.network.wrong_choice(nccl=True)
+    assert f"no such interface ({missing})" in wrong if missing else not wrong

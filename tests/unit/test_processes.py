@@ -4,8 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.conftest import a_free_port
 
@@ -57,6 +61,58 @@ votes.count()
 print(json.dumps(saves))
 """)
     assert granted == [[3, 8], [3, 8]]
+
+
+def test_differing_machines_are_named_with_what_differs(monkeypatch):
+    from rsb_ffcv import InputError
+    from rsb_ffcv.training import processes
+
+    kinds = ["H100"] * 2 + ["A100"] * 2
+    facts = [{"GPU": kind, "NCCL": "2.29"} for kind in kinds]
+    monkeypatch.setattr(processes, "gather", lambda _: facts)
+    with pytest.raises(InputError) as found:
+        processes.check_same(facts[0], ["node1", "node1", "node2", "node2"])
+    assert str(found.value) == (
+        "process 2 (node2) differs from process 0 (node1): GPU: A100, but H100 on process 0; 2 "
+        "processes differ from it, on node2; start all processes with the same recipe, files and "
+        "versions, on GPUs of one kind"
+    )
+    facts[2:] = facts[:2]
+    processes.check_same(facts[0], ["node1", "node1", "node2", "node2"])
+
+
+def test_processes_compare_their_gpus_and_what_drives_them(betons, tmp_path, monkeypatch):
+    import torch
+
+    from rsb_ffcv.config.train import read_config
+    from rsb_ffcv.training import build, facts
+    from rsb_ffcv.training.compute import Compute
+    from tests.integration.runs import options
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(facts, "driver", lambda: "580.1")
+    monkeypatch.setattr(facts, "nccl_version", lambda: "2.29")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    c = read_config(None, options(betons, tmp_path / "run"))
+    one = Compute(device=torch.device("cpu"), precision="fp32", compile=False, channels_last=True)
+    with (
+        closing(build.train_loader(c, one, 1, decode="cpu")) as train,
+        closing(build.val_loader(c, one, 1, decode="cpu")) as val,
+    ):
+
+        def shared(device):
+            where = replace(one, device=torch.device(device))
+            return facts.shared(c, where, train_loader=train, val_loader=val, label_sets=None)
+
+        of_gpu, of_cpu = shared("cuda:3"), shared("cpu")
+    assert set(of_gpu) - set(of_cpu) == {"GPU", "driver", "CUDA", "cuDNN", "NCCL"}
+    assert [of_gpu[name] for name in ("GPU", "driver", "CUDA", "NCCL")] == [
+        "GPU 3",
+        "580.1",
+        "13.0",
+        "2.29",
+    ]
+    assert {"rsb_ffcv", "Python", "torch", "timm", "numpy"} <= set(of_cpu)
 
 
 def test_a_store_that_does_not_answer_delays_an_error_and_does_not_block_it(monkeypatch):

@@ -105,6 +105,13 @@ def row(epoch, **more):
         "val_seconds": 1.0,
         "data_wait_s": 0.5,
         "peak_memory_mb": 512.0,
+        "own_step_ms": [99.0, 121.0],
+        "slowest": {
+            "process": 1,
+            "host": HOSTILE,
+            "own_step_ms": 121.0,
+            "percent_above_median": 10,
+        },
         "top1": 30.0 + epoch,
         "top5": 60.0,
         "val_loss": 2.0,

@@ -53,6 +53,17 @@ def test_line_of_an_epoch_shows_its_figures_and_fits_a_terminal():
     )
 
 
+def test_line_of_an_epoch_names_a_slow_process():
+    def end(ms, percent):
+        found = {"process": 3, "host": "node2", "own_step_ms": ms, "percent_above_median": percent}
+        return epoch_line(ROW | {"slowest": found}, 300, BEST).partition(" left")[2]
+
+    assert end(112.4, 9.2) == "; slowest: process 3 (node2), 112 ms a step, 9 % above the median"
+    assert end(1234.5, 5.0).startswith("; slowest: process 3 (node2), 1234 ms a step, 5 % ")
+    assert end(3.456, 50.0).startswith("; slowest: process 3 (node2), 3.5 ms a step, 50 % ")
+    assert end(112.4, 4.9) == ""
+
+
 def without_times(path):
     return [line.split(" ", 2)[2] for line in path.read_text().splitlines()]
 

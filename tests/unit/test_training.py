@@ -19,6 +19,7 @@ from rsb_ffcv.ops import native
 from rsb_ffcv.training import build, checkpoint, compute, data, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
+from rsb_ffcv.training.progress import slowest
 from rsb_ffcv.training.step import RunningStatistics
 
 STEPS = list(range(40, 44))
@@ -343,6 +344,18 @@ def test_batch_norm_moves_once_per_step_by_the_mean_of_its_groups(groups):
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, var)
     assert norm.num_batches_tracked == 3
+
+
+def test_process_with_more_groups_is_not_slower_for_that():
+    """Three processes take 4 groups: the first one takes 2."""
+    found = slowest([200.0, 100.0, 110.0], [1.5, 0.75, 0.75], ["a", "b", "c"])
+    assert found["own_step_ms"] == [200.0, 100.0, 110.0]
+    assert found["slowest"] == {
+        "process": 2,
+        "host": "c",
+        "own_step_ms": 110.0,
+        "percent_above_median": 10.0,
+    }
 
 
 def test_label_sets_are_checked(tmp_path):
