@@ -156,6 +156,7 @@ def open_data(c: TrainConfig, where: Compute, console: Console) -> Iterator[Data
         check_same(
             facts.shared(
                 c, where, train_loader=train_loader, val_loader=val_loader, label_sets=label_sets
-            )
+            ),
+            where.hosts,
         )
         yield data
