@@ -109,7 +109,7 @@ def take_over(c: TrainConfig, state: State, plan: Plan, *, path: Path, saved: di
     progress.lineage = [
         *progress.lineage,
         {
-            "checkpoint": str(path.resolve()),
+            "checkpoint": compute.on_first_process(lambda: str(path.resolve())),
             "epochs": done,
             "step": saved["step"],
             "changed": {name: list(values) for name, values in changed.items()},
