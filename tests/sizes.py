@@ -15,3 +15,5 @@ def _size(variable: str, short: int, long: int) -> int:
 KILLS = _size("RSB_KILLS", 12, 300)
 # damaged images, for vector code and again for portable code; a tenth of this number of files
 FUZZ_INPUTS = _size("RSB_FUZZ_INPUTS", 4000, 100_000)
+# cuts of nodes of a job that goes on without them (long)
+CUTS = _size("RSB_CUTS", 30, 30)

@@ -120,10 +120,22 @@ def lengthen_timeouts():
     interrupt.ECHO_SECONDS = 600.0
 
 
+def print_status():
+    """Makes os._exit print its status. torchrun does not always print it."""
+    leave = os._exit
+
+    def print_and_leave(status):
+        os.write(2, f"exit status {status}\n".encode())
+        leave(status)
+
+    os._exit = print_and_leave
+
+
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
     from rsb_ffcv import exit_status
     from train_imagenet import main
 
     install()
+    print_status()
     sys.exit(exit_status(main))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import nodes
 from tests.conftest import ROOT, a_free_port
 from tests.stops import wait_until
 
@@ -222,3 +223,20 @@ def cluster(running_cluster):
     yield running_cluster
     running_cluster.call("scancel", "--user=root")
     running_cluster.call("scancel", "--user=root", "--signal=KILL", "--full")
+
+
+@pytest.fixture
+def make_nodes(tmp_path_factory):
+    """make(count, private=[folders], trap=False): the nodes of a Network, which ends with the
+    test."""
+    if lacking := nodes.missing():
+        pytest.skip(f"needs {lacking}")
+    networks = []
+
+    def make(count: int, **options) -> list[nodes.Node]:
+        networks.append(nodes.Network(tmp_path_factory.mktemp("nodes"), count, **options))
+        return networks[-1].nodes
+
+    yield make
+    for network in networks:
+        network.stop()

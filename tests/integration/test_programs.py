@@ -17,7 +17,14 @@ import yaml
 
 from rsb_ffcv import InputError
 from rsb_ffcv.reporting.console import epoch_line
-from tests.integration.runs import assert_same, assert_same_run, options, rows, state
+from tests.integration.runs import (
+    assert_same,
+    assert_same_course,
+    assert_same_run,
+    options,
+    rows,
+    state,
+)
 from tests.stops import Stop, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -150,28 +157,6 @@ def alone(betons, tmp_path_factory, train):
     statuses, _, err = train(options(betons, folder, **FIFTY)).wait()
     assert statuses == [0], err
     return folder
-
-
-def assert_same_course(folder, other):
-    """Asserts that two runs are equal up to the order of float32 sums, a difference that grows from
-    step to step."""
-    for mine, theirs in zip(rows(folder), rows(other), strict=True):
-        assert mine["train_loss"] == pytest.approx(
-            theirs["train_loss"], rel=1e-6 if mine["epoch"] < 3 else 1e-3
-        ), mine["epoch"]
-        assert mine.get("val_images", 27) == 27
-        for name in ("lr_first", "images", "groups", "mixed", "own_weight", "erased"):
-            assert mine[name] == theirs[name], name
-    ends = [state(path) for path in (folder, other)]
-    for part in (lambda state: state["model"], lambda state: state["ema"]["module"]):
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            one, two = (
-                torch.cat(
-                    [tensor.flatten() for key, tensor in part(end).items() if key.endswith(kind)]
-                )
-                for end in ends
-            )
-            assert (one - two).norm() <= 1e-2 * two.norm(), kind
 
 
 @pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4))])
