@@ -1,5 +1,7 @@
-"""How long two processes take to have a checkpoint of a ResNet-50: each from its own folder, and the
-second one over the network (here: the loopback). torchrun --nproc_per_node=2 measure.py FOLDER"""
+"""How long two processes take until both have a checkpoint of a ResNet-50: each from its own
+folder, or the second one over the network (here: the loopback).
+
+    torchrun --nproc_per_node=2 records/2026-11-26_folders/measure.py FOLDER"""
 
 import shutil
 import statistics

@@ -38,18 +38,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A checkpoint that a job has chosen, the same on every process except for `own`.
+    """A checkpoint that all processes have chosen.
 
     owner: the process that has read it.
     path: where, on that process.
     best_step: the step of the best checkpoint so far.
-    own: path and content of what this process has found in its own folder, or None.
+    own: its content on `owner`, None on the others.
     """
 
     owner: int
     path: Path
     best_step: int
-    own: tuple[Path, dict] | None
+    own: dict | None
 
 
 class Copies:
@@ -156,6 +156,17 @@ class Copies:
         written = self.store.finish()
         return compute.on_first_process(lambda: written)
 
+    def finish_or_fail(self, what: str) -> None:
+        """Waits for the last save. Raises InputError, the same on every process, if process 0 has
+        not saved. what: what is wrong then, and the fix."""
+        written = self.finish()
+
+        def check() -> None:
+            if not written:
+                raise InputError(f"{self.store.folder}: {what}")
+
+        compute.on_first_process(check)
+
     def mark_best(self, path: Path) -> None:
         """Store.mark_best on each writer that has the checkpoint."""
 
@@ -210,13 +221,13 @@ class Copies:
             self.store.warn(f"the checkpoint of {self.name(owner)} is used")
             self.store.set_aside(damaged.paths)
         _, path, best_step = intact[owner]
-        return Choice(owner=owner, path=Path(path), best_step=best_step, own=own)
+        state = own[1] if own is not None and self.compute.rank == owner else None
+        return Choice(owner=owner, path=Path(path), best_step=best_step, own=state)
 
     def fetch(self, choice: Choice) -> tuple[Path, dict]:
         """The path on this process, and the content of the chosen checkpoint."""
         path = self.store.folder / choice.path.name
-        own = choice.own[1] if choice.own and choice.own[0] == path else None
-        return path, everywhere(choice.owner, choice.path, path, own=own)
+        return path, everywhere(choice.owner, choice.path, path, own=choice.own)
 
     def synchronize(self, choice: Choice) -> None:
         """Makes the folders of all writers the same, before the run goes on from `choice`: none
@@ -277,7 +288,7 @@ def everywhere(owner: int, path: Path, own_path: Path, *, own: dict | None) -> d
     owner: the process that has read it.
     path: where, on that process.
     own_path: where this process may have the same file, which it then reads.
-    own: the content of that file, if it has been read.
+    own: the content on `owner`, None on the others.
     """
     there = compute.on_process(owner, lambda: records(path))
     state = None

@@ -148,11 +148,9 @@ class Checkpointer:
             self.check()
             self._save(False)
         if stop:
-            if not self.copies.finish():
-                raise InputError(
-                    f"{self.folder}: a signal was received, but the checkpoint could not be "
-                    f"written; {checkpoint.FIX}"
-                )
+            self.copies.finish_or_fail(
+                f"a signal was received, but the checkpoint could not be written; {checkpoint.FIX}"
+            )
             if self.compute.is_main:
                 (self.folder / REQUEUE_MARK).touch()
             self.console.info(

@@ -225,7 +225,9 @@ class Trainer:
             except Stop as request:
                 raise InputError(str(request)) from request
         self.profile.close()
-        self._finish_checkpoint()
+        self.checkpointer.copies.finish_or_fail(
+            f"the last checkpoint could not be written; {checkpoint.FIX}, and start again"
+        )
         weights, _ = log.best_of(self.progress.rows[-1])
         per_image = self.evaluate.each_image(
             log.PREFIXES[weights], after_batch=lambda: self.checkpointer.after_step(False)
@@ -246,13 +248,6 @@ class Trainer:
                 val=data.val_loader.beton,
             )
             log.write_json(path, about)
-
-    def _finish_checkpoint(self) -> None:
-        if not self.checkpointer.copies.finish():
-            raise InputError(
-                f"{self.folder}: the last checkpoint could not be written; {checkpoint.FIX}, and "
-                f"start again"
-            )
 
     def _finish(self, weights: str, per_image: torch.Tensor) -> None:
         """Writes the weights and the report. weights, per_image: see report.findings."""

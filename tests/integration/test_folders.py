@@ -93,14 +93,13 @@ def prepared(job, *folders, **more):
 
 
 @pytest.mark.parametrize(
-    "emptied", [None, pytest.param("a", marks=pytest.mark.long), "b"], ids=["none", "a", "b"]
+    "emptied", [*(pytest.param(it, marks=pytest.mark.long) for it in ("none", "a")), "b"]
 )
 def test_killed_run_continues_with_its_machines_exchanged(tmp_path, job, whole, emptied):
     """Process 0 is then on the other machine, b. One of the two folders may be lost."""
     a, b = tmp_path / "a", tmp_path / "b"
     prepared(job, a, b)
-    if emptied:
-        shutil.rmtree(tmp_path / emptied)
+    shutil.rmtree(tmp_path / emptied, ignore_errors=True)
     statuses, out, err = job(b, a).wait()
     assert statuses == [0, 0] and f"resuming {b} after step 3 of 9" in out, err
     assert ("the newest checkpoint is that of process 1 (node1)" in out) is (emptied == "b")
@@ -118,6 +117,7 @@ def test_copy_alone_continues_the_run(tmp_path, job, betons, train):
     assert len(rows(b)) == 3 and (b / "final_weights.pt").exists() and not a.exists()
 
 
+@pytest.mark.long
 def test_folder_is_shared_by_two_of_three_machines(tmp_path, job, betons, train):
     a, b = tmp_path / "a", tmp_path / "b"
     prepared(job, a, a, b)
@@ -129,6 +129,7 @@ def test_folder_is_shared_by_two_of_three_machines(tmp_path, job, betons, train)
     assert len(rows(b)) == 3 and not rows(a)
 
 
+@pytest.mark.long
 def test_damaged_copy_is_replaced(tmp_path, job, whole):
     """The newest checkpoint of machine b, which has no other one, does not match its checksums."""
     a, b = tmp_path / "a", tmp_path / "b"
@@ -148,6 +149,17 @@ def test_damaged_copy_is_replaced(tmp_path, job, whole):
     assert path.with_suffix(".damaged").exists()
     assert_same_run(b, whole)
     assert_copies(b, a)
+
+
+def test_no_intact_copy_is_one_error(tmp_path, job):
+    a, b = tmp_path / "a", tmp_path / "b"
+    b.mkdir()
+    (b / "checkpoint_000000003.pt").write_bytes(b"damaged")
+    statuses, _, err = job(a, b).wait()
+    assert statuses == [2, 2] and err.count("error:") == 1, err
+    assert re.search(
+        r"error: process 1 \(node1\): .*/b: none of its 1 checkpoints can be read; remove", err
+    ), err
 
 
 @pytest.mark.parametrize(
@@ -188,7 +200,7 @@ def test_folder_that_is_in_use_on_one_machine_is_one_error(tmp_path, job, betons
     ), err
 
 
-@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_full_disk_of_one_machine_is_a_warning(tmp_path, job, full):
     """The other machine has the checkpoints, and the best one that counts."""
     a, b = tmp_path / "a", tmp_path / "b"
@@ -213,7 +225,8 @@ if os.environ["RANK"] == "{full}":
     assert filecmp.cmp(a / "checkpoint_000000009.pt", b / "checkpoint_000000009.pt", shallow=False)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
 def test_machine_that_cannot_store_what_it_is_sent_gets_the_state(tmp_path, job, whole, rank):
     """Machine a is empty, and cannot write files of other machines. It is process `rank`."""
     a, b = tmp_path / "a", tmp_path / "b"
@@ -238,23 +251,46 @@ if os.environ["RANK"] == "{rank}":
     assert_same_run(b if rank else a, whole)
 
 
-def test_machine_that_was_away_does_not_bring_back_later_steps(tmp_path, job):
-    """Machine a is lost after step 20. Machine b continues and goes back to step 12. Later, a has
-    the later steps, and b those that count."""
-    a, b, whole = (tmp_path / name for name in ("a", "b", "whole"))
-    more = {**GOING_BACK, "training.batch_size": 4}
-    statuses, _, err = job(whole, whole, prepare=OVERFLOW, **more).wait()
+ENDED_BACK = """
+from rsb_ffcv.training.resume import Checkpointer
+go_back = Checkpointer.go_back
+def ended(self, request):
+    go_back(self, request)
+    self.copies.finish()
+    os.kill(os.getpid(), 9)
+Checkpointer.go_back = ended
+"""
+
+
+@pytest.fixture(scope="module")
+def gone_back(betons, tmp_path_factory, train):
+    """Folder of a run of two processes that goes back from step 20 to step 12."""
+    folder = tmp_path_factory.mktemp("folders") / "gone_back"
+    flags = options(betons, folder, **{**MORE, **GOING_BACK, "training.batch_size": 4})
+    statuses, _, err = train(flags, 2, prepare=OVERFLOW).wait()
     assert statuses == [0, 0] and "going back to step 12" in err, err
-    killed(job(a, b, prepare=OVERFLOW, stop_at=("epoch 2", 9), **more), 20, a, b)
-    killed(job(b, b, prepare=OVERFLOW, stop_at=("epoch 2", 3), **more), 14, b)
-    assert (a / "checkpoint_000000020.pt").exists() and not (b / "checkpoint_000000020.pt").exists()
+    return folder
+
+
+@pytest.mark.parametrize("last", [pytest.param(12, marks=pytest.mark.long), 20])
+def test_machine_that_was_away_does_not_bring_back_later_steps(tmp_path, job, gone_back, last):
+    """Machine a is lost after step `last`. Machine b continues, goes back from step 20 to step 12,
+    and is lost. Then a has a checkpoint of a later step, or another one of the same step."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    more = {**GOING_BACK, "training.batch_size": 4}
+    killed(job(a, b, prepare=OVERFLOW, stop_at=("epoch 2", last - 11), **more), last, a, b)
+    _, _, err = job(b, b, prepare=OVERFLOW + ENDED_BACK, **more).wait()
+    assert "going back to step 12" in err
+    steps = [int(max(folder.glob("checkpoint_*")).stem[-9:]) for folder in (a, b)]
+    assert steps == [last, 12]
     statuses, out, err = job(a, b, prepare=OVERFLOW, **more).wait()
     assert statuses == [0, 0] and "the newest checkpoint is that of process 1 (node1)" in out, err
-    assert f"resuming {a} after step 14 of 24" in out and "going back" not in err
-    assert_same_run(a, whole)
+    assert f"resuming {a} after step 12 of 24" in out and "going back" not in err
+    assert_same_run(a, gone_back)
     assert_copies(a, b)
 
 
+@pytest.mark.long
 def test_files_that_only_the_first_machine_has_are_sent(tmp_path, job, whole):
     """checkpoint.warm_start, checkpoint.branch and the run of training.eval_only. Each process has
     a working directory of its own."""
