@@ -2,12 +2,16 @@
 any of them continues the run."""
 
 import filecmp
+import json
 import re
 import shutil
+import signal
 
 import pytest
+import torch
 
-from tests.integration.runs import assert_same_run, options, rows
+from rsb_ffcv.training import checkpoint
+from tests.integration.runs import assert_same_run, options, rows, state
 from tests.integration.test_go_back import MORE as GOING_BACK
 from tests.integration.test_go_back import OVERFLOW
 
@@ -115,6 +119,24 @@ def test_copy_alone_continues_the_run(tmp_path, job, betons, train):
     statuses, out, err = train(options(betons, b, **MORE)).wait()
     assert statuses == [0] and f"resuming {b} after step 3 of 9" in out, err
     assert len(rows(b)) == 3 and (b / "final_weights.pt").exists() and not a.exists()
+
+
+def test_signal_saves_on_each_machine(tmp_path, job, whole):
+    """In the middle of an epoch, on the machine of the copy."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    run = job(a, b, stop_at=("epoch 2", 1), **{"checkpoint.every_minutes": 0})
+    run.wait_for_stop()
+    run.signal(signal.SIGTERM, rank=1)
+    run.wait_until(lambda: "SIGTERM" in run.err.read_text())
+    run.go_on()
+    statuses, _, err = run.wait()
+    assert statuses == [75, 75], err
+    assert_copies(a, b)
+    assert (a / "requeue").exists() and not (b / "requeue").exists()
+    statuses, out, err = job(b, a).wait()
+    assert statuses == [0, 0] and f"resuming {b} after step 5 of 9" in out, err
+    assert not (a / "requeue").exists()
+    assert_same_run(b, whole)
 
 
 @pytest.mark.long
@@ -283,7 +305,11 @@ def test_machine_that_was_away_does_not_bring_back_later_steps(tmp_path, job, go
     assert "going back to step 12" in err
     steps = [int(max(folder.glob("checkpoint_*")).stem[-9:]) for folder in (a, b)]
     assert steps == [last, 12]
-    statuses, out, err = job(a, b, prepare=OVERFLOW, **more).wait()
+    run = job(a, b, prepare=OVERFLOW, stop_at=("epoch 2", 1), **more)
+    run.wait_for_stop()
+    assert_copies(a, b)  # nothing is left of the later steps
+    run.go_on()
+    statuses, out, err = run.wait()
     assert statuses == [0, 0] and "the newest checkpoint is that of process 1 (node1)" in out, err
     assert f"resuming {a} after step 12 of 24" in out and "going back" not in err
     assert_same_run(a, gone_back)
@@ -308,10 +334,17 @@ def test_files_that_only_the_first_machine_has_are_sent(tmp_path, job, whole):
         assert statuses == [0, 0] and line in out, err
         assert_copies(a, b)
         shutil.rmtree(a), shutil.rmtree(b)
-    for folder, found in (("run", 0), ("x", 1)):
-        (tmp_path / str(found) / folder).exists() or shutil.copytree(
-            whole, tmp_path / str(found) / folder
-        )
+    shutil.copytree(whole, tmp_path / "1" / "other")
+    shutil.copytree(whole, tmp_path / "0" / "both")
+    saved = state(whole)
+    saved["model"] = {name: torch.zeros_like(value) for name, value in saved["model"].items()}
+    (tmp_path / "1" / "both").mkdir()
+    checkpoint.write(saved, tmp_path / "1" / "both" / "checkpoint_000000009.pt")
+    last = rows(whole)[-1]
+    for folder in ("run", "other", "both"):
+        before = sorted(tmp_path.glob("?/*/*"))
         statuses, out, err = job(folder, folder, prepare=moved, **{"training.eval_only": 1}).wait()
-        assert statuses == [0, 0] and '"step": 9' in out, err
-        assert not (tmp_path / str(1 - found) / folder).exists()
+        result = json.loads(out.splitlines()[-1])
+        assert statuses == [0, 0] and result["step"] == 9, err
+        assert result["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5), folder
+        assert sorted(tmp_path.glob("?/*/*")) == before
