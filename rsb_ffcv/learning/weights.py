@@ -10,6 +10,7 @@ Lightning ("state_dict").
 """
 
 import argparse
+import io
 import pickle
 import re
 import shlex
@@ -40,26 +41,34 @@ WRAPPERS = {"module", "_orig_mod", "model"}  # DDP and DataParallel, torch.compi
 SHOWN = 3  # number of names that a message lists
 
 
-def read(path: Path, fix: str = "use another file") -> Any:
+def read(path: Path, fix: str = "use another file", *, content: io.BytesIO | None = None) -> Any:
     """Loads tensors and plain values from a torch.save file, on the CPU.
+
+    content: of the file, if it is not on this machine.
 
     Raises InputError, whose message ends with `fix`, if the file cannot be read, or if a record
     does not match its checksum (files of torch before 1.6 have none). If the file contains other
     objects, the message has a command that converts it instead.
     """
+    source = content or path
     try:
-        with open(path, "rb") as file:
-            is_zip = file.read(len(ZIP)) == ZIP
-        if is_zip:
-            with zipfile.ZipFile(path) as records:
+        if content:
+            head = bytes(content.getbuffer()[: len(ZIP)])
+        else:
+            with open(path, "rb") as file:
+                head = file.read(len(ZIP))
+        if head == ZIP:
+            with zipfile.ZipFile(source) as records:
                 damaged = records.testzip()
             if damaged:
                 raise InputError(
                     f"{path}: damaged (record {damaged} does not match its checksum); {fix}"
                 )
+        if content:
+            content.seek(0)
         # timm's checkpoints contain their arguments
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except OSError as error:

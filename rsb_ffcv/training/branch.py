@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rsb_ffcv import InputError, counted, first_line
 from rsb_ffcv.config.train import TrainConfig
-from rsb_ffcv.training import checkpoint, facts
+from rsb_ffcv.training import checkpoint, compute, facts
+from rsb_ffcv.training.copies import everywhere
 from rsb_ffcv.training.plan import Plan
 from rsb_ffcv.training.progress import NO_BEST
-from rsb_ffcv.training.resume import State, newest
+from rsb_ffcv.training.resume import State
 
 # Options that define the order, the images and the batches of an epoch
 EPOCH_OPTIONS = (
@@ -28,21 +29,29 @@ GROUP_OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum")
 
 
 def find(branch: str) -> tuple[Path, dict]:
-    """The path and the content of the checkpoint that checkpoint.branch=`branch` names: a file, or
-    the newest one of a folder. Raises InputError if there is none."""
+    """The path and the content of the checkpoint that checkpoint.branch=`branch` names on process
+    0: a file, or the newest one of a folder. Raises InputError if there is none."""
     path, fix = Path(branch), "give a run's folder or one of its checkpoints"
-    try:
-        if not path.is_dir():
+    state: dict | None = None
+
+    def look() -> str:
+        nonlocal path, state
+        if path.is_dir():
+            found = checkpoint.Store(path, keep=1).newest()
+            if found is None:
+                raise InputError(f"{path}: has no checkpoint; {fix}")
+            path, state = found
+        else:
             state = checkpoint.read(path, fix)
             if not isinstance(state, dict) or not state.keys() >= checkpoint.KEYS:
                 raise InputError(f"{path}: not a checkpoint of this program; {fix}")
-            return path, state
-        found = newest(checkpoint.Store(path, keep=1))
-        if found is None:
-            raise InputError(f"{path}: has no checkpoint; {fix}")
-        return found
+        return str(path)
+
+    try:
+        path = Path(compute.on_first_process(look))
     except InputError as error:
         raise InputError(f"checkpoint.branch={error}") from error.__cause__
+    return path, everywhere(0, path, path, own=state)
 
 
 def take_over(c: TrainConfig, state: State, plan: Plan, *, path: Path, saved: dict) -> list[str]:
@@ -100,7 +109,7 @@ def take_over(c: TrainConfig, state: State, plan: Plan, *, path: Path, saved: di
     progress.lineage = [
         *progress.lineage,
         {
-            "checkpoint": str(path.resolve()),
+            "checkpoint": compute.on_first_process(lambda: str(path.resolve())),
             "epochs": done,
             "step": saved["step"],
             "changed": {name: list(values) for name, values in changed.items()},

@@ -266,14 +266,20 @@ def model(
         mean=MEAN,
     )
     if c.checkpoint.warm_start and new:
-        with option_names(WARM_START_OPTIONS):
-            loaded = load_weights(
-                made,
-                Path(c.checkpoint.warm_start),
-                which=c.checkpoint.warm_start_from,
-                head=c.checkpoint.warm_start_head,
-            )
-        report(f"starting from {loaded}")
+
+        def load() -> str:
+            with option_names(WARM_START_OPTIONS):
+                loaded = load_weights(
+                    made,
+                    Path(c.checkpoint.warm_start),
+                    which=c.checkpoint.warm_start_from,
+                    head=c.checkpoint.warm_start_head,
+                )
+            return str(loaded)
+
+        # The other machines may not have the file
+        report(f"starting from {compute.on_first_process(load)}")
+        compute.copy_from_first_process(made.state_dict().values())
     sizes: dict[int, str] = {}
     for side, option in (
         (c.resolution.min_res, "resolution.min_res"),

@@ -10,7 +10,10 @@ background thread writes a copy of the state while training continues.
 import io
 import os
 import shutil
-from collections.abc import Callable
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +33,7 @@ FIX = "free space or choose another logging.folder"
 SHOWN = 5  # number of differences between recipes that a message lists
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 BEST_WEIGHTS = "best_weights.pt"
+BESTS = {BEST, BEST_WEIGHTS}
 # The names that a run writes to its folder atomically, as patterns
 WRITTEN = (
     PATTERN,
@@ -60,12 +64,26 @@ KEYS = {
 }
 
 
+class AllDamaged(InputError):
+    """A folder has checkpoints, `paths`, and none of them can be read."""
+
+    def __init__(self, text: str, paths: list[Path]) -> None:
+        super().__init__(text)
+        self.paths = paths
+
+
 def on_host(state: Any) -> Any:
-    """A deep copy of nested dicts, lists and tuples, with all tensors copied to the CPU."""
+    """A deep copy of nested dicts, lists and tuples, with all tensors copied to the CPU.
+
+    torch.save then writes the same bytes for equal states: pickle writes a string again that is
+    another object of the same value.
+    """
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
+    if type(state) is str:
+        return sys.intern(state)
     if isinstance(state, dict):
-        return {key: on_host(value) for key, value in state.items()}
+        return {on_host(key): on_host(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(on_host(value) for value in state)
     return state
@@ -81,8 +99,23 @@ def write(state: object, path: Path) -> None:
         file.write(serialized.getbuffer())
 
 
+def records(path: Path) -> int | None:
+    """A checksum of the names, sizes and CRC-32 of a checkpoint's records: two files with the same
+    one have the same content, unless a record is damaged. None if there is no such file. Reads the
+    file's end only."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            listed = [(item.filename, item.file_size, item.CRC) for item in file.infolist()]
+    # zipfile raises nearly any exception for a damaged file.
+    except Exception:
+        return None
+    return zlib.crc32(repr(listed).encode())
+
+
 class Store:
     """The checkpoints of one folder. Call `lock` before the first `save`.
+
+    machine: names the machine in warnings, if the job writes to several.
 
     keep: number of newest checkpoints to keep.
     regular: whether a step has a regular checkpoint. The newest regular checkpoint is kept too, so
@@ -99,6 +132,7 @@ class Store:
         archived: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.folder, self.keep, self.regular, self.archived = folder, keep, regular, archived
+        self.machine = ""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._lock: TextIO | None = None
@@ -131,39 +165,42 @@ class Store:
         checkpoint at all.
 
         A damaged checkpoint is skipped with a warning. If the folder is locked, it is also renamed,
-        so that it is not tried again. Raises InputError if all checkpoints are damaged, or if the
-        newest intact one is not of this program.
+        so that it is not tried again. Raises AllDamaged, or InputError if the newest intact one is
+        not of this program.
 
         regular: consider regular checkpoints only.
         """
-        paths = [
-            path
-            for path in sorted(self.folder.glob(PATTERN), reverse=True)
-            if not regular or self.regular(_step(path))
-        ]
+        paths = [path for path in self.paths() if not regular or self.regular(step_of(path))]
         fix = "remove the damaged files to start from scratch, or choose another logging.folder"
         for number, path in enumerate(paths):
             fallback = (
                 "falling back to the checkpoint before it"
                 if number + 1 < len(paths)
-                else "no other checkpoint is left"
+                else "no other checkpoint is left in this folder"
             )
             try:
                 state = read(path, fallback)
             except InputError as error:
-                warn(str(error))
+                self.warn(str(error))
                 continue
             if not isinstance(state, dict) or not state.keys() >= KEYS:
                 raise InputError(f"{path}: not a checkpoint of this program; {fix}")
-            if self._lock is not None:
-                for damaged in paths[:number]:
-                    damaged.rename(damaged.with_suffix(".damaged"))
+            self.set_aside(paths[:number])
             return path, state
         if paths:
-            raise InputError(
-                f"{self.folder}: none of its {len(paths)} checkpoints can be read; {fix}"
+            raise AllDamaged(
+                f"{self.folder}: none of its {len(paths)} checkpoints can be read; {fix}", paths
             )
         return None
+
+    def set_aside(self, damaged: list[Path]) -> None:
+        """Renames damaged checkpoints, if the folder is locked, so that they are not tried
+        again."""
+        for path in damaged if self._lock is not None else ():
+            path.rename(path.with_suffix(".damaged"))
+
+    def warn(self, text: str) -> None:
+        warn(f"{self.machine}: {text}" if self.machine else text)
 
     def save(self, state: dict, best: bool, best_weights: dict | None = None) -> None:
         """Starts to write a copy of `state` in the background.
@@ -187,7 +224,7 @@ class Store:
             if pending is not None:
                 pending.result()
         except InputError as error:
-            warn(
+            self.warn(
                 f"the checkpoint was not written: {error}; earlier checkpoints are intact, and the "
                 f"run continues"
             )
@@ -227,17 +264,21 @@ class Store:
         Returns whether `best.pt` was among them. Raises InputError if a file cannot be removed.
         """
         self.finish()
-        later = [
-            path for path in sorted(self.folder.glob(PATTERN), reverse=True) if _step(path) > step
-        ]
+        later = [path for path in self.paths() if step_of(path) > step]
         best = self.folder / BEST
         for path in (best, self.folder / BEST_WEIGHTS):
             # A missing or damaged one is ignored: nothing resumes from it.
             with suppress(InputError):
                 if read(path)["step"] > step:
                     later.append(path)
+        self.remove(later)
+        return best in later
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Removes files of steps that the run has gone back from. Raises InputError if that
+        fails."""
         try:
-            for path in later:
+            for path in paths:
                 path.unlink()
         except OSError as error:
             raise InputError(
@@ -245,7 +286,28 @@ class Store:
                 f"({error.strerror}); correct the permissions and start again"
             ) from error
         flush_folder(self.folder)
-        return best in later
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, the newest first."""
+        return sorted(self.folder.glob(PATTERN), reverse=True)
+
+    def contents(self, best_step: int) -> dict[str, int]:
+        """The files with their `records`: all checkpoints, and `best.pt` and `best_weights.pt` if
+        they are intact and of `best_step`."""
+        found = {path.name: records(path) for path in self.paths()}
+        for name in BESTS:
+            with suppress(InputError):
+                if read(self.folder / name)["step"] == best_step:
+                    found[name] = records(self.folder / name)
+        return {name: made for name, made in found.items() if made is not None}
+
+    def put(self, name: str, content: io.BytesIO) -> None:
+        """Writes a file that another process has sent. Raises InputError if it is damaged, or
+        cannot be written."""
+        path = self.folder / name
+        read(path, "start the job again", content=content)
+        with atomic_file(path, FIX) as file:
+            file.write(content.getbuffer())
 
     def _write(self, state: dict, best: bool, best_weights: dict | None) -> None:
         if best_weights is not None:
@@ -258,17 +320,18 @@ class Store:
         keep = {
             path,
             *existing[-self.keep :],
-            *[old for old in existing if self.regular(_step(old))][-1:],
+            *[old for old in existing if self.regular(step_of(old))][-1:],
         }
         for old in existing:
-            if old not in keep and not self.archived(_step(old)):
+            if old not in keep and not self.archived(step_of(old)):
                 try:
                     old.unlink()
                 except OSError as error:
-                    warn(f"{old}: cannot be removed ({error.strerror})")
+                    self.warn(f"{old}: cannot be removed ({error.strerror})")
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's name."""
     return int(path.stem.rpartition("_")[2])
 
 

@@ -10,7 +10,7 @@ import socket
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -570,21 +570,53 @@ def mean_over_processes(tensors: list[torch.Tensor], present: int = 0) -> list[t
 
 
 def on_first_process(action: Callable[[], Result]) -> Result:
-    """Runs `action()` on rank 0 only, and returns its result (text, numbers, None) on every
+    """on_process of rank 0."""
+    return on_process(0, action)
+
+
+def on_process(rank: int, action: Callable[[], Result]) -> Result:
+    """Runs `action()` on one process only, and returns its result (text, numbers, None) on every
     process. An InputError is raised on every process too."""
     if not dist.is_initialized():
         return action()
     result, wrong = None, ""
-    if dist.get_rank() == 0:
+    if dist.get_rank() == rank:
         try:
             result = action()
         except InputError as error:
             wrong = str(error)
     outcome: list[Any] = [result, wrong]
-    dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, rank, device=torch.device("cpu"))
     if outcome[1]:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def on_each(action: Callable[[], Result], name: Callable[[int], str]) -> list[Result]:
+    """Runs `action()` on every process. Returns all results (plain values), by rank. The InputError
+    of the first process that has one is raised on every process.
+
+    name: the text for a rank that precedes its message; empty for none.
+    """
+    if not dist.is_initialized():
+        return [action()]
+    result, wrong = None, ""
+    try:
+        result = action()
+    except InputError as error:
+        wrong = str(error)
+    outcomes: list[Any] = gather([(result, wrong)])
+    for rank, (_, wrong) in enumerate(outcomes):
+        if wrong:
+            raise InputError(f"{name(rank)}: {wrong}" if name(rank) else wrong)
+    return [result for result, _ in outcomes]
+
+
+def copy_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrites tensors of the CPU by those of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def call_store(function: Callable[[dist.Store], Result], seconds: float) -> Result:

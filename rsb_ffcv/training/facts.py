@@ -25,7 +25,6 @@ OWN = {
     "data.in_memory",
     "data.affinity",
     "validation.labels",
-    "checkpoint.warm_start",
     "logging.folder",
     "compute.threads",
     "compute.device",

@@ -37,6 +37,12 @@ class Stop(Exception):
     """Requests the end of the run."""
 
 
+def decisions(state: dict) -> tuple[int, float]:
+    """How often a run had gone back when `state` (see Health.state_dict) was saved, as a key that
+    orders states: each return leaves out steps, or lowers the learning rate."""
+    return len(state["skipped_steps"]), -state["lr_factor"]
+
+
 @dataclass(kw_only=True)
 class Health:
     """The policies of the checks and their state. A policy is "off", "warn" or "act"; non_finite

@@ -11,21 +11,19 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training.compute import call_store, gather, on_first_process
+from rsb_ffcv.training.compute import call_store, gather
 
 LOST = 3  # exit status: another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
 # Time for the remaining processes to report to each other: their heartbeats fail at nearly the same
 # time.
 REPORT_SECONDS = 2.0
-FOLDER_SECONDS = 5.0  # time for a network file system to show a new file to the other machines
 
 
 def check_same(facts: dict[str, str], hosts: Sequence[str]) -> None:
@@ -52,43 +50,6 @@ def check_same(facts: dict[str, str], hosts: Sequence[str]) -> None:
         f"process {rank} ({hosts[rank]}) differs from process 0 ({hosts[0]}): {'; '.join(found)}"
         f"{more}; start all processes with the same recipe, files and versions, on GPUs of one kind"
     )
-
-
-def check_shared(folder: Path) -> None:
-    """Raises InputError, the same on every process, if a process does not see a file that rank 0
-    has just written to `folder`. Such a job could not resume."""
-    path, content = folder / ".shared.part", f"{os.getpid()} {time.time_ns()}"
-
-    def write() -> str:
-        try:
-            path.write_text(content)
-        except OSError as error:
-            raise InputError(
-                f"logging.folder={folder}: cannot be written ({error.strerror}); choose another"
-            ) from error
-        return content
-
-    def seen() -> bool:
-        try:
-            return path.read_text() == content
-        except OSError:
-            return False
-
-    content, until = on_first_process(write), time.monotonic() + FOLDER_SECONDS
-    while not seen() and time.monotonic() < until:
-        time.sleep(0.1)
-    missing = [str(rank) for rank, sees in enumerate(gather([seen()])) if not sees]
-
-    def check() -> None:
-        path.unlink(missing_ok=True)
-        if missing:
-            raise InputError(
-                f"logging.folder={folder}: process{'es' if missing[1:] else ''} "
-                f"{', '.join(missing)} cannot see what process 0 writes there; use a folder that "
-                f"all machines of the job share"
-            )
-
-    on_first_process(check)
 
 
 class Votes:

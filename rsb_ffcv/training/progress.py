@@ -183,23 +183,26 @@ class Progress:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict:
-        counted = {
+        own = {
             "totals": self.totals.tolist(),
             "window": self.window[: len(self.unread)].tolist(),
             "skipped": self.skipped,
             "counts": dict(self.counts),
         }
+        # The durations are those of rank 0, so that every process has the same state
+        counted = compute.gather([(own, self.seconds, self.waited)])
+        _, seconds, waited = counted[0]
         return {
             "step": self.step,
             "rows": self.rows,
             "best": self.best,
             "lineage": self.lineage,
             "epoch": {
-                "processes": compute.gather([counted]),
+                "processes": [process for process, *_ in counted],
                 "unread": self.unread,
                 "lrs": self.lrs,
-                "seconds": self.seconds,
-                "waited": self.waited,
+                "seconds": seconds,
+                "waited": waited,
                 "events": self.events,
             },
         }

@@ -15,10 +15,10 @@ import torch
 from rsb_ffcv import InputError
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa
-from rsb_ffcv.learning.weights import read
 from rsb_ffcv.reporting.console import Console
-from rsb_ffcv.training import checkpoint, compute
+from rsb_ffcv.training import checkpoint
 from rsb_ffcv.training.compute import Compute
+from rsb_ffcv.training.copies import Copies
 from rsb_ffcv.training.health import MAX_RETURNS, GoBack, Health
 from rsb_ffcv.training.interrupt import REQUEUE, Interrupt
 from rsb_ffcv.training.processes import Votes
@@ -81,27 +81,13 @@ class State:
         self.progress.load_state_dict(saved)
 
 
-def newest(store: checkpoint.Store, regular: bool = False) -> tuple[Path, dict] | None:
-    """The folder's newest intact checkpoint (see Store.newest). Every process returns the one that
-    rank 0 has found."""
-    found: tuple[Path, dict] | None = None
-
-    def find() -> str | None:
-        nonlocal found
-        found = store.newest(regular)
-        return str(found[0]) if found else None
-
-    path = compute.on_first_process(find)
-    return found if found or path is None else (Path(path), read(Path(path)))
-
-
 class Checkpointer:
     """Saves a run's state when due, ends the run after a signal, resumes it, and goes back to an
     earlier checkpoint. Every process of a job has one, and calls its methods at the same steps.
 
     config: for the sections checkpoint and training.
     state: what is saved.
-    store: the run's folder.
+    copies: the run's folders.
     where: device and processes.
     console: for messages.
     interrupt: the signals that were received.
@@ -112,13 +98,14 @@ class Checkpointer:
         config: TrainConfig,
         state: State,
         *,
-        store: checkpoint.Store,
+        copies: Copies,
         where: Compute,
         console: Console,
         interrupt: Interrupt,
     ) -> None:
-        self.config, self.state, self.store = config, state, store
+        self.config, self.state, self.copies = config, state, copies
         self.compute, self.console, self.interrupt = where, console, interrupt
+        self.folder = copies.store.folder
         self.health, self.progress = state.health, state.progress
         self._previous_best: dict | None = None  # while a new best is being written
         self._saved_at = time.monotonic()
@@ -126,8 +113,8 @@ class Checkpointer:
 
     def begin(self) -> None:
         """Call before the first step."""
-        if self.compute.is_main:
-            (self.store.folder / REQUEUE_MARK).unlink(missing_ok=True)
+        if self.copies.is_writer:
+            (self.folder / REQUEUE_MARK).unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Checkpointer":
@@ -161,14 +148,11 @@ class Checkpointer:
             self.check()
             self._save(False)
         if stop:
-            folder = self.store.folder
-            if not self.store.finish():
-                raise InputError(
-                    f"{folder}: a signal was received, but the checkpoint could not be written; "
-                    f"{checkpoint.FIX}"
-                )
+            self.copies.finish_or_fail(
+                f"a signal was received, but the checkpoint could not be written; {checkpoint.FIX}"
+            )
             if self.compute.is_main:
-                (folder / REQUEUE_MARK).touch()
+                (self.folder / REQUEUE_MARK).touch()
             self.console.info(
                 f"saved after step {self.progress.step}; the same command resumes from here (exit "
                 f"status {REQUEUE})"
@@ -197,34 +181,24 @@ class Checkpointer:
     def _save(self, best: bool, best_weights: dict | None = None) -> None:
         self.wait_for_save()
         state = self.state.state_dict()
-        if self.compute.is_main:
-            self.store.save(state, best, best_weights)
+        self.copies.save(state, best, best_weights)
         self._saved_at = time.monotonic()
 
     def wait_for_save(self) -> None:
         """Waits for the save in progress. If it failed, a new best in it does not count."""
-        if not self.store.finish() and self._previous_best is not None:
+        if not self.copies.finish() and self._previous_best is not None:
             self.progress.best = self._previous_best
         self._previous_best = None
 
     # ---------------------------------------------------------------- resuming
 
     def resume(self, path: Path, saved: dict, total_steps: int) -> None:
-        """Resumes from the checkpoint `saved` at `path`. Raises InputError if it is of another
-        recipe, or if checkpoint.resume=never."""
-        folder = self.store.folder
-        if self.config.checkpoint.resume == "never":
-            raise InputError(
-                f"checkpoint.resume=never: {folder} has a checkpoint; use "
-                f"checkpoint.resume=auto to resume it, or another logging.folder"
-            )
+        """Resumes from the checkpoint `saved`, whose path in a writer's folder is `path`. Raises
+        InputError if it is of another recipe."""
+        folder = self.folder
         self._load(saved)
-        if (
-            self.compute.is_main
-            and not self.config.training.eval_only
-            and self.progress.best["step"] == self.progress.step
-        ):
-            self.store.mark_best(path)  # the run may have been killed before it got this name
+        if not self.config.training.eval_only and self.progress.best["step"] == self.progress.step:
+            self.copies.mark_best(path)  # the run may have been killed before it got this name
         step = self.progress.step
         if len(self.progress.rows) == self.config.training.epochs:
             self.console.info(
@@ -234,17 +208,17 @@ class Checkpointer:
             self.console.info(f"resuming {folder} after step {step} of {total_steps}")
 
     def _load(self, saved: dict) -> None:
-        checkpoint.check_recipe(saved["recipe"], self.state.recipe, self.store.folder)
+        checkpoint.check_recipe(saved["recipe"], self.state.recipe, self.folder)
         self.state.load_state_dict(saved, self.compute.world_size)
 
     def go_back(self, request: GoBack) -> None:
         """Returns to the newest regular checkpoint, and applies `request` from there on. Raises
         InputError if there is none, or after MAX_RETURNS returns in a row."""
         # A failed save has been reported, and an earlier checkpoint is then the newest one
-        self.store.finish()
+        self.copies.finish()
         health, progress = self.health, self.progress
         returns = health.returns + 1
-        found = newest(self.store, regular=True)
+        found = self.copies.find(regular=True)
         if found is None or returns > MAX_RETURNS:
             raise InputError(
                 f"{request.reason}, and "
@@ -254,10 +228,12 @@ class Checkpointer:
                     else f"going back {MAX_RETURNS} times did not fix it; lower lr.lr"
                 )
             )
-        self._load(found[1])
+        _, saved = self.copies.fetch(found)
+        self._load(saved)
         # Before the state with this decision is saved. A run that is killed in between repeats the
         # steps and decides again.
-        best_was_removed = compute.on_first_process(lambda: self.store.remove_after(progress.step))
+        store = self.copies.store
+        best_was_removed, *_ = self.copies.on_writers(lambda: store.remove_after(progress.step))
         if best_was_removed and progress.best["step"] != progress.step:
             progress.best = dict(NO_BEST)
         health.returns, health.returned = returns, True

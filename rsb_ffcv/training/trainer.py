@@ -33,15 +33,16 @@ from rsb_ffcv.training import (
     environment,
     report,
 )
+from rsb_ffcv.training.copies import Copies
 from rsb_ffcv.training.data import open_data
 from rsb_ffcv.training.evaluate import Evaluator
 from rsb_ffcv.training.health import GoBack, Stop
 from rsb_ffcv.training.interrupt import Interrupt
 from rsb_ffcv.training.plan import Epoch, Plan
-from rsb_ffcv.training.processes import Heartbeat, check_shared
+from rsb_ffcv.training.processes import Heartbeat
 from rsb_ffcv.training.profile import Profile
 from rsb_ffcv.training.progress import Progress
-from rsb_ffcv.training.resume import Checkpointer, State, newest
+from rsb_ffcv.training.resume import Checkpointer, State
 
 
 class Trainer:
@@ -80,11 +81,20 @@ class Trainer:
             archived=self.plan.is_archived,
         )
         stack.enter_context(closing(store))
-        if not c.training.eval_only:
-            compute.on_first_process(store.lock)
-            if where.world_size > 1:
-                check_shared(self.folder)
-        found = newest(store)
+        copies = Copies(store, where)
+        if not c.training.eval_only and (copied := copies.lock()):
+            self.console.info(copied)
+        choice = copies.find(self.data.recipe)
+        if choice is not None and c.checkpoint.resume == "never":
+            raise InputError(
+                f"checkpoint.resume=never: {choice.path.parent} has a checkpoint; use "
+                f"checkpoint.resume=auto to resume it, or another logging.folder"
+            )
+        if choice is not None and not c.training.eval_only:
+            copies.synchronize(choice)
+        if choice is not None and choice.owner:
+            self.console.info(f"the newest checkpoint is that of {copies.name(choice.owner)}")
+        found = copies.fetch(choice) if choice is not None else None
         source = branch.find(c.checkpoint.branch) if c.checkpoint.branch and not found else None
         model = build.model(
             c,
@@ -123,7 +133,7 @@ class Trainer:
             swa=self.swa,
         )
         self.checkpointer = Checkpointer(
-            c, state, store=store, where=where, console=self.console, interrupt=interrupt
+            c, state, copies=copies, where=where, console=self.console, interrupt=interrupt
         )
         stack.enter_context(self.checkpointer)
         self.profile = Profile(
@@ -215,7 +225,9 @@ class Trainer:
             except Stop as request:
                 raise InputError(str(request)) from request
         self.profile.close()
-        compute.on_first_process(self._finish_checkpoint)
+        self.checkpointer.copies.finish_or_fail(
+            f"the last checkpoint could not be written; {checkpoint.FIX}, and start again"
+        )
         weights, _ = log.best_of(self.progress.rows[-1])
         per_image = self.evaluate.each_image(
             log.PREFIXES[weights], after_batch=lambda: self.checkpointer.after_step(False)
@@ -236,13 +248,6 @@ class Trainer:
                 val=data.val_loader.beton,
             )
             log.write_json(path, about)
-
-    def _finish_checkpoint(self) -> None:
-        if not self.checkpointer.store.finish():
-            raise InputError(
-                f"{self.folder}: the last checkpoint could not be written; {checkpoint.FIX}, and "
-                f"start again"
-            )
 
     def _finish(self, weights: str, per_image: torch.Tensor) -> None:
         """Writes the weights and the report. weights, per_image: see report.findings."""
@@ -401,6 +406,8 @@ class Trainer:
         if progress.events:
             row["events"] = progress.events
         health.end_epoch()
+        # The durations and memory of process 0, so that every process has the same log
+        row = compute.on_first_process(lambda: row)
         progress.rows = progress.rows + [row]
         if not epoch.last:
             following = self.plan[epoch.number + 1]
