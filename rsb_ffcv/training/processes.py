@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +19,15 @@ import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError
+from rsb_ffcv.atomic import atomic_file, remove
 from rsb_ffcv.training.compute import call_store, gather, on_first_process
+from rsb_ffcv.training.lease import LOST, Lease, with_held
 
-LOST = 3  # exit status: another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
 # Time for the remaining processes to report to each other: their heartbeats fail at nearly the same
 # time.
 REPORT_SECONDS = 2.0
+RELEASE_SECONDS = 5.0  # time limit for a folder whose file system does not respond
 FOLDER_SECONDS = 5.0  # time for a network file system to show a new file to the other machines
 
 
@@ -51,12 +54,8 @@ def check_shared(folder: Path) -> None:
     path, content = folder / ".shared.part", f"{os.getpid()} {time.time_ns()}"
 
     def write() -> str:
-        try:
-            path.write_text(content)
-        except OSError as error:
-            raise InputError(
-                f"logging.folder={folder}: cannot be written ({error.strerror}); choose another"
-            ) from error
+        with atomic_file(path, "choose another logging.folder") as file:
+            file.write(content.encode())
         return content
 
     def seen() -> bool:
@@ -71,7 +70,8 @@ def check_shared(folder: Path) -> None:
     missing = [str(rank) for rank, sees in enumerate(gather([seen()])) if not sees]
 
     def check() -> None:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            remove(path)
         if missing:
             raise InputError(
                 f"logging.folder={folder}: process{'es' if missing[1:] else ''} "
@@ -163,7 +163,11 @@ class Heartbeat:
         """Ends this process after the `error` of a collective, in the heartbeat or in the run."""
         self._failed.set()
         self._ending.acquire()  # never released: a second thread blocks here until os._exit
+        # If this process is the one that was silent, its run may have been taken over: then the
+        # lease reports that
+        with_held(Lease.check, RELEASE_SECONDS)
         self._report("silent" if "timed out" in str(error).lower() else "ended")
+        with_held(Lease.release, RELEASE_SECONDS)
         os._exit(LOST)
 
     def _report(self, what: str) -> None:

@@ -6,6 +6,7 @@ bits as an uninterrupted one.
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from types import TracebackType
 import torch
 
 from rsb_ffcv import InputError
+from rsb_ffcv.atomic import atomic_file, remove
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa
 from rsb_ffcv.learning.weights import read
@@ -127,7 +129,8 @@ class Checkpointer:
     def begin(self) -> None:
         """Call before the first step."""
         if self.compute.is_main:
-            (self.store.folder / REQUEUE_MARK).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                remove(self.store.folder / REQUEUE_MARK)
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Checkpointer":
@@ -168,7 +171,8 @@ class Checkpointer:
                     f"{checkpoint.FIX}"
                 )
             if self.compute.is_main:
-                (folder / REQUEUE_MARK).touch()
+                with atomic_file(folder / REQUEUE_MARK, checkpoint.FIX):
+                    pass
             self.console.info(
                 f"saved after step {self.progress.step}; the same command resumes from here (exit "
                 f"status {REQUEUE})"
