@@ -16,23 +16,38 @@ MORE = {
     "lr.lr": 0.05,
 }
 # Code for Run(prepare=...): `before(module, name, condition)` makes the process stop itself before
-# the first call of a function for which `condition(*arguments)` is true
+# the first call of a function for which `condition(*arguments)` is true. When it continues, it
+# makes this call before it ends.
 BEFORE = """
-import json, os, signal
+import json, os, signal, threading
 from pathlib import Path
 from rsb_ffcv import atomic
-from rsb_ffcv.training import lease
-calls = []
+stopped, called, leave = [], threading.Event(), os._exit
+def stop():
+    stopped.append(True)
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+def leave_after_call(status):
+    if stopped:
+        called.wait()
+    leave(status)
+os._exit = leave_after_call
 def before(module, name, condition):
     plain = getattr(module, name)
     def replaced(*arguments, **named):
-        if not calls and condition(*map(str, arguments)):
-            calls.append(name)
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return plain(*arguments, **named)
+        if stopped or not condition(*map(str, arguments)):
+            return plain(*arguments, **named)
+        stop()
+        try:
+            return plain(*arguments, **named)
+        finally:
+            called.set()
     setattr(module, name, replaced)
 """
 INSTANTS = {
+    "creation of a file": """
+atomic.open = open
+before(atomic, "open", lambda path, mode: "_000000006.pt" in path and mode == "wb")
+""",
     "rename of a checkpoint": 'before(os, "replace", lambda _, to: to.endswith("_000000006.pt"))',
     "removal of a checkpoint": 'before(os, "replace", lambda _, to: to.endswith("03.pt.removed"))',
     "rename of best.pt": 'before(os, "replace", lambda _, to: to.endswith("/best.pt"))',
@@ -51,10 +66,11 @@ class Opened:
         return self
     def __exit__(self, *_):
         self.file.close()
+        if stopped:
+            called.set()
     def write(self, content):
-        if not calls and b"epoch 2/3" in content:
-            calls.append(content)
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if not stopped and b"epoch 2/3" in content:
+            stop()
         self.file.write(content)
 atomic.open = lambda file, mode: Opened(open(file, mode)) if mode == "ab" else open(file, mode)
 """,
@@ -103,14 +119,34 @@ def is_stopped(process):
 def test_process_that_was_stopped_writes_nothing_after_its_run_was_taken_over(
     betons, whole, tmp_path, train, instant, locks
 ):
-    folder = tmp_path / "run"
-    flags = options(betons, folder, **MORE, **{"dist.timeout_s": 1})
     system = NO_LOCKS.format(name=locks) if locks else ""
-    stopped = train(flags, prepare=system + BEFORE + INSTANTS[instant])
+    flags = options(betons, tmp_path / "run", **MORE, **{"dist.timeout_s": 1})
+    check(train, flags, tmp_path / "run", prepare=(system, BEFORE + INSTANTS[instant]))
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["open", "replace"])
+def test_tensorboard_of_a_process_that_was_stopped_does_not_change(
+    betons, whole, tmp_path, train, name
+):
+    """It is stopped before it opens an event file, or before it creates one."""
+    pytest.importorskip("tensorboard")
+    more = {"dist.timeout_s": 1, "logging.trackers": "tensorboard"}
+    at = f'before(os, "{name}", lambda *paths: "events.out" in "".join(paths[:2]))'
+    flags = options(betons, tmp_path / "run", **MORE, **more)
+    check(train, flags, tmp_path / "run", prepare=("", BEFORE + at))
+    assert_same_run(tmp_path / "run", whole)
+    assert list((tmp_path / "run" / "tensorboard" / "epoch").glob("events.out.*"))
+
+
+def check(train, flags, folder, prepare):
+    """A run stops itself, the same command takes it over and finishes, and the first process goes
+    on. prepare: code for both, and for the first."""
+    stopped = train(flags, prepare="".join(prepare))
     stopped.wait_until(lambda: is_stopped(stopped.processes[0]))
-    statuses, out, err = train(flags, prepare=system).wait()
+    statuses, _, err = train(flags, prepare=prepare[0]).wait()
     assert statuses == [0] and "this process takes over the run" in err, err
-    assert_same_run(folder, whole)
     before = content(folder)
     stopped.signal(signal.SIGCONT)
     statuses, _, err = stopped.wait()
