@@ -269,7 +269,7 @@ class Program:
 
 def parts(folder: Path) -> list[str]:
     """Files that are being written, or were, when the process was killed."""
-    return sorted(path.name for path in folder.glob(".*.part"))
+    return sorted(path.name for path in folder.glob(".lease-*/*/*.part"))
 
 
 class Run:
@@ -383,7 +383,7 @@ class Run:
         if known < moment.epoch:
             return False
         if moment.phase == CHECKPOINT:
-            writing = (".checkpoint_", ".best_weights")
+            writing = ("checkpoint_", "best_weights")
             return any(name.startswith(writing) for name in parts(self.folder))
         if not program.title.startswith(moment.phase):
             return False

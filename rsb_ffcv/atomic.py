@@ -2,6 +2,10 @@
 
 A file appears under its name when it is complete, or not at all. Both also work on file systems
 that have no locks or cannot flush a directory: there, a warning is printed once.
+
+In a folder that is `fenced`, each change is a rename out of a given place or into it. Whoever
+removes this place ends all changes at once, also those of a process that is stopped between any two
+instructions.
 """
 
 import csv
@@ -10,8 +14,9 @@ import fcntl
 import io
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +35,58 @@ def hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
+@dataclass(frozen=True)
+class _Fence:
+    """See `fenced`."""
+
+    folder: Path
+    place: Path
+    check: Callable[[], None]
+
+
+_fences: dict[Path, _Fence] = {}
+
+
+@contextmanager
+def fenced(folder: Path, place: Path, check: Callable[[], None]) -> Iterator[None]:
+    """A context in which every change that this module makes in `folder`, at any depth, is a rename
+    out of `place` or into it.
+
+    place: an existing folder of the same file system, for this process only.
+    check: called after a change has failed, and before an open file is written to. It raises
+        OSError if `place` is gone or cannot be seen. It may end the process.
+    """
+    folder = Path(os.path.realpath(folder))
+    fence = _fences[folder] = _Fence(folder, place, check)
+    try:
+        yield
+    finally:
+        if _fences.get(folder) is fence:
+            del _fences[folder]
+
+
+@contextmanager
+def _change(path: Path) -> Iterator[_Fence | None]:
+    """A context for a change of the file at `path`. Yields the fence of its folder, if any."""
+    fence = None
+    if _fences:
+        parent = Path(os.path.realpath(path.parent))
+        around = (_fences.get(folder) for folder in (parent, *parent.parents))
+        fence = next((found for found in around if found), None)
+    try:
+        yield fence
+    except OSError:
+        if fence is not None:
+            with suppress(OSError):
+                fence.check()
+        raise
+
+
+def _prepared(path: Path, fence: _Fence | None) -> Path:
+    """Where a file is written before it is renamed to `path`."""
+    return hidden(path, "part") if fence is None else fence.place / f"{path.name}.part"
+
+
 @contextmanager
 def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     """Yields a binary file for writing. When the block ends, the file is flushed to disk and
@@ -43,21 +100,102 @@ def atomic_file(path: str | Path, fix: str) -> Iterator[io.BufferedWriter]:
     path = Path(path)
     if path.is_symlink():
         path = Path(os.path.realpath(path))
-    temporary = hidden(path, "part")
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is not a regular file; {fix}")
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _change(path) as fence:
+            temporary = _prepared(path, fence)
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: is not a regular file; {fix}")
+            try:
+                with open(temporary, "wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink()
         flush_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+
+
+def link(path: Path, name: Path, fix: str) -> None:
+    """Gives the file at `path` the second name `name`, atomically; on a file system without hard
+    links, a copy. Raises InputError as atomic_file does."""
+    try:
+        with _change(name) as fence:
+            linked = _prepared(name, fence)
+            with suppress(FileNotFoundError):
+                linked.unlink()
+            try:
+                os.link(path, linked)
+            except OSError:  # a file system without hard links
+                with open(path, "rb") as whole, atomic_file(name, fix) as file:
+                    shutil.copyfileobj(whole, file)
+                return
+            os.replace(linked, name)
+        flush_folder(name.parent)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written ({error.strerror}); {fix}") from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file. Raises OSError if that fails, FileNotFoundError if there is none."""
+    with _change(path) as fence:
+        if fence is not None:
+            removed = fence.place / f"{path.name}.removed"
+            os.replace(path, removed)
+            path = removed
+        path.unlink()
+
+
+def rename(path: Path, name: Path) -> None:
+    """Renames a file in its folder. If the process is killed meanwhile, a fenced file may be lost.
+    Raises OSError."""
+    with _change(name) as fence:
+        if fence is not None:
+            moved = _prepared(name, fence)
+            os.replace(path, moved)
+            path = moved
+        os.replace(path, name)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds `content` at the end of a file, which is created if it is missing. Raises OSError.
+
+    In a fenced folder, whoever removes the fence's place must then replace the file by a copy of
+    itself. A process that has opened the file before writes to the replaced one; a process that
+    opens it after finds in the check that its place is gone.
+    """
+    with _change(path) as fence:
+        if fence is None:
+            with open(path, "ab") as file:
+                file.write(content)
+            return
+        try:
+            opened = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except FileNotFoundError:
+            new = _prepared(path, fence)
+            new.write_bytes(content)
+            os.replace(new, path)
+            return
+        with open(opened, "ab") as file:
+            fence.check()
+            file.write(content)
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder, and those that it is in, if they are missing. Raises OSError."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with _change(path) as fence:
+        if fence is None:
+            path.mkdir(exist_ok=True)
+        else:
+            new = _prepared(path, fence)
+            new.mkdir(exist_ok=True)
+            os.replace(new, path)
 
 
 @contextmanager

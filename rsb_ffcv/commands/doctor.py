@@ -254,7 +254,7 @@ def folder(c: TrainConfig) -> Iterator[Finding]:
                     "warn",
                     "locks",
                     f"{place} has no file locks ({error.strerror})",
-                    "make sure that one run uses the folder",
+                    "after a crash of its machine, a run continues after dist.timeout_s",
                 )
             started = time.perf_counter()
             file.write(os.urandom(1 << 20) * (WRITTEN_BYTES >> 20))

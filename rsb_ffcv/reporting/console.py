@@ -17,6 +17,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from rsb_ffcv import InputError, duration, first_line, warn, warning_listeners
+from rsb_ffcv.atomic import append
 from rsb_ffcv.reporting.log import REPORT, table
 
 LOG = "training.log"
@@ -144,8 +145,7 @@ class Console:
     def _write(self, path: Path) -> None:
         try:
             # Opened for each line: lines are rare, and the file may be moved or its disk return
-            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(self._early)
+            append(path, self._early.encode("utf-8", "backslashreplace"))
             self._early = ""
         except OSError as error:
             if not self._failed:

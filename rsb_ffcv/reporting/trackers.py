@@ -10,6 +10,7 @@ TensorBoard instead of the earlier ones.
 """
 
 import importlib
+import io
 import logging
 import os
 import threading
@@ -23,10 +24,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rsb_ffcv import InputError, first_line
-from rsb_ffcv.atomic import atomic_file
+from rsb_ffcv.atomic import append, atomic_file, make_folder
 from rsb_ffcv.reporting.log import FIX
 
 RUN_ID = "run_id"  # file with the run's name in trackers that need a unique one
+EVENTS = "tensorboard/*/events.*"  # pattern of TensorBoard's files in the run's folder
 CLOSE_SECONDS = 20.0  # for the values that are not sent when the run ends
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -68,34 +70,48 @@ class Tracker(Protocol):
 
 class TensorBoard:
     """Event files in tensorboard/ of the run's folder, for each axis in a folder of its own: with
-    a purge_step, TensorBoard ignores the earlier events of a folder from that position on."""
+    a purge step, TensorBoard ignores the earlier events of a folder from that position on.
+
+    torch's SummaryWriter is not used: its thread opens files at times that nothing else knows, and
+    would also write to the folder after another process has taken over the run.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         self._folder = run.folder / "tensorboard"
         self._open(run.epoch, run.step)
 
     def _open(self, epoch: int, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._writers = {
-            axis: SummaryWriter(self._folder / axis, purge_step=done + 1)
-            for axis, done in (("epoch", epoch), ("step", step))
-        }
+        # TensorBoard reads the files of a folder in the order of their names
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._paths = {axis: self._folder / axis / name for axis in ("epoch", "step")}
+        for axis, done in (("epoch", epoch), ("step", step)):
+            make_folder(self._folder / axis)
+            start = SessionLog(status=SessionLog.START)
+            self._write(axis, Event(step=done + 1, file_version="brain.Event:2"))
+            self._write(axis, Event(step=done + 1, session_log=start))
+
+    def _write(self, axis: str, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append(self._paths[axis], record.getvalue())
 
     def log(self, axis: str, number: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard.summary import scalar
+
         for name, value in values.items():
-            self._writers[axis].add_scalar(name, value, number)
-        if axis == "epoch":
-            for writer in self._writers.values():
-                writer.flush()
+            self._write(axis, Event(step=number, summary=scalar(name, value)))
 
     def rewind(self, epoch: int, step: int) -> None:
-        self.close(False)
         self._open(epoch, step)
 
     def close(self, finished: bool) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        pass
 
 
 class WandB:

@@ -84,7 +84,7 @@ def _spawn(config: TrainConfig) -> None:
     received = forward_signals(children)
     from torch import multiprocessing
 
-    from rsb_ffcv.training.processes import LOST
+    from rsb_ffcv.training.lease import LOST
 
     processes = multiprocessing.spawn(
         _child, args=(config,), nprocs=config.dist.world_size, join=False

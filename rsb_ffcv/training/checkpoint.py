@@ -8,8 +8,6 @@ background thread writes a copy of the state while training continues.
 """
 
 import io
-import os
-import shutil
 import sys
 import zipfile
 import zlib
@@ -17,24 +15,27 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from rsb_ffcv import InputError, warn
-from rsb_ffcv.atomic import atomic_file, flush_folder, lock
+from rsb_ffcv.atomic import atomic_file, flush_folder, link, lock, remove, rename
 from rsb_ffcv.learning.weights import read
+from rsb_ffcv.reporting.console import LOG
 from rsb_ffcv.reporting.curves import CURVES
-from rsb_ffcv.reporting.log import DOCUMENT, ENVIRONMENT, METRICS, REPORT
-from rsb_ffcv.reporting.trackers import RUN_ID
-from rsb_ffcv.training import facts
+from rsb_ffcv.reporting.log import ENVIRONMENT, METRICS
+from rsb_ffcv.reporting.trackers import EVENTS, RUN_ID
+from rsb_ffcv.training import facts, lease
 
 FIX = "free space or choose another logging.folder"
 SHOWN = 5  # number of differences between recipes that a message lists
 NAME, PATTERN, BEST = "checkpoint_{:09d}.pt", f"checkpoint_{'[0-9]' * 9}.pt", "best.pt"
 BEST_WEIGHTS = "best_weights.pt"
 BESTS = {BEST, BEST_WEIGHTS}
-# The names that a run writes to its folder atomically, as patterns
+APPENDED = (LOG, EVENTS)  # what a run appends to, as patterns
+EARLIER_LOCK = ".lock"  # a process of an earlier version locks this file
+# What earlier versions of this program wrote as `.<name>.part` in the run's folder, as patterns
 WRITTEN = (
     PATTERN,
     BEST,
@@ -43,8 +44,6 @@ WRITTEN = (
     "config.json",
     ENVIRONMENT,
     CURVES,
-    DOCUMENT,
-    REPORT,
     RUN_ID,
     "final_weights.pt",
     "final_weights_*.pt",
@@ -121,6 +120,7 @@ class Store:
     regular: whether a step has a regular checkpoint. The newest regular checkpoint is kept too, so
         that the checkpoint that a run goes back to does not depend on when it was interrupted.
     archived: whether a step's checkpoint is kept for good.
+    timeout_s: a process that has locked the folder and is silent for this time counts as lost.
     """
 
     def __init__(
@@ -130,21 +130,29 @@ class Store:
         *,
         regular: Callable[[int], bool] = lambda step: True,
         archived: Callable[[int], bool] = lambda step: False,
+        timeout_s: float = 120.0,
     ) -> None:
         self.folder, self.keep, self.regular, self.archived = folder, keep, regular, archived
-        self.machine = ""
+        self.machine, self.timeout_s = "", timeout_s
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._lock: TextIO | None = None
+        self._lease: lease.Lease | None = None
 
     def lock(self) -> None:
         """Creates the folder and locks it, until `close` or the end of the process. Two runs in one
-        folder would overwrite each other's checkpoints."""
+        folder would overwrite each other's checkpoints. See `lease`."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Stays open: closing it releases the lock.
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
-            lock(self._lock, self.folder)
+            earlier = self.folder / EARLIER_LOCK
+            if earlier.exists():
+                with open(earlier, "r+b") as file:
+                    lock(file, self.folder)
+            self._lease = lease.take(self.folder, self.timeout_s, APPENDED)
+            # Left behind by a process that was killed while writing. Other programs use
+            # `.<name>.part` as well: a conversion may be unfinished in this folder.
+            for name in [EARLIER_LOCK, *(f".{name}.part" for name in WRITTEN)]:
+                for left in self.folder.glob(name):
+                    remove(left)
         except BlockingIOError:
             raise InputError(
                 f"logging.folder={self.folder}: another process is training in this folder; wait "
@@ -154,11 +162,6 @@ class Store:
             raise InputError(
                 f"logging.folder={self.folder}: cannot be used ({error.strerror}); choose another"
             ) from error
-        # Left behind by a process that was killed while writing. Other programs use `.<name>.part`
-        # as well: a conversion may be unfinished in this folder.
-        for name in WRITTEN:
-            for unfinished in self.folder.glob(f".{name}.part"):
-                unfinished.unlink()
 
     def newest(self, regular: bool = False) -> tuple[Path, dict] | None:
         """Returns the path and the content of the newest intact checkpoint, None if there is no
@@ -196,8 +199,8 @@ class Store:
     def set_aside(self, damaged: list[Path]) -> None:
         """Renames damaged checkpoints, if the folder is locked, so that they are not tried
         again."""
-        for path in damaged if self._lock is not None else ():
-            path.rename(path.with_suffix(".damaged"))
+        for path in damaged if self._lease is not None else ():
+            rename(path, path.with_suffix(".damaged"))
 
     def warn(self, text: str) -> None:
         warn(f"{self.machine}: {text}" if self.machine else text)
@@ -235,27 +238,18 @@ class Store:
         """Waits for the last `save`, and releases the lock."""
         self.finish()
         self._writer.shutdown()
-        if self._lock is not None:
-            self._lock.close()
+        if self._lease is not None:
+            self._lease.close()
 
     def mark_best(self, path: Path) -> None:
         """Gives the checkpoint at `path` the second name `best.pt`."""
-        temporary, best = self.folder / f".{BEST}.part", self.folder / BEST
+        best = self.folder / BEST
         try:
             if best.exists() and best.samefile(path):
                 return
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            try:
-                os.link(path, temporary)
-            except OSError:  # a file system without hard links
-                with open(path, "rb") as whole, atomic_file(best, FIX) as file:
-                    shutil.copyfileobj(whole, file)
-                return
-            os.replace(temporary, best)
-            flush_folder(self.folder)
         except OSError as error:
             raise InputError(f"{best}: cannot be written ({error.strerror}); {FIX}") from error
+        link(path, best, FIX)
 
     def remove_after(self, step: int) -> bool:
         """Removes the checkpoints of steps after `step`, the newest first, so that no later start
@@ -279,7 +273,7 @@ class Store:
         fails."""
         try:
             for path in paths:
-                path.unlink()
+                remove(path)
         except OSError as error:
             raise InputError(
                 f"{self.folder}: the checkpoints that the run has gone back from cannot be removed "
@@ -325,7 +319,7 @@ class Store:
         for old in existing:
             if old not in keep and not self.archived(step_of(old)):
                 try:
-                    old.unlink()
+                    remove(old)
                 except OSError as error:
                     self.warn(f"{old}: cannot be removed ({error.strerror})")
 

@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError, warn
+from rsb_ffcv.atomic import remove
 from rsb_ffcv.learning.weights import read
 from rsb_ffcv.training import checkpoint, compute
 from rsb_ffcv.training.checkpoint import BESTS, NAME, Store, records, step_of
@@ -83,7 +85,8 @@ class Copies:
         self.on_writers(self.store.lock)
         if self.is_writer:
             for left in self.store.folder.glob(TOKEN.format("*", "*")):  # by a killed process
-                left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    remove(left)
         others = self.writers[1:]
         if not others:
             return ""
@@ -247,7 +250,7 @@ class Copies:
             wanted |= {name: other[name] for name in other.keys() & BESTS - wanted.keys()}
         newest_regular = max(filter(self.store.regular, _steps(wanted)), default=0)
 
-        def remove() -> None:
+        def remove_others() -> None:
             paths = [*self.store.paths(), *(folder / name for name in BESTS)]
             self.store.remove(
                 path
@@ -261,7 +264,7 @@ class Copies:
             return self.store.archived(step) and step < newest_regular
 
         # First: if the job ends in between, no later start resumes from one of them.
-        self.on_writers(lambda: None if rank == choice.owner else remove())
+        self.on_writers(lambda: None if rank == choice.owner else remove_others())
         needed = BESTS | {choice.path.name, NAME.format(newest_regular)}
         for name in sorted(needed & wanted.keys()):
             has = [others.get(name) == wanted[name] for others in all_own]

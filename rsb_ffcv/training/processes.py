@@ -18,12 +18,13 @@ import torch.distributed as dist
 
 from rsb_ffcv import InputError
 from rsb_ffcv.training.compute import call_store, gather
+from rsb_ffcv.training.lease import LOST, Lease, with_held
 
-LOST = 3  # exit status: another process of the job has ended or is silent
 BEAT_SECONDS = 0.5
 # Time for the remaining processes to report to each other: their heartbeats fail at nearly the same
 # time.
 REPORT_SECONDS = 2.0
+RELEASE_SECONDS = 5.0  # time limit for a folder whose file system does not respond
 
 
 def check_same(facts: dict[str, str], hosts: Sequence[str]) -> None:
@@ -136,7 +137,11 @@ class Heartbeat:
         """Ends this process after the `error` of a collective, in the heartbeat or in the run."""
         self._failed.set()
         self._ending.acquire()  # never released: a second thread blocks here until os._exit
+        # If this process is the one that was silent, its run may have been taken over: then the
+        # lease reports that
+        with_held(Lease.check, RELEASE_SECONDS)
         self._report("silent" if "timed out" in str(error).lower() else "ended")
+        with_held(Lease.release, RELEASE_SECONDS)
         os._exit(LOST)
 
     def _report(self, what: str) -> None:

@@ -6,6 +6,7 @@ bits as an uninterrupted one.
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from types import TracebackType
 import torch
 
 from rsb_ffcv import InputError
+from rsb_ffcv.atomic import atomic_file, remove
 from rsb_ffcv.config.train import TrainConfig
 from rsb_ffcv.learning.average import Ema, Swa
 from rsb_ffcv.reporting.console import Console
@@ -114,7 +116,8 @@ class Checkpointer:
     def begin(self) -> None:
         """Call before the first step."""
         if self.copies.is_writer:
-            (self.folder / REQUEUE_MARK).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                remove(self.folder / REQUEUE_MARK)
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Checkpointer":
@@ -152,7 +155,8 @@ class Checkpointer:
                 f"a signal was received, but the checkpoint could not be written; {checkpoint.FIX}"
             )
             if self.compute.is_main:
-                (self.folder / REQUEUE_MARK).touch()
+                with atomic_file(self.folder / REQUEUE_MARK, checkpoint.FIX):
+                    pass
             self.console.info(
                 f"saved after step {self.progress.step}; the same command resumes from here (exit "
                 f"status {REQUEUE})"

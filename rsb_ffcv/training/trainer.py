@@ -63,6 +63,7 @@ class Trainer:
 
     def _build(self, stack: ExitStack, interrupt: Interrupt) -> None:
         c = self.config
+        last = stack.enter_context(ExitStack())  # what is closed after the last line of the log
         self.compute = where = build.hardware(c)
         stack.enter_context(Heartbeat(c.dist.timeout_s, where.hosts))
         self.console = stack.enter_context(Console(where.is_main))
@@ -79,8 +80,10 @@ class Trainer:
             c.checkpoint.keep,
             regular=self.plan.is_regular,
             archived=self.plan.is_archived,
+            timeout_s=c.dist.timeout_s,
         )
-        stack.enter_context(closing(store))
+        last.enter_context(closing(store))
+        stack.callback(store.finish)
         copies = Copies(store, where)
         if not c.training.eval_only and (copied := copies.lock()):
             self.console.info(copied)

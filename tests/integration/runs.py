@@ -126,7 +126,7 @@ def assert_same(a, b, where="state"):
 
 def assert_same_run(folder, other):
     """Asserts that weights, averages, optimizer, best, log and final weights are bit-identical, and
-    that no partial file is left."""
+    that no partial file and no lease is left."""
     assert_same(state(folder), state(other))
     assert_same(rows(folder), rows(other), "log")
     names = {path.name for path in other.glob("final_weights*.pt")}
@@ -140,6 +140,8 @@ def assert_same_run(folder, other):
     best = [torch.load(path / "best.pt", weights_only=True) for path in (folder, other)]
     assert_same(best[0]["model"], best[1]["model"], "best")
     assert not list(folder.glob(".*.part"))
+    (released,) = [path for path in folder.iterdir() if path.is_dir() and path.name[0] == "."]
+    assert released.name.startswith(".released-") and not list(released.iterdir())
 
 
 def assert_same_course(folder, other):

@@ -109,21 +109,20 @@ def test_run_killed_while_discarding_steps_goes_back_again(betons, whole, tmp_pa
             OVERFLOW
             + f"""
 import os
-from pathlib import Path
-unlink, acts = Path.unlink, []
-def counted(self, *arguments, **named):
-    if self.name.startswith("checkpoint_") and int(self.stem[-9:]) > 18:
-        acts.append(self)
+from rsb_ffcv.training import checkpoint
+remove, acts = checkpoint.remove, []
+def counted(path):
+    if path.name.startswith("checkpoint_") and int(path.stem[-9:]) > 18:
+        acts.append(path)
         if len(acts) > {acts}:
             os.kill(os.getpid(), 9)
-    unlink(self, *arguments, **named)
-from rsb_ffcv.training.checkpoint import Store
-remove_after = Store.remove_after
+    remove(path)
+remove_after = checkpoint.Store.remove_after
 def watched(self, step):
-    Path.unlink = counted
+    checkpoint.remove = counted
     removed = remove_after(self, step)
     os.kill(os.getpid(), 9)
-Store.remove_after = watched
+checkpoint.Store.remove_after = watched
 """
         )
         folder = tmp_path / f"run{acts}"

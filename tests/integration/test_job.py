@@ -15,7 +15,7 @@ import pytest
 
 from rsb_ffcv import InputError
 from rsb_ffcv.dataset import Place, write_splits
-from rsb_ffcv.training import compute, launch
+from rsb_ffcv.training import compute
 from tests.conftest import ROOT
 from tests.integration.runs import assert_same_run, options, rows
 from tests.stops import wait_until

@@ -151,6 +151,23 @@ def test_only_one_part_imports_ffcv():
         assert not imports or path.parent == PACKAGE / "ffcv", f"{path} imports {imports}"
 
 
+def test_a_run_writes_through_its_lease_only():
+    """A plain write would change the folder of a run that another process has taken over."""
+    methods = {"write_text", "write_bytes", "unlink", "touch", "rename", "rmtree", "copyfile"}
+    methods |= {"symlink_to", "hardlink_to", "rmdir"}
+    found = []
+    for path in [*(PACKAGE / "training").glob("*.py"), *(PACKAGE / "reporting").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or path.name == "lease.py":
+                continue
+            call = ast.unparse(node)
+            name = call.partition("(")[0]
+            opens = name == "open" and not re.search(r"\[?'rb?'\]?\)$|^open\([^,]*\)$", call)
+            if opens or name.rpartition(".")[2] in methods - {name} or name == "os.replace":
+                found.append(f"{path.name}: {call}")
+    assert found == ["checkpoint.py: open(earlier, 'r+b')"], found  # for its lock
+
+
 def test_training_imports_no_slow_module_it_does_not_need():
     slow = ("ffcv", "cv2", "matplotlib")
     code = f"""
