@@ -111,7 +111,13 @@ class Holder(NamedTuple):
         except PermissionError:
             pass
         state, started = _state(self.pid)
-        return state in ("Z", "X") or started not in (0, self.started)
+        if started not in (0, self.started):
+            return True
+        try:
+            # The main thread of a process that is being killed may end before the others
+            return state in ("Z", "X") and len(os.listdir(f"/proc/{self.pid}/task")) == 1
+        except OSError:  # it was removed from the list of processes meanwhile
+            return True
 
 
 def _state(pid: int) -> tuple[str, int]:

@@ -149,6 +149,7 @@ def test_signal_before_the_first_step_saves_after_it(betons, tmp_path, train):
     assert (
         statuses == [75] and "saved after step 1" in out and (tmp_path / "run" / "requeue").exists()
     ), err
+    assert list((tmp_path / "run").glob(".released-*"))
     statuses, _, err = train(options(betons, tmp_path / "run")).wait()
     assert statuses == [0] and not (tmp_path / "run" / "requeue").exists(), err
 
@@ -197,6 +198,7 @@ def test_process_that_dies_ends_the_job_with_one_line(betons, tmp_path, train, l
     run.go_on()
     statuses, _, err = run.wait(120)  # a collective would block for half an hour
     assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 3, err
+    assert len(list((tmp_path / "run").glob(".lease-*" if lost == 0 else ".released-*"))) == 1
     assert (
         err.count("error:") == 1
         and re.search(rf"process {lost} \(.+\) of 2 ended", err)

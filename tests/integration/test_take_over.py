@@ -184,7 +184,7 @@ def test_second_run_in_a_folder_is_refused_without_a_change(betons, tmp_path, tr
     """With and without file locks."""
     folder = tmp_path / "run"
     for system in ("", NO_LOCKS.format(name="ENOLCK")):
-        flags = options(betons, folder, **MORE, **{"dist.timeout_s": 2})
+        flags = options(betons, folder, **MORE)
         first = train(flags, stop_at=("epoch 1", 1), prepare=system)
         first.wait_for_stop()
         statuses, _, err = train(flags, prepare=system).wait()
