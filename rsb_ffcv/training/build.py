@@ -383,7 +383,10 @@ def _wrapped(model: torch.nn.Module, where: Compute) -> torch.nn.Module:
     if where.world_size == 1:
         return model
     # The step averages the batch-norm statistics, so DDP must not broadcast them from rank 0.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if where.device.type == "cpu" and where.world_size > 2:
+        wrapped.register_comm_hook(None, compute.mean_in_order_of_ranks)
+    return wrapped
 
 
 def health(c: TrainConfig, report: Callable[[str], None]) -> Health:

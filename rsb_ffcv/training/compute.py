@@ -569,6 +569,28 @@ def mean_over_processes(tensors: list[torch.Tensor], present: int = 0) -> list[t
     return tensors
 
 
+def mean_in_order_of_ranks(
+    _: object, bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook of DDP on the CPU: the mean of the gradients, added in the order of the
+    ranks.
+
+    gloo's own sum adds each part of a bucket in another order of the ranks, and DDP changes the
+    buckets after the first step. A resumed run of three or more processes would have other bits.
+    """
+    own = bucket.buffer()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+
+    def mean(_: object) -> torch.Tensor:
+        torch.add(parts[0], parts[1], out=own)
+        for part in parts[2:]:
+            own.add_(part)
+        return own.div_(len(parts))
+
+    work = dist.all_gather(parts, own, async_op=True)
+    return work.get_future().then(mean)
+
+
 def on_first_process(action: Callable[[], Result]) -> Result:
     """on_process of rank 0."""
     return on_process(0, action)

@@ -465,3 +465,17 @@ def test_available_cores_follow_affinity_and_cpu_quota(monkeypatch):
     assert compute.available_cores() == 3
     monkeypatch.setattr(compute.Path, "read_text", lambda path: "max 100000\n")
     assert compute.available_cores() == 64
+
+
+def test_resumed_job_of_three_processes_has_the_same_bits(betons, tmp_path, train):
+    """A sum of three gradients depends on their order, that of two does not."""
+    more = {"training.batch_size": 8, "training.epochs": 2, "mix.off_epochs": 0}
+    assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
+    run = train(options(betons, tmp_path / "run", **more), 3, stop_at=("epoch 2", 1))
+    run.wait_for_stop()
+    run.wait_until((tmp_path / "run" / "checkpoint_000000003.pt").exists)
+    run.kill()
+    run.wait()
+    statuses, out, err = train(options(betons, tmp_path / "run", **more), 3).wait()
+    assert statuses == [0] * 3 and "resuming" in out, err
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
