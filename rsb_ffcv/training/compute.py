@@ -417,7 +417,7 @@ def _join(
             + (
                 "give an address and a free port that all of them can reach"
                 if fresh
-                else "torchrun listens there; if that machine is lost, start torchrun with "
+                else "torchrun listens there; if that machine was lost, start torchrun with "
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
             )
         ) from error

@@ -150,7 +150,10 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         if dist.is_initialized():
             self._rank, self._size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            try:
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            except RuntimeError as error:  # from gloo: a process was lost while they connected
+                self._end_job(error)
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
 

@@ -1,6 +1,7 @@
-"""A SLURM cluster of four nodes on this machine: munged, slurmctld, and one slurmd for each node.
+"""Nodes with their own network (see nodes.py), and a SLURM cluster of four nodes on this machine:
+munged, slurmctld, and one slurmd for each node.
 
-The daemons have their own key, socket, ports and folders. They run in namespaces of their own:
+SLURM's daemons have their own key, socket, ports and folders. They run in namespaces of their own:
 /etc/hosts has the names of the nodes there, as a cluster's name service has them, and no process of
 a job outlives the fixture.
 """

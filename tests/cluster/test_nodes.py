@@ -164,6 +164,23 @@ def test_cut_ends_the_others_with_a_line_that_names_the_node(
         assert all(SILENT in found for found in job.errors(lost))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 2])
+def test_all_processes_of_a_lost_node_are_named(make_nodes, betons, tmp_path, number):
+    """Two nodes of two processes. Without the store, which is on node1, only process 0 is known to
+    be lost."""
+    nodes = make_nodes(2)
+    stop = Stop(("epoch 1", 1), tmp_path, 4)
+    flags = options(betons, tmp_path / "run", **GROUPS, **{"dist.timeout_s": 5})
+    job = Job(nodes, flags, nproc=2, stop=stop)
+    job.wait_until(stop.reached)
+    lost, other = nodes[number - 1], nodes[2 - number]
+    lost.kill()
+    job.wait_until(lambda: job.statuses(other) == [3, 3], other)
+    named = "process 0 (node1)" if number == 1 else "processes 2 (node2), 3 (node2)"
+    assert job.errors(other) == [f"error: {named} of 4 {SILENT}{RESUMES}"]
+
+
 # ---------------------------------------------------------------- at the start
 
 # The times are long enough for a busy machine: the last process of three is ready much earlier
@@ -198,7 +215,7 @@ def start(betons, tmp_path):
         return [
             node.start(
                 *(sys.executable, tmp_path / "start.py"),
-                *options(betons, tmp_path / "run", **GROUPS),
+                *options(betons, tmp_path / "run", **GROUPS, **{"dist.timeout_s": 5}),
                 env={
                     "RANK": str(rank),
                     "WORLD_SIZE": str(world),
@@ -248,13 +265,21 @@ def test_port_in_use_is_reported_by_process_0(make_nodes, start):
 
 
 @pytest.mark.long
-def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(make_nodes, start, tmp_path):
-    """Process 2 has met the others and not yet connected to them."""
+@pytest.mark.parametrize("function", ["init_process_group", "new_group"])
+def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(
+    make_nodes, start, tmp_path, function
+):
+    """Process 2 has met the others and not yet connected to them, for training or for the
+    heartbeat."""
     nodes = make_nodes(3)
-    jobs = start(nodes, 3, "if rank == 2: dist.init_process_group = hold")
+    jobs = start(nodes, 3, f"if rank == 2: dist.{function} = hold")
     jobs[2].wait_until((tmp_path / "held").exists)
     nodes[2].link_down()
-    assert [job.wait() for job in jobs[:2]] == [2, 2]
+    status = {"init_process_group": 2, "new_group": 3}[function]
+    assert [job.wait() for job in jobs[:2]] == [status, status]
+    if status == 3:
+        assert errors(*jobs[:2]) == [f"error: process 2 (node3) of 3 {SILENT}{RESUMES}"]
+        return
     for rank, job in enumerate(jobs[:2]):
         (line,) = errors(job)
         assert line.startswith(
@@ -272,6 +297,13 @@ STORE = (
 )
 
 
+def _runs(process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class ElasticJob(Job):
     """A job of 1 to 3 of three nodes, with a store on the fourth, and its trace.
 
@@ -279,7 +311,7 @@ class ElasticJob(Job):
         lost with the node.
     """
 
-    def __init__(self, nodes, folder, flags, shares=False):
+    def __init__(self, nodes, folder, flags, *, nnodes="1:3", shares=False):
         *nodes, self.host = nodes
         self.trace, self.names = Trace(folder), [node.name for node in nodes]
         self.store = self.host.start(sys.executable, "-c", STORE)
@@ -287,7 +319,7 @@ class ElasticJob(Job):
         super().__init__(
             nodes,
             flags,
-            nnodes="1:3",
+            nnodes=nnodes,
             endpoint=self.host.name,
             more=["--max-restarts=1000", f"--rdzv-conf=is_host=0,{RENDEZVOUS}"],
             env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not shares)), **self.trace.env},
@@ -302,11 +334,15 @@ class ElasticJob(Job):
         return self.trace.held(names, step)
 
     def cut(self, node, cut):
-        """Returns when the others have reported it."""
+        """Returns when the processes of the others have ended."""
         others = [other for other in self.nodes if other is not node]
-        before = len(self.errors(*others))
+        running = filter(_runs, [process for other in others for process in other.processes()])
+        program = ["-u", "tests/cluster/traced.py"]  # torchrun has other arguments before it
+        trained = [process for process in running if process.cmdline()[1:3] == program]
+        assert len(trained) == len(others)
         CUT[cut](node)
-        self.wait_until(lambda: len(self.errors(*others)) > before, others[0])
+        self.wait_until(lambda: not any(map(_runs, trained)), others[0])
+        self.trace.forget()
 
     def bring_back(self, node):
         """Undoes a cut."""
@@ -367,18 +403,55 @@ def test_job_goes_on_without_the_node_of_process_0_and_takes_it_back(
 
 
 @pytest.mark.long
-def test_lost_store_of_the_processes_is_named(make_nodes, betons, tmp_path):
+def test_job_that_waits_for_the_lost_node_has_the_same_bits(make_nodes, betons, tmp_path, train):
+    """--nnodes=3. The node of process 0 is lost in the middle of an epoch."""
+    more = {**ELASTIC, "training.epochs": 3}
+    flags = options(betons, tmp_path / "run", **more)
+    job = ElasticJob(make_nodes(4), tmp_path, flags, nnodes="3")
+    job.trace.hold_at(4)
+    job.wait_until_held()
+    job.cut(job.nodes[0], "power")
+    job.trace.hold_at(100)
+    job.bring_back(job.nodes[0])
+    assert job.wait() == [0, 0, 0], job.text()
+    assert "resuming" in job.text()
+    assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
+    job.assert_equal(tmp_path / "run", tmp_path / "whole", more["training.epochs"])
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_job_is_saved_when_the_machine_of_torchruns_store_shuts_down(make_nodes, betons, tmp_path):
     flags = options(betons, tmp_path / "run", **ELASTIC)
-    job = ElasticJob(make_nodes(4), tmp_path, flags, shares=True)
+    job = ElasticJob(make_nodes(4), tmp_path, flags)
+    job.wait_until_held()
+    job.host.kill(closes=True)
+    assert job.wait() == [1, 1, 1]
+    assert "saved after step 2;" in job.text() and not job.errors(), job.text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("returns", [True, False])
+def test_torchrun_that_shares_its_store_does_not_go_on_without_it(
+    make_nodes, betons, tmp_path, returns
+):
+    """The trap of docs/nodes.md, with a node of process 0 that is lost, and returns."""
+    flags = options(betons, tmp_path / "run", **ELASTIC)
+    nnodes = "3" if returns else "1:3"
+    job = ElasticJob(make_nodes(4), tmp_path, flags, nnodes=nnodes, shares=True)
     job.wait_until_held()
     one, two, _ = job.nodes
     job.cut(one, "power")
-    named = (
-        r"error: process \d of 2 cannot connect to the others at node1:\d+ \(.*\); torchrun "
-        r"listens there; if that machine is lost, start torchrun with "
-        r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
-    )
-    job.wait_until(lambda: any(re.fullmatch(named, line) for line in job.errors(two)), two)
+    if returns:
+        job.bring_back(one)
+        named = (
+            r"error: process \d of 3 cannot connect to the others at node1:\d+ \(.*\); torchrun "
+            r"listens there; if that machine was lost, start torchrun with "
+            r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
+        )
+        job.wait_until(lambda: any(re.fullmatch(named, line) for line in job.errors(two)), two)
+    else:
+        assert job.wait(two) == [1] and job.text(two).endswith("\nAssertionError\n")
 
 
 @pytest.mark.long

@@ -42,6 +42,11 @@ class Trace:
         life, _, at = found.pop().partition(" ")
         return int(at) if life.endswith(f"/{len(names)}") and int(at) >= step else None
 
+    def forget(self):
+        """Removes the marks of processes that were held and have ended."""
+        for mark in self.folder.glob("held_*"):
+            mark.unlink()
+
     def steps(self) -> list[dict]:
         """The steps of the final timeline: without those that a restart repeated."""
         timeline: list[dict] = []
