@@ -3,12 +3,12 @@ heartbeat, and what they gather at the start and at the end of an epoch.
 
     unshare --net sh -c 'ip link set lo up; exec python benchmarks/processes.py --out <folder>'
 
-Starts the processes of a job on this machine, on the CPU with gloo. A step is an all-reduce of
-1,000 numbers, which stands for the gradients and keeps the processes together. It is measured with
-and without a vote, in turn. With more processes than cores, wall time is mostly the time for which
-the processes wait for a core: CPU time, of all threads of a process, and TCP segments of all
-processes are what counts. The segments are those of the machine, so run it in a network namespace
-of its own.
+Starts the processes of a job on this machine, on the CPU with gloo. The votes follow each other
+without steps in between, so that each process waits for each vote; in training, a vote is counted
+during the next step. An all-reduce of 1,000 numbers, far less than the gradients of a step, is the
+comparison. With more processes than cores, wall time is mostly the time for which the processes
+wait for a core: CPU time, of all threads of a process, and TCP segments of all processes are what
+counts. The segments are those of the machine, so run it in a network namespace of its own.
 Out: processes.json, table.md.
 """
 
@@ -39,8 +39,8 @@ TITLES = {
     "start": "start: connect, and create the group",
     "check_same": "start: compare the facts",
     "heartbeat": "heartbeat, per second",
-    "step": "step without a vote",
     "vote": "vote, per step",
+    "gradients": "all-reduce of 1,000 numbers, for comparison",
     "row": "row of an epoch",
 }
 
@@ -92,13 +92,14 @@ def run_process(rank: int, barrier, results, options):
     facts = {f"section.option_{number}": f"value {number}" for number in range(120)}
     gradients = torch.ones(1000)
 
-    def steps(votes=None):
+    def cast():
+        for _ in range(options.steps):
+            votes.cast(False, False)
+        votes.count()
+
+    def reduce():
         for _ in range(options.steps):
             dist.all_reduce(gradients)
-            if votes is not None:
-                votes.cast(False, False)
-        if votes is not None:
-            votes.count()
 
     def row():
         progress.row(epoch, loss="bce", lr=0.1)
@@ -113,13 +114,12 @@ def run_process(rank: int, barrier, results, options):
     progress.seconds, progress.own_ms = 1.0, [10.0]
     progress.counts = Counter(groups=1, mixed=1, images=1, weight=1, erased=1, pixels=1)
     epoch: Any = SimpleNamespace(number=0, steps=options.steps, resolution=224)
-    steps(votes)  # the first collectives connect
-    row()
+    cast(), reduce(), row()  # the first collectives connect
     for _ in range(options.repeats):
         meter.measure("check_same", lambda: check_same(facts, where.hosts))
         meter.measure("row", row)
-        meter.measure("step", steps, options.steps)
-        meter.measure("with vote", lambda: steps(votes), options.steps)
+        meter.measure("vote", cast, options.steps)
+        meter.measure("gradients", reduce, options.steps)
     beats()
     results.put((rank, meter.found))
     results.close()
@@ -164,8 +164,6 @@ def measure(processes: int, options) -> dict:
                 statistics.median(one[2] for one in repeat) for repeat in repeats
             ),
         }
-    with_vote = found.pop("with vote")
-    found["vote"] = {key: value - found["step"][key] for key, value in with_vote.items()}
     return found
 
 

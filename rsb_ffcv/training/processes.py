@@ -64,7 +64,8 @@ class Votes:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._counting: tuple[torch.Tensor, dist.Work] | None = None
+        # the votes, one bit a request; their number; and the all-reduce that counts them
+        self._counting: tuple[torch.Tensor, int, dist.Work] | None = None
 
     def cast(self, *requests: bool) -> tuple[bool, ...]:
         """Casts this step's vote. Returns the result of the previous step's vote: for each request,
@@ -72,23 +73,21 @@ class Votes:
         if self._group is None:
             return requests
         granted = self.count() or tuple(False for _ in requests)
-        votes = torch.tensor(
-            [request and not had for request, had in zip(requests, granted)], dtype=torch.int32
-        )
-        self._counting = (
-            votes,
-            dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True),
-        )
+        new = [request and not had for request, had in zip(requests, granted)]
+        # One number for all requests: gloo sends each number of a short list in its own messages
+        votes = torch.tensor(sum(vote << bit for bit, vote in enumerate(new)), dtype=torch.int32)
+        work = dist.all_reduce(votes, dist.ReduceOp.BOR, self._group, async_op=True)
+        self._counting = votes, len(requests), work
         return granted
 
     def count(self) -> tuple[bool, ...] | None:
         """Waits for the vote in progress and returns its result; None if there is none."""
         if self._counting is None:
             return None
-        votes, work = self._counting
+        votes, requests, work = self._counting
         work.wait()
         self._counting = None
-        return tuple(bool(vote) for vote in votes)
+        return tuple(bool(int(votes) >> bit & 1) for bit in range(requests))
 
 
 class Heartbeat:

@@ -257,7 +257,7 @@ def test_a_step_has_one_small_vote_and_no_gather_of_objects(betons, tmp_path, tr
         if number % 3 == 0:  # the last one of an epoch reads the losses, and they are checked
             assert calls[0].startswith("all_reduce torch.float64 ")
             del calls[0]
-        assert calls[0] == "all_reduce torch.int32 8"
+        assert calls[0] == "all_reduce torch.int32 4"
         assert number % 3 == 0 or len(calls) == 1
         assert bool(of_row) == (number % 3 == 0)
         if of_row:
@@ -265,7 +265,7 @@ def test_a_step_has_one_small_vote_and_no_gather_of_objects(betons, tmp_path, tr
             assert of_row[0].splitlines()[:3] == [
                 "all_reduce torch.float64 24",
                 "all_gather_object",
-                "all_reduce torch.int32 8",
+                "all_reduce torch.int32 4",
             ]
 
 

@@ -512,3 +512,13 @@ def test_rehearsal_compares_a_disturbed_run_and_finds_a_changed_row(tmp_path, mo
     (work / "disturbed.jsonl").unlink()
     with pytest.raises(InputError, match="the disturbed run is not finished"):
         run("--kills=2", "--only=compare")
+
+
+def test_what_processes_exchange_is_measured(run_program, tmp_path):
+    few = ["--processes=2", "--steps=3", "--seconds=0.5", "--repeats=1"]
+    status, out, err = run_program("benchmarks/processes.py", f"--out={tmp_path}", *few)
+    assert status == 0, err
+    found = json.loads((tmp_path / "processes.json").read_text())["processes"]["2"]
+    assert found.keys() == {"start", "check_same", "row", "gradients", "vote", "heartbeat"}
+    assert found["heartbeat"]["segments"] > 0 and found["vote"]["cpu_s"] > 0
+    assert out == (tmp_path / "table.md").read_text() and "| vote, per step | 2 |" in out

@@ -63,6 +63,20 @@ print(json.dumps(saves))
     assert granted == [[3, 8], [3, 8]]
 
 
+def test_each_request_of_a_vote_is_counted_for_itself():
+    """Of three: process 0 has the first, then process 1 the last, then both have one each."""
+    granted = in_two_processes("""
+from rsb_ffcv.training.processes import Votes
+votes = Votes()
+requests = [(rank == 0, False, False), (False, False, rank == 1), (rank == 1, rank == 0, False)]
+found = [votes.cast(*requested) for requested in [*requests, (False,) * 3]]
+votes.count()
+print(json.dumps(found))
+""")
+    none, both = [False] * 3, [True, True, False]
+    assert granted == [[none, [True, False, False], [False, False, True], both]] * 2
+
+
 def test_differing_machines_are_named_with_what_differs(monkeypatch):
     from rsb_ffcv import InputError
     from rsb_ffcv.training import processes

@@ -20,7 +20,7 @@ from rsb_ffcv.training import build, checkpoint, compute, data, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
 from rsb_ffcv.training.progress import slowest
-from rsb_ffcv.training.step import RunningStatistics
+from rsb_ffcv.training.step import OwnTime, RunningStatistics
 
 STEPS = list(range(40, 44))
 
@@ -344,6 +344,38 @@ def test_batch_norm_moves_once_per_step_by_the_mean_of_its_groups(groups):
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, var)
     assert norm.num_batches_tracked == 3
+
+
+def test_own_time_on_a_device_is_that_of_its_events(monkeypatch):
+    """The third moment comes 60 ms after the second: this time does not count."""
+    times = iter((0.0, 30.0, 90.0, 95.0, 100.0, 140.0, 200.0, 206.0, 300.0))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.ms = next(times)
+
+        def elapsed_time(self, end):
+            return end.ms - self.ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    own = OwnTime(torch.device("cuda"))
+    layer = nn.Linear(2, 1)
+    for _ in range(2):
+        own.begin_step()
+        logits = layer(torch.ones(1, 2))
+        own.mark_gradients(logits)
+        assert len(own._steps[-1]) == 1
+        logits.sum().backward()
+        assert len(own._steps[-1]) == 2
+        own.mark()
+        own.mark()
+    assert own.read() == [35.0, 46.0] and own.read() == []
+    own.begin_step()
+    own.begin_epoch()
+    assert own.read() == []
 
 
 def test_process_with_more_groups_is_not_slower_for_that():
