@@ -1,6 +1,7 @@
 """A job of torchrun whose nodes have folders of their own, under the same path, and lose a node."""
 
 import filecmp
+import re
 
 import pytest
 
@@ -29,9 +30,9 @@ def test_job_continues_from_a_copy_when_the_node_of_process_0_is_lost(
     job.trace.hold_at(100)
     assert job.wait() == [0, 0, 0], job.text()
     assert not list(run.iterdir()), "the nodes have used the folder that they share"
-    for count, step in ((3, None), (2, 3), (3, 6)):
-        assert f"{count} processes" in job.text()
-        assert step is None or f"resuming {run} after step {step} of 12" in job.text()
+    # For the node that returns, torchrun ends the others with a signal, after which they save.
+    resumed = sorted(map(int, re.findall(r"resuming .* after step (\d+) of 12", job.text())))
+    assert resumed[0] == 3 and 6 < resumed[1] < 12, resumed
     lives = [row["life"] for row in job.trace.steps()]
     assert [life[-1] for life in dict.fromkeys(lives)] == ["3", "2", "3"], lives
     statuses, _, err = train(options(betons, tmp_path / "whole", **more), 3).wait()
