@@ -117,7 +117,7 @@ def done(betons, tmp_path_factory):
         (None, "own_weight", 0.9, "weight of an image's own label"),
         (1, "erased", 0.4, "erased pixels, share"),
         (2, "train_loss", None, "epochs with a finite training loss"),
-        (2, "val_loss", float("nan"), "epochs with a result of the weights"),
+        (-1, "val_loss", float("nan"), "epochs with a result of the weights"),
         (-1, "ema_val_loss", None, "epochs with a result of the EMA"),
         (0, "swa_val_loss", 1.0, "epochs with a result of SWA"),
         (4, "epoch", 5, "epochs in the log"),
