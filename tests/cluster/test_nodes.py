@@ -297,6 +297,10 @@ STORE = (
 )
 
 
+def test_documented_store_is_the_tested_one():
+    assert f'\npython -c "{STORE}"\n' in (ROOT / "docs" / "nodes.md").read_text()
+
+
 def _runs(process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -409,7 +413,8 @@ def test_job_that_waits_for_the_lost_node_has_the_same_bits(make_nodes, betons, 
     flags = options(betons, tmp_path / "run", **more)
     job = ElasticJob(make_nodes(4), tmp_path, flags, nnodes="3")
     job.trace.hold_at(4)
-    job.wait_until_held()
+    job.wait_until_held(step=4)
+    job.wait_until((tmp_path / "run" / "checkpoint_000000003.pt").exists)
     job.cut(job.nodes[0], "power")
     job.trace.hold_at(100)
     job.bring_back(job.nodes[0])
