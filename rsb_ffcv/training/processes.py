@@ -130,7 +130,12 @@ class Heartbeat:
         except RuntimeError as error:  # from gloo: a closed connection or a timeout
             if self._leaving.is_set():
                 return
-            self._end_job(error)
+            failure = error.with_traceback(None)  # whose frames have the group
+        # Closes the connections. A process that does not wait for the lost one, but for this one,
+        # would otherwise notice only after this one has reported, and be reported as lost.
+        dist.destroy_process_group(self._group)
+        del self._group
+        self._end_job(failure)
 
     def _end_job(self, error: Exception) -> None:
         """Ends this process after the `error` of a collective, in the heartbeat or in the run."""
@@ -139,7 +144,8 @@ class Heartbeat:
         # If this process is the one that was silent, its run may have been taken over: then the
         # lease reports that
         with_held(Lease.check, RELEASE_SECONDS)
-        self._report("silent" if "timed out" in str(error).lower() else "ended")
+        text = str(error).lower()
+        self._report("silent" if "timed out" in text or "timeout" in text else "ended")
         with_held(Lease.release, RELEASE_SECONDS)
         os._exit(LOST)
 

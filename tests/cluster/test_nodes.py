@@ -297,6 +297,10 @@ STORE = (
 )
 
 
+def test_documented_store_is_the_tested_one():
+    assert f'\npython -c "{STORE}"\n' in (ROOT / "docs" / "nodes.md").read_text()
+
+
 def _runs(process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -409,7 +413,8 @@ def test_job_that_waits_for_the_lost_node_has_the_same_bits(make_nodes, betons, 
     flags = options(betons, tmp_path / "run", **more)
     job = ElasticJob(make_nodes(4), tmp_path, flags, nnodes="3")
     job.trace.hold_at(4)
-    job.wait_until_held()
+    job.wait_until_held(step=4)
+    job.wait_until((tmp_path / "run" / "checkpoint_000000003.pt").exists)
     job.cut(job.nodes[0], "power")
     job.trace.hold_at(100)
     job.bring_back(job.nodes[0])
@@ -455,6 +460,46 @@ def test_torchrun_that_shares_its_store_does_not_go_on_without_it(
 
 
 @pytest.mark.long
+def test_stopped_node_of_process_0_changes_nothing_when_it_goes_on(
+    make_nodes, betons, tmp_path, train
+):
+    """The others take over its folder, and finish the run."""
+    more = {**ELASTIC, "training.epochs": 3}
+    run = tmp_path / "run"
+    job = ElasticJob(make_nodes(4), tmp_path, options(betons, run, **more))
+    job.trace.hold_at(4)
+    job.wait_until_held(step=4)
+    job.wait_until((run / "checkpoint_000000003.pt").exists)
+    one, *others = job.nodes
+    job.cut(one, "stopped")
+    job.trace.hold_at(100)
+    assert job.wait(*others) == [0, 0], job.text()
+    assert job.text(*others).count("this process takes over the run") == 1, job.text()
+
+    def content():
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in run.rglob("*")
+            if path.is_file()
+        }
+
+    finished = content()
+    (stopped,) = [
+        process
+        for process in one.processes()
+        if "tests/cluster/traced.py" in process.cmdline()[1:3]
+    ]
+    one.thaw()
+    job.wait_until(lambda: not _runs(stopped), one)
+    assert len(job.errors(one)) == 1, job.text(one)
+    assert "has taken over this run" in job.errors(one)[0], job.text(one)
+    one.kill()
+    assert content() == finished
+    assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
+    job.assert_equal(run, tmp_path / "whole", more["training.epochs"])
+
+
+@pytest.mark.long
 def test_random_cuts(make_nodes, betons, tmp_path, train, report):
     """RSB_SEED: of an earlier run, to repeat its cuts."""
     seed = int(os.environ.get("RSB_SEED", random.randrange(10**6)))
@@ -470,8 +515,7 @@ def test_random_cuts(make_nodes, betons, tmp_path, train, report):
         node, cut = rng.choice(job.nodes), rng.choice(list(CUT))
         print(f"cut {number}: {cut} of {node.name} in step {step}", flush=True)
         job.cut(node, cut)
-        # A stopped process 0 keeps the lock of the folder.
-        if cut != "stopped" and rng.random() < 0.5:
+        if rng.random() < 0.5:
             step += 1
             job.trace.hold_at(step)
             step = job.wait_until_held(node, step=step)

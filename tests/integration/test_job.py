@@ -479,3 +479,15 @@ def test_resumed_job_of_three_processes_has_the_same_bits(betons, tmp_path, trai
     statuses, out, err = train(options(betons, tmp_path / "run", **more), 3).wait()
     assert statuses == [0] * 3 and "resuming" in out, err
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_process_that_dies_is_the_only_one_reported(betons, tmp_path, train):
+    """Process 0 does not wait for process 2, but for process 1."""
+    more = {"training.batch_size": 8}
+    run = train(options(betons, tmp_path / "run", **more), 3, stop_at=("epoch 1", 1))
+    run.wait_for_stop()
+    run.signal(signal.SIGKILL, 2)
+    statuses, _, err = run.wait()
+    assert statuses == [3, 3, -signal.SIGKILL], err
+    (line,) = re.findall("error: .*", err)
+    assert re.match(r"error: process 2 \(\S+\) of 3 ended", line), err
