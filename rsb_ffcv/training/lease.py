@@ -144,9 +144,16 @@ def _read_holder(path: Path) -> Holder | None:
     """The holder of the lease at `path`. None if its file is missing or damaged."""
     try:
         found = Holder(**json.loads((path / HOLDER).read_text()))
-        valid = found.pid > 0 and found.started >= 0 and 0 < found.timeout_s <= LARGEST_TIMEOUT
-        return found if valid and all(isinstance(text, str) for text in found[:3]) else None
-    except (OSError, ValueError, TypeError):
+        valid = (
+            # In messages, which are one line
+            all(isinstance(text, str) and text.isprintable() for text in found[:3])
+            and all(type(number) is int for number in (found.pid, found.started))
+            and 0 < found.pid < 2**31  # what os.kill takes
+            and found.started >= 0
+            and 0 < found.timeout_s <= LARGEST_TIMEOUT
+        )
+        return found if valid else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -218,20 +218,29 @@ def test_lease_that_is_released_or_taken_while_another_process_waits(tmp_path, c
         b"{}",
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": "1", "started": 1, "timeout_s": 1}',
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": -1, "started": 1, "timeout_s": 1}',
+        b'{"host": "a", "boot": "%BOOT%", "namespace": "%NAMESPACE%", "pid": 1e9, "started": 1, '
+        b'"timeout_s": 1}',
+        b'{"host": "a", "boot": "%BOOT%", "namespace": "%NAMESPACE%", "pid": 1000000000000, '
+        b'"started": 1, "timeout_s": 1}',
+        b'{"host": "a\\nb", "boot": "b", "namespace": "c", "pid": 1, "started": 1, "timeout_s": 1}',
+        b"[" * 100_000,
         b'{"host": "a", "boot": "b", "namespace": 3, "pid": 1, "started": 1, "timeout_s": 1}',
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": 1, "started": 1, "timeout_s": 1e99}',
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": 1, "started": 1, "timeout_s": NaN}',
     ],
 )
-def test_damaged_holder_does_not_block_the_folder_for_ever(tmp_path, clock, content):
+def test_damaged_holder_does_not_block_the_folder_for_ever(tmp_path, clock, content, capsys):
     """The timeout of the process that waits counts."""
     path = leave(tmp_path)
     (path / "holder").unlink()
     if content is not None:
-        (path / "holder").write_bytes(content)
+        here = lease._this_process(1)
+        content = content.replace(b"%BOOT%", here.boot.encode())
+        (path / "holder").write_bytes(content.replace(b"%NAMESPACE%", here.namespace.encode()))
     held = lease.take(tmp_path, 20)
     assert held.generation == 4 and clock.now <= 22
     assert clock.now >= (20 if content is None else 6)
+    assert capsys.readouterr().err.count("\n") == 2  # waiting, and taking over
     held.close()
 
 
