@@ -270,8 +270,9 @@ def _clear_earlier(folder: Path, generation: int, appended: tuple[str, ...]) -> 
     """
     earlier = [found for found in _find(folder) if found.generation < generation]
     for found in earlier:
-        for name in os.listdir(found.path):
-            _remove(found.path / name)
+        if not found.path.is_symlink():  # whose content belongs to others
+            for name in os.listdir(found.path):
+                _remove(found.path / name)
     if any(found.kind != RELEASED for found in earlier):
         for pattern in appended:
             for path in filter(Path.is_file, folder.glob(pattern)):
@@ -283,14 +284,14 @@ def _clear_earlier(folder: Path, generation: int, appended: tuple[str, ...]) -> 
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder. Raises OSError.
+    """Removes a file, a folder, or a symbolic link without what it names. Raises OSError.
 
     A process of this machine may have files of an NFS folder open. Their names, .nfs..., stay until
     it closes them, and so does the folder. That is safe: on one machine, no handle is kept.
     """
     for attempt in range(ATTEMPTS):
         try:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -367,7 +368,8 @@ class Lease:
         return True
 
     def _give_up(self, prepared: Path) -> None:
-        self._open.close()
+        with suppress(OSError):  # a full disk: closing the file tries once more to write it
+            self._open.close()
         shutil.rmtree(prepared, ignore_errors=True)
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -386,6 +387,30 @@ def test_revocation_that_was_interrupted_is_completed(tmp_path):
     inode = (tmp_path / "log").stat().st_ino
     lease.take(tmp_path, 1, ("log",)).close()
     assert (tmp_path / "log").stat().st_ino == inode  # not after a release
+
+
+@pytest.mark.parametrize("name", [".lease-000003", ".released-000003", ".lease_part-3"])
+def test_symbolic_link_in_place_of_a_lease_is_removed_without_what_it_names(tmp_path, clock, name):
+    (tmp_path / "other" / "folder").mkdir(parents=True)
+    (tmp_path / "other" / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    held = lease.take(tmp_path / "run", 1)
+    assert names(tmp_path / "run") == [held._path.name]
+    assert names(tmp_path / "other") == ["file", "folder"]
+    held.close()
+
+
+def test_disk_that_is_full_at_the_start_keeps_nothing_of_the_lease(tmp_path):
+    """The limit on a file's size fails at the same write as a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(InputError, match="logging.folder=.*: cannot be used"):
+            Store(tmp_path, 1).lock()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == []
 
 
 def test_process_whose_lease_was_taken_notices(tmp_path, ended, clock):
