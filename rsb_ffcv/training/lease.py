@@ -213,9 +213,10 @@ def _wait_for_end(path: Path, timeout_s: float) -> None:
     who = f"process {holder.pid} on {holder.host}" if holder else "a process"
     what = f"logging.folder={path.parent}: {who}, which trained in this folder,"
     between = seconds_between_signs(timeout_s)
-    before, began, announced = _signs(path), time.monotonic(), False
+    # The time that this process has watched: not that in which it was stopped itself, or in which
+    # the file system has not responded to it, and so not to the other process
+    before, silent, announced = _signs(path), 0.0, False
     while True:
-        silent = time.monotonic() - began
         limit = min(MISSING_SIGNS * between, timeout_s) if _lock_is_free(path) else timeout_s
         if silent >= limit:
             break
@@ -223,6 +224,7 @@ def _wait_for_end(path: Path, timeout_s: float) -> None:
             announced = True
             warn(f"{what} does not respond; waiting {duration(limit - silent)} before taking over")
         time.sleep(between / 4)
+        silent += between / 4
         now = _signs(path)
         if now is None or holder and holder.has_ended():
             return

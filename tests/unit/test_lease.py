@@ -191,6 +191,24 @@ def test_sign_of_life_ends_the_waiting(tmp_path, clock, after):
     assert after <= clock.now <= after + 2 and names(tmp_path) == [".lease-000003"]
 
 
+def test_time_in_which_the_file_system_does_not_respond_is_no_silence(tmp_path, clock, monkeypatch):
+    """Nor is that in which the process that waits is stopped."""
+    path = leave(tmp_path)
+    read, moments = lease._signs, []
+
+    def slow(path):
+        found = read(path)
+        moments.append(clock.now)
+        clock.now += 1000
+        return found
+
+    monkeypatch.setattr(lease, "_signs", slow)
+    clock.at[2500] = lambda: (path / "place" / "alive").write_bytes(b"6")
+    with pytest.raises(BlockingIOError):
+        lease.take(tmp_path, 1000)
+    assert len(moments) == 4 and names(tmp_path) == [".lease-000003"]
+
+
 def test_lease_that_is_released_or_taken_while_another_process_waits(tmp_path, clock, monkeypatch):
     path = leave(tmp_path)
     clock.at[1] = lambda: path.rename(tmp_path / ".released-000003")
