@@ -399,13 +399,14 @@ def _join(
         store = _private_store(store, rank, world_size, fresh=fresh, address=address)
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
-        network.choose(store, rank, world_size, nccl="nccl" in backend)
+        connect = timedelta(seconds=CONNECT_SECONDS)
+        network.choose(store, rank, world_size, nccl="nccl" in backend, within=connect)
         dist.init_process_group(
             backend,
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=CONNECT_SECONDS),
+            timeout=connect,
         )
         places = gather([place])
         _set_pg_timeout(timedelta(seconds=timeout_s))

@@ -104,8 +104,17 @@ class Copies:
 
     def _find_writers(self) -> list[int]:
         """For each process, the lowest rank that sees the same folder."""
-        folder, start = self.store.folder, compute.on_first_process(lambda: uuid.uuid4().hex)
-        own = folder / TOKEN.format(start, self.compute.rank)
+        start = compute.on_first_process(lambda: uuid.uuid4().hex)
+        own = self.store.folder / TOKEN.format(start, self.compute.rank)
+        try:
+            return self._who_sees(start, own)
+        finally:
+            with suppress(OSError):  # `lock` removes what is left
+                own.unlink()
+
+    def _who_sees(self, start: str, own: Path) -> list[int]:
+        """_find_writers, which leaves the file `own`. start: names this start of the job."""
+        folder = self.store.folder
 
         def create() -> None:
             try:
@@ -132,7 +141,6 @@ class Copies:
                 low, high = sorted((writers[rank], writers[other]))
                 if low < high:
                     writers = [low if writer == high else writer for writer in writers]
-        own.unlink(missing_ok=True)
         return writers
 
     def on_writers(self, action: Callable[[], Result]) -> list[Result | None]:

@@ -144,9 +144,16 @@ def _read_holder(path: Path) -> Holder | None:
     """The holder of the lease at `path`. None if its file is missing or damaged."""
     try:
         found = Holder(**json.loads((path / HOLDER).read_text()))
-        valid = found.pid > 0 and found.started >= 0 and 0 < found.timeout_s <= LARGEST_TIMEOUT
-        return found if valid and all(isinstance(text, str) for text in found[:3]) else None
-    except (OSError, ValueError, TypeError):
+        valid = (
+            # In messages, which are one line
+            all(isinstance(text, str) and text.isprintable() for text in found[:3])
+            and all(type(number) is int for number in (found.pid, found.started))
+            and 0 < found.pid < 2**31  # what os.kill takes
+            and found.started >= 0
+            and 0 < found.timeout_s <= LARGEST_TIMEOUT
+        )
+        return found if valid else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -206,9 +213,10 @@ def _wait_for_end(path: Path, timeout_s: float) -> None:
     who = f"process {holder.pid} on {holder.host}" if holder else "a process"
     what = f"logging.folder={path.parent}: {who}, which trained in this folder,"
     between = seconds_between_signs(timeout_s)
-    before, began, announced = _signs(path), time.monotonic(), False
+    # The time that this process has watched: not that in which it was stopped itself, or in which
+    # the file system has not responded to it, and so not to the other process
+    before, silent, announced = _signs(path), 0.0, False
     while True:
-        silent = time.monotonic() - began
         limit = min(MISSING_SIGNS * between, timeout_s) if _lock_is_free(path) else timeout_s
         if silent >= limit:
             break
@@ -216,6 +224,7 @@ def _wait_for_end(path: Path, timeout_s: float) -> None:
             announced = True
             warn(f"{what} does not respond; waiting {duration(limit - silent)} before taking over")
         time.sleep(between / 4)
+        silent += between / 4
         now = _signs(path)
         if now is None or holder and holder.has_ended():
             return
@@ -263,8 +272,9 @@ def _clear_earlier(folder: Path, generation: int, appended: tuple[str, ...]) -> 
     """
     earlier = [found for found in _find(folder) if found.generation < generation]
     for found in earlier:
-        for name in os.listdir(found.path):
-            _remove(found.path / name)
+        if not found.path.is_symlink():  # whose content belongs to others
+            for name in os.listdir(found.path):
+                _remove(found.path / name)
     if any(found.kind != RELEASED for found in earlier):
         for pattern in appended:
             for path in filter(Path.is_file, folder.glob(pattern)):
@@ -276,14 +286,14 @@ def _clear_earlier(folder: Path, generation: int, appended: tuple[str, ...]) -> 
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder. Raises OSError.
+    """Removes a file, a folder, or a symbolic link without what it names. Raises OSError.
 
     A process of this machine may have files of an NFS folder open. Their names, .nfs..., stay until
     it closes them, and so does the folder. That is safe: on one machine, no handle is kept.
     """
     for attempt in range(ATTEMPTS):
         try:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -360,7 +370,8 @@ class Lease:
         return True
 
     def _give_up(self, prepared: Path) -> None:
-        self._open.close()
+        with suppress(OSError):  # a full disk: closing the file tries once more to write it
+            self._open.close()
         shutil.rmtree(prepared, ignore_errors=True)
 
     def check(self) -> None:

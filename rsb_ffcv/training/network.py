@@ -11,6 +11,7 @@ import ipaddress
 import json
 import os
 import socket
+from datetime import timedelta
 
 import psutil
 import torch.distributed as dist
@@ -87,14 +88,15 @@ def interface_of(address: str) -> str:
     return next((name for name, own in interfaces().items() if address in own), "")
 
 
-def choose(store: dist.Store, rank: int, world_size: int, *, nccl: bool) -> None:
+def choose(store: dist.Store, rank: int, world_size: int, *, nccl: bool, within: timedelta) -> None:
     """Sets GLOO_SOCKET_IFNAME in a job of several machines, if it is not set.
 
     store: of this job, in which all processes have met.
     nccl: whether the job uses NCCL.
+    within: time limit for the answers of the others.
 
     Raises InputError, the same on all processes, if an interface that a user has chosen does not
-    exist.
+    exist, and RuntimeError if a process does not answer.
     """
     try:
         own, remote = own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -104,10 +106,12 @@ def choose(store: dist.Store, rank: int, world_size: int, *, nccl: bool) -> None
     store.set(f"network/{rank}", json.dumps(entry))
     if rank == 0:
         keys = [f"network/{other}" for other in range(world_size)]
+        store.wait(keys, within)
         entries = [json.loads(text) for text in store.multi_get(keys)]
         wrong = next((entry["wrong"] for entry in entries if entry["wrong"]), "")
         peer = next((entry["own"] for entry in entries if entry["remote"]), "")
         store.set("network", json.dumps([wrong, peer]))
+    store.wait(["network"], within)
     wrong, peer = json.loads(store.get("network"))
     if wrong:
         raise InputError(wrong)

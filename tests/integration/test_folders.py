@@ -222,6 +222,13 @@ def test_folder_that_is_in_use_on_one_machine_is_one_error(tmp_path, job, betons
     ), err
 
 
+def test_folder_that_one_machine_cannot_use_is_one_error(tmp_path, job):
+    statuses, _, err = job(tmp_path / "a", "/dev/null/b").wait()
+    assert statuses == [2, 2] and err.count("error:") == 1, err
+    assert "error: process 1 (node1): logging.folder=/dev/null/b: cannot be used (Not a dir" in err
+    assert not list((tmp_path / "a").iterdir())
+
+
 @pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_full_disk_of_one_machine_is_a_warning(tmp_path, job, full):
     """The other machine has the checkpoints, and the best one that counts."""

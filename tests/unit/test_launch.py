@@ -2,12 +2,13 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training import compute, launch
+from rsb_ffcv.training import compute, launch, network
 
 # process 5 of `srun --nodes=3 --ntasks=6` in a job of four nodes
 STEP = {
@@ -185,6 +186,15 @@ def test_missing_processes_are_named_without_slurm(environment):
         "16, ..."
     )
     assert launch.absent({0: "a", 1: "a"}, 2).startswith("all 2 processes have connected, but one")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_is_lost_while_they_compare_their_interfaces(environment, rank):
+    environment({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"})
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=600))  # of all that precedes
+    with pytest.raises(RuntimeError, match="[Tt]imeout"):
+        network.choose(store, rank, 2, nccl=False, within=timedelta(seconds=0.2))
 
 
 def test_processes_with_another_world_size_or_the_same_rank_are_rejected(environment):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -190,6 +191,24 @@ def test_sign_of_life_ends_the_waiting(tmp_path, clock, after):
     assert after <= clock.now <= after + 2 and names(tmp_path) == [".lease-000003"]
 
 
+def test_time_in_which_the_file_system_does_not_respond_is_no_silence(tmp_path, clock, monkeypatch):
+    """Nor is that in which the process that waits is stopped."""
+    path = leave(tmp_path)
+    read, moments = lease._signs, []
+
+    def slow(path):
+        found = read(path)
+        moments.append(clock.now)
+        clock.now += 1000
+        return found
+
+    monkeypatch.setattr(lease, "_signs", slow)
+    clock.at[2500] = lambda: (path / "place" / "alive").write_bytes(b"6")
+    with pytest.raises(BlockingIOError):
+        lease.take(tmp_path, 1000)
+    assert len(moments) == 4 and names(tmp_path) == [".lease-000003"]
+
+
 def test_lease_that_is_released_or_taken_while_another_process_waits(tmp_path, clock, monkeypatch):
     path = leave(tmp_path)
     clock.at[1] = lambda: path.rename(tmp_path / ".released-000003")
@@ -218,20 +237,29 @@ def test_lease_that_is_released_or_taken_while_another_process_waits(tmp_path, c
         b"{}",
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": "1", "started": 1, "timeout_s": 1}',
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": -1, "started": 1, "timeout_s": 1}',
+        b'{"host": "a", "boot": "%BOOT%", "namespace": "%NAMESPACE%", "pid": 1e9, "started": 1, '
+        b'"timeout_s": 1}',
+        b'{"host": "a", "boot": "%BOOT%", "namespace": "%NAMESPACE%", "pid": 1000000000000, '
+        b'"started": 1, "timeout_s": 1}',
+        b'{"host": "a\\nb", "boot": "b", "namespace": "c", "pid": 1, "started": 1, "timeout_s": 1}',
+        b"[" * 100_000,
         b'{"host": "a", "boot": "b", "namespace": 3, "pid": 1, "started": 1, "timeout_s": 1}',
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": 1, "started": 1, "timeout_s": 1e99}',
         b'{"host": "a", "boot": "b", "namespace": "c", "pid": 1, "started": 1, "timeout_s": NaN}',
     ],
 )
-def test_damaged_holder_does_not_block_the_folder_for_ever(tmp_path, clock, content):
+def test_damaged_holder_does_not_block_the_folder_for_ever(tmp_path, clock, content, capsys):
     """The timeout of the process that waits counts."""
     path = leave(tmp_path)
     (path / "holder").unlink()
     if content is not None:
-        (path / "holder").write_bytes(content)
+        here = lease._this_process(1)
+        content = content.replace(b"%BOOT%", here.boot.encode())
+        (path / "holder").write_bytes(content.replace(b"%NAMESPACE%", here.namespace.encode()))
     held = lease.take(tmp_path, 20)
     assert held.generation == 4 and clock.now <= 22
     assert clock.now >= (20 if content is None else 6)
+    assert capsys.readouterr().err.count("\n") == 2  # waiting, and taking over
     held.close()
 
 
@@ -377,6 +405,30 @@ def test_revocation_that_was_interrupted_is_completed(tmp_path):
     inode = (tmp_path / "log").stat().st_ino
     lease.take(tmp_path, 1, ("log",)).close()
     assert (tmp_path / "log").stat().st_ino == inode  # not after a release
+
+
+@pytest.mark.parametrize("name", [".lease-000003", ".released-000003", ".lease_part-3"])
+def test_symbolic_link_in_place_of_a_lease_is_removed_without_what_it_names(tmp_path, clock, name):
+    (tmp_path / "other" / "folder").mkdir(parents=True)
+    (tmp_path / "other" / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    held = lease.take(tmp_path / "run", 1)
+    assert names(tmp_path / "run") == [held._path.name]
+    assert names(tmp_path / "other") == ["file", "folder"]
+    held.close()
+
+
+def test_disk_that_is_full_at_the_start_keeps_nothing_of_the_lease(tmp_path):
+    """The limit on a file's size fails at the same write as a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(InputError, match="logging.folder=.*: cannot be used"):
+            Store(tmp_path, 1).lock()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == []
 
 
 def test_process_whose_lease_was_taken_notices(tmp_path, ended, clock):
