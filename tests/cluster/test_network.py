@@ -4,6 +4,8 @@ import re
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from tests.stops import wait_until
 
 # A process of a job, which meets the others and sums 1 over all of them
@@ -62,6 +64,7 @@ def test_interface_that_does_not_exist_is_one_line_on_one_process(make_nodes):
     )
 
 
+@pytest.mark.long
 def test_absent_first_process_is_one_line_a_node(make_nodes):
     nodes = make_nodes(2)
     late = {"SECONDS": "5"}

@@ -125,19 +125,9 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize(
-    "cut, number",
-    [
-        ("link", 3),
-        *(
-            pytest.param(cut, number, marks=pytest.mark.long)
-            for cut, number in (
-                *(("stopped", 3), ("power", 3), ("killed", 3)),
-                *(("link", 1), ("stopped", 1), ("power", 1), ("killed", 1)),
-            )
-        ),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [3, 1])
+@pytest.mark.parametrize("cut", CUT)
 def test_cut_ends_the_others_with_a_line_that_names_the_node(
     make_nodes, betons, tmp_path, cut, number
 ):

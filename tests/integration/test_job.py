@@ -371,7 +371,7 @@ def test_processes_bound_to_their_own_cores_do_not_share_them(monkeypatch):
     assert sharing({0, 1}) == 1
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("device", ["auto", pytest.param("cuda", marks=pytest.mark.long)])
 def test_nvidia_device_that_torch_cannot_use_is_rejected(
     betons, tmp_path, call_program, monkeypatch, device
 ):
@@ -467,6 +467,7 @@ def test_available_cores_follow_affinity_and_cpu_quota(monkeypatch):
     assert compute.available_cores() == 64
 
 
+@pytest.mark.long
 def test_resumed_job_of_three_processes_has_the_same_bits(betons, tmp_path, train):
     """A sum of three gradients depends on their order, that of two does not."""
     more = {"training.batch_size": 8, "training.epochs": 2, "mix.off_epochs": 0}

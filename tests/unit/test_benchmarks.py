@@ -279,6 +279,7 @@ def test_pack_table_shows_ratios_bytes_and_verdicts(betons):
     assert [text.endswith("MISSED") for _, text in pack.lines(results)[1:]] == [True, True]
 
 
+@pytest.mark.long
 def test_gpu_check_runs_every_part_and_lists_what_fails(betons, tmp_path, monkeypatch):
     """On a CPU, which emulates the device, in the smallest form."""
     import gpu_check
