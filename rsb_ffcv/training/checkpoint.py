@@ -13,7 +13,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +260,10 @@ class Store:
         later = [path for path in self.paths() if step_of(path) > step]
         best = self.folder / BEST
         for path in (best, self.folder / BEST_WEIGHTS):
-            # A missing or damaged one is ignored: nothing resumes from it.
-            with suppress(InputError):
-                if read(path)["step"] > step:
-                    later.append(path)
+            # Another one is ignored: nothing resumes from it.
+            found = _step_inside(path)
+            if found is not None and found > step:
+                later.append(path)
         self.remove(later)
         return best in later
 
@@ -290,9 +289,8 @@ class Store:
         they are intact and of `best_step`."""
         found = {path.name: records(path) for path in self.paths()}
         for name in BESTS:
-            with suppress(InputError):
-                if read(self.folder / name)["step"] == best_step:
-                    found[name] = records(self.folder / name)
+            if _step_inside(self.folder / name) == best_step:
+                found[name] = records(self.folder / name)
         return {name: made for name, made in found.items() if made is not None}
 
     def put(self, name: str, content: io.BytesIO) -> None:
@@ -327,6 +325,16 @@ class Store:
 def step_of(path: Path) -> int:
     """The step of a checkpoint's name."""
     return int(path.stem.rpartition("_")[2])
+
+
+def _step_inside(path: Path) -> int | None:
+    """The step in the content of a file; None if it is missing, damaged, or not of this program."""
+    try:
+        content = read(path)
+    except InputError:
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def check_recipe(saved: dict, current: dict, folder: Path) -> None:

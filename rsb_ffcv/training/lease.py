@@ -278,7 +278,7 @@ def _clear_earlier(folder: Path, generation: int, appended: tuple[str, ...]) -> 
     if any(found.kind != RELEASED for found in earlier):
         for pattern in appended:
             for path in filter(Path.is_file, folder.glob(pattern)):
-                fix = "correct the permissions, or choose another logging.folder"
+                fix = "free space, correct the permissions, or choose another logging.folder"
                 with open(path, "rb") as whole, atomic_file(path, fix) as file:
                     shutil.copyfileobj(whole, file)
     for path in [*(found.path for found in earlier), *folder.glob(f"{PREPARED}*")]:

@@ -173,6 +173,17 @@ def test_damaged_copy_is_replaced(tmp_path, job, whole):
     assert_copies(b, a)
 
 
+def test_best_checkpoint_of_another_program_is_replaced(tmp_path, job, whole):
+    a, b = tmp_path / "a", tmp_path / "b"
+    prepared(job, a, b)
+    (b / "best.pt").unlink()
+    torch.save({"weight": torch.zeros(3)}, b / "best.pt")
+    statuses, _, err = job(a, b).wait()
+    assert statuses == [0, 0], err
+    assert_same_run(a, whole)
+    assert_copies(a, b)
+
+
 def test_no_intact_copy_is_one_error(tmp_path, job):
     a, b = tmp_path / "a", tmp_path / "b"
     b.mkdir()

@@ -27,8 +27,8 @@ dist.destroy_process_group()
 """
 
 
-def in_two_processes(code: str) -> list:
-    """Runs `code` as two processes of a job. Returns what each prints as JSON."""
+def in_processes(code: str, count: int = 2) -> list:
+    """Runs `code` as `count` processes of a job. Returns what each prints as JSON."""
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(a_free_port())}
     processes = [
         subprocess.Popen(
@@ -36,19 +36,19 @@ def in_two_processes(code: str) -> list:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2"},
+            env={**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": str(count)},
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [0] * count
     return [json.loads(output) for output in outputs]
 
 
 def test_granted_vote_is_not_granted_twice():
     """A timed save is due on both processes until it is done. The second process notices it one
     step after the first."""
-    granted = in_two_processes("""
+    granted = in_processes("""
 from rsb_ffcv.training.processes import Votes
 votes, due, saves = Votes(), False, []
 for step in range(12):
@@ -65,7 +65,7 @@ print(json.dumps(saves))
 
 def test_each_request_of_a_vote_is_counted_for_itself():
     """Of three: process 0 has the first, then process 1 the last, then both have one each."""
-    granted = in_two_processes("""
+    granted = in_processes("""
 from rsb_ffcv.training.processes import Votes
 votes = Votes()
 requests = [(rank == 0, False, False), (False, False, rank == 1), (rank == 1, rank == 0, False)]
@@ -75,6 +75,39 @@ print(json.dumps(found))
 """)
     none, both = [False] * 3, [True, True, False]
     assert granted == [[none, [True, False, False], [False, False, True], both]] * 2
+
+
+def test_gradients_of_three_processes_are_the_mean_in_the_order_of_the_ranks():
+    """Bit for bit, also in several buckets. A job on the CPU uses this from three processes on."""
+    printed = in_processes(
+        """
+import torch
+from rsb_ffcv.training.compute import mean_in_order_of_ranks
+def gradients(rank):
+    torch.manual_seed(rank)
+    return [torch.randn(shape) for shape in ((300,), (7, 50), (1,))]
+class Products(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(map(torch.zeros_like, gradients(0)))
+    def forward(self, factors):
+        return sum((weight * factor).sum() for weight, factor in zip(self.weights, factors))
+module = Products()
+wrapped = torch.nn.parallel.DistributedDataParallel(
+    module, bucket_cap_mb=0.001, gradient_as_bucket_view=True
+)
+wrapped.register_comm_hook(None, mean_in_order_of_ranks)
+same = []
+for _ in range(3):
+    module.zero_grad()
+    wrapped(gradients(rank)).backward()
+    for weight, a, b, c in zip(module.weights, *map(gradients, range(3))):
+        same.append(torch.equal(weight.grad, ((a + b) + c) / 3))
+print(json.dumps(same))
+""",
+        3,
+    )
+    assert printed == [[True] * 9] * 3
 
 
 def test_differing_machines_are_named_with_what_differs(monkeypatch):
