@@ -140,5 +140,5 @@ if __name__ == "__main__":
     install()
     print_status()
     # A starved process would be reported as lost by those that have reported themselves.
-    processes.REPORT_SECONDS = 15.0
+    processes.REPORT_SECONDS = 5.0
     sys.exit(exit_status(main))

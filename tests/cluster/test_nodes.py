@@ -13,7 +13,7 @@ from tests.cluster.jobs import RENDEZVOUS, Job
 from tests.cluster.nodes import Network
 from tests.cluster.traced import Trace
 from tests.conftest import ROOT
-from tests.integration.runs import assert_same_course, assert_same_run, options, state
+from tests.integration.runs import assert_same_course, assert_same_run, options, rows, state
 from tests.sizes import CUTS
 from tests.stops import Stop
 
@@ -349,16 +349,21 @@ class ElasticJob(Job):
 
     def assert_equal(self, folder, whole, epochs) -> str:
         """Asserts that each step is once in the final timeline, and that the run in `folder` ends
-        like the uninterrupted one in `whole`. Returns the largest relative difference of the
-        weights."""
+        like the uninterrupted one in `whole`. Returns the largest differences.
+
+        Two uninterrupted runs of 38 epochs, with two processes and with three, differ as much: by
+        0.2 % in an epoch's loss, and 0.04 % in the weights.
+        """
         assert [row["step"] for row in self.trace.steps()] == list(range(3 * epochs))
-        assert_same_course(folder, whole)
+        assert_same_course(folder, whole, rounding=1e-2)
+        losses = [[row["train_loss"] for row in rows(path)] for path in (folder, whole)]
+        loss = max(abs(one / other - 1) for one, other in zip(*losses))
         weights, expected = (
             torch.cat([tensor.flatten() for key, tensor in state(path)["model"].items()])
             for path in (folder, whole)
         )
         difference = (weights - expected).norm() / expected.norm()
-        return f"the weights differ by {difference:.1e} of their norm"
+        return f"the losses differ by up to {loss:.1e}, the weights by {difference:.1e}"
 
 
 # SGD, as the rounding of LAMB's and of clipped steps grows faster
@@ -490,22 +495,25 @@ def test_stopped_node_of_process_0_changes_nothing_when_it_goes_on(
 
 
 @pytest.mark.long
-def test_random_cuts(make_nodes, betons, tmp_path, train, report):
-    """RSB_SEED: of an earlier run, to repeat its cuts."""
+@pytest.mark.parametrize("nnodes, cuts", [("1:3", CUTS), ("3", CUTS // 5)])
+def test_random_cuts(make_nodes, betons, tmp_path, train, report, nnodes, cuts):
+    """With nnodes=3, the job waits for the lost node, and the result has the same bits. RSB_SEED:
+    of an earlier run, to repeat its cuts."""
     seed = int(os.environ.get("RSB_SEED", random.randrange(10**6)))
     print(f"RSB_SEED={seed}")
     rng = random.Random(seed)
-    more = {**ELASTIC, "training.epochs": 8 + CUTS, "logging.log_level": 0}
-    job = ElasticJob(make_nodes(4), tmp_path, options(betons, tmp_path / "run", **more))
+    more = {**ELASTIC, "training.epochs": 8 + cuts, "logging.log_level": 0}
+    flags = options(betons, tmp_path / "run", **more)
+    job = ElasticJob(make_nodes(4), tmp_path, flags, nnodes=nnodes)
     step = job.wait_until_held()
-    for number in range(CUTS):
+    for number in range(cuts):
         step += rng.randint(0, 2)
         job.trace.hold_at(step)
         step = job.wait_until_held(step=step)
         node, cut = rng.choice(job.nodes), rng.choice(list(CUT))
         print(f"cut {number}: {cut} of {node.name} in step {step}", flush=True)
         job.cut(node, cut)
-        if rng.random() < 0.5:
+        if nnodes != "3" and rng.random() < 0.5:
             step += 1
             job.trace.hold_at(step)
             step = job.wait_until_held(node, step=step)
@@ -515,4 +523,6 @@ def test_random_cuts(make_nodes, betons, tmp_path, train, report):
     assert job.wait() == [0, 0, 0], job.text()
     assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
     difference = job.assert_equal(tmp_path / "run", tmp_path / "whole", more["training.epochs"])
-    report(f"{CUTS} cuts with RSB_SEED={seed}: {difference}")
+    report(f"{cuts} cuts with RSB_SEED={seed}: {difference}")
+    if nnodes == "3":
+        assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -144,12 +144,12 @@ def assert_same_run(folder, other):
     assert released.name.startswith(".released-") and not list(released.iterdir())
 
 
-def assert_same_course(folder, other):
+def assert_same_course(folder, other, rounding: float = 1e-3):
     """Asserts that two runs are equal up to the order of float32 sums, a difference that grows from
-    step to step."""
+    step to step. rounding: of the losses after three epochs, relative."""
     for mine, theirs in zip(rows(folder), rows(other), strict=True):
         assert mine["train_loss"] == pytest.approx(
-            theirs["train_loss"], rel=1e-6 if mine["epoch"] < 3 else 1e-3
+            theirs["train_loss"], rel=1e-6 if mine["epoch"] < 3 else rounding
         ), mine["epoch"]
         assert mine.get("val_images", 27) == 27
         for name in ("lr_first", "images", "groups", "mixed", "own_weight", "erased"):
