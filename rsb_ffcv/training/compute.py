@@ -679,10 +679,11 @@ def is_first_to_report(what: str) -> bool:
 
 def _is_first_here(what: str) -> bool:
     """is_first_to_report for the processes of a job on this machine, which have not met the others.
-    The first one holds a name until it ends; the kernel forgets it then."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    The first one holds a name until wait_for_others returns, or it ends; the kernel forgets it
+    then. Without an address, nothing shows which processes are of one job."""
+    size, *place = map(os.environ.get, ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if size in (None, "1") or not all(place):
         return True
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     name = hashlib.sha256(f"{os.getuid()} {place} {what}".encode()).hexdigest()
     if name in _held:
         return True
@@ -704,6 +705,7 @@ def wait_for_others(seconds: float = 2.0) -> None:
     if not _joined:
         if _held:
             time.sleep(HELD_SECONDS)  # others of this machine may be about to report the same
+            _held.popitem()[1].close()
         return
     until = time.monotonic() + seconds
 

@@ -340,6 +340,7 @@ def test_incomplete_job_variables_are_one_error_line(
     monkeypatch.setattr(compute, "HELD_SECONDS", 0.0)
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    assert not compute._held  # the next error of this process does not wait
 
 
 def test_only_visible_gpu_is_used_and_not_shared():
