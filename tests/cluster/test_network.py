@@ -50,6 +50,7 @@ def test_nodes_whose_own_name_is_a_loopback_address_reach_each_other(make_nodes)
     assert [process.text() for process in started] == ["3 eth0\n"] * 3
 
 
+@pytest.mark.long
 def test_interface_that_does_not_exist_is_one_line_on_one_process(make_nodes):
     nodes = make_nodes(2)
     started = [

@@ -96,13 +96,8 @@ def test_nothing_is_left_of_the_nodes(make_nodes, tmp_path):
 GROUPS = {"training.batch_size": 8, "data.num_workers": 1}
 
 
-@pytest.mark.parametrize(
-    "count, nproc",
-    [
-        (2, 1),
-        *(pytest.param(*it, marks=pytest.mark.long) for it in ((2, 2), (3, 1), (4, 1))),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("count, nproc", [(2, 1), (2, 2), (3, 1), (4, 1)])
 def test_several_nodes_equal_one(make_nodes, betons, tmp_path, train, count, nproc):
     """Also three nodes, which take 2, 1 and 1 of the 4 groups of a step."""
     job = Job(make_nodes(count), options(betons, tmp_path / "run", **GROUPS), nproc=nproc)
