@@ -493,10 +493,12 @@ def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, ca
     beat = processes.Heartbeat(1, ["a", "b"])
     beat._group, beat._rank, beat._size = None, 1, 2
     monkeypatch.setattr(processes.dist, "all_reduce", lost)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda group: None)
     monkeypatch.setattr(processes, "call_store", call)
     monkeypatch.setattr(processes.os, "_exit", ends.append)
     beat._beat()
     assert ends == [processes.LOST] and "process 0 (a) of 2 ended" in capsys.readouterr().err
+    beat._group = None
     beat.__exit__(InputError, InputError("training.epochs=0"), None)
     beat._beat()
     assert ends == [processes.LOST] and not capsys.readouterr().err
