@@ -76,8 +76,8 @@ def test_one_process_of_a_job_of_several_tasks_is_alone(cluster, tmp_path):
     )
     assert job.wait() == "0:0, restarts 0", job.text()
     # srun may also print that it waits for a node that is still busy with the step before
-    lines = [line for line in job.text().splitlines() if line.startswith("[")]
-    first, second, *others = map(json.loads, lines)
+    printed = [line for line in job.text().splitlines() if line.startswith("[")]
+    first, second, *others = [json.loads(line) for line in printed]
     assert first[:4] == second[:4] == alone and job.text().splitlines()[-1] == "4"
     assert sorted(place[:4] for place in others) == [[0, 2, 0, 1]] * 2 + [[1, 2, 0, 1]] * 2
     assert len({place[6] for place in others}) == 2
