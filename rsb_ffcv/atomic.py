@@ -3,8 +3,8 @@
 A file appears under its name when it is complete, or not at all. Both also work on file systems
 that have no locks or cannot flush a directory: there, a warning is printed once.
 
-In a folder that is `fenced`, each change is a rename out of a given place or into it. Whoever
-removes this place ends all changes at once, also those of a process that is stopped between any two
+In a folder that is `fenced`, each change is a rename out of a given place or into it. To
+remove this place ends all changes at once, also those of a process that is stopped between any two
 instructions.
 """
 
@@ -163,9 +163,9 @@ def rename(path: Path, name: Path) -> None:
 def append(path: Path, content: bytes) -> None:
     """Adds `content` at the end of a file, which is created if it is missing. Raises OSError.
 
-    In a fenced folder, whoever removes the fence's place must then replace the file by a copy of
-    itself. A process that has opened the file before writes to the replaced one; a process that
-    opens it after finds in the check that its place is gone.
+    In a fenced folder, a process that removes the fence's place must then replace the file by a
+    copy of itself. A process that has opened the file before writes to the replaced one; a process
+    that opens it after finds in the check that its place is gone.
     """
     with _change(path) as fence:
         if fence is None:

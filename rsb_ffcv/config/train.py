@@ -563,6 +563,14 @@ class PlanOptions:
     )
 
 
+def _which_weights() -> Any:
+    return option(
+        "model",
+        "which weights of a file with several sets, such as a checkpoint",
+        choices=("model", "ema", "swa"),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """what eval evaluates"""
@@ -573,11 +581,7 @@ class EvalOptions:
         "model.arch and model.num_classes say what it is of); or a program that export wrote, "
         "model.pt2 or model.onnx",
     )
-    which: str = option(
-        "model",
-        "which weights of a file with several sets, such as a checkpoint",
-        choices=("model", "ema", "swa"),
-    )
+    which: str = _which_weights()
     csv: str = option("", "file for the results of each class; empty: none")
 
 
@@ -598,11 +602,7 @@ class ExportOptions:
         choices=("uint8", "float"),
     )
     weights: str = option("", "file of the run's weights; empty: its best_weights.pt")
-    which: str = option(
-        "model",
-        "which weights of a file with several sets, such as a checkpoint",
-        choices=("model", "ema", "swa"),
-    )
+    which: str = _which_weights()
     data: str = option(
         "",
         ".beton file that lists the classes; empty: the run's data.train_dataset",

@@ -170,7 +170,7 @@ class Copies:
     def finish_or_fail(self, what: str) -> None:
         """Waits for the last save. Raises InputError, the same on every process, if process 0 has
         not saved. what: what is wrong then, and the fix."""
-        written = self.finish()
+        written = self.store.finish()
 
         def check() -> None:
             if not written:

@@ -7,10 +7,10 @@ that the process runs.
 
 A process that ends renames its lease to `.released-N`. One that is killed leaves it behind. A
 process that is stopped, or whose machine is unreachable, keeps it, and may continue at any later
-time. So whoever takes the lease over renames it to `.revoked-N` and empties it. From then on no
-change of the earlier process succeeds, without a check that could come too early: the names that
-its renames begin or end with are gone. That is so on every file system on which a rename is atomic,
-with or without locks.
+time. So a process that takes the lease over renames it to `.revoked-N` and removes its content.
+From then on no change of the earlier process succeeds, without a check that could come too early:
+the names that its renames begin or end with are gone. That is so on every file system on which a
+rename is atomic, with or without locks.
 """
 
 import errno

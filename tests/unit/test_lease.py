@@ -174,7 +174,10 @@ def test_silent_process_of_another_machine(tmp_path, monkeypatch, clock, locks, 
         if locks == "held":
             fcntl.flock(file, fcntl.LOCK_EX)
         if locks == "none":
-            refuse = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks"))  # noqa: E731
+
+            def refuse(*_):
+                raise OSError(errno.ENOLCK, "No locks")
+
             monkeypatch.setattr(fcntl, "flock", refuse)
         held = lease.take(tmp_path, 1000)
     assert held.generation == 4 and seconds <= clock.now <= seconds + 2
