@@ -114,9 +114,9 @@ def lengthen_timeouts():
     """Lengthens the times that a process waits for other processes and for a repeated signal. The
     defaults can expire on a busy machine, and which message is printed would then depend on
     timing."""
-    from rsb_ffcv.training import compute, interrupt
+    from rsb_ffcv.training import interrupt, join
 
-    compute.wait_for_others = functools.partial(compute.wait_for_others, 60.0)
+    join.wait_for_others = functools.partial(join.wait_for_others, 60.0)
     interrupt.ECHO_SECONDS = 600.0
 
 

@@ -43,7 +43,8 @@ def run(config: TrainConfig, interrupt: Interrupt | None = None) -> None:
     interrupt = interrupt or Interrupt(forwarded=launch.has_parent())
     try:
         from rsb_ffcv.training.build import TRAIN_OPTIONS
-        from rsb_ffcv.training.compute import is_first_to_report, wait_for_others, within_memory
+        from rsb_ffcv.training.compute import within_memory
+        from rsb_ffcv.training.join import is_first_to_report, wait_for_others
         from rsb_ffcv.training.trainer import Trainer
 
         try:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training.compute import call_store, gather
+from rsb_ffcv.training.compute import gather
+from rsb_ffcv.training.join import call_store
 from rsb_ffcv.training.lease import LOST, Lease, with_held
 
 BEAT_SECONDS = 0.5

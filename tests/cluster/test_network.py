@@ -14,16 +14,16 @@ import os, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, os.getcwd())
 from rsb_ffcv import InputError
-from rsb_ffcv.training import compute
-compute.RENDEZVOUS_SECONDS = int(os.environ.get("SECONDS", 600))
-compute.HELD_SECONDS = 3600.0
+from rsb_ffcv.training import compute, join
+join.RENDEZVOUS_SECONDS = int(os.environ.get("SECONDS", 600))
+join.HELD_SECONDS = 3600.0
 try:
     where = compute.set_up("cpu", "fp32", compile="0", channels_last=False, threads=1)
 except InputError as error:
-    first = compute.is_first_to_report(str(error))
+    first = join.is_first_to_report(str(error))
     if first:
         print(f"error: {error}", flush=True)
-    compute.wait_for_others()
+    join.wait_for_others()
     sys.exit(2)
 found = compute.sum_over_processes(torch.ones(1))
 print(int(found), os.environ.get("GLOO_SOCKET_IFNAME", "default"), flush=True)

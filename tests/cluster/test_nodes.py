@@ -174,8 +174,8 @@ import os, sys, time
 from pathlib import Path
 import torch.distributed as dist
 from rsb_ffcv import exit_status
-from rsb_ffcv.training import compute, trainer
-compute.RENDEZVOUS_SECONDS, compute.CONNECT_SECONDS = 60, 20
+from rsb_ffcv.training import join, trainer
+join.RENDEZVOUS_SECONDS, join.CONNECT_SECONDS = 60, 20
 import train_imagenet
 rank, folder = int(os.environ["RANK"]), Path(os.environ["FOLDER"])
 def wait_until_all_are_ready(count):

@@ -270,8 +270,8 @@ def test_task_that_never_connects_is_named_once(cluster, betons, tmp_path):
 import os, sys, time
 from pathlib import Path
 from rsb_ffcv import exit_status
-from rsb_ffcv.training import compute, trainer
-compute.RENDEZVOUS_SECONDS = 60
+from rsb_ffcv.training import join, trainer
+join.RENDEZVOUS_SECONDS = 60
 import train_imagenet
 rank = int(os.environ["SLURM_PROCID"])
 Path("{tmp_path}", str(rank)).touch()

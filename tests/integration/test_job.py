@@ -15,7 +15,7 @@ import pytest
 
 from rsb_ffcv import InputError
 from rsb_ffcv.dataset import Place, write_splits
-from rsb_ffcv.training import compute
+from rsb_ffcv.training import compute, join
 from tests.conftest import ROOT
 from tests.integration.runs import assert_same_run, options, rows
 from tests.stops import wait_until
@@ -164,12 +164,12 @@ import os, time
 from types import SimpleNamespace
 import torch, torch.distributed as dist
 from rsb_ffcv.loading.batch import BatchTransform
-from rsb_ffcv.training import compute, step
+from rsb_ffcv.training import join, step
 rank, clock = int(os.environ["RANK"]), SimpleNamespace(now=0.0, step=0)
 step.time = SimpleNamespace(perf_counter=lambda: clock.now)
 draw, mark, end_step = BatchTransform.draw, step.OwnTime.mark, step.RunningStatistics.end_step
 def joined():
-    return compute._joined[0].store
+    return join._joined[0].store
 def slow_draw(self, *arguments, **options):
     clock.now += 0.01
     if rank == 1:
@@ -337,10 +337,10 @@ def test_incomplete_job_variables_are_one_error_line(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(compute, "HELD_SECONDS", 0.0)
+    monkeypatch.setattr(join, "HELD_SECONDS", 0.0)
     status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
-    assert not compute._held  # the next error of this process does not wait
+    assert not join._held  # the next error of this process does not wait
 
 
 def test_only_visible_gpu_is_used_and_not_shared():

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from rsb_ffcv import InputError
-from rsb_ffcv.training import compute, launch, network
+from rsb_ffcv.training import join, launch, network
 
 # process 5 of `srun --nodes=3 --ntasks=6` in a job of four nodes
 STEP = {
@@ -160,12 +160,12 @@ def test_address_that_process_0_cannot_use_is_one_line(environment, free_port):
 
 
 def meet(store, rank: int, world_size: int):
-    return compute._private_store(store, rank, world_size, fresh=True, address="gpu02:1234")
+    return join._private_store(store, rank, world_size, fresh=True, address="gpu02:1234")
 
 
 def test_missing_processes_and_their_nodes_are_named(environment, monkeypatch):
     environment(STEP)
-    monkeypatch.setattr(compute, "RENDEZVOUS_SECONDS", 0)
+    monkeypatch.setattr(join, "RENDEZVOUS_SECONDS", 0)
     store = dist.HashStore()
     for rank, host in ((0, "gpu02"), (1, "gpu02"), (3, "gpu02")):
         store.set(f"name/{rank}", f"id{rank} 6 {host}")

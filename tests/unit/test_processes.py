@@ -166,20 +166,20 @@ def test_a_store_that_does_not_answer_delays_an_error_and_does_not_block_it(monk
     import threading
     import time
 
-    from rsb_ffcv.training import compute
+    from rsb_ffcv.training import join
 
     class Frozen:
         def add(self, key, amount):
             threading.Event().wait()
 
     frozen: Any = Frozen()
-    monkeypatch.setattr(compute, "STORE_SECONDS", 0.2)
-    monkeypatch.setattr(compute, "_joined", [compute._Joined(frozen, 1, 3)])
-    assert compute.is_first_to_report("an error")
-    monkeypatch.setattr(compute, "_joined", [compute._Joined(frozen, 2, 3)])
-    assert not compute.is_first_to_report("an error")
+    monkeypatch.setattr(join, "STORE_SECONDS", 0.2)
+    monkeypatch.setattr(join, "_joined", [join._Joined(frozen, 1, 3)])
+    assert join.is_first_to_report("an error")
+    monkeypatch.setattr(join, "_joined", [join._Joined(frozen, 2, 3)])
+    assert not join.is_first_to_report("an error")
     began = time.monotonic()
-    compute.wait_for_others(0.1)
+    join.wait_for_others(0.1)
     assert time.monotonic() - began < 60
 
 
@@ -187,13 +187,13 @@ def test_error_before_the_process_group_exists_is_reported_once(monkeypatch):
     """The processes have met in the store, but could not create the group."""
     from torch import distributed as dist
 
-    from rsb_ffcv.training import compute
+    from rsb_ffcv.training import join
 
     store, failures = dist.HashStore(), list[Any]()
     monkeypatch.setattr("threading.excepthook", failures.append)
     said = []
     for rank in range(2):
-        monkeypatch.setattr(compute, "_joined", [compute._Joined(store, rank, 2)])
-        said.append(compute.is_first_to_report("an error"))
-        compute.wait_for_others(0.1)
+        monkeypatch.setattr(join, "_joined", [join._Joined(store, rank, 2)])
+        said.append(join.is_first_to_report("an error"))
+        join.wait_for_others(0.1)
     assert said == [True, False] and not failures and store.add("ending", 0) == 2
