@@ -204,7 +204,8 @@ def set_up(
             rank,
             world_size,
             backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-            timeout_s=max(COLLECTIVE_SECONDS, 2 * timeout_s),
+            timeout_s=timeout_s,
+            collective_s=max(COLLECTIVE_SECONDS, 2 * timeout_s),
             place=place,
         )
     else:

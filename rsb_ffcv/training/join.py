@@ -6,28 +6,30 @@ collectives fail.
 """
 
 import hashlib
+import json
 import os
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rsb_ffcv import InputError, first_line
 from rsb_ffcv.training import launch, network
+from rsb_ffcv.training.lease import LOST
 
 STORE_SECONDS = 5.0  # seconds without a response after which the store is considered lost
 HELD_SECONDS = 10.0  # processes of one machine may differ as much in the time that they start
 RENDEZVOUS_SECONDS = 600  # time limit for all processes to connect
-# Time limit, when all are there, for what precedes the heartbeat
-CONNECT_SECONDS = 60
+STORE_CONNECT_SECONDS = 60  # time limit for a connection to torchrun's store
 Result = TypeVar("Result")
 
 
@@ -45,20 +47,28 @@ _held: dict[str, socket.socket] = {}  # see _is_first_here
 
 
 def join(
-    rank: int, world_size: int, *, backend: str, timeout_s: float, place: Result
+    rank: int,
+    world_size: int,
+    *,
+    backend: str,
+    timeout_s: float,
+    collective_s: float,
+    place: Result,
 ) -> list[Result]:
     """Connects this process to the others and creates the process group. Returns the `place` of
     each process.
 
-    timeout_s: of collectives; until this function returns, it is CONNECT_SECONDS.
+    timeout_s: when all have met in the store, the time limit for what precedes the heartbeat.
+    collective_s: timeout of collectives after that.
 
-    Raises InputError if that fails, or takes more than RENDEZVOUS_SECONDS.
+    Raises InputError if that fails, or not all have met after RENDEZVOUS_SECONDS. Ends this process
+    with status LOST if another one is lost after that.
     """
     fresh = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if fresh:  # else torchrun listens at the address
         launch.check_address(rank)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    within = timedelta(seconds=RENDEZVOUS_SECONDS)
+    meeting = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
         if fresh and rank:
             _await_first_process(address)
@@ -68,29 +78,16 @@ def join(
             int(os.environ["MASTER_PORT"]),
             is_master=fresh and rank == 0,
             # torchrun listens before it starts its processes
-            timeout=within if fresh else timedelta(seconds=CONNECT_SECONDS),
+            timeout=meeting if fresh else timedelta(seconds=STORE_CONNECT_SECONDS),
             wait_for_workers=False,
         )
-        store.set_timeout(within)
+        store.set_timeout(meeting)
         if fresh:
             # Until all have met, an error is reported through this store.
             _joined.append(_Joined(_clone(store), rank, world_size))
-        store = _private_store(store, rank, world_size, fresh=fresh, address=address)
+        store, hosts = _private_store(store, rank, world_size, fresh=fresh, address=address)
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
-        connect = timedelta(seconds=CONNECT_SECONDS)
-        network.choose(store, rank, world_size, nccl="nccl" in backend, within=connect)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=connect,
-        )
-        places: list[Any] = [None] * world_size
-        dist.all_gather_object(places, place)
-        _set_pg_timeout(timedelta(seconds=timeout_s))
-        return places
     except (RuntimeError, OSError) as error:  # from the store, and from gloo
         raise InputError(
             f"process {rank} of {world_size} cannot connect to the others at {address} "
@@ -102,6 +99,99 @@ def join(
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
             )
         ) from error
+
+    def connect() -> list[Any]:
+        limit = timedelta(seconds=timeout_s)
+        network.choose(store, rank, world_size, nccl="nccl" in backend, within=limit)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
+        )
+        places: list[Any] = [None] * world_size
+        dist.all_gather_object(places, place)
+        return places
+
+    try:
+        places = within(timeout_s + STORE_SECONDS, connect)
+    except (RuntimeError, OSError) as error:
+        _end_unconnected(error, hosts, timeout_s)
+    _set_pg_timeout(timedelta(seconds=collective_s))
+    return places
+
+
+def _end_unconnected(error: Exception, hosts: list[str], timeout_s: float) -> NoReturn:
+    """Ends this process with status LOST after the `error` of a connection, if a process has been
+    lost. One of the others reports which.
+
+    Every process that gets an error writes it to the store. A connection may fail at once, or only
+    after the timeout. The first process that has waited long enough decides for all.
+
+    hosts: the host name of each process.
+
+    Raises InputError, the same on all processes, if none is lost.
+    """
+    _, rank, size = _joined[0]
+    until = time.monotonic() + timeout_s + STORE_SECONDS
+
+    def decided(store: dist.Store) -> dict[str, str] | None:
+        """The error of each process that is not lost."""
+        found = {
+            str(other): store.get(f"unconnected/{other}").decode()
+            for other in range(size)
+            if store.check([f"unconnected/{other}"])
+        }
+        if len(found) == size or time.monotonic() > until:
+            return json.loads(store.compare_set("lost", "", json.dumps(found)))
+        return json.loads(store.get("lost")) if store.check(["lost"]) else None
+
+    def wait_for_readers(store: dist.Store, count: int) -> None:
+        """Waits on process 0, which may host the store, until the others have read it."""
+        store.add("read", 1)
+        while rank == 0 and store.add("read", 0) < count:
+            time.sleep(0.05)
+
+    errors = None
+    try:
+        text = first_line(error)
+        call_store(lambda store: store.set(f"unconnected/{rank}", text), STORE_SECONDS)
+        while errors is None:
+            time.sleep(0.05)
+            errors = call_store(decided, STORE_SECONDS)
+        is_reporter, count = rank == min(map(int, errors)), len(errors)
+        with suppress(RuntimeError, TimeoutError):  # of a reader that is lost now, or of process 0
+            call_store(lambda store: wait_for_readers(store, count), STORE_SECONDS)
+    except (RuntimeError, TimeoutError):  # the store is lost, with process 0
+        errors = {str(other): "" for other in range(1, size)}
+        is_reporter = rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+    lost = [other for other in range(size) if str(other) not in errors]
+    if not lost:
+        raise InputError(
+            f"the {size} processes cannot connect to each other: process 0 ({hosts[0]}) reports "
+            f"{errors['0']}; see whether a firewall separates them, and set {network.GLOO} to an "
+            f"interface that all machines can reach"
+        ) from error
+    if is_reporter:
+        report_lost(
+            f"{named(lost, hosts)} did not connect within {timeout_s:g} s (dist.timeout_s): ended, "
+            f"stopped, or the machine or its network failed"
+        )
+    os._exit(LOST)
+
+
+def named(lost: list[int], hosts: Sequence[str]) -> str:
+    """Lost processes as text for a message. hosts: the host name of each process of the job."""
+    names = ", ".join(f"{rank} ({hosts[rank]})" for rank in lost)
+    return f"process{'es' if len(lost) > 1 else ''} {names} of {len(hosts)}"
+
+
+def report_lost(text: str) -> None:
+    """Prints the line of a process that ends because others are lost."""
+    # The leading newline ends the line of a progress bar.
+    print(
+        f"\nerror: {text}; start the job again, and it resumes from the last checkpoint, if there "
+        f"is one",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _await_first_process(address: str) -> None:
@@ -132,8 +222,9 @@ def _clone(store: dist.Store) -> dist.Store:
 
 def _private_store(
     store: dist.Store, rank: int, world_size: int, *, fresh: bool, address: str
-) -> dist.Store:
-    """Returns `store` with a prefix that only the running processes know.
+) -> tuple[dist.Store, list[str]]:
+    """Returns `store` with a prefix that only the running processes know, and the host name of each
+    process.
 
     torchrun's store is kept over a restart. Entries of earlier processes would direct the new ones
     to closed ports (pytorch/pytorch#135712).
@@ -197,7 +288,7 @@ def _private_store(
             if rank == 0 and of_all("confirmed") == [members] * world_size:
                 store.set(f"started/{members}", "")
             if store.check([f"started/{members}"]):
-                return dist.PrefixStore(members, store)
+                return dist.PrefixStore(members, store), [host for *_, host in connected().values()]
         time.sleep(0.02)
     hosts = {other: host for other, (_, _, host) in connected().items()}
     raise failure(
@@ -212,19 +303,28 @@ def call_store(function: Callable[[dist.Store], Result], seconds: float) -> Resu
     Raises RuntimeError if the store is unreachable, TimeoutError if it does not respond within
     `seconds`: a stopped machine keeps its connections open.
     """
-    results: Queue[tuple[Any, RuntimeError | None]] = Queue()
+    return within(seconds, lambda: function(_joined[0].store))
+
+
+def within(seconds: float, function: Callable[[], Result]) -> Result:
+    """Returns `function()`, or raises its error. Raises TimeoutError after `seconds`; then the
+    function still runs, in a thread that does not prevent the process from ending.
+
+    torch's own timeouts do not hold when the machine of the store is silent.
+    """
+    results: Queue[tuple[Any, Exception | None]] = Queue()
 
     def call() -> None:
         try:
-            results.put((function(_joined[0].store), None))
-        except RuntimeError as error:
+            results.put((function(), None))
+        except Exception as error:
             results.put((None, error))
 
     Thread(target=call, daemon=True).start()
     try:
         result, error = results.get(timeout=seconds)
     except Empty:
-        raise TimeoutError(f"the store did not respond within {seconds} s") from None
+        raise TimeoutError(f"timed out: no response for {seconds:g} s") from None
     if error is not None:
         raise error
     return result

@@ -6,7 +6,6 @@ for it.
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from rsb_ffcv import InputError
 from rsb_ffcv.training.compute import gather
-from rsb_ffcv.training.join import call_store
+from rsb_ffcv.training.join import STORE_SECONDS, call_store, named, report_lost, within
 from rsb_ffcv.training.lease import LOST, Lease, with_held
 
 BEAT_SECONDS = 0.5
@@ -114,8 +113,14 @@ class Heartbeat:
         if dist.is_initialized():
             self._rank, self._size = dist.get_rank(), dist.get_world_size()
             try:
-                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            except RuntimeError as error:  # from gloo: a process was lost while they connected
+                limit = timedelta(seconds=timeout_s)
+                self._group = within(
+                    timeout_s + STORE_SECONDS, lambda: dist.new_group(backend="gloo", timeout=limit)
+                )
+            except (
+                RuntimeError,
+                TimeoutError,
+            ) as error:  # from gloo: a process was lost while they connected
                 self._end_job(error)
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
@@ -173,13 +178,7 @@ class Heartbeat:
             is_reporter = self._rank == min(reports)
         if is_reporter:
             lost = [rank for rank in range(self._size) if rank not in reports]
-            # The leading newline ends the line of a progress bar.
-            print(
-                f"\nerror: {self._message(lost, 'silent' in reports.values())}; start the job "
-                f"again, and it resumes from the last checkpoint, if there is one",
-                file=sys.stderr,
-                flush=True,
-            )
+            report_lost(self._message(lost, "silent" in reports.values()))
 
     def _reports(self, store: dist.Store) -> dict[int, str]:
         return {
@@ -195,8 +194,7 @@ class Heartbeat:
                 f"the processes of this job could not reach each other for {self._timeout_s:g} s "
                 f"(dist.timeout_s)"
             )
-        names = ", ".join(f"{rank} ({self._hosts[rank]})" for rank in lost)
-        who = f"process{'es' if len(lost) > 1 else ''} {names} of {self._size}"
+        who = named(lost, self._hosts)
         if silent:
             return (
                 f"{who} did not respond for {self._timeout_s:g} s (dist.timeout_s): stopped, or "

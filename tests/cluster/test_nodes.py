@@ -175,7 +175,7 @@ from pathlib import Path
 import torch.distributed as dist
 from rsb_ffcv import exit_status
 from rsb_ffcv.training import join, trainer
-join.RENDEZVOUS_SECONDS, join.CONNECT_SECONDS = 60, 20
+join.RENDEZVOUS_SECONDS = 60
 import train_imagenet
 rank, folder = int(os.environ["RANK"]), Path(os.environ["FOLDER"])
 def wait_until_all_are_ready(count):
@@ -250,26 +250,42 @@ def test_port_in_use_is_reported_by_process_0(make_nodes, start):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [3, 1])
 @pytest.mark.parametrize("function", ["init_process_group", "new_group"])
+@pytest.mark.parametrize("cut", ["link", "killed"])
 def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(
-    make_nodes, start, tmp_path, function
+    make_nodes, start, tmp_path, number, function, cut
 ):
-    """Process 2 has met the others and not yet connected to them, for training or for the
+    """The process has met the others and not yet connected to them, for training or for the
     heartbeat."""
     nodes = make_nodes(3)
-    jobs = start(nodes, 3, f"if rank == 2: dist.{function} = hold")
-    jobs[2].wait_until((tmp_path / "held").exists)
-    nodes[2].link_down()
-    status = {"init_process_group": 2, "new_group": 3}[function]
-    assert [job.wait() for job in jobs[:2]] == [status, status]
-    if status == 3:
-        assert errors(*jobs[:2]) == [f"error: process 2 (node3) of 3 {SILENT}{RESUMES}"]
-        return
-    for rank, job in enumerate(jobs[:2]):
-        (line,) = errors(job)
-        assert line.startswith(
-            f"error: process {rank} of 3 cannot connect to the others at node1:2000 ("
-        )
+    jobs = start(nodes, 3, f"if rank == {number - 1}: dist.{function} = hold")
+    lost = jobs.pop(number - 1)
+    lost.wait_until((tmp_path / "held").exists)
+    if cut == "link":
+        nodes[number - 1].link_down()
+    else:
+        lost.kill()
+    assert [job.wait() for job in jobs] == [3, 3]
+    found = errors(*jobs)
+    # Without process 0, which has the store, the others cannot agree on who reports
+    assert len(found) == (1 if number == 3 else 2)
+    named = f"error: process {number - 1} (node{number}) of 3 "
+    assert all(line.startswith(named) and line.endswith(RESUMES) for line in found)
+    if function == "init_process_group":
+        assert all("did not connect within 5 s (dist.timeout_s): " in line for line in found)
+    assert not any("Traceback" in job.text() for job in jobs)
+
+
+@pytest.mark.long
+def test_processes_that_cannot_connect_although_none_is_lost_have_one_error(make_nodes, start):
+    fail = "def fail(*_, **__):\n    raise RuntimeError(f'no route {rank}')"
+    jobs = start(make_nodes(3), 3, f"{fail}\ndist.init_process_group = fail")
+    assert [job.wait() for job in jobs] == [2, 2, 2]
+    (line,) = errors(*jobs)
+    assert line.startswith(
+        "error: the 3 processes cannot connect to each other: process 0 (node1) reports no route 0;"
+    )
 
 
 # ---------------------------------------------------------------- going on with fewer nodes
