@@ -54,7 +54,8 @@ def fenced(folder: Path, place: Path, check: Callable[[], None]) -> Iterator[Non
 
     place: an existing folder of the same file system, for this process only.
     check: called after a change has failed, and before an open file is written to. It raises
-        OSError if `place` is gone or cannot be seen. It may end the process.
+        OSError, which replaces that of the change, if `place` is gone or cannot be seen. It may end
+        the process.
     """
     folder = Path(os.path.realpath(folder))
     fence = _fences[folder] = _Fence(folder, place, check)
@@ -77,8 +78,7 @@ def _change(path: Path) -> Iterator[_Fence | None]:
         yield fence
     except OSError:
         if fence is not None:
-            with suppress(OSError):
-                fence.check()
+            fence.check()
         raise
 
 

@@ -152,10 +152,11 @@ class Store:
             for name in [EARLIER_LOCK, *(f".{name}.part" for name in WRITTEN)]:
                 for left in self.folder.glob(name):
                     remove(left)
-        except BlockingIOError:
+        except BlockingIOError as error:
+            who = f" ({error})" if isinstance(error, lease.InUse) and str(error) else ""
             raise InputError(
-                f"logging.folder={self.folder}: another process is training in this folder; wait "
-                f"for it, end it, or choose another folder"
+                f"logging.folder={self.folder}: another process is training in this folder{who}; "
+                f"wait for it, end it, or choose another folder"
             ) from None
         except OSError as error:
             raise InputError(
@@ -197,9 +198,12 @@ class Store:
 
     def set_aside(self, damaged: list[Path]) -> None:
         """Renames damaged checkpoints, if the folder is locked, so that they are not tried
-        again."""
+        again. If that fails, the run continues with a warning."""
         for path in damaged if self._lease is not None else ():
-            rename(path, path.with_suffix(".damaged"))
+            try:
+                rename(path, path.with_suffix(".damaged"))
+            except OSError as error:
+                self.warn(f"{path}: cannot be renamed to .damaged ({error.strerror})")
 
     def warn(self, text: str) -> None:
         warn(f"{self.machine}: {text}" if self.machine else text)

@@ -48,6 +48,11 @@ MISSING_SIGNS = 3
 ATTEMPTS = 20  # to empty a folder in which an unreachable process may still create a file
 
 
+class InUse(BlockingIOError):
+    """The lease is held by a process that responds. Its text names the process, if that is
+    known."""
+
+
 class _Found(NamedTuple):
     """A folder of some generation. The newest one is the maximum."""
 
@@ -183,8 +188,8 @@ def take(folder: Path, timeout_s: float, appended: tuple[str, ...] = ()) -> "Lea
     timeout_s: dist.timeout_s of this process.
     appended: patterns of the files that `atomic.append` writes.
 
-    Raises BlockingIOError if another process holds the lease and responds, OSError if the folder
-    cannot be used, and InputError if an appended file cannot be copied.
+    Raises InUse if another process holds the lease and responds, OSError if the folder cannot be
+    used, and InputError if an appended file cannot be copied.
     """
     while True:
         newest = max(_find(folder), default=None)
@@ -205,7 +210,7 @@ def take(folder: Path, timeout_s: float, appended: tuple[str, ...] = ()) -> "Lea
 
 def _wait_for_end(path: Path, timeout_s: float) -> None:
     """Returns when the process that holds the lease at `path` has released it, has ended, or has
-    been silent for long enough. Raises BlockingIOError if it gives a sign of life."""
+    been silent for long enough. Raises InUse if it gives a sign of life."""
     holder = _read_holder(path)
     if holder and holder.has_ended():
         return
@@ -229,7 +234,7 @@ def _wait_for_end(path: Path, timeout_s: float) -> None:
         if now is None or holder and holder.has_ended():
             return
         if now != before:
-            raise BlockingIOError
+            raise InUse(f"process {holder.pid} on {holder.host}" if holder else "")
     warn(f"{what} has not responded for {duration(silent)}; this process takes over the run")
 
 
@@ -375,8 +380,8 @@ class Lease:
         shutil.rmtree(prepared, ignore_errors=True)
 
     def check(self) -> None:
-        """Ends this process if the lease was taken from it. Raises OSError if the lease cannot be
-        seen.
+        """Ends this process if the lease was taken from it. Raises OSError, with the reason as its
+        text, if the lease is gone or cannot be seen.
 
         An error alone does not show that: the file system may have failed. The place must be
         missing, and the folder must have a lease of another process, of any kind.
@@ -387,7 +392,9 @@ class Lease:
         except FileNotFoundError:
             if not self._released.is_set() and _find(self.folder):
                 self._end_process()
-            raise
+            raise FileNotFoundError(
+                errno.ENOENT, f"the lease of this run, {self._path.name}, was removed"
+            ) from None
 
     def release(self) -> None:
         """Ends the lease. Changes of the folder fail from here on. Ends this process if the lease

@@ -6,7 +6,6 @@ bits as an uninterrupted one.
 """
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,10 +113,15 @@ class Checkpointer:
         self._votes = Votes()
 
     def begin(self) -> None:
-        """Call before the first step."""
-        if self.copies.is_writer:
-            with suppress(FileNotFoundError):
-                remove(self.folder / REQUEUE_MARK)
+        """Call before the first step. Raises InputError if the folder cannot be changed."""
+        mark = self.folder / REQUEUE_MARK
+        try:
+            if self.copies.is_writer and mark.exists():
+                remove(mark)
+        except OSError as error:
+            raise InputError(
+                f"{mark}: cannot be removed ({error.strerror}); correct the permissions"
+            ) from error
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Checkpointer":

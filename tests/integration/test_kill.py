@@ -154,6 +154,12 @@ def test_signal_before_the_first_step_saves_after_it(betons, tmp_path, train):
     assert statuses == [0] and not (tmp_path / "run" / "requeue").exists(), err
 
 
+def test_requeue_mark_that_cannot_be_removed_is_one_line(betons, tmp_path, call_program):
+    (tmp_path / "run" / "requeue").mkdir(parents=True)
+    status, _, err = call_program("train_imagenet.py", *options(betons, tmp_path / "run"))
+    assert status == 2 and err.splitlines()[-1].startswith(f"error: {tmp_path}/run/requeue: cannot")
+
+
 def test_error_of_the_first_process_ends_all_with_one_line(betons, tmp_path, train):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_000000001.pt").write_bytes(b"damaged")

@@ -2,6 +2,7 @@
 continues, at whatever instant it was stopped, it ends and changes nothing."""
 
 import signal
+import socket
 
 import psutil
 import pytest
@@ -189,7 +190,8 @@ def test_second_run_in_a_folder_is_refused_without_a_change(betons, tmp_path, tr
         first.wait_for_stop()
         statuses, _, err = train(flags, prepare=system).wait()
         assert statuses == [2], err
-        assert "another process is training in this folder; wait for it" in err
+        who = f"process {first.processes[0]} on {socket.gethostname()}"
+        assert f"another process is training in this folder ({who}); wait for it" in err
         first.kill()
         assert first.wait()[0] == [-signal.SIGKILL]
     # The killed process was one of this machine: nobody waits for it

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,7 +155,8 @@ def test_stopped_process_is_given_its_timeout(tmp_path, holding, clock, capsys):
 
 
 def test_process_that_runs_keeps_the_lease(tmp_path, holding):
-    with pytest.raises(InputError, match="another process is training in this folder"):
+    who = rf"another process is training in this folder \(process {holding.pid} on \S+\); wait"
+    with pytest.raises(InputError, match=who):
         Store(tmp_path, 1).lock()
     assert names(tmp_path) == [".lease-000001"]
     holding.stdin.close()
@@ -445,6 +447,16 @@ def test_process_whose_lease_was_taken_notices(tmp_path, ended, clock):
     with pytest.raises(Ended):
         held.close()
     held._open.close()
+
+
+def test_lease_that_was_removed_by_hand_is_named(tmp_path, ended):
+    held = lease.take(tmp_path, 20)
+    shutil.rmtree(tmp_path / ".lease-000001")
+    reason = r"cannot be written \(the lease of this run, .lease-000001, was removed\); free space"
+    with pytest.raises(InputError, match=reason), atomic.atomic_file(tmp_path / "a", "free space"):
+        pass
+    held.close()
+    assert names(tmp_path) == []
 
 
 def test_folder_that_was_removed_and_made_again_belongs_to_the_new_process(tmp_path, ended):

@@ -261,6 +261,19 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     store.close()
 
 
+def test_damaged_checkpoint_that_cannot_be_renamed_is_a_warning(tmp_path, capsys):
+    store = checkpoint.Store(tmp_path, 1)
+    store.lock()
+    store.save(state(6), False)
+    store.finish()
+    newest = tmp_path / "checkpoint_000000009.pt"
+    newest.write_bytes(b"damaged")
+    (newest.with_suffix(".damaged") / "a").mkdir(parents=True)
+    assert store.newest()[1]["step"] == 6
+    assert f"{newest}: cannot be renamed to .damaged (" in capsys.readouterr().err
+    store.close()
+
+
 def test_newest_regular_checkpoint_is_kept_for_going_back(tmp_path):
     store = checkpoint.Store(tmp_path, 2, regular=lambda step: step % 10 == 0)
     store.lock()
