@@ -4,6 +4,7 @@ import os
 import random
 import re
 import sys
+import time
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ from tests.cluster.traced import Trace
 from tests.conftest import ROOT
 from tests.integration.runs import assert_same_course, assert_same_run, options, rows, state
 from tests.sizes import CUTS
-from tests.stops import Stop
+from tests.stops import Stop, wait_until
 
 LISTEN = """
 import socket, sys
@@ -124,7 +125,7 @@ CUT = {
 @pytest.mark.parametrize("number", [3, 1])
 @pytest.mark.parametrize("cut", CUT)
 def test_cut_ends_the_others_with_a_line_that_names_the_node(
-    make_nodes, betons, tmp_path, cut, number
+    make_nodes, betons, tmp_path, cut, number, report
 ):
     """node1 has process 0 and both stores, torchrun's and that of the processes. Without a store,
     each node reports."""
@@ -135,9 +136,11 @@ def test_cut_ends_the_others_with_a_line_that_names_the_node(
     job.wait_until(stop.reached)
     lost = nodes[number - 1]
     others = [node for node in nodes if node is not lost]
+    began = time.monotonic()
     CUT[cut](lost)
     for node in others:
         job.wait_until(lambda node=node: job.statuses(node) == [3], node)
+    report(f"the others have ended after {time.monotonic() - began:.1f} s")
     what = "ended (killed, or with the message above)" if cut == "killed" else SILENT
     line = f"error: process {number - 1} ({lost.name}) of 3 {what}{RESUMES}"
     if number > 1:
@@ -338,6 +341,20 @@ class ElasticJob(Job):
         self.wait_until(lambda: self.trace.held(names, step) is not None, live)
         return self.trace.held(names, step)
 
+    def wait_until_all_are_held(self, step) -> int:
+        """Returns when the job of all nodes is held in `step`. Starts torchrun again where it has
+        ended: it does if it loses its store at some instants. Returns the number of its starts."""
+        self.trace.forget()
+
+        def held():
+            for node in self.nodes:
+                if self.started[node.name][-1].poll() is not None:
+                    self.start_on(node)
+            return self.trace.held([node.name for node in self.nodes], step) is not None
+
+        wait_until(held, self.host.start("sleep", 1000))
+        return sum(map(len, self.started.values()))
+
     def cut(self, node, cut):
         """Returns when the processes of the others have ended."""
         others = [other for other in self.nodes if other is not node]
@@ -537,3 +554,31 @@ def test_random_cuts(make_nodes, betons, tmp_path, train, report, nnodes, cuts):
     report(f"{cuts} cuts with RSB_SEED={seed}: {difference}")
     if nnodes == "3":
         assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_cuts_at_random_instants(make_nodes, betons, tmp_path, train, report):
+    """Also while processes start, meet, validate and save. What a cut hits depends on the speed of
+    the machine; the result does not."""
+    seed = int(os.environ.get("RSB_SEED", random.randrange(10**6)))
+    print(f"RSB_SEED={seed}")
+    rng, cuts = random.Random(seed), CUTS // 3
+    more = {**ELASTIC, "training.epochs": 4 + 2 * cuts, "logging.log_level": 0}
+    flags = options(betons, tmp_path / "run", **more)
+    job = ElasticJob(make_nodes(4), tmp_path, flags)
+    step = job.wait_until_held()
+    for number in range(cuts):
+        step += rng.randint(1, 6)
+        job.trace.hold_at(step)
+        time.sleep(rng.uniform(0, 20))
+        node, cut = rng.choice(job.nodes), rng.choice(list(CUT))
+        print(f"cut {number}: {cut} of {node.name}, held at {step}", flush=True)
+        CUT[cut](node)
+        time.sleep(rng.uniform(0, 20))
+        job.bring_back(node)
+    starts = job.wait_until_all_are_held(step)
+    job.trace.hold_at(10**6)
+    assert job.wait() == [0, 0, 0], job.text()
+    assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
+    difference = job.assert_equal(tmp_path / "run", tmp_path / "whole", more["training.epochs"])
+    report(f"{cuts} cuts with RSB_SEED={seed}, {starts} starts of torchrun: {difference}")

@@ -50,10 +50,14 @@ class Trace:
     def steps(self) -> list[dict]:
         """The steps of the final timeline: without those that a restart repeated."""
         timeline: list[dict] = []
+        ended = set()  # a process that was stopped, and goes on, may add a line
         path = self.folder / "trace.jsonl"
         for line in path.read_text().splitlines():
             row = json.loads(line)
+            if row["life"] in ended:
+                continue
             if timeline and timeline[-1]["life"] != row["life"]:
+                ended.add(timeline[-1]["life"])
                 timeline = [done for done in timeline if done["step"] < row["step"]]
             timeline.append(row)
         return timeline
