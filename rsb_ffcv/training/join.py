@@ -58,7 +58,8 @@ def join(
     """Connects this process to the others and creates the process group. Returns the `place` of
     each process.
 
-    timeout_s: when all have met in the store, the time limit for what precedes the heartbeat.
+    timeout_s: time limit for an answer of the store, and, when all have met in it, for what
+        precedes the heartbeat.
     collective_s: timeout of collectives after that.
 
     Raises InputError if that fails, or not all have met after RENDEZVOUS_SECONDS. Ends this process
@@ -85,7 +86,9 @@ def join(
         if fresh:
             # Until all have met, an error is reported through this store.
             _joined.append(_Joined(_clone(store), rank, world_size))
-        store, hosts = _private_store(store, rank, world_size, fresh=fresh, address=address)
+        store, hosts = _private_store(
+            store, rank, world_size, fresh=fresh, address=address, timeout_s=timeout_s
+        )
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
     except (RuntimeError, OSError) as error:  # from the store, and from gloo
@@ -161,7 +164,7 @@ def _end_unconnected(error: Exception, hosts: list[str], timeout_s: float) -> No
             call_store(lambda store: wait_for_readers(store, count), STORE_SECONDS)
     except (RuntimeError, TimeoutError):  # the store is lost, with process 0
         errors = {str(other): "" for other in range(1, size)}
-        is_reporter = rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+        is_reporter = reports_without_store(rank)
     lost = [other for other in range(size) if str(other) not in errors]
     if not lost:
         raise InputError(
@@ -221,7 +224,7 @@ def _clone(store: dist.Store) -> dist.Store:
 
 
 def _private_store(
-    store: dist.Store, rank: int, world_size: int, *, fresh: bool, address: str
+    store: dist.Store, rank: int, world_size: int, *, fresh: bool, address: str, timeout_s: float
 ) -> tuple[dist.Store, list[str]]:
     """Returns `store` with a prefix that only the running processes know, and the host name of each
     process.
@@ -234,9 +237,11 @@ def _private_store(
 
     fresh: only processes of this start have written to the store.
     address: of the store, for messages.
+    timeout_s: time limit for an answer of the store.
 
-    Raises InputError, the same on all processes that have connected, if that takes more than
-    RENDEZVOUS_SECONDS, or if two of them have another WORLD_SIZE or the same RANK.
+    Raises RuntimeError or TimeoutError if the store is lost. Raises InputError, the same on all
+    processes that have connected, if that takes more than RENDEZVOUS_SECONDS, or if two of them
+    have another WORLD_SIZE or the same RANK.
     """
     own_name, until = uuid.uuid4().hex, time.monotonic() + RENDEZVOUS_SECONDS
     own_entry = f"{own_name} {world_size} {launch.host_name()}"
@@ -259,17 +264,18 @@ def _private_store(
             store.set(f"failed/{name}", text)
         return InputError(text)
 
-    if fresh:
-        entry = store.compare_set(f"name/{rank}", "", own_entry).decode()
-        if entry != own_entry:
+    def register() -> None:
+        if not fresh:
+            store.set(f"name/{rank}", own_entry)
+        elif (entry := store.compare_set(f"name/{rank}", "", own_entry).decode()) != own_entry:
             raise failure(
                 f"two processes have RANK={rank} (on {entry.split(' ', 2)[2]} and "
                 f"{launch.host_name()}); number the {world_size} processes from 0 to "
                 f"{world_size - 1}"
             )
-    else:
-        store.set(f"name/{rank}", own_entry)
-    while time.monotonic() < until:
+
+    def look() -> tuple[dist.Store, list[str]] | None:
+        """The result, if all have met."""
         if store.check([f"failed/{own_name}"]):
             raise InputError(store.get(f"failed/{own_name}").decode())
         if fresh and rank and store.check(["name/0"]):
@@ -283,18 +289,29 @@ def _private_store(
         if entries:
             store.set("members", " ".join(entry.split(" ")[0] for entry in entries))
         members = store.get("members").decode() if store.check(["members"]) else ""
-        if own_name in members:
-            store.set(f"confirmed/{rank}", members)
-            if rank == 0 and of_all("confirmed") == [members] * world_size:
-                store.set(f"started/{members}", "")
-            if store.check([f"started/{members}"]):
-                return dist.PrefixStore(members, store), [host for *_, host in connected().values()]
+        if own_name not in members:
+            return None
+        store.set(f"confirmed/{rank}", members)
+        if rank == 0 and of_all("confirmed") == [members] * world_size:
+            store.set(f"started/{members}", "")
+        if not store.check([f"started/{members}"]):
+            return None
+        return dist.PrefixStore(members, store), [host for *_, host in connected().values()]
+
+    def absent() -> InputError:
+        hosts = {other: host for other, (_, _, host) in connected().items()}
+        return failure(
+            f"{launch.absent(hosts, world_size)} at {address} after {RENDEZVOUS_SECONDS} s; see "
+            f"whether they have started, and the error message of one that ended"
+        )
+
+    within(timeout_s, register)
+    while time.monotonic() < until:
+        found = within(timeout_s, look)
+        if found is not None:
+            return found
         time.sleep(0.02)
-    hosts = {other: host for other, (_, _, host) in connected().items()}
-    raise failure(
-        f"{launch.absent(hosts, world_size)} at {address} after {RENDEZVOUS_SECONDS} s; see "
-        f"whether they have started, and the error message of one that ended"
-    )
+    raise within(timeout_s, absent)
 
 
 def call_store(function: Callable[[dist.Store], Result], seconds: float) -> Result:
@@ -332,13 +349,19 @@ def within(seconds: float, function: Callable[[], Result]) -> Result:
 
 def is_first_to_report(what: str) -> bool:
     """Returns True on exactly one process, the first that calls this with `what`. Works even if the
-    job's collectives fail."""
+    job's collectives fail. See reports_without_store."""
     if not _joined:
         return _is_first_here(what)
     try:
         return call_store(lambda store: store.add(f"reported/{what}", 1), STORE_SECONDS) == 1
-    except (RuntimeError, TimeoutError):  # rank 0, which hosts the store, is lost: rank 1 reports
-        return _joined[0].rank == 1
+    except (RuntimeError, TimeoutError):
+        return reports_without_store(_joined[0].rank)
+
+
+def reports_without_store(rank: int) -> bool:
+    """Whether this process reports an error when the store is lost with process 0, which hosts it.
+    The others cannot agree on who does: process 1 reports, and the first one of each machine."""
+    return rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _is_first_here(what: str) -> bool:

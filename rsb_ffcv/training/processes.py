@@ -17,7 +17,14 @@ import torch.distributed as dist
 
 from rsb_ffcv import InputError
 from rsb_ffcv.training.compute import gather
-from rsb_ffcv.training.join import STORE_SECONDS, call_store, named, report_lost, within
+from rsb_ffcv.training.join import (
+    STORE_SECONDS,
+    call_store,
+    named,
+    report_lost,
+    reports_without_store,
+    within,
+)
 from rsb_ffcv.training.lease import LOST, Lease, with_held
 
 BEAT_SECONDS = 0.5
@@ -160,7 +167,7 @@ class Heartbeat:
         store.
 
         The lowest remaining rank prints the message. If rank 0 is lost, the store may be lost with
-        it. Then the processes cannot agree, and one process per machine prints the message.
+        it: see join.reports_without_store.
         """
         try:
             call_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
@@ -173,7 +180,7 @@ class Heartbeat:
                 time.sleep(0.02)
         except (RuntimeError, TimeoutError):
             reports = dict.fromkeys(range(1, self._size), what)
-            is_reporter = self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+            is_reporter = reports_without_store(self._rank)
         else:
             is_reporter = self._rank == min(reports)
         if is_reporter:

@@ -185,6 +185,11 @@ def wait_until_all_are_ready(count):
     (folder / f"ready_{rank}").touch()
     while len(list(folder.glob("ready_*"))) < count:
         time.sleep(0.01)
+meet = join._private_store
+def marked_meet(*arguments, **options):
+    (folder / f"meets_{rank}").touch()
+    return meet(*arguments, **options)
+join._private_store = marked_meet
 def hold(*_, **__):
     (folder / "held").touch()
     time.sleep(1000)
@@ -278,6 +283,23 @@ def test_node_that_is_lost_before_the_heartbeat_starts_ends_the_others(
     if function == "init_process_group":
         assert all("did not connect within 5 s (dist.timeout_s): " in line for line in found)
     assert not any("Traceback" in job.text() for job in jobs)
+
+
+@pytest.mark.long
+def test_node_of_process_0_that_is_lost_before_all_have_met_ends_the_others(
+    make_nodes, start, tmp_path
+):
+    """The last of four processes has not started yet."""
+    nodes = make_nodes(3)
+    jobs = start(nodes, 4, "")
+    jobs[0].wait_until(lambda: all((tmp_path / f"meets_{rank}").exists() for rank in range(3)))
+    nodes[0].link_down()
+    assert [job.wait() for job in jobs[1:]] == [2, 2]
+    for rank, job in enumerate(jobs[1:], 1):
+        (line,) = errors(job)
+        assert line.startswith(
+            f"error: process {rank} of 4 cannot connect to the others at node1:2000 ("
+        )
 
 
 @pytest.mark.long

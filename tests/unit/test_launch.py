@@ -160,7 +160,9 @@ def test_address_that_process_0_cannot_use_is_one_line(environment, free_port):
 
 
 def meet(store, rank: int, world_size: int):
-    return join._private_store(store, rank, world_size, fresh=True, address="gpu02:1234")
+    return join._private_store(
+        store, rank, world_size, fresh=True, address="gpu02:1234", timeout_s=60
+    )
 
 
 def test_missing_processes_and_their_nodes_are_named(environment, monkeypatch):
