@@ -43,11 +43,9 @@ class Job:
             f"--nproc-per-node={nproc}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={endpoint or nodes[0].name}:{PORT}",
-            "--rdzv-id=test",
             *more,
-            program,
-            *flags,
         ]
+        self._program, self._id = [program, *flags], 0
         # of each node, in the order of their starts
         self.started: dict[str, list[Command]] = {node.name: [] for node in nodes}
         for node in nodes:
@@ -55,7 +53,18 @@ class Job:
 
     def start_on(self, node: Node):
         """Starts torchrun on a node, also on one that has returned."""
-        self.started[node.name].append(node.start(*self._command, env=self._env))
+        command = [*self._command, f"--rdzv-id=test{self._id}", *self._program]
+        self.started[node.name].append(node.start(*command, env=self._env))
+
+    def start_again(self):
+        """Starts all of the job again, with another --rdzv-id."""
+        for node in self.nodes:
+            if self.started[node.name][-1].poll() is None:
+                self.started[node.name][-1].kill()
+                self.started[node.name][-1].process.wait()
+        self._id += 1
+        for node in self.nodes:
+            self.start_on(node)
 
     def text(self, *nodes: Node) -> str:
         """What the job has printed on these nodes; on all of them if none is given."""

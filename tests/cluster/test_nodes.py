@@ -363,19 +363,17 @@ class ElasticJob(Job):
         self.wait_until(lambda: self.trace.held(names, step) is not None, live)
         return self.trace.held(names, step)
 
-    def wait_until_all_are_held(self, step) -> int:
-        """Returns when the job of all nodes is held in `step`. Starts torchrun again where it has
-        ended: it does if it loses its store at some instants. Returns the number of its starts."""
-        self.trace.forget()
-
-        def held():
-            for node in self.nodes:
-                if self.started[node.name][-1].poll() is not None:
-                    self.start_on(node)
-            return self.trace.held([node.name for node in self.nodes], step) is not None
-
-        wait_until(held, self.host.start("sleep", 1000))
-        return sum(map(len, self.started.values()))
+    def keep_running(self) -> str:
+        """Starts torchrun on nodes where it has ended. If it has closed the rendezvous, all start
+        again (docs/nodes.md). Returns what has been done, as text for a message."""
+        newest = {node: self.started[node.name][-1] for node in self.nodes}
+        ended = [node for node, command in newest.items() if command.poll() is not None]
+        if any("RendezvousClosedError" in newest[node].text() for node in ended):
+            self.start_again()
+            return "all start again, with another --rdzv-id"
+        for node in ended:
+            self.start_on(node)
+        return f"torchrun starts again on {[node.name for node in ended]}" * bool(ended)
 
     def cut(self, node, cut):
         """Returns when the processes of the others have ended."""
@@ -594,13 +592,21 @@ def test_cuts_at_random_instants(make_nodes, betons, tmp_path, train, report):
         job.trace.hold_at(step)
         time.sleep(rng.uniform(0, 20))
         node, cut = rng.choice(job.nodes), rng.choice(list(CUT))
-        print(f"cut {number}: {cut} of {node.name}, held at {step}", flush=True)
+        print(f"cut {number}: {cut} of {node.name}, held at {step}", job.keep_running(), flush=True)
         CUT[cut](node)
         time.sleep(rng.uniform(0, 20))
         job.bring_back(node)
-    starts = job.wait_until_all_are_held(step)
+    job.trace.forget()
+
+    def held():
+        if done := job.keep_running():
+            print(done, flush=True)
+        return job.trace.held([node.name for node in job.nodes], step) is not None
+
+    wait_until(held, job.host.start("sleep", 1000))
     job.trace.hold_at(10**6)
     assert job.wait() == [0, 0, 0], job.text()
     assert train(options(betons, tmp_path / "whole", **more), 3).wait()[0] == [0] * 3
     difference = job.assert_equal(tmp_path / "run", tmp_path / "whole", more["training.epochs"])
+    starts = sum(map(len, job.started.values()))
     report(f"{cuts} cuts with RSB_SEED={seed}, {starts} starts of torchrun: {difference}")
