@@ -78,6 +78,7 @@ def test_swa_tail_of_a_finished_run(source, branch):
     assert logged[-1]["lr"] == pytest.approx(0.0001, rel=0.9)
 
 
+@pytest.mark.long
 def test_average_that_ends_and_one_that_begins(source, branch, betons, tmp_path, train):
     status, folder, out, err = branch(at(source, 3), **{"ema.decay": 0})
     assert status == 0, err

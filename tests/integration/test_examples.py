@@ -116,6 +116,7 @@ def loop(betons, tmp_path):
     return call
 
 
+@pytest.mark.long
 def test_pytorch_loop_learns(loop, tmp_path):
     out = loop("whole.pt")
     top1 = [float(value) for value in re.findall(r"top-1 ([\d.]+) %", out)]

@@ -102,6 +102,7 @@ def test_trackers_get_the_values_after_the_return_again(betons, tmp_path, train)
     ]
 
 
+@pytest.mark.long
 def test_run_killed_while_discarding_steps_goes_back_again(betons, whole, tmp_path, train):
     """Killed before the first of the two checkpoints is removed, after it, and after both."""
     for acts in (0, 1, 2):

@@ -230,6 +230,7 @@ def test_no_process_group_thread_is_left_at_interpreter_exit(betons, tmp_path, t
     assert len(run.threads + ended.threads) == 4
 
 
+@pytest.mark.long
 def test_swa_can_be_finished_by_another_number_of_processes(betons, tmp_path, train):
     """The runs receive SIGTERM while SWA's batch-norm statistics are estimated, and while SWA is
     evaluated."""
