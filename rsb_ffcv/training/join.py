@@ -91,7 +91,7 @@ def join(
         )
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
-    except (RuntimeError, OSError) as error:  # from the store, and from gloo
+    except (RuntimeError, OSError) as error:  # from the store
         raise InputError(
             f"process {rank} of {world_size} cannot connect to the others at {address} "
             f"({first_line(error)}); "
@@ -137,11 +137,7 @@ def _end_unconnected(error: Exception, hosts: list[str], timeout_s: float) -> No
 
     def decided(store: dist.Store) -> dict[str, str] | None:
         """The error of each process that is not lost."""
-        found = {
-            str(other): store.get(f"unconnected/{other}").decode()
-            for other in range(size)
-            if store.check([f"unconnected/{other}"])
-        }
+        found = {str(other): text for other, text in entries(store, "unconnected", size).items()}
         if len(found) == size or time.monotonic() > until:
             return json.loads(store.compare_set("lost", "", json.dumps(found)))
         return json.loads(store.get("lost")) if store.check(["lost"]) else None
@@ -252,11 +248,8 @@ def _private_store(
 
     def connected() -> dict[int, list[str]]:
         """The name, WORLD_SIZE and machine of each process that has connected."""
-        return {
-            other: store.get(f"name/{other}").decode().split(" ", 2)
-            for other in range(world_size)
-            if store.check([f"name/{other}"])
-        }
+        found = entries(store, "name", world_size)
+        return {other: entry.split(" ", 2) for other, entry in found.items()}
 
     def failure(text: str) -> InputError:
         """The error of this process, which the others raise as well."""
@@ -312,6 +305,15 @@ def _private_store(
             return found
         time.sleep(0.02)
     raise within(timeout_s, absent)
+
+
+def entries(store: dist.Store, key: str, size: int) -> dict[int, str]:
+    """The entries <key>/<rank> of those of `size` processes that have written one."""
+    return {
+        rank: store.get(f"{key}/{rank}").decode()
+        for rank in range(size)
+        if store.check([f"{key}/{rank}"])
+    }
 
 
 def call_store(function: Callable[[dist.Store], Result], seconds: float) -> Result:

@@ -20,6 +20,7 @@ from rsb_ffcv.training.compute import gather
 from rsb_ffcv.training.join import (
     STORE_SECONDS,
     call_store,
+    entries,
     named,
     report_lost,
     reports_without_store,
@@ -174,7 +175,9 @@ class Heartbeat:
             until = time.monotonic() + REPORT_SECONDS
             reports: dict[int, str] = {}
             while len(reports) < self._size and time.monotonic() < until:
-                reports = call_store(self._reports, REPORT_SECONDS)
+                reports = call_store(
+                    lambda store: entries(store, "beat", self._size), REPORT_SECONDS
+                )
                 if self._rank and 0 in reports:
                     return
                 time.sleep(0.02)
@@ -186,13 +189,6 @@ class Heartbeat:
         if is_reporter:
             lost = [rank for rank in range(self._size) if rank not in reports]
             report_lost(self._message(lost, "silent" in reports.values()))
-
-    def _reports(self, store: dist.Store) -> dict[int, str]:
-        return {
-            rank: store.get(f"beat/{rank}").decode()
-            for rank in range(self._size)
-            if store.check([f"beat/{rank}"])
-        }
 
     def _message(self, lost: list[int], silent: bool) -> str:
         # All of them reported: a connection between two failed, or one was stopped and continued.
