@@ -134,11 +134,8 @@ def print_status():
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
     from rsb_ffcv import exit_status
-    from rsb_ffcv.training import processes
     from train_imagenet import main
 
     install()
     print_status()
-    # A starved process would be reported as lost by those that have reported themselves.
-    processes.REPORT_SECONDS = 5.0
     sys.exit(exit_status(main))

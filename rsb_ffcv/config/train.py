@@ -478,8 +478,8 @@ class DistOptions:
     port: int = option(12355, "port of the process group", low=1, high=65535)
     timeout_s: float = option(
         120.0,
-        "if a process does not respond for this number of seconds, the others end with status 3, "
-        "and the same command may take over its run",
+        "if a process becomes silent, the others end with status 3 within this number of seconds; "
+        "after it, the same command may take over its run",
         low=1,
         high=86400,
     )

@@ -7,6 +7,7 @@ collectives fail.
 
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -27,6 +28,10 @@ from rsb_ffcv.training import launch, network
 from rsb_ffcv.training.lease import LOST
 
 STORE_SECONDS = 5.0  # seconds without a response after which the store is considered lost
+BEAT_SECONDS = 0.5  # time between two heartbeats
+# Time for the remaining processes to report to each other: their collectives fail at nearly the
+# same time.
+REPORT_SECONDS = 2.0
 HELD_SECONDS = 10.0  # processes of one machine may differ as much in the time that they start
 RENDEZVOUS_SECONDS = 600  # time limit for all processes to connect
 STORE_CONNECT_SECONDS = 60  # time limit for a connection to torchrun's store
@@ -58,12 +63,11 @@ def join(
     """Connects this process to the others and creates the process group. Returns the `place` of
     each process.
 
-    timeout_s: time limit for an answer of the store, and, when all have met in it, for what
-        precedes the heartbeat.
+    timeout_s: dist.timeout_s, see answer_seconds.
     collective_s: timeout of collectives after that.
 
     Raises InputError if that fails, or not all have met after RENDEZVOUS_SECONDS. Ends this process
-    with status LOST if another one is lost after that.
+    with status LOST if process 0 is lost, or, when all have met, another one.
     """
     fresh = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if fresh:  # else torchrun listens at the address
@@ -92,6 +96,9 @@ def join(
         # A second connection: a collective that waits blocks the first one.
         _joined[:] = [_Joined(_clone(store), rank, world_size)]
     except (RuntimeError, OSError) as error:  # from the store
+        if _joined:  # it has been lost, with process 0
+            hosts = [os.environ["MASTER_ADDR"]] * world_size
+            _end_job([0], hosts, timeout_s, is_reporter=reports_without_store(rank))
         raise InputError(
             f"process {rank} of {world_size} cannot connect to the others at {address} "
             f"({first_line(error)}); "
@@ -103,8 +110,11 @@ def join(
             )
         ) from error
 
+    seconds = answer_seconds(timeout_s)
+    until = time.monotonic() + seconds + REPORT_SECONDS
+
     def connect() -> list[Any]:
-        limit = timedelta(seconds=timeout_s)
+        limit = timedelta(seconds=seconds)
         network.choose(store, rank, world_size, nccl="nccl" in backend, within=limit)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
@@ -114,60 +124,83 @@ def join(
         return places
 
     try:
-        places = within(timeout_s + STORE_SECONDS, connect)
+        places = within(seconds, connect)
     except (RuntimeError, OSError) as error:
-        _end_unconnected(error, hosts, timeout_s)
+        _end_unconnected(error, until, hosts, timeout_s=timeout_s)
     _set_pg_timeout(timedelta(seconds=collective_s))
     return places
 
 
-def _end_unconnected(error: Exception, hosts: list[str], timeout_s: float) -> NoReturn:
-    """Ends this process with status LOST after the `error` of a connection, if a process has been
-    lost. One of the others reports which.
+def answer_seconds(timeout_s: float) -> float:
+    """The time limit of a collective, with which the processes end within `timeout_s` after another
+    one has become silent: at most one heartbeat before the collective, and the report after it,
+    are in that time. With a timeout below 5 s, they end up to 2.75 s after this limit."""
+    return max(timeout_s - BEAT_SECONDS - REPORT_SECONDS - 0.25, 0.45 * timeout_s)
 
-    Every process that gets an error writes it to the store. A connection may fail at once, or only
-    after the timeout. The first process that has waited long enough decides for all.
 
-    hosts: the host name of each process.
+def agree_on_lost(error: str, until: float) -> tuple[list[int], dict[int, str], bool]:
+    """Returns the lost processes, the error of each other process, and whether this process reports
+    them. Call this after a collective has failed.
 
-    Raises InputError, the same on all processes, if none is lost.
+    Every process writes its `error` to the store. The first one that finds those of all processes,
+    or has waited until `until` (time.monotonic), decides for all who is lost. The first process
+    that is not lost reports. If process 0 is lost, the store may be lost with it: see
+    reports_without_store.
     """
     _, rank, size = _joined[0]
-    until = time.monotonic() + timeout_s + STORE_SECONDS
 
     def decided(store: dist.Store) -> dict[str, str] | None:
         """The error of each process that is not lost."""
-        found = {str(other): text for other, text in entries(store, "unconnected", size).items()}
+        found = {str(other): text for other, text in entries(store, "error", size).items()}
         if len(found) == size or time.monotonic() > until:
-            return json.loads(store.compare_set("lost", "", json.dumps(found)))
-        return json.loads(store.get("lost")) if store.check(["lost"]) else None
+            return json.loads(store.compare_set("remaining", "", json.dumps(found)))
+        return json.loads(store.get("remaining")) if store.check(["remaining"]) else None
 
     def wait_for_readers(store: dist.Store, count: int) -> None:
         """Waits on process 0, which may host the store, until the others have read it."""
         store.add("read", 1)
         while rank == 0 and store.add("read", 0) < count:
-            time.sleep(0.05)
+            time.sleep(0.02)
 
-    errors = None
     try:
-        text = first_line(error)
-        call_store(lambda store: store.set(f"unconnected/{rank}", text), STORE_SECONDS)
-        while errors is None:
-            time.sleep(0.05)
-            errors = call_store(decided, STORE_SECONDS)
-        is_reporter, count = rank == min(map(int, errors)), len(errors)
+        call_store(lambda store: store.set(f"error/{rank}", error), REPORT_SECONDS)
+        while (remaining := call_store(decided, REPORT_SECONDS)) is None:
+            time.sleep(0.02)
+        errors = {int(other): text for other, text in remaining.items()}
+        is_reporter = rank == min(errors)
         with suppress(RuntimeError, TimeoutError):  # of a reader that is lost now, or of process 0
-            call_store(lambda store: wait_for_readers(store, count), STORE_SECONDS)
+            call_store(lambda store: wait_for_readers(store, len(errors)), REPORT_SECONDS)
     except (RuntimeError, TimeoutError):  # the store is lost, with process 0
-        errors = {str(other): "" for other in range(1, size)}
+        errors = dict.fromkeys(range(1, size), error)
         is_reporter = reports_without_store(rank)
-    lost = [other for other in range(size) if str(other) not in errors]
+    return [other for other in range(size) if other not in errors], errors, is_reporter
+
+
+def _end_unconnected(
+    error: Exception, until: float, hosts: Sequence[str], *, timeout_s: float
+) -> NoReturn:
+    """Ends this process with status LOST after the `error` of a connection, if a process has been
+    lost. One of the others reports which.
+
+    until: see agree_on_lost; a connection may fail at once, or only after its time limit.
+    hosts: the host name of each process.
+
+    Raises InputError, the same on all processes, if none is lost.
+    """
+    lost, errors, is_reporter = agree_on_lost(first_line(error), until)
     if not lost:
         raise InputError(
-            f"the {size} processes cannot connect to each other: process 0 ({hosts[0]}) reports "
-            f"{errors['0']}; see whether a firewall separates them, and set {network.GLOO} to an "
-            f"interface that all machines can reach"
+            f"the {len(hosts)} processes cannot connect to each other: process 0 ({hosts[0]}) "
+            f"reports {errors[0]}; see whether a firewall separates them, and set {network.GLOO} "
+            f"to an interface that all machines can reach"
         ) from error
+    _end_job(lost, hosts, timeout_s, is_reporter=is_reporter)
+
+
+def _end_job(
+    lost: list[int], hosts: Sequence[str], timeout_s: float, *, is_reporter: bool
+) -> NoReturn:
+    """Ends this process with status LOST. hosts: the host name of each process."""
     if is_reporter:
         report_lost(
             f"{named(lost, hosts)} did not connect within {timeout_s:g} s (dist.timeout_s): ended, "
@@ -233,13 +266,15 @@ def _private_store(
 
     fresh: only processes of this start have written to the store.
     address: of the store, for messages.
-    timeout_s: time limit for an answer of the store.
+    timeout_s: dist.timeout_s, see answer_seconds.
 
     Raises RuntimeError or TimeoutError if the store is lost. Raises InputError, the same on all
     processes that have connected, if that takes more than RENDEZVOUS_SECONDS, or if two of them
-    have another WORLD_SIZE or the same RANK.
+    have another WORLD_SIZE or the same RANK. Ends this process with status LOST if one is lost
+    after it has connected, and all others have.
     """
     own_name, until = uuid.uuid4().hex, time.monotonic() + RENDEZVOUS_SECONDS
+    seconds, listed = answer_seconds(timeout_s), math.inf  # when this process was first listed
     own_entry = f"{own_name} {world_size} {launch.host_name()}"
 
     def of_all(key: str) -> list[str] | None:
@@ -269,6 +304,7 @@ def _private_store(
 
     def look() -> tuple[dist.Store, list[str]] | None:
         """The result, if all have met."""
+        nonlocal listed
         if store.check([f"failed/{own_name}"]):
             raise InputError(store.get(f"failed/{own_name}").decode())
         if fresh and rank and store.check(["name/0"]):
@@ -284,6 +320,7 @@ def _private_store(
         members = store.get("members").decode() if store.check(["members"]) else ""
         if own_name not in members:
             return None
+        listed = min(listed, time.monotonic())
         store.set(f"confirmed/{rank}", members)
         if rank == 0 and of_all("confirmed") == [members] * world_size:
             store.set(f"started/{members}", "")
@@ -298,13 +335,18 @@ def _private_store(
             f"whether they have started, and the error message of one that ended"
         )
 
-    within(timeout_s, register)
-    while time.monotonic() < until:
-        found = within(timeout_s, look)
+    within(seconds, register)
+    while (now := time.monotonic()) < until:
+        found = within(seconds, look)
         if found is not None:
             return found
+        # In torchrun's store, the others may still be those of an earlier start.
+        if fresh and now > listed + seconds:
+            hosts = [host for *_, host in within(seconds, connected).values()]
+            late = TimeoutError("timed out")
+            _end_unconnected(late, now + REPORT_SECONDS, hosts, timeout_s=timeout_s)
         time.sleep(0.02)
-    raise within(timeout_s, absent)
+    raise within(seconds, absent)
 
 
 def entries(store: dist.Store, key: str, size: int) -> dict[int, str]:

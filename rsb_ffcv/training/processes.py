@@ -18,20 +18,16 @@ import torch.distributed as dist
 from rsb_ffcv import InputError
 from rsb_ffcv.training.compute import gather
 from rsb_ffcv.training.join import (
-    STORE_SECONDS,
-    call_store,
-    entries,
+    BEAT_SECONDS,
+    REPORT_SECONDS,
+    agree_on_lost,
+    answer_seconds,
     named,
     report_lost,
-    reports_without_store,
     within,
 )
 from rsb_ffcv.training.lease import LOST, Lease, with_held
 
-BEAT_SECONDS = 0.5
-# Time for the remaining processes to report to each other: their heartbeats fail at nearly the same
-# time.
-REPORT_SECONDS = 2.0
 RELEASE_SECONDS = 5.0  # time limit for a folder whose file system does not respond
 
 
@@ -119,17 +115,15 @@ class Heartbeat:
         )
         self._thread: threading.Thread | None = None
         if dist.is_initialized():
-            self._rank, self._size = dist.get_rank(), dist.get_world_size()
+            seconds = answer_seconds(timeout_s)
+            until = time.monotonic() + seconds + REPORT_SECONDS
             try:
-                limit = timedelta(seconds=timeout_s)
                 self._group = within(
-                    timeout_s + STORE_SECONDS, lambda: dist.new_group(backend="gloo", timeout=limit)
+                    seconds,
+                    lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)),
                 )
-            except (
-                RuntimeError,
-                TimeoutError,
-            ) as error:  # from gloo: a process was lost while they connected
-                self._end_job(error)
+            except (RuntimeError, TimeoutError) as error:  # a process was lost while they connected
+                self._end_job(error, until)
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
 
@@ -151,44 +145,26 @@ class Heartbeat:
         del self._group
         self._end_job(failure)
 
-    def _end_job(self, error: Exception) -> None:
-        """Ends this process after the `error` of a collective, in the heartbeat or in the run."""
+    def _end_job(self, error: Exception, until: float | None = None) -> None:
+        """Ends this process after the `error` of a collective, in the heartbeat or in the run. One
+        of the remaining processes reports which are lost.
+
+        until: see agree_on_lost; None: REPORT_SECONDS from now.
+        """
         self._failed.set()
         self._ending.acquire()  # never released: a second thread blocks here until os._exit
+        text = str(error).lower()
+        lost, errors, is_reporter = agree_on_lost(
+            "silent" if "timed out" in text or "timeout" in text else "ended",
+            until or time.monotonic() + REPORT_SECONDS,
+        )
         # If this process is the one that was silent, its run may have been taken over: then the
         # lease reports that
         with_held(Lease.check, RELEASE_SECONDS)
-        text = str(error).lower()
-        self._report("silent" if "timed out" in text or "timeout" in text else "ended")
+        if is_reporter:
+            report_lost(self._message(lost, "silent" in errors.values()))
         with_held(Lease.release, RELEASE_SECONDS)
         os._exit(LOST)
-
-    def _report(self, what: str) -> None:
-        """Prints which processes are lost: those that do not report a failed heartbeat to the
-        store.
-
-        The lowest remaining rank prints the message. If rank 0 is lost, the store may be lost with
-        it: see join.reports_without_store.
-        """
-        try:
-            call_store(lambda store: store.set(f"beat/{self._rank}", what), REPORT_SECONDS)
-            until = time.monotonic() + REPORT_SECONDS
-            reports: dict[int, str] = {}
-            while len(reports) < self._size and time.monotonic() < until:
-                reports = call_store(
-                    lambda store: entries(store, "beat", self._size), REPORT_SECONDS
-                )
-                if self._rank and 0 in reports:
-                    return
-                time.sleep(0.02)
-        except (RuntimeError, TimeoutError):
-            reports = dict.fromkeys(range(1, self._size), what)
-            is_reporter = reports_without_store(self._rank)
-        else:
-            is_reporter = self._rank == min(reports)
-        if is_reporter:
-            lost = [rank for rank in range(self._size) if rank not in reports]
-            report_lost(self._message(lost, "silent" in reports.values()))
 
     def _message(self, lost: list[int], silent: bool) -> str:
         # All of them reported: a connection between two failed, or one was stopped and continued.

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,6 @@ def test_processes_compare_their_gpus_and_what_drives_them(betons, tmp_path, mon
 
 def test_a_store_that_does_not_answer_delays_an_error_and_does_not_block_it(monkeypatch):
     import threading
-    import time
 
     from rsb_ffcv.training import join
 
@@ -197,3 +197,43 @@ def test_error_before_the_process_group_exists_is_reported_once(monkeypatch):
         said.append(join.is_first_to_report("an error"))
         join.wait_for_others(0.1)
     assert said == [True, False] and not failures and store.add("ending", 0) == 2
+
+
+def test_processes_end_within_the_timeout():
+    from rsb_ffcv.training.join import BEAT_SECONDS, REPORT_SECONDS, answer_seconds
+
+    for timeout_s in (5, 6, 120, 86400):
+        assert BEAT_SECONDS + answer_seconds(timeout_s) + REPORT_SECONDS < timeout_s
+    assert answer_seconds(1) == 0.45
+
+
+def test_processes_agree_on_who_is_lost(monkeypatch):
+    """Processes 1 and 2 of 4 have an error. Process 3 has one as well, but is late."""
+    from torch import distributed as dist
+
+    from rsb_ffcv.training import join
+
+    store, now = dist.HashStore(), time.monotonic()
+
+    def agree(rank, until):
+        monkeypatch.setattr(join, "_joined", [join._Joined(store, rank, 4)])
+        return join.agree_on_lost(f"error {rank}", until)
+
+    store.set("error/2", "error 2")
+    errors = {1: "error 1", 2: "error 2"}
+    assert agree(1, now) == ([0, 3], errors, True)
+    # The others do not wait for their own time
+    assert agree(2, now + 1000) == ([0, 3], errors, False)
+    assert agree(3, now + 1000) == ([0, 3], errors, False)
+
+
+def test_processes_that_all_have_an_error_do_not_wait(monkeypatch):
+    from torch import distributed as dist
+
+    from rsb_ffcv.training import join
+
+    store = dist.HashStore()
+    store.set("error/0", "error 0")
+    monkeypatch.setattr(join, "_joined", [join._Joined(store, 1, 2)])
+    found = join.agree_on_lost("error 1", time.monotonic() + 1000)
+    assert found == ([], {0: "error 0", 1: "error 1"}, False)

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from rsb_ffcv import InputError
 from rsb_ffcv.config.train import read_config
 from rsb_ffcv.loading import TrainLoader
 from rsb_ffcv.ops import native
-from rsb_ffcv.training import build, checkpoint, compute, data, processes
+from rsb_ffcv.training import build, checkpoint, compute, data, join, processes
 from rsb_ffcv.training.evaluate import read_label_sets
 from rsb_ffcv.training.health import BEFORE, RECENT, GoBack, Health, Stop
 from rsb_ffcv.training.progress import slowest
@@ -504,10 +505,11 @@ def test_process_that_reports_an_error_does_not_report_lost_ones(monkeypatch, ca
 
     ends: list[int] = []
     beat = processes.Heartbeat(1, ["a", "b"])
-    beat._group, beat._rank, beat._size = None, 1, 2
+    beat._group = None
+    monkeypatch.setattr(join, "_joined", [join._Joined(dist.HashStore(), 1, 2)])
     monkeypatch.setattr(processes.dist, "all_reduce", lost)
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda group: None)
-    monkeypatch.setattr(processes, "call_store", call)
+    monkeypatch.setattr(join, "call_store", call)
     monkeypatch.setattr(processes.os, "_exit", ends.append)
     beat._beat()
     assert ends == [processes.LOST] and "process 0 (a) of 2 ended" in capsys.readouterr().err
