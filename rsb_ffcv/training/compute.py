@@ -22,11 +22,13 @@ from rsb_ffcv.training import join, launch
 
 
 class _Place(NamedTuple):
-    """Where a process runs. device: see _device_id. cores: that it may use."""
+    """Where a process runs. device: see _device_id. cores: that it may use. wrong: what this
+    machine lacks, as text for a message; empty if nothing."""
 
     host: str
     device: str
     cores: set[int]
+    wrong: str = ""
 
 
 # Timeout of collectives while all processes are alive: one of them may be reading a large file.
@@ -198,7 +200,7 @@ def set_up(
             f"compute.compile=auto: the model is not compiled, and trains more slowly: "
             f"torch.compile needs {lacking}; install it, or use compute.compile=0"
         )
-    place = _Place(launch.host_name(), _device_id(chosen), os.sched_getaffinity(0))
+    place = _Place(launch.host_name(), _device_id(chosen), os.sched_getaffinity(0), wrong)
     if world_size > 1 and not dist.is_initialized():
         places = join.join(
             rank,
@@ -210,8 +212,11 @@ def set_up(
         )
     else:
         places = gather([place])
-    if wrong:  # raised after the processes have connected, so that one of them reports it for all
-        raise InputError(wrong)
+    # The error of one is raised by all of them, and reported once.
+    for number, other in enumerate(places):
+        if other.wrong:
+            who = f"process {number} ({other.host}): " if world_size > 1 else ""
+            raise InputError(f"{who}{other.wrong}")
     check_devices([(other.host, other.device) for other in places])
     sharing = sum(
         other.host == place.host and not place.cores.isdisjoint(other.cores) for other in places

@@ -6,7 +6,6 @@ collectives fail.
 """
 
 import hashlib
-import json
 import math
 import os
 import socket
@@ -73,28 +72,37 @@ def join(
     if fresh:  # else torchrun listens at the address
         launch.check_address(rank)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    meeting = timedelta(seconds=RENDEZVOUS_SECONDS)
-    try:
-        if fresh and rank:
-            _await_first_process(address)
+    seconds = answer_seconds(timeout_s)
+
+    def open_store() -> dist.Store:
         # torch's rendezvous would wait for all processes, and does not say which are missing.
-        store: dist.Store = dist.TCPStore(
+        store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=fresh and rank == 0,
-            # torchrun listens before it starts its processes
-            timeout=meeting if fresh else timedelta(seconds=STORE_CONNECT_SECONDS),
+            timeout=timedelta(seconds=STORE_CONNECT_SECONDS),
             wait_for_workers=False,
         )
-        store.set_timeout(meeting)
+        store.set_timeout(timedelta(seconds=RENDEZVOUS_SECONDS))
+        return store
+
+    def clone(store: dist.Store) -> dist.Store:
+        # torch's stub lacks it
+        return within(seconds, store.clone)  # type: ignore[attr-defined]
+
+    try:
+        if fresh and rank:
+            _await_first_process(address)
+        # torchrun listens before it starts its processes
+        store = within(seconds if fresh else STORE_CONNECT_SECONDS + STORE_SECONDS, open_store)
         if fresh:
             # Until all have met, an error is reported through this store.
-            _joined.append(_Joined(_clone(store), rank, world_size))
+            _joined.append(_Joined(clone(store), rank, world_size))
         store, hosts = _private_store(
             store, rank, world_size, fresh=fresh, address=address, timeout_s=timeout_s
         )
         # A second connection: a collective that waits blocks the first one.
-        _joined[:] = [_Joined(_clone(store), rank, world_size)]
+        _joined[:] = [_Joined(clone(store), rank, world_size)]
     except (RuntimeError, OSError) as error:  # from the store
         if _joined:  # it has been lost, with process 0
             hosts = [os.environ["MASTER_ADDR"]] * world_size
@@ -110,11 +118,10 @@ def join(
             )
         ) from error
 
-    seconds = answer_seconds(timeout_s)
     until = time.monotonic() + seconds + REPORT_SECONDS
 
     def connect() -> list[Any]:
-        limit = timedelta(seconds=seconds)
+        limit = timedelta(seconds=0.9 * seconds)  # so that its own error is the one reported
         network.choose(store, rank, world_size, nccl="nccl" in backend, within=limit)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
@@ -142,19 +149,24 @@ def agree_on_lost(error: str, until: float) -> tuple[list[int], dict[int, str], 
     """Returns the lost processes, the error of each other process, and whether this process reports
     them. Call this after a collective has failed.
 
-    Every process writes its `error` to the store. The first one that finds those of all processes,
-    or has waited until `until` (time.monotonic), decides for all who is lost. The first process
-    that is not lost reports. If process 0 is lost, the store may be lost with it: see
+    Every process adds its `error` to a list in the store. The first one that finds those of all
+    processes, or has waited until `until` (time.monotonic), decides for all who is lost. The first
+    process that is not lost reports. If process 0 is lost, the store may be lost with it: see
     reports_without_store.
     """
     _, rank, size = _joined[0]
 
-    def decided(store: dist.Store) -> dict[str, str] | None:
-        """The error of each process that is not lost."""
-        found = {str(other): text for other, text in entries(store, "error", size).items()}
-        if len(found) == size or time.monotonic() > until:
-            return json.loads(store.compare_set("remaining", "", json.dumps(found)))
-        return json.loads(store.get("remaining")) if store.check(["remaining"]) else None
+    def decided(store: dist.Store) -> str | None:
+        """The list when it was decided: rank and error, one process a line."""
+        if store.check(["remaining"]):
+            return store.get("remaining").decode()
+        found = store.get("errors").decode()
+        if found.count("\n") < size and time.monotonic() < until:
+            return None
+        return store.compare_set("remaining", "", found).decode()
+
+    def write(store: dist.Store) -> None:
+        store.append("errors", f"{rank} {error}\n")  # type: ignore[attr-defined]  # as for clone
 
     def wait_for_readers(store: dist.Store, count: int) -> None:
         """Waits on process 0, which may host the store, until the others have read it."""
@@ -163,13 +175,15 @@ def agree_on_lost(error: str, until: float) -> tuple[list[int], dict[int, str], 
             time.sleep(0.02)
 
     try:
-        call_store(lambda store: store.set(f"error/{rank}", error), REPORT_SECONDS)
+        call_store(write, REPORT_SECONDS)
         while (remaining := call_store(decided, REPORT_SECONDS)) is None:
-            time.sleep(0.02)
-        errors = {int(other): text for other, text in remaining.items()}
+            time.sleep(0.05)
+        lines = (line.split(" ", 1) for line in remaining.splitlines())
+        errors = {int(other): text for other, text in lines}
         is_reporter = rank == min(errors)
-        with suppress(RuntimeError, TimeoutError):  # of a reader that is lost now, or of process 0
-            call_store(lambda store: wait_for_readers(store, len(errors)), REPORT_SECONDS)
+        if rank in errors:  # else it was too late, and nobody waits for it
+            with suppress(RuntimeError, TimeoutError):  # a reader is lost now, or process 0
+                call_store(lambda store: wait_for_readers(store, len(errors)), REPORT_SECONDS)
     except (RuntimeError, TimeoutError):  # the store is lost, with process 0
         errors = dict.fromkeys(range(1, size), error)
         is_reporter = reports_without_store(rank)
@@ -217,13 +231,14 @@ def named(lost: list[int], hosts: Sequence[str]) -> str:
 
 def report_lost(text: str) -> None:
     """Prints the line of a process that ends because others are lost."""
-    # The leading newline ends the line of a progress bar.
-    print(
-        f"\nerror: {text}; start the job again, and it resumes from the last checkpoint, if there "
-        f"is one",
-        file=sys.stderr,
-        flush=True,
-    )
+    with suppress(OSError):  # of a closed pipe; the status says it as well
+        # The leading newline ends the line of a progress bar.
+        print(
+            f"\nerror: {text}; start the job again, and it resumes from the last checkpoint, if "
+            f"there is one",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _await_first_process(address: str) -> None:
@@ -246,10 +261,6 @@ def _await_first_process(address: str) -> None:
                     f"an address and a free port that all of them can reach"
                 ) from error
             time.sleep(0.2)
-
-
-def _clone(store: dist.Store) -> dist.Store:
-    return store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
 def _private_store(
@@ -283,13 +294,21 @@ def _private_store(
 
     def connected() -> dict[int, list[str]]:
         """The name, WORLD_SIZE and machine of each process that has connected."""
-        found = entries(store, "name", world_size)
-        return {other: entry.split(" ", 2) for other, entry in found.items()}
+        keys = {other: f"name/{other}" for other in range(world_size)}
+        return {
+            other: store.get(key).decode().split(" ", 2)
+            for other, key in keys.items()
+            if store.check([key])
+        }
+
+    def failed(name: str) -> str:
+        """The key of an error that the process with this name raises."""
+        return "failed" if fresh else f"failed/{name}"
 
     def failure(text: str) -> InputError:
         """The error of this process, which the others raise as well."""
-        for name, *_ in connected().values():
-            store.set(f"failed/{name}", text)
+        for key in {failed(name) for name, *_ in connected().values()}:
+            store.set(key, text)
         return InputError(text)
 
     def register() -> None:
@@ -305,8 +324,11 @@ def _private_store(
     def look() -> tuple[dist.Store, list[str]] | None:
         """The result, if all have met."""
         nonlocal listed
-        if store.check([f"failed/{own_name}"]):
-            raise InputError(store.get(f"failed/{own_name}").decode())
+        if store.check([failed(own_name)]):
+            raise InputError(store.get(failed(own_name)).decode())
+        if fresh and store.check(["errors"]):  # of others, which have waited for this process
+            listed = -math.inf
+            return None
         if fresh and rank and store.check(["name/0"]):
             _, size, host = store.get("name/0").decode().split(" ", 2)
             if int(size) != world_size:
@@ -347,15 +369,6 @@ def _private_store(
             _end_unconnected(late, now + REPORT_SECONDS, hosts, timeout_s=timeout_s)
         time.sleep(0.02)
     raise within(seconds, absent)
-
-
-def entries(store: dist.Store, key: str, size: int) -> dict[int, str]:
-    """The entries <key>/<rank> of those of `size` processes that have written one."""
-    return {
-        rank: store.get(f"{key}/{rank}").decode()
-        for rank in range(size)
-        if store.check([f"{key}/{rank}"])
-    }
 
 
 def call_store(function: Callable[[dist.Store], Result], seconds: float) -> Result:

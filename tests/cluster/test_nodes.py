@@ -197,7 +197,10 @@ def hold(*_, **__):
 sys.exit(exit_status(train_imagenet.main))
 """
 
-HELD_WHEN_REGISTERED = "within = join.within; join.within = lambda *a: (within(*a), hold())"
+HELD_WHEN_REGISTERED = (
+    "within = join.within; "
+    "join.within = lambda s, f: (within(s, f), f.__name__ == 'register' and hold())[0]"
+)
 
 
 @pytest.fixture
@@ -257,6 +260,10 @@ def test_port_in_use_is_reported_by_process_0(make_nodes, start):
         "error: MASTER_PORT=2000: process 0 cannot listen on it on node1 (Address already in use); "
         "set MASTER_PORT to a free port"
     ]
+    # The program that listens there accepts its connection, and does not answer
+    assert jobs[1].wait() == 2
+    (line,) = errors(jobs[1])
+    assert line.startswith("error: process 1 of 2 cannot connect to the others at node1:2000 (")
 
 
 @pytest.mark.long

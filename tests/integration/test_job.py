@@ -12,6 +12,7 @@ import sys
 
 import psutil
 import pytest
+import torch
 
 from rsb_ffcv import InputError
 from rsb_ffcv.dataset import Place, write_splits
@@ -77,6 +78,14 @@ def test_processes_with_different_versions_are_rejected(betons, tmp_path, train)
     newer = 'import os, timm\nif os.environ["RANK"] == "1": timm.__version__ = "99.0"'
     statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, prepare=newer).wait()
     assert statuses == [2, 2] and "): timm: 99.0, but " in err and err.count("error:") == 1, err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_error_of_one_machine_ends_all_processes_and_is_reported_once(betons, tmp_path, train):
+    own = {1: ["--compute.device=cuda"]}
+    statuses, _, err = train(options(betons, tmp_path / "run", **TWO), 2, own=own).wait()
+    assert statuses == [2, 2] and err.count("error:") == 1 and "Traceback" not in err, err
+    assert re.search(r"error: process 1 \(.+\): compute.device=cuda: this machine has no", err), err
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_processes_agree_on_who_is_lost(monkeypatch):
         monkeypatch.setattr(join, "_joined", [join._Joined(store, rank, 4)])
         return join.agree_on_lost(f"error {rank}", until)
 
-    store.set("error/2", "error 2")
+    store.set("errors", "2 error 2\n")
     errors = {1: "error 1", 2: "error 2"}
     assert agree(1, now) == ([0, 3], errors, True)
     # The others do not wait for their own time
@@ -233,7 +233,7 @@ def test_processes_that_all_have_an_error_do_not_wait(monkeypatch):
     from rsb_ffcv.training import join
 
     store = dist.HashStore()
-    store.set("error/0", "error 0")
+    store.set("errors", "0 error 0\n")
     monkeypatch.setattr(join, "_joined", [join._Joined(store, 1, 2)])
     found = join.agree_on_lost("error 1", time.monotonic() + 1000)
     assert found == ([], {0: "error 0", 1: "error 1"}, False)
