@@ -294,11 +294,10 @@ def _private_store(
 
     def connected() -> dict[int, list[str]]:
         """The name, WORLD_SIZE and machine of each process that has connected."""
-        keys = {other: f"name/{other}" for other in range(world_size)}
         return {
-            other: store.get(key).decode().split(" ", 2)
-            for other, key in keys.items()
-            if store.check([key])
+            other: store.get(f"name/{other}").decode().split(" ", 2)
+            for other in range(world_size)
+            if store.check([f"name/{other}"])
         }
 
     def failed(name: str) -> str:
